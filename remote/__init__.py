@@ -1,0 +1,1 @@
+"""The same commands on a GPU host over SSH."""

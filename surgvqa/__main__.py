@@ -1,0 +1,7 @@
+"""`python -m surgvqa` is `surgvqa`; detached jobs are started this way."""
+
+import sys
+
+from surgvqa.cli import main
+
+sys.exit(main())

@@ -1,0 +1,327 @@
+"""`surgvqa`: parses, lays the settings over each other, and hands each command to the room that does it.
+
+Nothing heavy is imported here. A command's room has `run(options, run) -> Outcome`, and may have `check(options)`,
+which looks at the input before a run folder is made. Jobs (merge, train, evaluate, …) get a run folder; the others get
+None.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgvqa import __version__, config, runs
+from surgvqa.console import JobView, OutputToLog
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the command table."""
+
+    help: str
+    example: str
+    room: str
+    """The module whose run() does it."""
+    job: bool = False
+    """Whether it has a run folder."""
+    positional: tuple[str, ...] = ()
+    extras: bool = False
+    """Whether unknown options are passed on (TrainingArguments)."""
+    arguments: Callable[[argparse.ArgumentParser], None] | None = field(default=None)
+    """For commands without an options dataclass."""
+
+
+def _run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_name",
+        metavar="RUN",
+        nargs="?",
+        default="last",
+        help="run id, the beginning of one, a run name or folder (default: the newest)",
+    )
+
+
+def _gpus_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--watch", type=float, metavar="SECONDS", help="again every SECONDS until Ctrl-C")
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "make the embedded workspace: small model, small data, all real formats",
+        "surgvqa demo demo --run",
+        "surgvqa.demo",
+        positional=("directory",),
+    ),
+    "merge": Command(
+        "LoRA adapters + checkpoint -> one full BF16 checkpoint",
+        "surgvqa merge --stage1_model_path stage1 --stage2_adapter_path stage2 --output_path merged",
+        "surgvqa.merge",
+        job=True,
+    ),
+    "audit": Command(
+        "dtypes, shapes and completeness of a checkpoint, from the headers alone",
+        "surgvqa audit merged",
+        "surgvqa.audit",
+        positional=("checkpoint",),
+    ),
+    "check-data": Command(
+        "every line of the JSONL files against the frames and the audio",
+        "surgvqa check-data train.jsonl eval.jsonl --frames_dir frames --audio_dir audio",
+        "surgvqa.data.check",
+        positional=("files",),
+    ),
+    "budget": Command(
+        "the memory table of a configuration, a row a component",
+        "surgvqa budget --preset oom-6f-512px",
+        "surgvqa.memory",
+    ),
+    "train": Command(
+        "LoRA training in BF16, inside the budget",
+        "surgvqa train --model_name_or_path merged --train_data_path train.jsonl --frames_dir frames --audio_dir audio",
+        "surgvqa.train",
+        job=True,
+        extras=True,
+    ),
+    "evaluate": Command(
+        "greedy answers to every sample, scored by question type",
+        "surgvqa evaluate --checkpoint runs/…/adapter --eval_data_path eval.jsonl",
+        "surgvqa.evaluate",
+        job=True,
+    ),
+    "ask": Command(
+        "one answer to one spoken question",
+        "surgvqa ask --checkpoint merged --frames f1.jpg f2.jpg --audio question.wav",
+        "surgvqa.ask",
+    ),
+    "presets": Command("the presets with their predicted peaks", "surgvqa presets", "surgvqa.listing:presets"),
+    "runs": Command("the runs of this workspace", "surgvqa runs", "surgvqa.listing:runs"),
+    "follow": Command(
+        "watch a run until it ends", "surgvqa follow last", "surgvqa.listing:follow", arguments=_run_argument
+    ),
+    "stop": Command(
+        "end a run: checkpoint, then a clean end", "surgvqa stop last", "surgvqa.listing:stop", arguments=_run_argument
+    ),
+    "gpus": Command(
+        "memory, utilisation, power and processes of the GPUs",
+        "surgvqa gpus --watch 1",
+        "surgvqa.gpu",
+        arguments=_gpus_arguments,
+    ),
+    "doctor": Command("what this machine can do, and how to mend what it can't", "surgvqa doctor", "surgvqa.doctor"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2."""
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def build_parser() -> Parser:
+    """The whole command line. Options stay absent unless they were named, so that the sources can be told apart."""
+    parser = Parser(
+        prog="surgvqa",
+        description="Fine-tune a spoken-question surgical video QA model in BF16, inside a GPU memory budget.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"surgvqa {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog=f"example: {command.example}",
+        )
+        sub.add_argument("--json", action="store_true", default=False, help="one JSON document on stdout")
+        sub.add_argument(
+            "--workspace",
+            default=None,
+            metavar="DIR",
+            help="workspace folder (default: the nearest one with a surgvqa.toml, else here)",
+        )
+        if command.arguments:
+            command.arguments(sub)
+        options_class = config.COMMAND_OPTIONS.get(name)
+        if options_class is None:
+            continue
+        if issubclass(options_class, config.DataOptions):
+            sub.add_argument("--preset", default=None, metavar="NAME", help="named overrides (surgvqa presets)")
+        if command.job:
+            sub.add_argument(
+                "--detach",
+                action="store_true",
+                default=False,
+                help="start as a job of its own, print its run id and return",
+            )
+            sub.add_argument("--run_id", default=None, help=argparse.SUPPRESS)
+        for setting in config.settings_of(options_class).values():
+            _add_option(sub, setting, positional=setting.name in command.positional)
+    return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, setting: config.Setting, positional: bool) -> None:
+    default = "" if setting.required or setting.default in (None, "") else f" (default: {setting.default})"
+    arguments: dict[str, Any] = {"help": (setting.help + default).replace("%", "%%")}
+    if setting.metavar or not setting.choices:
+        arguments["metavar"] = setting.metavar or setting.type.__name__.strip("_").upper()
+    elif setting.choices:
+        arguments["metavar"] = "{" + ",".join(setting.choices) + "}"
+    if setting.repeated:
+        arguments["nargs"] = "+"
+    if positional:
+        if not setting.repeated and not setting.required:
+            arguments["nargs"] = "?"
+        parser.add_argument(setting.name, **arguments)
+    elif setting.type is bool:
+        parser.add_argument(f"--{setting.name}", nargs="?", const="true", **arguments)
+    else:
+        parser.add_argument(f"--{setting.name}", **arguments)
+
+
+def normalise(argv: list[str]) -> list[str]:
+    """`--learning-rate` is `--learning_rate`: option names are accepted with - or _."""
+    end = argv.index("--") if "--" in argv else len(argv)
+
+    def spell(token: str) -> str:
+        if not token.startswith("--"):
+            return token
+        name, equals, value = token.partition("=")
+        return "--" + name[2:].replace("-", "_") + equals + value
+
+    return [spell(t) for t in argv[:end]] + argv[end:]
+
+
+def extra_options(command: str, unknown: list[str]) -> dict[str, str]:
+    """Options that are not ours, as {name: text}; UsageError for anything that is no option at all."""
+    known = config.settings_of(config.COMMAND_OPTIONS[command]) if command in config.COMMAND_OPTIONS else {}
+    extra: dict[str, str] = {}
+    rest = list(unknown)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            raise UsageError(f"unexpected argument {token!r}")
+        name, equals, value = token[2:].partition("=")
+        if not COMMANDS[command].extras:
+            raise UsageError(f"unknown option --{name}{config.nearest(name, known)}")
+        extra[name] = value if equals else (rest.pop(0) if rest and not rest[0].startswith("--") else "true")
+    return extra
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 good, 1 the answer is bad or it failed, 2 it could not be asked."""
+    argv = normalise(sys.argv[1:] if argv is None else argv)
+    name = next((a for a in argv if not a.startswith("-")), "")
+    try:
+        arguments, unknown = build_parser().parse_known_args(argv)
+        name = arguments.command
+        outcome = dispatch(name, arguments, extra_options(name, unknown), argv)
+    except SurgvqaError as error:
+        print(f"surgvqa {name}".rstrip() + f": {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"surgvqa {name}: stopped", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `surgvqa runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    if arguments.json:
+        print(json.dumps(outcome.data, indent=1, default=str))
+    elif outcome.show:
+        from rich.console import Console
+
+        outcome.show(Console(highlight=False))
+    return 0 if outcome.ok else 1
+
+
+def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], argv: list[str]) -> Outcome:
+    """Resolves the options and runs the command's room."""
+    command = COMMANDS[name]
+    given_root = arguments.workspace
+    if given_root and not Path(given_root).is_dir():
+        raise UsageError(f"--workspace {given_root}: no such folder")
+    workspace = config.load_workspace(Path(given_root) if given_root else config.find_workspace())
+    module, _, function = command.room.partition(":")
+    if name not in config.COMMAND_OPTIONS:
+        return getattr(importlib.import_module(module), function or "run")(arguments, workspace)
+
+    known = config.settings_of(config.COMMAND_OPTIONS[name])
+    given = {
+        key: config.convert(known[key], value, "command line") for key, value in vars(arguments).items() if key in known
+    }
+    resolved = config.resolve(name, given, workspace, getattr(arguments, "preset", None), extra)
+    if extra:
+        resolved.options.extra = extra
+    room = importlib.import_module(module)
+    if hasattr(room, "check"):
+        room.check(resolved.options)
+    if not command.job:
+        return room.run(resolved.options, workspace)
+    if arguments.detach:
+        rest = [a for a in argv[argv.index(name) + 1 :] if a not in ("--detach", "--json")]
+        folder = runs.launch(name, rest, Path.cwd(), workspace.runs_dir)
+        return Outcome({"run": folder.name, "folder": str(folder)}, show=lambda console: console.print(folder.name))
+    return run_job(name, room.run, resolved, workspace, arguments.run_id, argv)
+
+
+def run_job(
+    name: str,
+    room: Callable[..., Outcome],
+    resolved: config.Resolved,
+    workspace: config.Workspace,
+    run_id: str | None = None,
+    argv: list[str] | None = None,
+) -> Outcome:
+    """Runs one job with its run folder; in the foreground its events are drawn on the terminal.
+
+    SIGTERM is met as Ctrl-C is: the job ends cleanly and says "stopped".
+    """
+
+    def terminate(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    detached = os.environ.get("SURGVQA_DETACHED") == "1"
+    run = runs.Run.create(
+        workspace.runs_dir, name, run_id=run_id, options=resolved.record(), preset=resolved.preset, argv=argv
+    )
+    try:
+        with nullcontext() if detached else OutputToLog(run.folder / "log.txt") as output:
+            view = JobView(getattr(output, "terminal", None))
+            run.observer = None if detached else view.show
+            try:
+                with run:
+                    try:
+                        outcome = room(resolved.options, run)
+                    except (SurgvqaError, KeyboardInterrupt):
+                        raise
+                    except Exception:
+                        traceback.print_exc()  # into log.txt; the terminal gets one line
+                        raise
+                    run.result = {**outcome.data, **run.result}
+                    run.exit_code = 0 if outcome.ok else 1
+            finally:
+                view.close()
+    except (SurgvqaError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise SurgvqaError(f"{type(error).__name__}: {error} (details: {run.folder / 'log.txt'})") from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    outcome.data = {"run": run.id, **outcome.data}
+    return outcome

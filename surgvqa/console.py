@@ -1,0 +1,153 @@
+"""What a terminal shows of a job: its events, drawn. The same view serves a job in the foreground and `surgvqa follow`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal as human_bytes
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+def human_seconds(seconds: float) -> str:
+    """3 s, 4 min 05 s, 2 h 10 min."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def amount(done: float, unit: str) -> str:
+    """A progress figure in its unit."""
+    return human_bytes(int(done)) if unit == "bytes" else f"{done:,.0f}"
+
+
+class JobView:
+    """Draws events on stderr: a bar for the phase at hand, a line for what stays. Plain lines without a terminal."""
+
+    def __init__(self, stream: Any = None):
+        self.console = Console(file=stream or sys.stderr, highlight=False)
+        self.live = self.console.is_terminal
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.phase = ""
+        self.phase_started = time.monotonic()
+        self.last_line = 0.0
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event, as it comes. Unknown kinds are passed over."""
+        draw = getattr(self, f"_{event['kind']}", None)
+        if draw:
+            draw(event)
+
+    def close(self) -> None:
+        """Takes the bar off the screen."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+            self.task = None
+
+    def _say(self, text: str) -> None:
+        self.console.print(text)
+
+    def _phase(self, event: dict[str, Any]) -> None:
+        self.close()
+        self.phase, self.phase_started = event["name"], time.monotonic()
+        self._say(f"[bold]{escape(event['name'])}[/bold] {escape(event.get('text', ''))}".rstrip())
+
+    def _progress(self, event: dict[str, Any]) -> None:
+        done, total, unit = event["done"], event.get("total"), event.get("unit", "")
+        elapsed = max(time.monotonic() - self.phase_started, 1e-6)
+        text = f"{amount(done, unit)}{f' of {amount(total, unit)}' if total else ''} {'' if unit == 'bytes' else unit}".strip()
+        rate = f"{amount(done / elapsed, unit)}/s" if unit == "bytes" else f"{done / elapsed:.2f}/s"
+        if self.live:
+            if not self.progress:
+                self.progress = Progress(
+                    TextColumn("  {task.description}"),
+                    BarColumn(),
+                    TextColumn("{task.fields[text]}"),
+                    TimeRemainingColumn(),
+                    console=self.console,
+                    transient=True,
+                )
+                self.progress.start()
+                self.task = self.progress.add_task(event["phase"], total=total, text="")
+            self.progress.update(self.task, completed=done, total=total, text=f"{text}  {rate}")
+        elif time.monotonic() - self.last_line > 10 or done == total:
+            self.last_line = time.monotonic()
+            left = f", {human_seconds((total - done) * elapsed / done)} left" if total and done and done < total else ""
+            self._say(f"  {escape(event['phase'])}: {text}, {rate}{left}")
+
+    def _metric(self, event: dict[str, Any]) -> None:
+        if event.get("loss") is None or (not self.live and time.monotonic() - self.last_line < 10):
+            return
+        self.last_line = time.monotonic()
+        parts = [
+            f"step {event.get('step')}" + (f"/{event['total_steps']}" if event.get("total_steps") else ""),
+            f"loss {event['loss']:.4f}",
+        ]
+        if event.get("learning_rate") is not None:
+            parts.append(f"lr {event['learning_rate']:.2e}")
+        if event.get("samples_per_s"):
+            parts.append(f"{event['samples_per_s']:.2f} samples/s")
+        self._say("  " + "  ".join(parts))
+
+    def _eval(self, event: dict[str, Any]) -> None:
+        shown = {k: v for k, v in event.items() if k not in ("v", "t", "kind", "step") and isinstance(v, (int, float))}
+        self._say(
+            f"  [cyan]evaluation at step {event.get('step')}[/cyan]  "
+            + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
+        )
+
+    def _checkpoint(self, event: dict[str, Any]) -> None:
+        self._say(f"  [dim]checkpoint {escape(str(event.get('path')))}[/dim]")
+
+    def _preset(self, event: dict[str, Any]) -> None:
+        self._say(f"  preset {escape(str(event.get('name')))}")
+
+    def _oom(self, event: dict[str, Any]) -> None:
+        self._say(f"[red]out of GPU memory at step {event.get('step')}[/red] {escape(str(event.get('text', '')))}")
+
+    def _warning(self, event: dict[str, Any]) -> None:
+        self._say(f"[yellow]warning:[/yellow] {escape(event['text'])}")
+
+    def _error(self, event: dict[str, Any]) -> None:
+        self.close()
+
+    def _finished(self, event: dict[str, Any]) -> None:
+        self.close()
+
+
+class OutputToLog:
+    """While a job runs in the foreground, its stdout and stderr (also of C libraries) go to log.txt.
+
+    The terminal keeps the drawn view; `terminal` is the true stderr to draw it on. Restored on exit.
+    """
+
+    def __init__(self, log: os.PathLike[str]):
+        self.log = log
+
+    def __enter__(self) -> OutputToLog:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._saved = os.dup(1), os.dup(2)
+        self.terminal = os.fdopen(os.dup(2), "w", buffering=1)
+        target = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        os.close(target)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for saved, number in zip(self._saved, (1, 2)):
+            os.dup2(saved, number)
+            os.close(saved)
+        self.terminal.flush()

@@ -1,0 +1,13 @@
+"""The two errors that a user is meant to read: one line each, never a traceback."""
+
+
+class SurgvqaError(Exception):
+    """The command ran and failed (exit code 1). The text names what, found, expected and the way out."""
+
+    exit_code = 1
+
+
+class UsageError(SurgvqaError):
+    """The command could not be asked: bad options, missing or malformed input (exit code 2)."""
+
+    exit_code = 2

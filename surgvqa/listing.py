@@ -1,0 +1,103 @@
+"""The small commands over presets and run folders: presets, runs, follow, stop."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from rich.table import Table
+
+from presets import load_presets
+from surgvqa import runs as run_folders
+from surgvqa.config import WORKSPACE_FILE, Workspace
+from surgvqa.console import JobView, human_seconds
+from surgvqa.outcome import Outcome
+
+
+def runs_dirs(workspace: Workspace) -> list[Path]:
+    """Where runs may lie: this workspace and, from a folder that is none, the workspaces directly below it."""
+    found = [workspace.runs_dir]
+    if not workspace.file.is_file():
+        found += [file.parent / "runs" for file in sorted(workspace.root.glob(f"*/{WORKSPACE_FILE}"))]
+    return [d for d in found if d.is_dir()] or found[:1]
+
+
+def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
+    """The run list, newest first."""
+    listed = sorted((r for d in runs_dirs(workspace) for r in run_folders.list_runs(d)), key=lambda r: -r.started)
+    data = {
+        "runs": [
+            {
+                "id": r.id,
+                "command": r.command,
+                "state": r.state,
+                "started": r.started,
+                "steps": r.steps,
+                "host": r.host,
+                "name": r.name,
+                "folder": str(r.folder),
+            }
+            for r in listed
+        ]
+    }
+
+    def show(console) -> None:
+        table = Table("run", "command", "state", "started", "steps", "name")
+        for r in listed:
+            started = time.strftime("%Y-%m-%d %H:%M", time.localtime(r.started))
+            table.add_row(r.id, r.command, r.state, started, str(r.steps or ""), r.name)
+        console.print(table if listed else f"no runs in {', '.join(map(str, runs_dirs(workspace)))}")
+
+    return Outcome(data, show=show)
+
+
+def follow(arguments: Namespace, workspace: Workspace) -> Outcome:
+    """Draws a run's events until it ends; Ctrl-C leaves the run alone."""
+    folder = run_folders.find_run(arguments.run_name, runs_dirs(workspace))
+    view = JobView()
+    try:
+        for event in run_folders.follow_events(folder):
+            view.show(event)
+            if event["kind"] == "error":
+                view.console.print(f"[red]error:[/red] {event['text']}", markup=True)
+    finally:
+        view.close()
+    finished = run_folders.finished_event(folder) or {}
+    state = run_folders.state_of(folder, finished)
+    return Outcome(
+        {"run": folder.name, "state": state, **(finished.get("result") or {})},
+        ok=state in ("finished", "stopped") and not finished.get("exit_code"),
+        show=lambda console: console.print(f"{folder.name}: {state}"),
+    )
+
+
+def stop(arguments: Namespace, workspace: Workspace) -> Outcome:
+    """Asks a run to end, waits for it, and ends it by force after 30 s."""
+    folder = run_folders.find_run(arguments.run_name, runs_dirs(workspace))
+    before, began = run_folders.state_of(folder), time.monotonic()
+    state = run_folders.stop(folder)
+    text = f"{folder.name}: {state}" + (
+        f" after {human_seconds(time.monotonic() - began)}" if before == "running" else " (it was not running)"
+    )
+    return Outcome({"run": folder.name, "state": state}, show=lambda console: console.print(text))
+
+
+def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
+    """Every preset: what it sets, why, what it gives up, and its predicted peak."""
+    listed = load_presets(workspace.root)
+    data = {
+        "presets": [
+            {"name": p.name, "reason": p.reason, "gives_up": p.gives_up, "rung": p.rung, "settings": p.settings}
+            for p in listed
+        ]
+    }
+
+    def show(console) -> None:
+        table = Table("preset", "ladder", "sets", "why", "gives up")
+        for p in listed:
+            sets = ", ".join(f"{k}={v}" for k, v in p.settings.items())
+            table.add_row(p.name, "" if p.rung is None else str(p.rung), sets, p.reason, p.gives_up)
+        console.print(table)
+
+    return Outcome(data, show=show)

@@ -1,0 +1,17 @@
+"""What a command hands back to whoever called it: the command line, the demo, or a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Outcome:
+    """`data` for --json, `show` for people, `ok` for the exit code."""
+
+    data: dict[str, Any]
+    ok: bool = True
+    show: Callable[[Any], None] | None = None
+    """Called with a rich Console on stdout."""
