@@ -1,4 +1,4 @@
-"""What a terminal shows of a job: its events, drawn. The same view serves a job in the foreground and `surgvqa follow`."""
+"""What a terminal shows of a job: its events, drawn; for a job in the foreground and for `surgvqa follow`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 def human_seconds(seconds: float) -> str:
     """3 s, 4 min 05 s, 2 h 10 min."""
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
     if seconds < 3600:
@@ -64,7 +64,8 @@ class JobView:
     def _progress(self, event: dict[str, Any]) -> None:
         done, total, unit = event["done"], event.get("total"), event.get("unit", "")
         elapsed = max(time.monotonic() - self.phase_started, 1e-6)
-        text = f"{amount(done, unit)}{f' of {amount(total, unit)}' if total else ''} {'' if unit == 'bytes' else unit}".strip()
+        of_total = f" of {amount(total, unit)}" if total else ""
+        text = f"{amount(done, unit)}{of_total} {'' if unit == 'bytes' else unit}".strip()
         rate = f"{amount(done / elapsed, unit)}/s" if unit == "bytes" else f"{done / elapsed:.2f}/s"
         if self.live:
             if not self.progress:

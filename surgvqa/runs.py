@@ -25,6 +25,7 @@ A run's state is derived, never stored: see `state_of`. Nothing here imports tor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -258,10 +259,8 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
         family = psutil.Process(pid).children(recursive=True) or family
         os.kill(pid, signal.SIGKILL)
     for child in family:  # psutil compares start times before it signals
-        try:
+        with contextlib.suppress(psutil.Error):
             child.kill()
-        except psutil.Error:
-            pass
     return state_of(folder)
 
 
@@ -279,7 +278,7 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class EventTail:
-    """Reads events.jsonl as it grows. A half-written last line is "not yet"; a damaged line is counted and passed over."""
+    """Reads events.jsonl as it grows. A half-written last line is "not yet"; a damaged one is counted and left out."""
 
     path: Path
     offset: int = 0
