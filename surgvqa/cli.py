@@ -15,7 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         outcome = dispatch(name, arguments, extra_options(name, unknown), argv)
     except SurgvqaError as error:
         print(f"surgvqa {name}".rstrip() + f": {error}", file=sys.stderr)
+        record_failure(argv, error)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"surgvqa {name}: stopped", file=sys.stderr)
@@ -247,6 +248,21 @@ def main(argv: list[str] | None = None) -> int:
 
         outcome.show(Console(highlight=False))
     return 0 if outcome.ok else 1
+
+
+def record_failure(argv: list[str], error: SurgvqaError) -> None:
+    """A launched job that could not even be asked says so in the run folder that was made for it."""
+    if "--run_id" not in argv[:-1]:
+        return
+
+    def value(option: str) -> str | None:
+        return argv[argv.index(option) + 1] if option in argv[:-1] else None
+
+    root = Path(value("--workspace") or config.find_workspace())
+    folder = root / "runs" / str(value("--run_id"))
+    if folder.is_dir() and runs.finished_event(folder) is None:
+        with suppress(SurgvqaError), runs.Run(folder):
+            raise error
 
 
 def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], argv: list[str]) -> Outcome:

@@ -252,16 +252,24 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
         return state_of(folder)
     family = psutil.Process(pid).children(recursive=True)
     os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + grace_s
-    while process_identity(pid) == identity and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if process_identity(pid) == identity:
+    if not _gone(pid, identity, grace_s):
         family = psutil.Process(pid).children(recursive=True) or family
         os.kill(pid, signal.SIGKILL)
+        _gone(pid, identity, 5.0)
     for child in family:  # psutil compares start times before it signals
         with contextlib.suppress(psutil.Error):
             child.kill()
     return state_of(folder)
+
+
+def _gone(pid: int, identity: str, within_s: float) -> bool:
+    """Waits until the process has ended; False when it still lives after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
+    while process_identity(pid) == identity:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

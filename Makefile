@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine (Python 3.11+, git, make): `make demo` and `make test`.
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTHON ?= python3
+# On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares several GB of CUDA packages.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-fast lint install screenshot clean
+
+demo: $(VENV)/.installed ## the embedded workspace: in the panel, or headless without a terminal (HEADLESS=1)
+	@if [ -t 0 ] && [ -t 1 ] && [ -z "$(HEADLESS)" ]; then \
+	  $(BIN)/surgvqa demo demo && exec $(BIN)/surgvqa-tui --workspace demo; \
+	else \
+	  $(BIN)/surgvqa demo demo --run; \
+	fi
+
+test: $(VENV)/.installed $(VENV)/.sshd lint ## everything
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed ## what needs no model and no sshd: under a minute
+	$(BIN)/python -m pytest -m "not model and not slow"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+
+install: $(VENV)/.installed
+
+screenshot: $(VENV)/.installed ## docs/panel.svg, drawn by the program
+	$(BIN)/python docs/screenshot.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; use PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y python3-venv >/dev/null; } || { echo "make: this Python has no venv; run: sudo apt-get install python3-venv"; exit 1; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@# torch first and by itself: whatever build is taken here, nothing later replaces it.
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) --editable '.[train,dev]'
+	@touch $@
+
+# The remote tests talk to a real sshd. Root installs it; anyone else sees those tests skip with the reason.
+$(VENV)/.sshd:
+	@mkdir -p $(VENV)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { [ -x /usr/sbin/sshd ] && command -v rsync >/dev/null; }; then \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y openssh-server rsync iproute2 >/dev/null || true; fi
+	@touch $@
+
+clean: ## everything that make made
+	rm -rf $(VENV) demo

@@ -1,0 +1,77 @@
+"""The command line's contract: exit codes, one-line errors, JSON alone on stdout, nothing heavy imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from surgvqa import cli
+
+
+def surgvqa(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "surgvqa", *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_has_an_example(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert arguments == ["--help"] or f"example: surgvqa {arguments[0]}" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["mrege"], "invalid choice"),
+        (["merge", "--ouput_path", "x"], "did you mean output_path?"),
+        (["merge"], "missing --stage1_model_path"),
+        (["train", "--learning-rate", "fast"], "learning_rate is 'fast', expected a number"),
+        (["train", "stray"], "unexpected argument 'stray'"),
+        (["runs", "--workspace", "/nowhere"], "/nowhere: no such folder"),
+        (["follow", "x"], "no runs in"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and said in captured.err
+    assert captured.err.startswith("surgvqa") and captured.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists(), "a question that could not be asked leaves nothing"
+
+
+def test_json_is_one_document_on_stdout(tmp_path):
+    answer = surgvqa("presets", "--json", cwd=tmp_path)
+    assert answer.returncode == 0
+    assert {p["name"] for p in json.loads(answer.stdout)["presets"]} >= {"baseline-8f-512px", "oom-6f-384px"}
+    assert json.loads(surgvqa("runs", "--json", cwd=tmp_path).stdout) == {"runs": []}
+
+
+def test_dashes_are_underscores_but_values_keep_theirs():
+    assert cli.normalise(["check-data", "a-b.jsonl", "--frames-dir=x-y", "--audio-dir", "p-q", "--", "--a-b"]) == [
+        "check-data", "a-b.jsonl", "--frames_dir=x-y", "--audio_dir", "p-q", "--", "--a-b",
+    ]  # fmt: skip
+
+
+def test_options_of_training_arguments_pass_through():
+    assert cli.extra_options("train", ["--weight_decay", "0.1", "--tf32", "--optim_args=a=b"]) == {
+        "weight_decay": "0.1",
+        "tf32": "true",
+        "optim_args": "a=b",
+    }
+
+
+ROOMS = sorted({command.room.split(":")[0] for command in cli.COMMANDS.values()})
+
+
+@pytest.mark.parametrize("module", ["surgvqa.cli", *ROOMS])
+def test_no_room_imports_the_heavy_libraries(module):
+    check = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr

@@ -1,0 +1,100 @@
+"""The sources of a setting, laid over each other, and what a wrong one says."""
+
+import pytest
+
+from surgvqa import config
+from surgvqa.errors import UsageError
+
+MERGE = {"stage1_model_path": "a", "stage2_adapter_path": "b"}
+TRAIN = {"model_name_or_path": "m", "train_data_path": "t", "frames_dir": "f", "audio_dir": "a"}
+
+
+def workspace(folder, text=""):
+    (folder / config.WORKSPACE_FILE).write_text(text)
+    return config.load_workspace(folder)
+
+
+def test_each_source_lies_over_the_one_below(tmp_path):
+    space = workspace(tmp_path, "learning_rate = 1e-3\nnum_frames = 4\n[evaluate]\nnum_frames = 2\n")
+    resolved = config.resolve("train", {**TRAIN, "seed": 7}, space, preset="oom-6f-384px")
+    assert (resolved.options.image_size, resolved.sources["image_size"]) == (384, "preset oom-6f-384px")
+    assert (resolved.options.num_frames, resolved.sources["num_frames"]) == (4, "surgvqa.toml")
+    assert (resolved.options.seed, resolved.sources["seed"]) == (7, "command line")
+    assert (resolved.options.lora_r, resolved.sources["lora_r"]) == (64, "default")
+    assert config.resolve("evaluate", {}, space).options.num_frames == 2, "a command's own table wins"
+
+
+def test_the_first_preset_applies_when_none_is_named(tmp_path):
+    assert config.resolve("train", TRAIN, workspace(tmp_path)).preset == "baseline-8f-512px"
+
+
+def test_paths_of_the_file_belong_to_the_workspace(tmp_path):
+    space = workspace(tmp_path, 'train_data_path = "data/train.jsonl"')
+    assert space.value("train_data_path", "train") == str(tmp_path / "data" / "train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lerning_rate = 1", "did you mean learning_rate?"),
+        ("[trian]\nseed = 1", "unknown table [trian]"),
+        ("[merge]\nseed = 1", "unknown key [merge] seed"),
+        ('seed = "many"', "expected a whole number"),
+        ("num_frames = 6.5", "expected a whole number"),
+        ('bf16 = "perhaps"', "expected true or false"),
+        ('device = "tpu"', "expected one of auto, cpu, cuda"),
+        ("seed = [1]", "expected one int"),
+        ("seed = ", "not valid TOML"),
+    ],
+)
+def test_a_bad_workspace_file_is_named_with_the_key(tmp_path, text, said):
+    with pytest.raises(UsageError) as error:
+        workspace(tmp_path, text)
+    assert said in str(error.value) and config.WORKSPACE_FILE in str(error.value)
+    assert "\n" not in str(error.value) or "TOML" in str(error.value)
+
+
+def test_what_is_missing_is_named_at_once(tmp_path):
+    with pytest.raises(UsageError, match="--stage1_model_path, --stage2_adapter_path"):
+        config.resolve("merge", {}, workspace(tmp_path))
+
+
+def test_an_unknown_preset_names_the_nearest(tmp_path):
+    with pytest.raises(UsageError, match="did you mean oom-6f-512px"):
+        config.resolve("train", TRAIN, workspace(tmp_path), preset="oom-6f-513px")
+
+
+def test_the_workspace_is_found_from_below(tmp_path):
+    workspace(tmp_path)
+    below = tmp_path / "runs" / "x"
+    below.mkdir(parents=True)
+    assert config.find_workspace(below) == tmp_path
+    assert config.find_workspace(tmp_path.parent) == tmp_path.parent
+
+
+def test_run_json_records_where_every_value_came_from(tmp_path):
+    record = config.resolve("merge", MERGE, workspace(tmp_path), extra={"weight_decay": "0.1"}).record()
+    assert record["stage1_model_path"] == {"value": "a", "from": "command line"}
+    assert record["max_shard_size"]["from"] == "default"
+    assert record["weight_decay"] == {"value": "0.1", "from": "command line"}
+
+
+def test_every_option_says_what_it_is():
+    for options_class in config.COMMAND_OPTIONS.values():
+        for setting in config.settings_of(options_class).values():
+            assert setting.help, f"{options_class.__name__}.{setting.name} has no help"
+
+
+def test_a_workspace_preset_replaces_the_ladder(tmp_path):
+    import presets
+
+    assert [p.rung for p in presets.ladder()] == [0, 1, 2, 3]
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "small.toml").write_text(
+        'reason = "r"\ngives_up = "g"\nrung = 0\n[settings]\nnum_frames = 2\n'
+    )
+    assert [p.name for p in presets.ladder(tmp_path)] == ["small"]
+    assert presets.load_presets(tmp_path)[0].name == "small"
+    (tmp_path / "presets" / "bad.toml").write_text('reason = "r"\n')
+    with pytest.raises(UsageError, match=r"bad\.toml"):
+        config.resolve("train", TRAIN, workspace(tmp_path))

@@ -1,0 +1,177 @@
+"""The run folder: what a job writes, what a watcher can trust."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgvqa import runs
+from surgvqa.errors import SurgvqaError, UsageError
+
+
+def wait_for(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_run_writes_what_a_reader_reads(tmp_path):
+    with runs.Run.create(tmp_path, "merge", options={"seed": {"value": 1, "from": "default"}}) as run:
+        run.phase("merge")
+        run.progress("merge", 5, 10, "shards")
+        run.emit("metric", step=3, loss=float("nan"))
+        run.result = {"modules_merged": 21}
+        assert runs.state_of(run.folder) == "running"
+    events = runs.EventTail(run.folder / "events.jsonl").read()
+    assert [e["kind"] for e in events] == ["phase", "progress", "metric", "finished"]
+    assert events[2]["loss"] is None, "JSON has no NaN"
+    assert all(e["v"] == 1 and abs(e["t"] - time.time()) < 60 for e in events)
+    assert events[-1]["result"] == {"modules_merged": 21}
+    (summary,) = runs.list_runs(tmp_path)
+    assert (summary.state, summary.command, summary.steps) == ("finished", "merge", 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (SurgvqaError("no"), "failed", 1),
+        (UsageError("no"), "failed", 2),
+        (KeyboardInterrupt(), "stopped", 1),
+        (ValueError("no"), "failed", 1),
+    ],
+)
+def test_how_a_run_ended_is_told(tmp_path, error, state, code):
+    run = runs.Run.create(tmp_path, "train")
+    with pytest.raises(type(error)), run:
+        raise error
+    finished = runs.finished_event(run.folder)
+    assert (finished["state"], finished["exit_code"]) == (state, code)
+    assert runs.state_of(run.folder) == state
+
+
+def test_a_half_written_line_is_not_yet(tmp_path):
+    file = tmp_path / "events.jsonl"
+    tail = runs.EventTail(file)
+    assert tail.read() == []
+    file.write_bytes(b'{"kind":"phase","name":"m')
+    assert tail.read() == []
+    with open(file, "ab") as handle:
+        handle.write(b'erge"}\n{"kind":')
+    assert [e["name"] for e in tail.read()] == ["merge"]
+    assert tail.damaged == 0
+
+
+def test_a_damaged_line_is_counted_and_passed_over(tmp_path):
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(b'\xff\xfe{"kind"\n[1]\n{"no":"kind"}\n\n{"kind":"later-version"}\n')
+    tail = runs.EventTail(file)
+    assert [e["kind"] for e in tail.read()] == ["later-version"]
+    assert tail.damaged == 3
+
+
+def test_a_file_that_shrank_is_read_from_its_start(tmp_path):
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"kind":"a"}\n{"kind":"b"}\n')
+    tail = runs.EventTail(file)
+    tail.read()
+    file.write_text('{"kind":"c"}\n')
+    assert [e["kind"] for e in tail.read()] == ["c"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.dictionaries(st.text(max_size=5), st.integers() | st.text() | st.none(), max_size=3), max_size=8),
+    st.lists(st.integers(1, 40), max_size=30),
+)
+def test_events_arrive_once_and_in_order_however_the_file_grows(tmp_path_factory, payloads, cuts):
+    file = tmp_path_factory.mktemp("tail") / "events.jsonl"
+    data = b"".join(json.dumps({"kind": "x", "payload": p}).encode() + b"\n" for p in payloads)
+    tail, seen, written = runs.EventTail(file), [], 0
+    for cut in [*cuts, len(data)]:
+        with open(file, "ab") as handle:
+            handle.write(data[written : written + cut])
+        written += cut
+        seen += tail.read()
+    assert [e["payload"] for e in seen] == payloads
+
+
+def test_a_killed_job_died_and_a_reused_pid_is_not_it(tmp_path):
+    run = runs.Run.create(tmp_path, "train")
+    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    info = runs.read_run_json(run.folder) | {"pid": job.pid, "identity": runs.process_identity(job.pid)}
+    runs.write_json_atomic(run.folder / "run.json", info)
+    assert runs.state_of(run.folder) == "running"
+    job.kill()
+    wait_for(lambda: runs.state_of(run.folder) == "died")  # a zombie until somebody waits: dead all the same
+    job.wait()
+    info |= {"pid": os.getpid(), "identity": "another boot:1"}
+    runs.write_json_atomic(run.folder / "run.json", info)
+    assert runs.state_of(run.folder) == "died"
+
+
+def test_stop_asks_first_then_insists_and_takes_the_children_along(tmp_path):
+    deaf = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    child = f"{deaf}; print('up', flush=True); time.sleep(60)"
+    parent = f"{deaf}; subprocess.run([sys.executable, '-c', {child!r}])"
+    run = runs.Run.create(tmp_path, "train")
+    job = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    assert job.stdout.readline() == b"up\n"
+    (grandchild,) = psutil.Process(job.pid).children()
+    info = runs.read_run_json(run.folder) | {"pid": job.pid, "identity": runs.process_identity(job.pid)}
+    runs.write_json_atomic(run.folder / "run.json", info)
+    assert runs.stop(run.folder, grace_s=0.3) == "died"
+    assert job.wait(5) == -signal.SIGKILL
+    wait_for(lambda: not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_stop_never_touches_a_process_that_is_not_the_run(tmp_path):
+    run = runs.Run.create(tmp_path, "train")
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        info = runs.read_run_json(run.folder) | {"pid": bystander.pid, "identity": "someone else"}
+        runs.write_json_atomic(run.folder / "run.json", info)
+        assert runs.stop(run.folder) == "died"
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_launched_job_has_its_own_session_and_leaves_its_words(tmp_path):
+    folder = runs.launch("merge", ["--stage1_model_path", "nowhere", "--stage2_adapter_path", "nowhere"], tmp_path)
+    wait_for(lambda: runs.state_of(folder) == "failed", 30)
+    assert "nowhere" in (folder / "log.txt").read_text() and "Traceback" not in (folder / "log.txt").read_text()
+    (error,) = [e for e in runs.EventTail(folder / "events.jsonl").read() if e["kind"] == "error"]
+    assert "nowhere" in error["text"]
+
+
+def test_a_run_is_found_by_id_prefix_name_and_last(tmp_path):
+    ids = ["20260101-000000-train-aaa", "20260101-000001-train-bbb"]
+    for number, run_id in enumerate(ids):
+        with runs.Run.create(tmp_path, "train", run_id=run_id, options={"run_name": {"value": f"name{number}"}}):
+            pass
+        info = runs.read_run_json(tmp_path / run_id) | {"started": float(number)}
+        runs.write_json_atomic(tmp_path / run_id / "run.json", info)
+    assert runs.find_run(ids[0], [tmp_path]).name == ids[0]
+    assert runs.find_run("20260101-000001", [tmp_path]).name == ids[1]
+    assert runs.find_run("name0", [tmp_path]).name == ids[0]
+    assert runs.find_run("last", [tmp_path]).name == ids[1]
+    with pytest.raises(UsageError, match="fits 2 runs"):
+        runs.find_run("2026", [tmp_path])
+    with pytest.raises(UsageError, match="no such run"):
+        runs.find_run("x", [tmp_path])
+
+
+def test_a_folder_of_another_host_is_unknown_not_dead(tmp_path):
+    run = runs.Run.create(tmp_path, "train")
+    runs.write_json_atomic(run.folder / "run.json", runs.read_run_json(run.folder) | {"host": "elsewhere", "pid": 1})
+    assert runs.state_of(run.folder) == "unknown"
+    assert runs.state_of(tmp_path / "gone") == "unknown"
