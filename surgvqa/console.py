@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal as human_bytes
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 def human_seconds(seconds: float) -> str:
@@ -26,6 +27,15 @@ def human_seconds(seconds: float) -> str:
 def amount(done: float, unit: str) -> str:
     """A progress figure in its unit."""
     return human_bytes(int(done)) if unit == "bytes" else f"{done:,.0f}"
+
+
+def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
+    """A bar in eighths of a cell; with `alarm` it turns yellow from 85 % and red from 100 %. Above 100 % it is full."""
+    eighths = round(min(max(fraction, 0.0), 1.0) * width * 8)
+    full, rest = divmod(eighths, 8)
+    colour = "red" if alarm and fraction > 1 else "yellow" if alarm and fraction > 0.85 else "green"
+    filled = "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+    return Text.assemble((filled, colour), ("─" * (width - len(filled)), "dim"))
 
 
 class JobView:

@@ -1,0 +1,204 @@
+"""GPU sampling against a stand-in NVML: figures missing, MIG, no permission, no driver; and the host's own memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+from argparse import Namespace
+
+import pynvml
+import pytest
+from rich.console import Console
+
+from surgvqa import cli, gpu
+
+
+def unsupported(*_):
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+
+def forbidden(*_):
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """Two cards that answer everything; a test takes away what it wants to be missing."""
+    space = types.SimpleNamespace
+    calls = {"init": 0}
+
+    def init():
+        calls["init"] += 1
+
+    answers = {
+        "nvmlInit": init,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda index: f"card{index}",
+        "nvmlDeviceGetMigMode": unsupported,
+        "nvmlDeviceGetMemoryInfo": lambda device: space(used=30_200_000_000, total=85_000_000_000),
+        "nvmlDeviceGetUtilizationRates": lambda device: space(gpu=0, memory=7),
+        "nvmlDeviceGetPowerUsage": lambda device: 412_500,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda device: 700_000,
+        "nvmlDeviceGetName": lambda device: f"NVIDIA {device}",
+        "nvmlDeviceGetUUID": lambda device: f"GPU-{device}-uuid",
+        "nvmlDeviceGetTemperature": lambda device, sensor: 58,
+        "nvmlDeviceGetComputeRunningProcesses": lambda device: [
+            space(pid=os.getpid(), usedGpuMemory=29_000_000_000),
+            space(pid=2**22 + 7, usedGpuMemory=None),  # another container's: no name, no size
+        ],
+        "nvmlDeviceGetGraphicsRunningProcesses": lambda device: [],
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    monkeypatch.setattr(gpu, "_initialised", False)
+    return calls
+
+
+def test_a_card_that_answers_everything(nvml):
+    first, second = gpu.sample_devices()
+    assert first == {
+        "index": 0,
+        "name": "NVIDIA card0",
+        "uuid": "GPU-card0-uuid",
+        "memory_used_bytes": 30_200_000_000,
+        "memory_total_bytes": 85_000_000_000,
+        "utilization_percent": 0,
+        "power_w": 412.5,
+        "power_limit_w": 700.0,
+        "temperature_c": 58,
+        "processes": [
+            {"pid": os.getpid(), "used_bytes": 29_000_000_000, "name": first["processes"][0]["name"]},
+            {"pid": 2**22 + 7},
+        ],
+    }
+    assert second["index"] == 1
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_nvml_is_initialised_once(nvml):
+    for _ in range(5):
+        gpu.sample_devices()
+        gpu.sample_process(0)
+    assert nvml["init"] == 1
+
+
+def test_every_figure_may_be_missing(nvml, monkeypatch):
+    for name in dir(pynvml):
+        if name.startswith("nvmlDeviceGet") and name not in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
+            monkeypatch.setattr(pynvml, name, unsupported)
+    assert gpu.sample_devices() == [{"index": 0}, {"index": 1}]
+    assert gpu.sample_process(1) == {"device": 1, "kind": "cuda"}
+
+
+def test_processes_that_this_user_may_not_see_are_absent_not_empty(nvml, monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", forbidden)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetGraphicsRunningProcesses", forbidden)
+    assert "processes" not in gpu.sample_devices()[0]
+    assert "process_bytes" not in gpu.sample_process(0)
+
+
+def test_a_card_that_fell_off_the_bus_leaves_the_other(nvml, monkeypatch):
+    def handle(index):
+        if index == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return f"card{index}"
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    assert [device["index"] for device in gpu.sample_devices()] == [1]
+
+
+def test_mig_instances_are_devices_of_their_own(nvml, monkeypatch):
+    def instance(card, number):
+        if number > 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return f"{card}-mig{number}"
+
+    def memory(device):
+        if "mig" not in device:
+            forbidden()
+        return types.SimpleNamespace(used=1, total=20_000_000_000)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMigMode", lambda card: (1, 1))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMaxMigDeviceCount", lambda card: 7)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMigDeviceHandleByIndex", instance)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", unsupported)
+    devices = gpu.sample_devices()
+    assert [(d["index"], d["mig_index"], d["memory_total_bytes"]) for d in devices] == [
+        (0, 0, 20_000_000_000),
+        (0, 1, 20_000_000_000),
+    ]
+    assert all("utilization_percent" not in d for d in devices)
+
+
+def test_the_process_is_found_by_uuid_when_cuda_renumbers_the_cards(nvml):
+    sample = gpu.sample_process(0, uuid="card1-uuid")
+    assert sample["device"] == 1
+    assert sample["process_bytes"] == 29_000_000_000
+    assert sample["others"] == [{"pid": 2**22 + 7}]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "no NVIDIA driver"),
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "does not answer"),
+    ],
+)
+def test_no_driver_is_an_answer(monkeypatch, capsys, code, words):
+    def init():
+        raise pynvml.NVMLError(code)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", init)
+    monkeypatch.setattr(gpu, "_initialised", False)
+    assert cli.main(["gpus", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["gpus"] == []
+    assert words in document["note"]
+    assert cli.main(["gpus"]) == 0
+    assert words in capsys.readouterr().out
+    assert gpu.sample_process(0)["kind"] == "host"
+
+
+def test_the_drawing_names_processes_and_survives_missing_figures(nvml, capsys):
+    outcome = gpu.run(Namespace(json=False), None)
+    outcome.show(Console(width=100))
+    drawn = capsys.readouterr().out
+    assert "30.2 of 85.0 GB" in drawn
+    assert "412 of 700 W" in drawn
+    assert f"pid {os.getpid()}" in drawn
+    assert "outside this container" in drawn
+    Console(width=100).print(gpu.draw([{"index": 0}]))
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
+def test_a_silly_interval_is_refused(seconds, capsys):
+    assert cli.main(["gpus", "--watch", seconds]) == 2
+    assert "--watch" in capsys.readouterr().err
+
+
+def test_host_sample_counts_this_process():
+    block = bytearray(64_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    sample = gpu.sample_process(None)
+    assert sample["kind"] == "host"
+    assert 64_000_000 < sample["process_bytes"] < sample["total_bytes"]
+    assert 0 < sample["used_bytes"] <= sample["total_bytes"]
+
+
+def test_a_container_limit_is_the_machine(tmp_path, monkeypatch):
+    group = tmp_path / "job"
+    group.mkdir()
+    (group / "memory.max").write_text("1000000\n")
+    (group / "memory.current").write_text("700000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 200000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    monkeypatch.setattr(
+        gpu,
+        "_cgroup_folders",
+        lambda: iter((folder, "memory.max", "memory.current", "inactive_file") for folder in (group, tmp_path)),
+    )
+    assert gpu.host_memory() == (500_000, 1_000_000)
