@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast lint install screenshot clean
+.PHONY: demo test test-fast lint install screenshot constraints clean
 
 demo: $(VENV)/.installed ## the embedded workspace: in the panel, or headless without a terminal (HEADLESS=1)
 	@if [ -t 0 ] && [ -t 1 ] && [ -z "$(HEADLESS)" ]; then \
@@ -47,6 +47,12 @@ $(VENV)/.sshd:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { [ -x /usr/sbin/sshd ] && command -v rsync >/dev/null; }; then \
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y openssh-server rsync iproute2 >/dev/null || true; fi
 	@touch $@
+
+constraints: ## renew constraints.txt from a fresh resolution
+	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
+	build/fresh/bin/pip install --quiet torch==2.13.0 && build/fresh/bin/pip install --quiet '.[train,dev]'
+	(head -1 constraints.txt; build/fresh/bin/pip freeze --exclude surgvqa | sed 's/+cpu//; / @ /d') > build/constraints.txt
+	mv build/constraints.txt constraints.txt && rm -rf build/fresh
 
 clean: ## everything that make made
 	rm -rf $(VENV) demo
