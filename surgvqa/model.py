@@ -1,0 +1,378 @@
+"""The audio-grafted Qwen2-VL: upstream's model with a Whisper encoder and a projector beside it. No fork, no patching.
+
+A question's mel spectrogram goes through the Whisper encoder and a linear projector; the results take the places of
+the prompt's audio pad tokens, as the vision tower's outputs take the places of the image pad tokens. Audio tokens are
+text to M-RoPE. Everything else is upstream's `Qwen2VLForConditionalGeneration`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import can_return_tuple
+
+from surgvqa.errors import SurgvqaError, UsageError
+
+IGNORED = -100
+"""The label of a position that is not supervised (torch's and transformers' convention)."""
+WHISPER_HEAD_DIM = 64
+"""Every published Whisper has heads of 64; the number of heads stands in no tensor's shape."""
+FLASH_CAPABILITY = (8, 0)
+"""flash-attn 2 needs Ampere or newer."""
+
+
+class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
+    """Qwen2-VL that hears. `config.audio_encoder_config` holds WhisperConfig's sizes (see `checkpoint_config`)."""
+
+    accepts_loss_kwargs = True  # Trainer looks on the class: we divide by num_items_in_batch ourselves
+
+    def __init__(self, config: Qwen2VLConfig):
+        super().__init__(config)
+        audio_config = WhisperConfig(**config.audio_encoder_config)
+        audio_config._attn_implementation = config._attn_implementation
+        self.audio_encoder = WhisperEncoder(audio_config)
+        self.audio_projector = nn.Linear(
+            audio_config.d_model, config.text_config.hidden_size, bias=config.audio_projector_bias
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is: the frozen encoders may have left the GPU."""
+        return self.get_input_embeddings().weight.device
+
+    # --- the encoders ------------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Vision features after the merger: [image tokens, hidden] from patches [P, 1176] and grids [F, 3] (t, h, w).
+
+        Without gradient unless something in the vision tower is trainable.
+        """
+        with _grad_if_trainable(self.model.visual):
+            features = self.model.get_image_features(pixel_values, image_grid_thw).pooler_output
+        return torch.cat(tuple(features))
+
+    def encode_audio(self, input_features: Tensor) -> Tensor:
+        """Whisper's encoder states before the projector: [B, N, d_model] from log-mel spectrograms [B, mels, 2N]."""
+        with _grad_if_trainable(self.audio_encoder):
+            return self.audio_encoder(input_features.to(self.audio_encoder.conv1.weight.dtype)).last_hidden_state
+
+    def train(self, mode: bool = True):
+        """As nn.Module.train, but a frozen encoder stays in eval mode."""
+        super().train(mode)
+        for encoder in (self.model.visual, self.audio_encoder):
+            encoder.train(mode and _trainable(encoder))
+        return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """Only the language model's layers recompute; upstream would also switch it on in the encoders."""
+        self.model.language_model._set_gradient_checkpointing(*args, **kwargs)
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        input_features: Tensor | None = None,
+        image_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and with labels the loss.
+
+        Shapes: `input_ids`, `attention_mask`, `labels` [B, L]; `pixel_values` [P, 1176] with `image_grid_thw` [F, 3];
+        `input_features` [B, mels, T]. Instead of pixels and mels, what `encode_images` and `encode_audio` make of
+        them: `image_features` [image tokens, hidden], `audio_features` [B, N, d_model].
+        `position_ids` [3, B, L], or [4, B, L] with the text positions first (packed rows), default: M-RoPE computed
+        here. `mm_token_type_ids` need not be given. `inputs_embeds` [B, L, hidden] replaces the token embeddings of
+        `input_ids`, which is needed all the same.
+
+        Without labels: logits [B, L, vocabulary], or of the last `logits_to_keep` positions. With labels: logits
+        [S, vocabulary] of the S supervised positions only (the others cost most of the memory of a long prompt), and
+        the mean of their cross-entropy; given `num_items_in_batch` (supervised tokens of the whole accumulation
+        window), the sum divided by that.
+        """
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values, image_grid_thw)
+        if input_features is not None:
+            audio_features = self.encode_audio(input_features)
+        if not past:  # later steps of a generation see text only
+            embeds = self._place_images(embeds, input_ids, image_features)
+            embeds = self._place_audio(embeds, input_ids, audio_features)
+        if position_ids is None:
+            position_ids = self._positions(input_ids, attention_mask, image_grid_thw, mm_token_type_ids, past)
+        outputs = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None else False,
+            **kwargs,
+        )
+        hidden, loss = outputs.last_hidden_state, None
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        else:
+            targets = labels[:, 1:]
+            supervised = targets != IGNORED
+            logits = self.lm_head(hidden[:, :-1][supervised])
+            loss = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+            loss = loss / (supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _place_images(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        places = input_ids == self.config.image_token_id
+        found, given = int(places.sum()), 0 if features is None else len(features)
+        if found != given:
+            raise SurgvqaError(
+                f"the prompt has {found} image pad tokens (id {self.config.image_token_id}) but the frames give "
+                f"{given} features; make both with the same image processor"
+            )
+        return embeds if features is None else _fill(embeds, places, features)
+
+    def _place_audio(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        places = input_ids == self.config.audio_token_id
+        found = places.sum(1).tolist()
+        clips, length = (0, 1) if features is None else features.shape[:2]
+        if sum(found) != clips * length or any(n % length for n in found):
+            raise SurgvqaError(
+                f"the prompts have {', '.join(map(str, found))} audio pad tokens (id {self.config.audio_token_id}) "
+                f"but the audio gives {clips} × {length if clips else 0} features; a question takes as many pad tokens "
+                f"as the encoder has positions ({self.audio_encoder.max_source_positions})"
+            )
+        if features is None:
+            return embeds
+        # Outside autocast a float32 projector (as trained) needs a float32 input.
+        projected = self.audio_projector(features.to(self.audio_projector.weight.dtype))
+        return _fill(embeds, places, projected.flatten(0, 1))
+
+    def _positions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        image_grid_thw: Tensor | None,
+        mm_token_type_ids: Tensor | None,
+        past: int,
+    ) -> Tensor:
+        """M-RoPE positions [3, B, L] (time, height, width) of the tokens after `past` cached ones."""
+        if past and self.model.rope_deltas is not None:
+            batch, length = input_ids.shape
+            if attention_mask is not None:
+                text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            else:
+                text = torch.arange(past, past + length, device=input_ids.device).expand(batch, -1)
+            return (text + self.model.rope_deltas.to(text.device)).expand(3, -1, -1)
+        positions, self.model.rope_deltas = self.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=self.modalities(input_ids) if mm_token_type_ids is None else mm_token_type_ids,
+            image_grid_thw=image_grid_thw,
+            attention_mask=attention_mask,
+        )
+        return positions
+
+    def modalities(self, input_ids: Tensor) -> Tensor:
+        """Upstream's `mm_token_type_ids` [B, L]: 1 where an image token stands, else 0 (audio counts as text)."""
+        return (input_ids == self.config.image_token_id).int()
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
+        """Upstream's generate; without `mm_token_type_ids` it would fall back to 1-D positions without a word."""
+        input_ids = kwargs.get("input_ids", inputs)
+        if input_ids is not None:
+            kwargs.setdefault("mm_token_type_ids", self.modalities(input_ids))
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
+        """Upstream's; our own inputs are dropped after the first step as upstream does with its own."""
+        prepared = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("image_features", "audio_features"):
+                prepared.pop(name, None)
+        return prepared
+
+
+# A subclass gets no built-in mapping from the checkpoint's names (visual.*, model.layers.*) to the module's, and its
+# tensors would go missing without an error; registered by class name it is upstream's own, for loading and saving.
+register_checkpoint_conversion_mapping(
+    AudioQwen2VLForConditionalGeneration.__name__,
+    get_checkpoint_conversion_mapping("Qwen2VLForConditionalGeneration"),
+    overwrite=True,
+)
+
+
+def _fill(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """`embeds` [B, L, hidden] with `features` [n, hidden] at the n True positions of `places` [B, L], in order."""
+    return embeds.masked_scatter(places.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _grad_if_trainable(encoder: nn.Module):
+    return torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(encoder))
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype, device: str | torch.device, attn_implementation: str
+) -> AudioQwen2VLForConditionalGeneration:
+    """The checkpoint's model on `device`, in eval mode with every parameter frozen.
+
+    Tensors go from the file straight to the device, one copy. UsageError when `folder` is no such checkpoint;
+    SurgvqaError when a tensor is missing, left over, or of another shape than the model's.
+    """
+    folder = Path(folder)
+    config = checkpoint_config(folder)
+    model, report = AudioQwen2VLForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # they come back in the report, and are an error below
+        output_loading_info=True,
+    )
+    for problem, names in (
+        ("not in the checkpoint", report["missing_keys"]),
+        ("not in the model", report["unexpected_keys"]),
+        ("of another shape than the model's", {row[0] for row in report["mismatched_keys"]}),
+    ):
+        if names:
+            raise SurgvqaError(f"{folder}: {_some(names)} {problem}; is config.json this checkpoint's own?")
+    return model.requires_grad_(False).eval()
+
+
+def checkpoint_config(folder: Path) -> Qwen2VLConfig:
+    """config.json of the checkpoint (flat as the fork wrote it, or nested), completed from the tensors' shapes.
+
+    Adds `audio_encoder_config` (unless it stands there) and `audio_projector_bias`.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UsageError(
+            f"{path}: no such file; expected a checkpoint folder with config.json and safetensors"
+        ) from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_vl" or "audio_token_id" not in raw:
+        raise UsageError(
+            f'{path}: expected "model_type": "qwen2_vl" and an "audio_token_id"; this is no audio-grafted Qwen2-VL'
+        )
+    shapes = tensor_shapes(folder)
+    raw["audio_encoder_config"] = raw.get("audio_encoder_config") or whisper_sizes(shapes, folder)
+    raw["audio_projector_bias"] = "audio_projector.bias" in shapes
+    return Qwen2VLConfig.from_dict(raw)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{tensor name: shape} of all safetensors files of the folder, from their headers."""
+    shapes = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UsageError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+    if not shapes:
+        raise UsageError(f"{folder}: no *.safetensors file; expected a checkpoint folder")
+    return shapes
+
+
+def whisper_sizes(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, int]:
+    """WhisperConfig's arguments, read off the shapes of the encoder's tensors; config.json of the fork has none."""
+    prefix = "audio_encoder."
+    try:
+        d_model, mels, _ = shapes[prefix + "conv1.weight"]
+        return {
+            "d_model": d_model,
+            "num_mel_bins": mels,
+            "max_source_positions": shapes[prefix + "embed_positions.weight"][0],
+            "encoder_layers": 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith(prefix + "layers.")),
+            "encoder_ffn_dim": shapes[prefix + "layers.0.fc1.weight"][0],
+            "encoder_attention_heads": d_model // WHISPER_HEAD_DIM,
+        }
+    except (KeyError, ValueError) as error:
+        raise SurgvqaError(f"{folder}: no Whisper encoder in the checkpoint's tensors ({error} is missing)") from None
+
+
+def _some(names: Any, shown: int = 5) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def choose_attention(requested: str, device: str | torch.device) -> tuple[str, str]:
+    """The attention kernel that will run (for LM, vision tower and Whisper alike) and a sentence that says why.
+
+    `requested` is "auto", "flash_attention_2", "sdpa" or "eager". UsageError when flash_attention_2 is asked for by
+    name and cannot run here.
+    """
+    if requested in ("sdpa", "eager"):
+        return requested, f"{requested}: asked for by name."
+    obstacle = _flash_obstacle(torch.device(device))
+    if obstacle is None:
+        return "flash_attention_2", "flash_attention_2: flash-attn is installed and the GPU is Ampere or newer."
+    if requested == "flash_attention_2":
+        raise UsageError(f"attn_implementation is flash_attention_2, but {obstacle}; use auto or sdpa")
+    return "sdpa", f"sdpa (torch's own flash kernel on a GPU): {obstacle}."
+
+
+def _flash_obstacle(device: torch.device) -> str | None:
+    """Why flash-attn 2 cannot run on the device, or None."""
+    if device.type != "cuda":
+        return f"flash-attn needs a CUDA GPU and the device is {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FLASH_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return (
+            f"flash-attn needs an Ampere or newer GPU and {name} has compute capability {capability[0]}.{capability[1]}"
+        )
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # OSError and ImportError: a build for another torch or glibc
+        return f"flash-attn cannot be imported ({str(error).splitlines()[0]})"
+    return None
