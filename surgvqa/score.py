@@ -1,0 +1,159 @@
+"""Scoring of answers against labels: the published keyword accuracy and a stricter one beside it. Pure text, no torch.
+
+**Keyword accuracy** is the published metric: `short_answer.lower() in predicted.lower()`. It counts "no" inside
+"normal".
+
+**Label accuracy** asks whether the answer states the label, and no other label of its question type:
+
+- A label counts only as whole words: "no" in "normal", "5" in "<5" or "left" in "upper-left" is not stated.
+- yes/no questions: the first "yes" or "no" of the answer decides ("No, the scope is not moving" states no).
+- Other labels: one that follows a negation in the same clause is not stated ("not in the rectum but in the sigma"
+  states sigma alone). An answer that states two labels, or none, is wrong.
+- Where the reference answers of a label inflect it ("down" is always "downward", "complete" is "completely"), that
+  inflected word states the label too; the reference answers themselves therefore score 100 %.
+
+Whatever is label-correct is also keyword-correct. **Majority accuracy** is what always answering each question type's
+most frequent label would reach: the figure to beat.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from surgvqa.errors import UsageError
+
+POLAR = ("yes", "no")
+NEGATION = r"\b(?:no|not|never|without|neither|nor|cannot|\w+n't)\b"
+CLAUSE_END = r"[,.;:!?](?!\d)|\b(?:but|instead|rather|although|while)\b"
+COLLAPSE_SHARE = 0.9  # one label in more than this share of a type's predictions
+
+
+def keyword_correct(short_answer: str, predicted: str) -> bool:
+    """The published metric: the label occurs anywhere in the answer, also inside another word."""
+    return short_answer.lower() in predicted.lower()
+
+
+class LabelSet:
+    """The labels of one question type and the words that state them.
+
+    `references` are (label, reference answer) pairs of that type; labels are compared in lower case.
+    """
+
+    def __init__(self, references: Iterable[tuple[str, str]]):
+        answers: dict[str, set[str]] = defaultdict(set)
+        for label, answer in references:
+            answers[label.lower().strip()].add(answer.lower())
+        self.polar = any(label in POLAR for label in answers)
+        self.spellings: dict[str, str] = {}  # what an answer says -> the label that it states
+        for label, sentences in answers.items():
+            self.spellings[label] = label
+            if not any(_whole(label).search(sentence) for sentence in sentences):
+                for sentence in sentences:
+                    for word in re.findall(rf"(?<!\w){re.escape(label)}\w+", sentence):
+                        self.spellings.setdefault(word, label)
+        others = sorted((s for s in self.spellings if s and s not in POLAR), key=len, reverse=True)
+        self._others = _whole(*others) if others else None
+
+    def stated(self, predicted: str) -> set[str]:
+        """The labels that the answer states, by the rules at the top of this module."""
+        text, found = predicted.lower().replace("’", "'"), set()
+        if self.polar and (first := _whole(*POLAR).search(text)):
+            found.add(first.group())
+        for match in self._others.finditer(text) if self._others else ():
+            clause = re.split(CLAUSE_END, text[: match.start()])[-1]
+            if not re.search(NEGATION, clause):
+                found.add(self.spellings[match.group()])
+        return found
+
+    def predicted_label(self, predicted: str) -> str:
+        """The one label that the answer states, else the answer itself without case and final stop."""
+        stated = self.stated(predicted)
+        return stated.pop() if len(stated) == 1 else predicted.lower().strip().rstrip(".")
+
+
+def _whole(*words: str) -> re.Pattern[str]:
+    """Any of `words`, longest first, as whole words; hyphens, < and > and decimals bind ("upper-left", "<5", "0.5")."""
+    return re.compile(rf"(?<![\w<>-])(?<!\d\.)(?:{'|'.join(map(re.escape, words))})(?![\w-]|\.\d)")
+
+
+def score(predictions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores predictions in place and returns the report, all accuracies in 0..1.
+
+    Each prediction has `question_type`, `short_answer`, `predicted_answer` and, if known, `ground_truth` (the reference
+    sentence); it gains `keyword_correct` and `label_correct`. A type is collapsed when it has at least two labels and
+    more than 90 % of its predictions are one label, or some label is never predicted.
+    """
+    if not predictions:
+        raise UsageError("no predictions to score")
+    types: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for prediction in predictions:
+        types[prediction["question_type"]].append(prediction)
+    by_type = {name: _score_type(group) for name, group in sorted(types.items())}
+
+    total = len(predictions)
+    return {
+        "samples": total,
+        "keyword_accuracy": sum(p["keyword_correct"] for p in predictions) / total,
+        "label_accuracy": sum(p["label_correct"] for p in predictions) / total,
+        "majority_accuracy": sum(max(row["labels"].values()) for row in by_type.values()) / total,
+        "by_type": by_type,
+        "collapsed_types": [name for name, row in by_type.items() if row["collapsed"]],
+    }
+
+
+def _score_type(group: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores the predictions of one question type in place; its row of the report."""
+    labels = LabelSet((p["short_answer"], p.get("ground_truth") or "") for p in group)
+    for p in group:
+        p["keyword_correct"] = keyword_correct(p["short_answer"], p["predicted_answer"])
+        p["label_correct"] = labels.stated(p["predicted_answer"]) == {p["short_answer"].lower().strip()}
+    truth = Counter(p["short_answer"].lower().strip() for p in group)
+    predicted = Counter(labels.predicted_label(p["predicted_answer"]) for p in group)
+    collapsed = ""
+    if len(truth) > 1:
+        top, count = predicted.most_common(1)[0]
+        never = [label for label in truth if not predicted[label]]
+        if count > COLLAPSE_SHARE * len(group):
+            collapsed = f"{count / len(group):.0%} {top!r}"
+        elif never:
+            collapsed = "never " + ", ".join(map(repr, never))
+    return {
+        "n": len(group),
+        "keyword_accuracy": sum(p["keyword_correct"] for p in group) / len(group),
+        "label_accuracy": sum(p["label_correct"] for p in group) / len(group),
+        "majority_accuracy": max(truth.values()) / len(group),
+        "labels": dict(truth.most_common()),
+        "predicted": dict(predicted.most_common(8)),
+        "collapsed": collapsed,
+    }
+
+
+def read_predictions(path: str | Path) -> list[dict[str, Any]]:
+    """The predictions of a JSONL file: `question_type`, `short_answer` and `predicted_answer` are needed in each line.
+
+    Raises UsageError with file and line for what is unreadable or lacks a field.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the predictions: {getattr(error, 'strerror', None) or error}") from None
+    predictions = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prediction = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: not JSON ({error}); expected one prediction a line") from None
+        for key in ("question_type", "short_answer", "predicted_answer"):
+            if not isinstance(prediction, dict) or not isinstance(prediction.get(key), str):
+                raise UsageError(f"{path}:{number}: no text field {key!r}; expected a line that `evaluate` wrote")
+        predictions.append(prediction)
+    if not predictions:
+        raise UsageError(f"{path}: no predictions in it")
+    return predictions

@@ -1,0 +1,119 @@
+"""Scoring: the published figure reproduced, and the stricter metric's rules one by one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from surgvqa.errors import UsageError
+from surgvqa.score import LabelSet, keyword_correct, read_predictions, score
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "real-colon-vqa"
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here")
+
+DIRECTION = LabelSet(
+    [
+        ("down", "The lesion shifts downward across the frames."),
+        ("up", "The lesion shifts upward across the frames."),
+        ("left", "The lesion drifts toward the left side of the screen."),
+        ("right", "The lesion drifts toward the right side of the screen."),
+        ("stable", "The lesion stays stable without noticeable movement."),
+    ]
+)
+POLAR = LabelSet([("no", "No, the scope is not moving in these frames."), ("yes", "Yes, the scope is moving.")])
+
+
+@needs_real_data
+def test_published_keyword_accuracy_is_reproduced():
+    predictions = read_predictions(REAL / "predictions_qwen2_zeroshot.jsonl")
+    report = score(predictions)
+    assert report["samples"] == 1000
+    assert report["keyword_accuracy"] == pytest.approx(0.36, abs=1e-9)
+    assert report["label_accuracy"] <= report["keyword_accuracy"]
+    assert not any(p["label_correct"] and not p["keyword_correct"] for p in predictions)
+    assert sum(row["n"] for row in report["by_type"].values()) == 1000
+    assert "lesion_motion_direction" in report["collapsed_types"]  # "Right." fifty times
+    assert "scope_outside" not in report["collapsed_types"]
+    assert "tool_identification" not in report["collapsed_types"]  # one label in the truth: nothing to tell apart
+
+
+@needs_real_data
+@pytest.mark.parametrize("name", ["in_002-001.jsonl", "out_002-001.jsonl"])
+def test_reference_answers_score_full_marks(name):
+    samples = [json.loads(line) for line in (REAL / name).read_text().splitlines()]
+    report = score([{**s, "ground_truth": s["answer"], "predicted_answer": s["answer"]} for s in samples])
+    assert report["label_accuracy"] == report["keyword_accuracy"] == 1.0
+
+
+@needs_real_data
+def test_reference_answers_of_the_prediction_file_score_full_marks():
+    predictions = read_predictions(REAL / "predictions_qwen2_zeroshot.jsonl")
+    assert score([{**p, "predicted_answer": p["ground_truth"]} for p in predictions])["label_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "answer", "stated"),
+    [
+        (POLAR, "No, the scope is not moving.", {"no"}),
+        (POLAR, "The mucosa looks normal.", set()),  # "no" inside "normal"
+        (POLAR, "Yes, there is no obstruction.", {"yes"}),
+        (POLAR, "It is nothing", set()),
+        (DIRECTION, "The lesion drifts toward the left side.", {"left"}),
+        (DIRECTION, "DOWNWARD", {"down"}),
+        (DIRECTION, "It goes down.", {"down"}),
+        (DIRECTION, "The download is stable", {"stable"}),
+        (DIRECTION, "Not left but right.", {"right"}),
+        (DIRECTION, "It isn't moving to the right", set()),
+        (DIRECTION, "left or right", {"left", "right"}),
+        (DIRECTION, "upper-left corner", set()),
+        (DIRECTION, "", set()),
+        (LabelSet([("<5", "The lesion is <5 mm."), ("5-10", "The lesion is 5-10 mm.")]), "It is <5 mm.", {"<5"}),
+        (LabelSet([("<5", ""), ("5-10", "")]), "<50 mm", set()),
+        (LabelSet([("<5", ""), ("5-10", "")]), "<5.5 mm", set()),
+        (LabelSet([("upper left", ""), ("left", "")]), "in the upper left", {"upper left"}),
+        (LabelSet([("complete", "It completely hides the view."), ("absent", "")]), "completely", {"complete"}),
+        (LabelSet([("complete", "It is complete."), ("absent", "")]), "completely", set()),
+        (LabelSet([("NBI", ""), ("WL", "")]), "No, WL light is on instead.", {"wl"}),
+    ],
+)
+def test_stated_labels(labels, answer, stated):
+    assert labels.stated(answer) == stated
+
+
+def test_keyword_metric_is_the_lenient_one():
+    assert keyword_correct("no", "Normal mucosa") and keyword_correct("NBI", "nbi light")
+    assert not keyword_correct("upper-left", "Upper left.")
+
+
+def test_collapse_needs_two_labels_in_the_truth():
+    def prediction(kind, truth, said):
+        return {"question_type": kind, "short_answer": truth, "predicted_answer": said}
+
+    report = score(
+        [prediction("one", "no", "no")] * 5
+        + [prediction("same", "no", "yes"), prediction("same", "yes", "yes")]
+        + [prediction("never", x, y) for x, y in (("a", "a"), ("b", "b"), ("c", "a"))]
+        + [prediction("fine", "no", "no"), prediction("fine", "yes", "yes")]
+    )
+    assert report["collapsed_types"] == ["never", "same"]
+    assert report["by_type"]["never"]["collapsed"] == "never 'c'"
+    assert report["majority_accuracy"] == pytest.approx((5 + 1 + 1 + 1) / 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", ":1: not JSON"),
+        ('{"question_type": "a", "short_answer": "b"}', ":1: no text field 'predicted_answer'"),
+        ("[1]", ":1: no text field"),
+        ("\n", "no predictions"),
+    ],
+)
+def test_bad_prediction_files_are_named(tmp_path, text, problem):
+    file = tmp_path / "p.jsonl"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"p\.jsonl") as caught:
+        read_predictions(file)
+    assert problem in str(caught.value)
+    with pytest.raises(UsageError, match="cannot read"):
+        read_predictions(tmp_path / "absent.jsonl")
