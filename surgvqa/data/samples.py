@@ -1,0 +1,379 @@
+"""The samples of a JSONL file, and where their frames and spoken questions lie. No numpy, no torch.
+
+One line is one sample: `id`, `video_id`, `frames` (names `<video_id>_<frame number>`), `question`, `question_type`,
+`answer` (a sentence), `short_answer` (the label); further fields are ignored. Nothing is ever put in the place of what
+is missing: a line that is not a sample, a frame or a question that is not there is a UsageError that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgvqa.errors import UsageError
+
+FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
+AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg", ".m4a")
+SIDES = ("in", "out")
+"""The real set has each sample's question in two wordings: in-template and out-of-template, in folders of their own."""
+TEXT_FIELDS = ("id", "video_id", "question", "question_type", "answer", "short_answer")
+NAME_FIELDS = ("id", "video_id", "question_type")
+"""Fields that become part of a file's path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One line of a JSONL file."""
+
+    id: str
+    """Not unique: in the real set hundreds of ids stand for several questions."""
+    video_id: str
+    frames: tuple[str, ...]
+    question: str
+    question_type: str
+    answer: str
+    short_answer: str
+    line: int = 0
+    file: str = ""
+
+    @property
+    def clip(self) -> tuple[str, tuple[str, ...]]:
+        """What is seen: the video and its frames."""
+        return self.video_id, self.frames
+
+    @property
+    def label(self) -> str:
+        """The short answer as labels are compared: without case and outer spaces."""
+        return self.short_answer.strip().lower()
+
+    @property
+    def place(self) -> str:
+        """`file:line`, for messages."""
+        return f"{self.file}:{self.line}" if self.file else self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A line that is not a sample, and why."""
+
+    file: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
+    """All samples of a JSONL file, in order.
+
+    Raises UsageError with the first bad line and the number of further ones, or when there is no line at all.
+    """
+    samples, problems = scan_samples(path)
+    if problems:
+        rest = len(problems) - 1
+        more = f" (and {rest} more bad line{'s' * (rest > 1)}; surgvqa check-data lists them)" if rest else ""
+        raise UsageError(f"{problems[0]}{more}")
+    return samples
+
+
+def scan_samples(path: str | os.PathLike[str]) -> tuple[list[Sample], list[Problem]]:
+    """The good lines as samples, the bad ones as problems. Raises UsageError when the file is unreadable or empty.
+
+    A byte order mark, CRLF and blank lines at the end are tolerated.
+    """
+    file = os.fspath(path)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror or error}, expected a JSONL file of samples") from None
+    except ValueError as error:  # a NUL byte in the path
+        raise UsageError(f"{file!r}: {error}, expected a JSONL file of samples") from None
+    lines = content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
+    if lines == [b""]:
+        raise UsageError(f"{file}: empty, expected one JSON object a line")
+    samples, problems = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            samples.append(_parse(line, number, file))
+        except _Bad as bad:
+            problems.append(Problem(file, number, str(bad)))
+    return samples, problems
+
+
+class _Bad(Exception):
+    """Why a line is no sample."""
+
+
+def _parse(line: bytes, number: int, file: str) -> Sample:
+    if not line.strip():
+        raise _Bad("the line is blank, expected a JSON object")
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _Bad(f"byte {error.start + 1} is not UTF-8, expected UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise _Bad(f"not JSON: {error.msg} at column {error.colno}, expected one JSON object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
+        raise _Bad(f"not JSON that can be read: {error}") from None
+    if not isinstance(record, dict):
+        raise _Bad(f"the line is {_kind(record)}, expected a JSON object")
+    for field in TEXT_FIELDS:
+        _text(record, field)
+    for field in NAME_FIELDS:
+        if not _is_file_name(record[field]):
+            raise _Bad(f"{field} is {_short(record[field])}, expected text that can be part of a file name")
+    video_id = record["video_id"]
+    return Sample(frames=_frames(record, video_id), line=number, file=file, **{f: record[f] for f in TEXT_FIELDS})
+
+
+def _text(record: dict[str, Any], field: str) -> None:
+    if field not in record:
+        raise _Bad(f"{field} is missing, expected text")
+    value = record[field]
+    if not isinstance(value, str):
+        raise _Bad(f"{field} is {_kind(value)}, expected text")
+    if not value.strip():
+        raise _Bad(f"{field} is empty, expected text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Bad(f"{field} holds half of a surrogate pair, expected text") from None
+
+
+def _frames(record: dict[str, Any], video_id: str) -> tuple[str, ...]:
+    expected = f"a list of names {video_id}_<frame number>"
+    if "frames" not in record:
+        raise _Bad(f"frames is missing, expected {expected}")
+    frames = record["frames"]
+    if not isinstance(frames, list):
+        raise _Bad(f"frames is {_kind(frames)}, expected {expected}")
+    if not frames:
+        raise _Bad(f"frames is an empty list, expected {expected}")
+    for index, frame in enumerate(frames):
+        if not isinstance(frame, str):
+            raise _Bad(f"frames[{index}] is {_kind(frame)}, expected a name {video_id}_<frame number>")
+        if not frame.removeprefix(f"{video_id}_").isalnum() or not frame.startswith(f"{video_id}_"):
+            raise _Bad(f"frames[{index}] is {_short(frame)}, expected {video_id}_<frame number>")
+    return tuple(frames)
+
+
+def _is_file_name(text: str) -> bool:
+    return text.isprintable() and not set(text) & set("/\\") and text not in (".", "..")
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return kinds.get(type(value), "an object")
+
+
+def _short(text: str) -> str:
+    """`text` quoted, escaped (half surrogates too) and cut for a one-line message."""
+    return ascii(text if len(text) <= 60 else text[:60] + "...") if not text.isprintable() else repr(text[:60])
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+
+class FrameIndex:
+    """Where frames lie: `<frames_dir>/<video_id>/<frame>.jpg` or `<frames_dir>/<video_id>/<number>.jpg` (.jpeg, .png).
+
+    A video's folder is listed once, when its first frame is asked for.
+    """
+
+    def __init__(self, frames_dir: str | os.PathLike[str]):
+        self.root = Path(frames_dir)
+        if not self.root.is_dir():
+            raise UsageError(f"{self.root}: no such folder of frames (frames_dir)")
+        self._folders: dict[str, dict[str, str]] = {}
+
+    def find(self, frame: str) -> Path:
+        """The file of frame `<video_id>_<number>`. Raises UsageError that names what was tried."""
+        video_id, _, number = frame.rpartition("_")
+        if video_id not in self._folders:
+            self._folders[video_id] = _files_by_stem(self.root / video_id, FRAME_EXTENSIONS)
+        files = self._folders[video_id]
+        name = files.get(frame) or files.get(number)
+        if name:
+            return self.root / video_id / name
+        if not (self.root / video_id).is_dir():
+            raise UsageError(f"frame {frame} is missing: no folder {self.root / video_id}")
+        raise UsageError(
+            f"frame {frame} is missing: no {frame}.jpg or {number}.jpg (nor .jpeg, .png) in {self.root / video_id}"
+        )
+
+
+def find_frame(frames_dir: str | os.PathLike[str], frame: str) -> Path:
+    """The file of one frame; for many of them make one FrameIndex. Raises UsageError."""
+    return FrameIndex(frames_dir).find(frame)
+
+
+def _files_by_stem(folder: Path, extensions: Sequence[str]) -> dict[str, str]:
+    """{stem: file name} of the files with one of the extensions, the earlier extension winning; {} without a folder."""
+    found: dict[str, tuple[int, str]] = {}
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror}, expected a folder that can be listed") from None
+    for name in names:
+        stem, extension = os.path.splitext(name)
+        if extension.lower() in extensions:
+            candidate = extensions.index(extension.lower()), name
+            found[stem] = min(found.get(stem, candidate), candidate)
+    return {stem: name for stem, (_, name) in found.items()}
+
+
+# --- spoken questions -------------------------------------------------------------------------------------------------
+
+
+class AudioIndex:
+    """Which file speaks a sample's question, never another sample's.
+
+    Looked for in this order, as .mp3, .wav, .flac, .ogg or .m4a:
+
+    1. `<audio_dir>/<video_id>/<id>`
+    2. `<audio_dir>/in_<video_id>/<id>`, `<audio_dir>/out_<video_id>/<id>`
+    3. `<audio_dir>/<video_id>_<id>_<question_type>`
+    4. `<audio_dir>/<id>`
+
+    A file serves only while its name stands for one question among the samples at hand; otherwise the error names both
+    lines. So 4 serves while the id has one question, 1 and 2 while the id has one in its video.
+
+    In-template and out-of-template wordings are kept apart: a sample whose JSONL file is named `in_…` is never given a
+    file out of a folder `out_…` (audio_dir itself included), and the other way round. When the JSONL's name does not
+    say it and both folders have the id, the question sets `in_<video_id>.jsonl` and `out_<video_id>.jsonl`, beside the
+    sample's own file or in audio_dir, say which of the two wordings the sample's question is. Failing that, the error
+    names both files.
+    """
+
+    def __init__(self, audio_dir: str | os.PathLike[str], samples: Iterable[Sample]):
+        self.root = Path(audio_dir)
+        if not self.root.is_dir():
+            raise UsageError(f"{self.root}: no such folder of spoken questions (audio_dir)")
+        self._folders: dict[str, dict[str, str]] = {}
+        self._wordings: dict[Path, dict[tuple[str, str], set[str]]] = {}
+        self._first: dict[tuple[str, ...], dict[str, Sample]] = defaultdict(dict)
+        """For each key that a file may be named by: its questions, each with the first sample that asks it."""
+        for sample in samples:
+            for key in ((sample.id,), (sample.id, sample.video_id), (sample.id, sample.video_id, sample.question_type)):
+                self._first[key].setdefault(_wording(sample.question), sample)
+
+    def find(self, sample: Sample) -> Path:
+        """The sample's spoken question. Raises UsageError: missing (names every path tried) or not to be told apart."""
+        own, flat = (sample.id, sample.video_id), (sample.id,)
+        composite = f"{sample.video_id}_{sample.id}_{sample.question_type}"
+        if found := self._file(sample.video_id, sample.id):
+            return self._unless_shared(found, own, sample)
+        if found := self._of_side(sample):
+            return found
+        if found := self._file("", composite):
+            return self._unless_shared(found, (*own, sample.question_type), sample)
+        if (found := self._file("", sample.id)) and _agree(_side(self.root.resolve().name), _side_of(sample)):
+            return self._unless_shared(found, flat, sample)
+        folders = ", ".join(f"{folder}/{sample.id}" for folder in (sample.video_id, *_side_folders(sample)))
+        side = _side_of(sample)
+        note = f"; {Path(sample.file).name} needs the {side}-template wording" if side else ""
+        raise UsageError(
+            f"{sample.place}: no spoken question in {self.root}: tried {folders}, {composite}, {sample.id}"
+            f" ({' '.join(AUDIO_EXTENSIONS)}){note}"
+        )
+
+    def _of_side(self, sample: Sample) -> Path | None:
+        key = sample.id, sample.video_id
+        found = {folder: file for folder in _side_folders(sample) if (file := self._file(folder, sample.id))}
+        if len(found) < 2:
+            return next((self._unless_shared(file, key, sample) for file in found.values()), None)
+        wording = _wording(sample.question)
+        folder = next((f for f in found if wording in self._wordings_of(f, sample)), None)
+        if folder is None:
+            question_sets = " and ".join(f"{f}.jsonl" for f in found)
+            raise UsageError(
+                f"{sample.place}: two spoken questions fit, {' and '.join(map(str, found.values()))}; name the folder of"
+                f" one as audio_dir, or put the question sets {question_sets} beside the samples"
+            )
+        return self._unless_shared(found[folder], key, sample, among=self._wordings_of(folder, sample))
+
+    def _wordings_of(self, folder: str, sample: Sample) -> set[str]:
+        """What `<folder>.jsonl`, beside the samples or in audio_dir, asks under the sample's id; empty without one."""
+        for place in (Path(sample.file).parent, self.root):
+            file = place / f"{folder}.jsonl"
+            if file not in self._wordings:
+                asked = defaultdict(set)
+                for other in read_samples(file) if file.is_file() else []:
+                    asked[other.video_id, other.id].add(_wording(other.question))
+                self._wordings[file] = asked
+            if wordings := self._wordings[file].get((sample.video_id, sample.id)):
+                return wordings
+        return set()
+
+    def _file(self, folder: str, stem: str) -> Path | None:
+        if folder not in self._folders:
+            self._folders[folder] = _files_by_stem(self.root / folder, AUDIO_EXTENSIONS)
+        name = self._folders[folder].get(stem)
+        return self.root / folder / name if name else None
+
+    def _unless_shared(self, file: Path, key: tuple[str, ...], sample: Sample, among: set[str] | None = None) -> Path:
+        """`file`, unless another question of the samples (of the wordings `among` them) would be given it too."""
+        wording = _wording(sample.question)
+        others = [s for w, s in self._first[key].items() if w != wording and (among is None or w in among)]
+        if others:
+            other = others[0]
+            raise UsageError(
+                f"{sample.place}: {file} stands for two questions: {_short(sample.question)} (video {sample.video_id})"
+                f" and at {other.place} {_short(other.question)} (video {other.video_id}); one file a question is needed,"
+                f" as {self.root}/<video_id>/<id>{file.suffix} or <video_id>_<id>_<question_type>{file.suffix}"
+            )
+        return file
+
+
+def _wording(question: str) -> str:
+    """A question as questions are compared: without case and extra spaces."""
+    return " ".join(question.split()).casefold()
+
+
+def _side(name: str) -> str | None:
+    """in or out, when a file or folder name begins so."""
+    return next((side for side in SIDES if name.startswith(f"{side}_")), None)
+
+
+def _side_of(sample: Sample) -> str | None:
+    return _side(Path(sample.file).name)
+
+
+def _agree(folder_side: str | None, sample_side: str | None) -> bool:
+    return folder_side is None or sample_side is None or folder_side == sample_side
+
+
+def _side_folders(sample: Sample) -> list[str]:
+    return [f"{side}_{sample.video_id}" for side in SIDES if _agree(side, _side_of(sample))]
+
+
+# --- what can be had without looking ----------------------------------------------------------------------------------
+
+
+def majority_labels(samples: Iterable[Sample]) -> dict[str, tuple[str, int]]:
+    """{question type: (its most frequent label, how often)}; of equally frequent labels the alphabetically first."""
+    by_type: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        by_type[sample.question_type][sample.label] += 1
+    return {kind: min(labels.items(), key=lambda item: (-item[1], item[0])) for kind, labels in by_type.items()}
+
+
+def majority_accuracy(samples: Sequence[Sample]) -> float:
+    """Share (0..1) of the samples whose label is the most frequent one of their question type; 0 without samples.
+
+    What a model reaches that has learned the labels' frequencies and neither looks nor listens.
+    """
+    return sum(count for _, count in majority_labels(samples).values()) / len(samples) if samples else 0.0
