@@ -300,8 +300,8 @@ class AudioIndex:
         if folder is None:
             question_sets = " and ".join(f"{f}.jsonl" for f in found)
             raise UsageError(
-                f"{sample.place}: two spoken questions fit, {' and '.join(map(str, found.values()))}; name the folder of"
-                f" one as audio_dir, or put the question sets {question_sets} beside the samples"
+                f"{sample.place}: two spoken questions fit, {' and '.join(map(str, found.values()))}; name one's folder"
+                f" as audio_dir, or put the question sets {question_sets} beside the samples"
             )
         return self._unless_shared(found[folder], key, sample, among=self._wordings_of(folder, sample))
 
@@ -332,8 +332,8 @@ class AudioIndex:
             other = others[0]
             raise UsageError(
                 f"{sample.place}: {file} stands for two questions: {_short(sample.question)} (video {sample.video_id})"
-                f" and at {other.place} {_short(other.question)} (video {other.video_id}); one file a question is needed,"
-                f" as {self.root}/<video_id>/<id>{file.suffix} or <video_id>_<id>_<question_type>{file.suffix}"
+                f" and at {other.place} {_short(other.question)} (video {other.video_id}); each needs a file of its own,"
+                f" {self.root}/<video_id>/<id>{file.suffix} or <video_id>_<id>_<question_type>{file.suffix}"
             )
         return file
 

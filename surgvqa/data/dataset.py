@@ -1,0 +1,110 @@
+"""From a sample to the model's inputs, as numpy arrays. Made for worker processes: small to pickle, no tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from surgvqa.config import DataOptions
+from surgvqa.data.audio import audio_features, audio_seconds, load_audio
+from surgvqa.data.frames import frame_patches, load_frame, select_frames
+from surgvqa.data.processors import Processors
+from surgvqa.data.prompt import IGNORED, answer_ids, prompt_ids
+from surgvqa.data.samples import AudioIndex, FrameIndex, Sample
+from surgvqa.errors import UsageError
+
+Item = dict[str, np.ndarray]
+
+
+class ClipDataset:
+    """`dataset[i]` is sample i, encoded; see `encode` for the arrays.
+
+    Making it finds every file of every sample, and raises UsageError when one is missing or cannot be told apart:
+    before any training, not in the middle of it. `warnings` holds what the run should say once.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        frames_dir: str | os.PathLike[str],
+        audio_dir: str | os.PathLike[str],
+        processors: Processors,
+        options: DataOptions,
+        with_answer: bool = True,
+    ):
+        self.samples = list(samples)
+        self.processors = processors
+        self.image_size = options.image_size
+        self.input_mode = options.input_mode
+        self.with_answer = with_answer
+        frames, audio = FrameIndex(frames_dir), AudioIndex(audio_dir, self.samples)
+        self.frame_paths: list[list[str]] = []
+        self.audio_paths: list[str] = []
+        for sample in self.samples:
+            try:
+                chosen = select_frames(sample.frames, options.num_frames)
+                self.frame_paths.append([str(frames.find(frame)) for frame in chosen])
+            except UsageError as error:
+                raise UsageError(f"{sample.place}: {error}") from None
+            self.audio_paths.append(str(audio.find(sample)))
+        self.warnings = self._cut_audio()
+
+    def _cut_audio(self) -> list[str]:
+        window = self.processors.audio_window_s
+        lengths = {path: audio_seconds(path) or 0.0 for path in dict.fromkeys(self.audio_paths)}
+        longest = max(lengths, key=lengths.__getitem__, default="")
+        cut = sum(lengths[path] > window for path in self.audio_paths)
+        if not cut:
+            return []
+        return [
+            f"{cut} of {len(self)} spoken questions are longer than the {window:g} s that the audio encoder hears; the"
+            f" rest of them is cut (longest: {lengths[longest]:.1f} s, {longest})"
+        ]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        sample = self.samples[index]
+        return encode(
+            self.processors,
+            self.frame_paths[index],
+            self.audio_paths[index],
+            image_size=self.image_size,
+            input_mode=self.input_mode,
+            question=sample.question,
+            answer=sample.answer if self.with_answer else None,
+        )
+
+
+def encode(
+    processors: Processors,
+    frame_paths: Sequence[str | os.PathLike[str]],
+    audio_path: str | os.PathLike[str],
+    *,
+    image_size: int,
+    input_mode: str,
+    question: str = "",
+    answer: str | None = None,
+) -> Item:
+    """One clip and one spoken question as the model's inputs, L tokens, F frames, P patches:
+
+    input_ids int64 [L], labels int64 [L] (-100 but for the answer; all -100 without one), pixel_values float32
+    [P, 1176], image_grid_thw int64 [F, 3], input_features float32 [mels, 2·audio tokens].
+    `question` is written into the prompt in input_mode audio_text only.
+    """
+    patches, grids = zip(
+        *(frame_patches(load_frame(path, image_size), processors.image_processor) for path in frame_paths)
+    )
+    features = audio_features(load_audio(audio_path), processors.feature_extractor, processors.num_audio_tokens)
+    prompt = prompt_ids(processors, grids, question, input_mode)
+    learned = answer_ids(processors, answer) if answer is not None else []
+    return {
+        "input_ids": np.array(prompt + learned, dtype=np.int64),
+        "labels": np.array([IGNORED] * len(prompt) + learned, dtype=np.int64),
+        "pixel_values": np.concatenate(patches).astype(np.float32, copy=False),
+        "image_grid_thw": np.stack(grids).astype(np.int64, copy=False),
+        "input_features": features.astype(np.float32, copy=False),
+    }

@@ -1,0 +1,132 @@
+"""The checkpoint's own processors: tokenizer, image processor, audio feature extractor. Nothing is fetched from a hub.
+
+AutoProcessor is not used: it needs torchvision, and where torchvision is installed it picks a resize that differs from
+the one the model was trained with (up to 0.03 a pixel). The Pillow one is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Qwen2TokenizerFast, WhisperFeatureExtractor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from surgvqa.data.audio import HOP, SAMPLE_RATE
+from surgvqa.errors import UsageError
+
+
+@dataclass
+class Processors:
+    """What turns text, frames and sound into the model's inputs. Can be pickled, for worker processes."""
+
+    tokenizer: Qwen2TokenizerFast
+    image_processor: Qwen2VLImageProcessorPil
+    feature_extractor: WhisperFeatureExtractor
+    num_audio_tokens: int
+    """Positions of the audio encoder; the prompt has as many audio tokens, however short the question."""
+    num_mel_bins: int
+    image_token_id: int
+    audio_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    im_start_token_id: int
+    im_end_token_id: int
+    """End of a turn, and of a generated answer."""
+    pad_token_id: int
+
+    @property
+    def merge_size(self) -> int:
+        """The vision tower makes one token of merge_size x merge_size patches."""
+        return self.image_processor.merge_size
+
+    @property
+    def audio_window_s(self) -> float:
+        """Seconds of sound that the audio encoder hears."""
+        return 2 * self.num_audio_tokens * HOP / SAMPLE_RATE
+
+
+def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
+    """The processors of a checkpoint folder. Raises UsageError that names the file or key that is missing."""
+    folder = Path(checkpoint)
+    config = _read_json(folder, "config.json")
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (
+        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    )
+    if not has_tokenizer:
+        raise UsageError(f"{folder}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
+    try:
+        tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise UsageError(f"{folder}: the tokenizer files cannot be read: {error}") from None
+    _read_json(folder, "preprocessor_config.json")
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+
+    positions = _shape(folder, "audio_encoder.embed_positions.weight")[0]
+    mels = _shape(folder, "audio_encoder.conv1.weight")[1]
+    feature_extractor = WhisperFeatureExtractor(
+        feature_size=mels,  # preprocessor files often say 80; the encoder's first convolution knows better
+        sampling_rate=SAMPLE_RATE,
+        hop_length=HOP,
+        chunk_length=-(-2 * positions * HOP // SAMPLE_RATE),
+    )
+
+    def id_of(key: str, token: str) -> int:
+        """From config.json, which the model reads too; else the tokenizer's id of the usual token."""
+        for place in (config, config.get("text_config") or {}):
+            if place.get(key) is not None:
+                return int(place[key])
+        return token_id(token)
+
+    def token_id(token: str) -> int:
+        found = tokenizer.get_vocab().get(token)
+        if found is None:
+            raise UsageError(f"{folder}: the tokenizer has no token {token}, expected a Qwen2-VL tokenizer")
+        return found
+
+    return Processors(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        feature_extractor=feature_extractor,
+        num_audio_tokens=positions,
+        num_mel_bins=mels,
+        image_token_id=id_of("image_token_id", "<|image_pad|>"),
+        audio_token_id=id_of("audio_token_id", "<|audio_pad|>"),
+        vision_start_token_id=id_of("vision_start_token_id", "<|vision_start|>"),
+        vision_end_token_id=id_of("vision_end_token_id", "<|vision_end|>"),
+        im_start_token_id=token_id("<|im_start|>"),
+        im_end_token_id=token_id("<|im_end|>"),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else token_id("<|endoftext|>"),
+    )
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{folder / name}: {error.strerror}, expected a checkpoint's file") from None
+    except ValueError as error:
+        raise UsageError(f"{folder / name}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{folder / name}: expected a JSON object")
+    return content
+
+
+def _shape(folder: Path, tensor: str) -> tuple[int, ...]:
+    """A tensor's shape, from the header of the file that holds it."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    file = "model.safetensors"
+    if index.is_file():
+        file = (_read_json(folder, index.name).get("weight_map") or {}).get(tensor)
+        if file is None:
+            raise UsageError(f"{index}: no tensor {tensor}, expected an audio-grafted Qwen2-VL checkpoint")
+    try:
+        with safe_open(folder / file, framework="np") as tensors:
+            return tuple(tensors.get_slice(tensor).get_shape())
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder / file}: {tensor} cannot be read: {error}") from None

@@ -1,0 +1,64 @@
+"""The prompt, token for token as the author's model was trained on it, and which tokens are learned.
+
+    <|im_start|>user
+    <|audio_bos|>{audio token x N}<|audio_eos|>
+    You are a helpful assistant.<|im_end|>
+    <|im_start|>user
+    {for each frame: <|vision_start|>{image token x n}<|vision_end|>}{text}<|im_end|>
+    <|im_start|>assistant
+    {answer}<|im_end|>
+
+`<|audio_bos|>` and `<|audio_eos|>` are plain text here: the author's tokenizer does not know them, and the model has
+learned their pieces. N is the number of the audio encoder's positions, n a frame's patches after merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from surgvqa.data.processors import Processors
+from surgvqa.errors import UsageError
+
+INSTRUCTION = "Answer the question concisely based on the visual and audio evidence."
+IGNORED = -100
+"""Label of a token that the loss leaves out (PyTorch's ignore_index)."""
+
+
+def image_tokens(grid: Iterable[int], merge_size: int) -> int:
+    """Tokens of one frame: t·h·w patches, merge_size² of them to a token."""
+    t, h, w = (int(n) for n in grid)
+    return t * h * w // merge_size**2
+
+
+def prompt_ids(processors: Processors, grids: Sequence[Iterable[int]], question: str, input_mode: str) -> list[int]:
+    """Token ids from the beginning to the point where the answer is to be written.
+
+    `grids`: (t, h, w) in patches of each frame. `input_mode`: audio_only (the question is only spoken) or audio_text
+    (it is also written, as in the old script). A question cannot smuggle in a special token: text is tokenised as text.
+    """
+    p = processors
+
+    def text(content: str) -> list[int]:
+        return plain_text_ids(p, content)
+
+    if input_mode not in ("audio_only", "audio_text"):
+        raise UsageError(f"input_mode is {input_mode!r}, expected audio_only or audio_text")
+    asked = f"User Question: {question}\n{INSTRUCTION}" if input_mode == "audio_text" else INSTRUCTION
+    ids = [p.im_start_token_id, *text("user\n<|audio_bos|>"), *[p.audio_token_id] * p.num_audio_tokens]
+    ids += [*text("<|audio_eos|>\nYou are a helpful assistant."), p.im_end_token_id, *text("\n")]
+    ids += [p.im_start_token_id, *text("user\n")]
+    for grid in grids:
+        images = [p.image_token_id] * image_tokens(grid, p.merge_size)
+        ids += [p.vision_start_token_id, *images, p.vision_end_token_id]
+    ids += [*text(asked), p.im_end_token_id, *text("\n")]
+    return [*ids, p.im_start_token_id, *text("assistant\n")]
+
+
+def answer_ids(processors: Processors, answer: str) -> list[int]:
+    """Token ids of the answer with its end of turn: what is learned."""
+    return [*plain_text_ids(processors, answer), processors.im_end_token_id, *plain_text_ids(processors, "\n")]
+
+
+def plain_text_ids(processors: Processors, text: str) -> list[int]:
+    """Token ids of text that is text throughout: `<|im_end|>` in it comes out as its characters' pieces."""
+    return processors.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
