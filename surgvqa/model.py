@@ -22,7 +22,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 
+from surgvqa.adapter import add_lora, load_adapter, save_adapter
 from surgvqa.errors import SurgvqaError, UsageError
+
+__all__ = [
+    "AudioQwen2VLForConditionalGeneration",
+    "add_lora",
+    "choose_attention",
+    "load_adapter",
+    "load_model",
+    "save_adapter",
+]
 
 IGNORED = -100
 """The label of a position that is not supervised (torch's and transformers' convention)."""
