@@ -6,15 +6,13 @@ the one the model was trained with (up to 0.03 a pixel). The Pillow one is the s
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from transformers import Qwen2TokenizerFast, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from surgvqa.checkpoint import Checkpoint, open_checkpoint, read_json
 from surgvqa.data.audio import HOP, SAMPLE_RATE
 from surgvqa.errors import UsageError
 
@@ -51,8 +49,8 @@ class Processors:
 
 def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
     """The processors of a checkpoint folder. Raises UsageError that names the file or key that is missing."""
-    folder = Path(checkpoint)
-    config = _read_json(folder, "config.json")
+    weights = open_checkpoint(os.fspath(checkpoint))
+    folder, config = weights.folder, weights.config
     has_tokenizer = (folder / "tokenizer.json").is_file() or (
         (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     )
@@ -62,11 +60,11 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
         tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UsageError(f"{folder}: the tokenizer files cannot be read: {error}") from None
-    _read_json(folder, "preprocessor_config.json")
+    read_json(folder / "preprocessor_config.json")
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
 
-    positions = _shape(folder, "audio_encoder.embed_positions.weight")[0]
-    mels = _shape(folder, "audio_encoder.conv1.weight")[1]
+    positions = _shape(weights, "audio_encoder.embed_positions.weight")[0]
+    mels = _shape(weights, "audio_encoder.conv1.weight")[1]
     feature_extractor = WhisperFeatureExtractor(
         feature_size=mels,  # preprocessor files often say 80; the encoder's first convolution knows better
         sampling_rate=SAMPLE_RATE,
@@ -103,30 +101,7 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
     )
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{folder / name}: {error.strerror}, expected a checkpoint's file") from None
-    except ValueError as error:
-        raise UsageError(f"{folder / name}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{folder / name}: expected a JSON object")
-    return content
-
-
-def _shape(folder: Path, tensor: str) -> tuple[int, ...]:
-    """A tensor's shape, from the header of the file that holds it."""
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    file = "model.safetensors"
-    if index.is_file():
-        file = (_read_json(folder, index.name).get("weight_map") or {}).get(tensor)
-        if file is None:
-            raise UsageError(f"{index}: no tensor {tensor}, expected an audio-grafted Qwen2-VL checkpoint")
-    try:
-        with safe_open(folder / file, framework="np") as tensors:
-            return tuple(tensors.get_slice(tensor).get_shape())
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder / file}: {tensor} cannot be read: {error}") from None
+def _shape(checkpoint: Checkpoint, tensor: str) -> tuple[int, ...]:
+    if tensor not in checkpoint.tensors:
+        raise UsageError(f"{checkpoint.folder}: no tensor {tensor}, expected an audio-grafted Qwen2-VL checkpoint")
+    return checkpoint.tensors[tensor].shape

@@ -332,7 +332,7 @@ class AudioIndex:
             other = others[0]
             raise UsageError(
                 f"{sample.place}: {file} stands for two questions: {_short(sample.question)} (video {sample.video_id})"
-                f" and at {other.place} {_short(other.question)} (video {other.video_id}); each needs a file of its own,"
+                f" and at {other.place} {_short(other.question)} (video {other.video_id}); each needs its own file,"
                 f" {self.root}/<video_id>/<id>{file.suffix} or <video_id>_<id>_<question_type>{file.suffix}"
             )
         return file
