@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa import __version__, config, runs
+from surgvqa import __version__, config, runs, trained
 from surgvqa.console import JobView, OutputToLog
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
@@ -280,9 +280,10 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
     given = {
         key: config.convert(known[key], value, "command line") for key, value in vars(arguments).items() if key in known
     }
-    resolved = config.resolve(name, given, workspace, getattr(arguments, "preset", None), extra)
-    if extra:
-        resolved.options.extra = extra
+    inherited = trained.inherit(name, given, workspace)
+    resolved = config.resolve(name, given, workspace, getattr(arguments, "preset", None), extra, inherited)
+    if resolved.extra:
+        resolved.options.extra = resolved.extra
     room = importlib.import_module(module)
     if hasattr(room, "check"):
         room.check(resolved.options)

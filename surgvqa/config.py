@@ -402,19 +402,33 @@ class Resolved:
         return listed
 
 
+@dataclass(frozen=True)
+class Inherited:
+    """What a resumed run, or an adapter that is evaluated, was trained with."""
+
+    values: dict[str, Any]
+    origin: str
+    """For run.json: where the values came from."""
+    preset: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+
 def resolve(
     command: str,
     given: dict[str, Any],
     workspace: Workspace,
     preset: str | None = None,
     extra: dict[str, str] | None = None,
+    inherited: Inherited | None = None,
 ) -> Resolved:
     """Default < preset < surgvqa.toml < command line (`given`: converted values of the options that were named).
 
+    `inherited` values stand between surgvqa.toml and what was named: a preset named with them is above them.
     Raises UsageError for an unknown preset and for a required option that no source names.
     """
     from presets import PresetError, load_presets
 
+    inherited = inherited or Inherited({}, "")
     options_class = COMMAND_OPTIONS[command]
     known = settings_of(options_class)
     values = {name: s.default for name, s in known.items() if not s.required}
@@ -424,7 +438,8 @@ def resolve(
     except PresetError as error:
         raise UsageError(str(error)) from None
     takes_preset = any(name in known for name in settings_of(DataOptions))
-    name = preset or workspace.preset or (available[0].name if available else None)
+    earlier = next((p.name for p in available if p.name == inherited.preset), None)
+    name = preset or earlier or workspace.preset or (available[0].name if available else None)
     chosen = None
     if takes_preset and name:
         chosen = next((p for p in available if p.name == name), None)
@@ -440,6 +455,9 @@ def resolve(
         value = workspace.value(key, command)
         if value is not None:
             values[key], sources[key] = value, WORKSPACE_FILE
+    for key, value in inherited.values.items():
+        if key in known and not (preset and chosen and key in chosen.settings):
+            values[key], sources[key] = convert(known[key], value, inherited.origin), inherited.origin
     for key, value in given.items():
         values[key], sources[key] = value, "command line"
     missing = [key for key in known if key not in values]
@@ -447,4 +465,5 @@ def resolve(
         raise UsageError(
             "missing " + ", ".join(f"--{key}" for key in missing) + f" (or the key of that name in {workspace.file})"
         )
-    return Resolved(options_class(**values), sources, chosen.name if chosen else None, extra or {})
+    extra = {**inherited.extra, **(extra or {})}
+    return Resolved(options_class(**values), sources, chosen.name if chosen else None, extra)

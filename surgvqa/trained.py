@@ -1,0 +1,194 @@
+"""What a training run leaves: its output folder, and how to find it again from a run id.
+
+    <output_dir>/adapter_model.safetensors, adapter_config.json    the result, in the checkpoint's old key names
+                 surgvqa.json                                      what it was trained with (`Trained`)
+                 checkpoint-<step>/                                the same, and what resuming needs
+
+A checkpoint is written under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgvqa import runs
+from surgvqa.config import DataOptions, Inherited, Path_, TrainOptions, Workspace, settings_of
+from surgvqa.errors import UsageError
+from surgvqa.listing import runs_dirs
+
+RECORD = "surgvqa.json"
+ADAPTER = "adapter_model.safetensors"
+RESUME_FILES = (ADAPTER, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+"""What a checkpoint must have to be resumed from."""
+
+
+@dataclass
+class Trained:
+    """The output folder of a training run and the options it ran with (paths absolute)."""
+
+    folder: Path
+    options: dict[str, Any]
+    run: str | None = None
+    preset: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes surgvqa.json into `folder`."""
+        document = {
+            "v": 1,
+            "run": self.run,
+            "base_model": self.options.get("model_name_or_path"),
+            "output_dir": str(self.folder),
+            "options": self.options,
+            "extra": self.extra,
+            "preset": self.preset,
+        }
+        runs.write_json_atomic(folder / RECORD, document)
+
+
+def record_of(options: TrainOptions, output_dir: Path, run: runs.Run) -> Trained:
+    """What surgvqa.json will say of the run that `options` describe."""
+    values = {name: getattr(options, name) for name in settings_of(TrainOptions)}
+    values["output_dir"] = str(output_dir)
+    info = runs.read_run_json(run.folder)
+    return Trained(
+        output_dir.absolute(), _absolute(values, Path.cwd()), run.id, info.get("preset"), getattr(options, "extra", {})
+    )
+
+
+def read(folder: Path) -> Trained | None:
+    """surgvqa.json of an output folder or of a checkpoint in it; None when there is none."""
+    try:
+        document = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        options = dict(document["options"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / RECORD}: not a record of training ({error}); delete it to go on without") from None
+    return Trained(folder, options, document.get("run"), document.get("preset"), document.get("extra") or {})
+
+
+def find(name: str, workspace: Workspace) -> Trained:
+    """The training that `name` means: an output folder, a checkpoint in one, a run folder, run id or run name.
+
+    A folder that no training of ours wrote comes back without options. Raises UsageError when nothing fits.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / "run.json").is_file():
+        return read(folder) or Trained(folder, {})
+    if not folder.exists() and (folder.is_absolute() or os.sep in name):
+        raise UsageError(f"{name}: no such folder; expected an adapter or checkpoint folder, or a run id")
+    try:
+        run = runs.find_run(name, runs_dirs(workspace))
+    except UsageError as error:
+        raise UsageError(f"{error}; nor is it a folder") from None
+    info = runs.read_run_json(run)
+    if info.get("command") != "train":
+        raise UsageError(f"{name}: run {run.name} is a {info.get('command')} run, expected a training run")
+    record = info.get("options") or {}
+    known = settings_of(TrainOptions)
+    options = {key: row.get("value") for key, row in record.items() if key in known}
+    extra = {key: str(row.get("value")) for key, row in record.items() if key not in known}
+    options = _absolute(options, Path(info.get("cwd") or "."))
+    options["output_dir"] = options.get("output_dir") or str(run / "checkpoints")
+    return Trained(Path(options["output_dir"]), options, run.name, info.get("preset"), extra)
+
+
+def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inherited | None:
+    """What `train --resume` and `evaluate/ask --checkpoint` take over from the training that they name.
+
+    In `given` the name becomes the folder that it stands for. A resumed run takes all its options over, the others how
+    a sample is shown and the base checkpoint.
+    """
+    option = {"train": "resume", "evaluate": "checkpoint", "ask": "checkpoint"}.get(command)
+    name = option and (given.get(option) or workspace.value(option, command))
+    if not name:
+        return None
+    trained = find(str(name), workspace)
+    given[option] = Path_(trained.folder)
+    kept = set(settings_of(DataOptions)) | {"model_name_or_path"} if command != "train" else set(trained.options)
+    values = {key: value for key, value in trained.options.items() if key in kept and key != option}
+    if command == "train":
+        if not values:
+            raise UsageError(f"{name}: no {RECORD} there, so nothing says how it was trained; expected a training run")
+        return Inherited(values, f"run {trained.run}", trained.preset, trained.extra)
+    return Inherited(values, f"trained with ({trained.run or trained.folder.name})")
+
+
+def _absolute(options: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Path options relative to `base` made absolute."""
+    known = settings_of(TrainOptions)
+    return {
+        key: os.path.abspath(base / value) if value and key in known and known[key].type is Path_ else value
+        for key, value in options.items()
+    }
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint-<step> folders, newest step first."""
+    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+
+
+def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint that can be resumed from, why each newer one cannot)."""
+    skipped = []
+    for checkpoint in checkpoints(output_dir):
+        damage = damage_of(checkpoint)
+        if not damage:
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint.name}: {damage}")
+    return None, skipped
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, told from names, sizes and headers; None when it looks whole."""
+    for name in RESUME_FILES:
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # its directory stands at the end
+            return f"{name} is truncated"
+    try:
+        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+        if checkpoint.name != f"checkpoint-{step}":
+            return f"trainer_state.json is of step {step}"
+    except (ValueError, KeyError, TypeError):
+        return "trainer_state.json is damaged"
+    try:
+        with open(checkpoint / ADAPTER, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_size))
+        end = max(row["data_offsets"][1] for key, row in header.items() if key != "__metadata__")
+    except (ValueError, KeyError, TypeError, MemoryError, OverflowError):
+        return f"{ADAPTER} is damaged"
+    if (checkpoint / ADAPTER).stat().st_size != 8 + header_size + end:
+        return f"{ADAPTER} is truncated"
+    return None
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Renames a finished folder to its final name, its files on disk first; an older `final` makes room."""
+    for file in temporary.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    with contextlib.suppress(OSError):  # not every file system can fsync a folder
+        descriptor = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
