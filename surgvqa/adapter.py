@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from surgvqa.checkpoint import read_json, to_old_name
 from surgvqa.config import LoraOptions
 from surgvqa.errors import UsageError
 
@@ -68,7 +69,7 @@ def load_adapter(
     the first name at fault: an adapter that loads in part answers, and answers wrong.
     """
     folder = Path(folder)
-    on_disk = _read_config(folder / CONFIG)
+    on_disk = _read_config(folder / CONFIG) | {"base_model_name_or_path": model.name_or_path}
     path = folder / WEIGHTS
     try:
         tensors = load_file(path)
@@ -105,16 +106,20 @@ def load_adapter(
 
 
 def save_adapter(peft_model: PeftModel, folder: str | Path, extra_config: dict[str, Any] | None = None) -> None:
-    """Writes a PEFT folder in the old names, and `surgvqa.json` with `extra_config` (what evaluation must know of how
-    the adapter was trained). No file is seen before it is whole; adapter_config.json comes last."""
+    """Writes a PEFT folder in the old names, and `surgvqa.json` when `extra_config` is given (what evaluation must know
+    of how the adapter was trained). No file is seen before it is whole; adapter_config.json comes last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: slot.detach().cpu().contiguous() for name, slot in adapter_parameters(peft_model).items()}
+    texts = {CONFIG: peft_model.adapter_config_on_disk}
+    if extra_config is not None:
+        texts = {SETTINGS: extra_config, **texts}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": "pt"})
-        for name, content in ((SETTINGS, extra_config or {}), (CONFIG, peft_model.adapter_config_on_disk)):
+        for name, content in texts.items():
             Path(temporary, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS, SETTINGS, CONFIG):
+        save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": "pt"})
+        Path(temporary, WEIGHTS).chmod(Path(temporary, CONFIG).stat().st_mode)  # safetensors makes it 0600
+        for name in (WEIGHTS, *texts):
             os.replace(Path(temporary, name), folder / name)
 
 
@@ -129,8 +134,9 @@ def adapter_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def old_name(name: str) -> str:
-    """The checkpoint's name of a module or tensor from either name, with or without PEFT's prefix."""
-    return re.sub(rf"^((?:{re.escape(PEFT_PREFIX)})?)model\.(?:language_(model\.)|(visual\.))", r"\1\2\3", name)
+    """The checkpoint's name of a module, or an adapter's tensor with PEFT's prefix, from either name."""
+    bare = name.removeprefix(PEFT_PREFIX)
+    return name[: len(name) - len(bare)] + to_old_name(bare)
 
 
 def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, where: str) -> PeftModel:
@@ -184,12 +190,7 @@ def _pattern_of_each(modules: list[str], patterns: dict[str, Any] | None) -> dic
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UsageError(f"{path}: no such file; expected a PEFT adapter folder") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
+    config = read_json(path)
     expected = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PLAIN_INITS}
     for key, values in expected.items():
         if config.get(key) not in values:

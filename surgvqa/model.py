@@ -8,21 +8,22 @@ text to M-RoPE. Everything else is upstream's `Qwen2VLForConditionalGeneration`.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
+from transformers.utils.logging import disable_progress_bar
 
 from surgvqa.adapter import add_lora, load_adapter, save_adapter
+from surgvqa.checkpoint import Checkpoint, open_checkpoint, to_old_name, whisper_config
 from surgvqa.errors import SurgvqaError, UsageError
 
 __all__ = [
@@ -36,8 +37,6 @@ __all__ = [
 
 IGNORED = -100
 """The label of a position that is not supervised (torch's and transformers' convention)."""
-WHISPER_HEAD_DIM = 64
-"""Every published Whisper has heads of 64; the number of heads stands in no tensor's shape."""
 FLASH_CAPABILITY = (8, 0)
 """flash-attn 2 needs Ampere or newer."""
 
@@ -266,8 +265,10 @@ def load_model(
     Tensors go from the file straight to the device, one copy. UsageError when `folder` is no such checkpoint;
     SurgvqaError when a tensor is missing, left over, or of another shape than the model's.
     """
-    folder = Path(folder)
-    config = checkpoint_config(folder)
+    checkpoint = open_checkpoint(folder).require_sound()
+    config = checkpoint_config(checkpoint)
+    _check_tensors(config, checkpoint)
+    disable_progress_bar()  # transformers draws one on stderr; ours belong in the run folder
     model, report = AudioQwen2VLForConditionalGeneration.from_pretrained(
         folder,
         config=config,
@@ -276,78 +277,63 @@ def load_model(
         attn_implementation=attn_implementation,
         use_safetensors=True,
         local_files_only=True,
-        ignore_mismatched_sizes=True,  # they come back in the report, and are an error below
         output_loading_info=True,
     )
-    for problem, names in (
-        ("not in the checkpoint", report["missing_keys"]),
-        ("not in the model", report["unexpected_keys"]),
-        ("of another shape than the model's", {row[0] for row in report["mismatched_keys"]}),
-    ):
-        if names:
-            raise SurgvqaError(f"{folder}: {_some(names)} {problem}; is config.json this checkpoint's own?")
+    # After the check above this says that transformers mapped every name as we do.
+    if left := {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}:
+        raise SurgvqaError(f"{folder}: transformers did not load {_some(left)}")
     return model.requires_grad_(False).eval()
 
 
-def checkpoint_config(folder: Path) -> Qwen2VLConfig:
+def _check_tensors(config: Qwen2VLConfig, checkpoint: Checkpoint) -> None:
+    """SurgvqaError unless the files hold the model's tensors, all of them and no others, in its shapes.
+
+    Before anything is loaded, so that a wrong 18 GB checkpoint fails in a second and in the checkpoint's own names.
+    """
+    with torch.device("meta"):
+        skeleton = AudioQwen2VLForConditionalGeneration(config)
+    expected = {to_old_name(name): tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    folder = checkpoint.folder
+    missing = expected.keys() - found.keys()
+    if config.tie_word_embeddings:
+        missing -= {"lm_head.weight"}
+    hint = "is config.json this checkpoint's own, and is every shard there?"
+    if missing:
+        raise SurgvqaError(f"{folder}: not in the checkpoint: {_some(missing)}; {hint}")
+    if extra := found.keys() - expected.keys():
+        raise SurgvqaError(f"{folder}: not in the model: {_some(extra)}; {hint}")
+    for name in sorted(expected):
+        if name in found and found[name] != expected[name]:
+            raise SurgvqaError(
+                f"{folder}: {name} is {list(found[name])} but config.json calls for {list(expected[name])}; {hint}"
+            )
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
     """config.json of the checkpoint (flat as the fork wrote it, or nested), completed from the tensors' shapes.
 
     Adds `audio_encoder_config` (unless it stands there) and `audio_projector_bias`.
     """
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UsageError(
-            f"{path}: no such file; expected a checkpoint folder with config.json and safetensors"
-        ) from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != "qwen2_vl" or "audio_token_id" not in raw:
+    path, raw = checkpoint.folder / "config.json", dict(checkpoint.config)
+    if raw.get("model_type") != "qwen2_vl" or "audio_token_id" not in raw:
         raise UsageError(
             f'{path}: expected "model_type": "qwen2_vl" and an "audio_token_id"; this is no audio-grafted Qwen2-VL'
         )
-    shapes = tensor_shapes(folder)
-    raw["audio_encoder_config"] = raw.get("audio_encoder_config") or whisper_sizes(shapes, folder)
-    raw["audio_projector_bias"] = "audio_projector.bias" in shapes
-    return Qwen2VLConfig.from_dict(raw)
-
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{tensor name: shape} of all safetensors files of the folder, from their headers."""
-    shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise UsageError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-    if not shapes:
-        raise UsageError(f"{folder}: no *.safetensors file; expected a checkpoint folder")
-    return shapes
-
-
-def whisper_sizes(shapes: dict[str, tuple[int, ...]], folder: Path) -> dict[str, int]:
-    """WhisperConfig's arguments, read off the shapes of the encoder's tensors; config.json of the fork has none."""
-    prefix = "audio_encoder."
+    raw["audio_encoder_config"] = raw.get("audio_encoder_config") or whisper_config(checkpoint.tensors)
+    if not raw["audio_encoder_config"]:
+        raise UsageError(f"{checkpoint.folder}: no Whisper encoder (audio_encoder.*) among the checkpoint's tensors")
+    raw["audio_projector_bias"] = "audio_projector.bias" in checkpoint.tensors
     try:
-        d_model, mels, _ = shapes[prefix + "conv1.weight"]
-        return {
-            "d_model": d_model,
-            "num_mel_bins": mels,
-            "max_source_positions": shapes[prefix + "embed_positions.weight"][0],
-            "encoder_layers": 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith(prefix + "layers.")),
-            "encoder_ffn_dim": shapes[prefix + "layers.0.fc1.weight"][0],
-            "encoder_attention_heads": d_model // WHISPER_HEAD_DIM,
-        }
-    except (KeyError, ValueError) as error:
-        raise SurgvqaError(f"{folder}: no Whisper encoder in the checkpoint's tensors ({error} is missing)") from None
+        return Qwen2VLConfig.from_dict(raw)
+    except StrictDataclassError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _some(names: Any, shown: int = 5) -> str:
-    names = sorted(names)
+    names = sorted(map(str, names))
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{', '.join(names[:shown])}{more} {'is' if len(names) == 1 else 'are'}"
+    return ", ".join(names[:shown]) + more
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
