@@ -75,6 +75,8 @@ class CheckDataOptions:
     files: list[Path_] = option(help="JSONL files of samples")
     frames_dir: Path_ = option(help="folder of frames: <frames_dir>/<video_id>/<frame>.jpg")
     audio_dir: Path_ = option(help="folder of spoken questions")
+    eval_audio_dir: Path_ | None = option(None, "folder of the later files' spoken questions (default: audio_dir)")
+    deep: bool = option(False, "also decode every frame and every spoken question")
 
 
 @dataclass(kw_only=True)

@@ -52,6 +52,11 @@ class Sample:
         return self.short_answer.strip().lower()
 
     @property
+    def wording(self) -> str:
+        """The question as questions are compared: without case and extra spaces."""
+        return " ".join(self.question.split()).casefold()
+
+    @property
     def place(self) -> str:
         """`file:line`, for messages."""
         return f"{self.file}:{self.line}" if self.file else self.id
@@ -184,6 +189,10 @@ def _short(text: str) -> str:
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
+class MissingFile(UsageError):
+    """A frame or a spoken question that is not where it should be."""
+
+
 class FrameIndex:
     """Where frames lie: `<frames_dir>/<video_id>/<frame>.jpg` or `<frames_dir>/<video_id>/<number>.jpg` (.jpeg, .png).
 
@@ -197,7 +206,7 @@ class FrameIndex:
         self._folders: dict[str, dict[str, str]] = {}
 
     def find(self, frame: str) -> Path:
-        """The file of frame `<video_id>_<number>`. Raises UsageError that names what was tried."""
+        """The file of frame `<video_id>_<number>`. Raises MissingFile that names what was tried."""
         video_id, _, number = frame.rpartition("_")
         if video_id not in self._folders:
             self._folders[video_id] = _files_by_stem(self.root / video_id, FRAME_EXTENSIONS)
@@ -206,8 +215,8 @@ class FrameIndex:
         if name:
             return self.root / video_id / name
         if not (self.root / video_id).is_dir():
-            raise UsageError(f"frame {frame} is missing: no folder {self.root / video_id}")
-        raise UsageError(
+            raise MissingFile(f"frame {frame} is missing: no folder {self.root / video_id}")
+        raise MissingFile(
             f"frame {frame} is missing: no {frame}.jpg or {number}.jpg (nor .jpeg, .png) in {self.root / video_id}"
         )
 
@@ -248,8 +257,8 @@ class AudioIndex:
     3. `<audio_dir>/<video_id>_<id>_<question_type>`
     4. `<audio_dir>/<id>`
 
-    A file serves only while its name stands for one question among the samples at hand; otherwise the error names both
-    lines. So 4 serves while the id has one question, 1 and 2 while the id has one in its video.
+    A file serves only while its name stands for one question among the samples at hand: 4 while the id has one
+    question, 1 and 2 while it has one in its video. When none serves, the error names both lines.
 
     In-template and out-of-template wordings are kept apart: a sample whose JSONL file is named `in_…` is never given a
     file out of a folder `out_…` (audio_dir itself included), and the other way round. When the JSONL's name does not
@@ -268,35 +277,36 @@ class AudioIndex:
         """For each key that a file may be named by: its questions, each with the first sample that asks it."""
         for sample in samples:
             for key in ((sample.id,), (sample.id, sample.video_id), (sample.id, sample.video_id, sample.question_type)):
-                self._first[key].setdefault(_wording(sample.question), sample)
+                self._first[key].setdefault(sample.wording, sample)
 
     def find(self, sample: Sample) -> Path:
-        """The sample's spoken question. Raises UsageError: missing (names every path tried) or not to be told apart."""
-        own, flat = (sample.id, sample.video_id), (sample.id,)
-        composite = f"{sample.video_id}_{sample.id}_{sample.question_type}"
-        if found := self._file(sample.video_id, sample.id):
-            return self._unless_shared(found, own, sample)
-        if found := self._of_side(sample):
-            return found
-        if found := self._file("", composite):
-            return self._unless_shared(found, (*own, sample.question_type), sample)
-        if (found := self._file("", sample.id)) and _agree(_side(self.root.resolve().name), _side_of(sample)):
-            return self._unless_shared(found, flat, sample)
-        folders = ", ".join(f"{folder}/{sample.id}" for folder in (sample.video_id, *_side_folders(sample)))
+        """The sample's spoken question. Raises MissingFile (names every path tried) or UsageError (cannot be told)."""
+        unclear = None
+        for place in (self._in_video_folder, self._in_side_folder, self._composite, self._flat):
+            try:
+                if found := place(sample):
+                    return found
+            except UsageError as error:
+                unclear = unclear or error
+        if unclear:
+            raise unclear
         side = _side_of(sample)
-        note = f"; {Path(sample.file).name} needs the {side}-template wording" if side else ""
-        raise UsageError(
-            f"{sample.place}: no spoken question in {self.root}: tried {folders}, {composite}, {sample.id}"
-            f" ({' '.join(AUDIO_EXTENSIONS)}){note}"
+        folders = "".join(f"{folder}/{sample.id}, " for folder in (sample.video_id, *_side_folders(sample)))
+        raise MissingFile(
+            f"{sample.place}: no spoken question in {self.root}: tried {folders}{_composite(sample)}, {sample.id}"
+            f" ({' '.join(AUDIO_EXTENSIONS)})"
+            + (f"; {Path(sample.file).name} needs the {side}-template wording" if side else "")
         )
 
-    def _of_side(self, sample: Sample) -> Path | None:
+    def _in_video_folder(self, sample: Sample) -> Path | None:
+        return self._unless_shared(self._file(sample.video_id, sample.id), (sample.id, sample.video_id), sample)
+
+    def _in_side_folder(self, sample: Sample) -> Path | None:
         key = sample.id, sample.video_id
         found = {folder: file for folder in _side_folders(sample) if (file := self._file(folder, sample.id))}
         if len(found) < 2:
-            return next((self._unless_shared(file, key, sample) for file in found.values()), None)
-        wording = _wording(sample.question)
-        folder = next((f for f in found if wording in self._wordings_of(f, sample)), None)
+            return self._unless_shared(next(iter(found.values()), None), key, sample)
+        folder = next((f for f in found if sample.wording in self._wordings_of(f, sample)), None)
         if folder is None:
             question_sets = " and ".join(f"{f}.jsonl" for f in found)
             raise UsageError(
@@ -305,6 +315,17 @@ class AudioIndex:
             )
         return self._unless_shared(found[folder], key, sample, among=self._wordings_of(folder, sample))
 
+    def _composite(self, sample: Sample) -> Path | None:
+        key = sample.id, sample.video_id, sample.question_type
+        return self._unless_shared(self._directly(_composite(sample), sample), key, sample)
+
+    def _flat(self, sample: Sample) -> Path | None:
+        return self._unless_shared(self._directly(sample.id, sample), (sample.id,), sample)
+
+    def _directly(self, stem: str, sample: Sample) -> Path | None:
+        """A file of audio_dir itself, unless that is a folder of the other wording."""
+        return self._file("", stem) if _agree(_side(self.root.resolve().name), _side_of(sample)) else None
+
     def _wordings_of(self, folder: str, sample: Sample) -> set[str]:
         """What `<folder>.jsonl`, beside the samples or in audio_dir, asks under the sample's id; empty without one."""
         for place in (Path(sample.file).parent, self.root):
@@ -312,7 +333,7 @@ class AudioIndex:
             if file not in self._wordings:
                 asked = defaultdict(set)
                 for other in read_samples(file) if file.is_file() else []:
-                    asked[other.video_id, other.id].add(_wording(other.question))
+                    asked[other.video_id, other.id].add(other.wording)
                 self._wordings[file] = asked
             if wordings := self._wordings[file].get((sample.video_id, sample.id)):
                 return wordings
@@ -324,11 +345,12 @@ class AudioIndex:
         name = self._folders[folder].get(stem)
         return self.root / folder / name if name else None
 
-    def _unless_shared(self, file: Path, key: tuple[str, ...], sample: Sample, among: set[str] | None = None) -> Path:
-        """`file`, unless another question of the samples (of the wordings `among` them) would be given it too."""
-        wording = _wording(sample.question)
-        others = [s for w, s in self._first[key].items() if w != wording and (among is None or w in among)]
-        if others:
+    def _unless_shared(
+        self, file: Path | None, key: tuple[str, ...], sample: Sample, among: set[str] | None = None
+    ) -> Path | None:
+        """`file`; UsageError when another question of the samples (if in `among`) goes by the same name."""
+        others = [s for w, s in self._first[key].items() if w != sample.wording and (among is None or w in among)]
+        if file and others:
             other = others[0]
             raise UsageError(
                 f"{sample.place}: {file} stands for two questions: {_short(sample.question)} (video {sample.video_id})"
@@ -338,9 +360,9 @@ class AudioIndex:
         return file
 
 
-def _wording(question: str) -> str:
-    """A question as questions are compared: without case and extra spaces."""
-    return " ".join(question.split()).casefold()
+def _composite(sample: Sample) -> str:
+    """The name that the author's later scripts give a spoken question."""
+    return f"{sample.video_id}_{sample.id}_{sample.question_type}"
 
 
 def _side(name: str) -> str | None:

@@ -1,0 +1,285 @@
+"""`surgvqa check-data`: every line of the JSONL files against the frames and the audio, and what the data can teach.
+
+What stops a training run makes the answer bad (exit code 1): lines that are no samples, missing frames, missing or
+ambiguous audio. The rest is pointed out: ids that stand for several questions, clips in more than one file, labels so
+uneven that a blind guess scores.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from surgvqa.config import CheckDataOptions, Workspace
+from surgvqa.data.samples import (
+    AudioIndex,
+    FrameIndex,
+    MissingFile,
+    Problem,
+    Sample,
+    majority_accuracy,
+    scan_samples,
+)
+from surgvqa.errors import UsageError
+from surgvqa.outcome import Outcome
+
+SHOWN = 10
+"""Problems of one kind that people are shown; the rest is counted. --json has them all."""
+BAR_CELLS = 20
+SHADES = "█▓▒░"
+
+
+@dataclass
+class File:
+    """One JSONL file and what was found in it."""
+
+    path: str
+    audio_dir: str
+    samples: list[Sample]
+    labels: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """{question type: {label: samples}}"""
+
+    def __post_init__(self) -> None:
+        for sample in self.samples:
+            self.labels[sample.question_type][sample.label] += 1
+
+    @property
+    def single_label_types(self) -> list[str]:
+        return sorted(kind for kind, labels in self.labels.items() if len(labels) == 1)
+
+
+@dataclass
+class Findings:
+    """Everything that is wrong, in the order in which it was met."""
+
+    errors: list[Problem] = field(default_factory=list)
+    missing_frames: dict[str, str] = field(default_factory=dict)
+    """{frame: why, with the first sample that needs it}"""
+    missing_audio: list[str] = field(default_factory=list)
+    silent: list[str] = field(default_factory=list)
+
+
+def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
+    """Reads, looks up, counts. Raises UsageError when a file or folder cannot be read at all."""
+    findings = Findings()
+    files = [_read(path, options, workspace, findings) for path in dict.fromkeys(map(str, options.files))]
+    frames = FrameIndex(options.frames_dir)
+    frame_files: dict[Path, Sample] = {}
+    audio_files: dict[Path, Sample] = {}
+    for file in files:
+        audio = AudioIndex(file.audio_dir, file.samples)
+        for sample in file.samples:
+            _look_up(sample, frames, audio, findings, frame_files, audio_files)
+    if options.deep:
+        _decode(frame_files, audio_files, findings)
+
+    samples = [sample for file in files for sample in file.samples]
+    collisions = id_collisions(samples)
+    clips = _in_several([{sample.clip for sample in file.samples} for file in files])
+    shared_frames = _in_several([{frame for sample in file.samples for frame in sample.frames} for file in files])
+    ok = not (findings.errors or findings.missing_frames or findings.missing_audio)
+    data = {
+        "ok": ok,
+        "samples": len(samples),
+        "errors": [{"file": e.file, "line": e.line, "text": e.text} for e in findings.errors],
+        "id_collisions": len(collisions),
+        "shared_clips": len(clips),
+        "shared_frames": len(shared_frames),
+        "missing_frames": len(findings.missing_frames),
+        "missing_audio": len(findings.missing_audio),
+        "majority_accuracy": majority_accuracy(samples),
+        "colliding_ids": collisions,
+        "missing_frames_list": list(findings.missing_frames),
+        "missing_audio_list": findings.missing_audio,
+        "silent_audio_list": findings.silent,
+        "files": [
+            {
+                "file": file.path,
+                "samples": len(file.samples),
+                "id_collisions": len(id_collisions(file.samples)),
+                "majority_accuracy": majority_accuracy(file.samples),
+                "single_label_types": file.single_label_types,
+                "labels": {kind: dict(labels.most_common()) for kind, labels in sorted(file.labels.items())},
+            }
+            for file in files
+        ],
+    }
+
+    def show(console: Console) -> None:
+        for file in files:
+            _show_file(console, file)
+        _show_notes(console, files, samples, data)
+        _show_problems(console, findings, deep=options.deep)
+
+    return Outcome(data, ok=ok, show=show)
+
+
+def id_collisions(samples: Iterable[Sample]) -> list[str]:
+    """The ids that stand for more than one question, whatever the video."""
+    questions: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        questions[sample.id].add(sample.wording)
+    return sorted(name for name, asked in questions.items() if len(asked) > 1)
+
+
+# --- looking up -------------------------------------------------------------------------------------------------------
+
+
+def _read(path: str, options: CheckDataOptions, workspace: Workspace, findings: Findings) -> File:
+    samples, problems = scan_samples(path)
+    findings.errors += problems
+
+    def is_the(key: str) -> bool:
+        configured = workspace.value(key)
+        return configured is not None and Path(configured).resolve() == Path(path).resolve()
+
+    later = path != options.files[0] and not is_the("train_data_path")
+    heard_by_eval = options.eval_audio_dir and (later or is_the("eval_data_path"))
+    return File(path, options.eval_audio_dir if heard_by_eval else options.audio_dir, samples)
+
+
+def _look_up(
+    sample: Sample,
+    frames: FrameIndex,
+    audio: AudioIndex,
+    findings: Findings,
+    frame_files: dict[Path, Sample],
+    audio_files: dict[Path, Sample],
+) -> None:
+    """Finds the sample's files; keeps each with the first sample that needs it."""
+    for frame in sample.frames:
+        if frame in findings.missing_frames:
+            continue
+        try:
+            frame_files.setdefault(frames.find(frame), sample)
+        except MissingFile as error:
+            findings.missing_frames[frame] = f"{sample.place}: {error}"
+    try:
+        audio_files.setdefault(audio.find(sample), sample)
+    except MissingFile as error:
+        findings.missing_audio.append(str(error))
+    except UsageError as error:
+        findings.errors.append(Problem(sample.file, sample.line, str(error).removeprefix(f"{sample.place}: ")))
+
+
+def _decode(frame_files: dict[Path, Sample], audio_files: dict[Path, Sample], findings: Findings) -> None:
+    """Decodes every file: broken ones become errors, spoken questions of digital silence are noted."""
+    from surgvqa.data.audio import load_audio
+    from surgvqa.data.frames import load_frame
+
+    def frame(path: Path) -> None:
+        load_frame(path, image_size=sys.maxsize)
+
+    def audio(path: Path) -> None:
+        if not load_audio(path).any():
+            findings.silent.append(str(path))
+
+    def broken(job: tuple[Callable[[Path], None], Path, Sample]) -> Problem | None:
+        decode, path, sample = job
+        try:
+            decode(path)
+        except UsageError as error:
+            return Problem(sample.file, sample.line, str(error))
+        return None
+
+    jobs = [(frame, *pair) for pair in frame_files.items()] + [(audio, *pair) for pair in audio_files.items()]
+    terminal = Console(stderr=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and libsndfile decode without the interpreter lock
+        results = track(
+            pool.map(broken, jobs),
+            "decoding",
+            total=len(jobs),
+            console=terminal,
+            transient=True,
+            disable=not terminal.is_terminal,
+        )
+        findings.errors += [problem for problem in results if problem]
+
+
+def _in_several(groups: Sequence[set[Any]]) -> set[Any]:
+    """What is in more than one of the sets."""
+    counts = Counter(item for group in groups for item in group)
+    return {item for item, count in counts.items() if count > 1}
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+def _show_file(console: Console, file: File) -> None:
+    """Label balance by question type: a bar in which each label has its shade, most frequent first."""
+    clips = len({sample.clip for sample in file.samples})
+    console.print(f"[bold]{escape(file.path)}[/bold]  {len(file.samples):,} samples, {clips:,} clips")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("question type", no_wrap=True)
+    table.add_column("samples", justify="right")
+    table.add_column("balance", no_wrap=True)
+    table.add_column("labels", overflow="fold")
+    for kind, counts in sorted(file.labels.items()):
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        labels = " · ".join(f"{label} {count}" for label, count in ranked)
+        only = "[yellow]one label only[/yellow]  " if len(ranked) == 1 else ""
+        table.add_row(escape(kind), str(counts.total()), _bar([count for _, count in ranked]), only + escape(labels))
+    console.print(table)
+
+
+def _bar(counts: Sequence[int]) -> str:
+    """Shares as one bar of BAR_CELLS cells; each cell takes the shade of the label at its middle."""
+    total, ends = sum(counts), []
+    for count in counts:
+        ends.append((ends[-1] if ends else 0) + count)
+    cells = ((cell + 0.5) / BAR_CELLS * total for cell in range(BAR_CELLS))
+    labels = (next(i for i, end in enumerate(ends) if middle < end) for middle in cells)
+    return "".join(SHADES[min(label, len(SHADES) - 1)] for label in labels)
+
+
+def _show_notes(console: Console, files: list[File], samples: list[Sample], data: dict[str, Any]) -> None:
+    def note(text: str, remarkable: bool) -> None:
+        console.print(("[yellow]•[/yellow] " if remarkable else "• ") + text)
+
+    per_file = ", ".join(f"{Path(f.path).name} {100 * majority_accuracy(f.samples):.1f} %" for f in files)
+    note(
+        f"majority accuracy {100 * data['majority_accuracy']:.1f} %: a blind guess by question type"
+        + (f" ({escape(per_file)})" if len(files) > 1 else ""),
+        False,
+    )
+    within = sum(file["id_collisions"] for file in data["files"])
+    where = f", {within} of them inside one file" if len(files) > 1 and data["id_collisions"] else ""
+    example = f", as {escape(data['colliding_ids'][0])}" if data["colliding_ids"] else ""
+    note(f"{data['id_collisions']} ids stand for more than one question{where}{example}", within > 0)
+    if len(files) > 1:
+        shared = data["shared_clips"]
+        note(f"{shared} clips are in more than one file ({data['shared_frames']:,} frames are)", shared > 0)
+    for file in files:
+        if kinds := file.single_label_types:
+            name = escape(Path(file.path).name)
+            note(f"{name}: {len(kinds)} question types have a single label: nothing to tell apart there", True)
+
+
+def _show_problems(console: Console, findings: Findings, deep: bool) -> None:
+    """First ten of each kind, the rest counted."""
+    kinds = [
+        ("bad lines, files or names", [str(e) for e in findings.errors]),
+        ("missing frames", list(findings.missing_frames.values())),
+        ("samples without a spoken question", findings.missing_audio),
+        ("spoken questions of pure silence", findings.silent),
+    ]
+    for title, texts in kinds:
+        if texts:
+            console.print(f"[red]{len(texts):,} {title}[/red]")
+            for text in texts[:SHOWN]:
+                console.print(f"  {escape(text)}", soft_wrap=True)
+            if len(texts) > SHOWN:
+                console.print(f"  … and {len(texts) - SHOWN:,} more (--json lists them all)")
+    if not any(texts for _, texts in kinds):
+        console.print(f"[green]every frame and every spoken question is there{' and decodes' if deep else ''}[/green]")
