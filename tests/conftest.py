@@ -1,0 +1,20 @@
+"""Fixtures that several test files share."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory) -> Path:
+    """The unpacked reference oracle: what the author's fork computed on a small model of the real architecture."""
+    shared = Path(os.environ.get("SURGVQA_SHARED") or Path(__file__).parents[2] / "shared")
+    archive = shared / "oracle" / "fork-oracle.tar.xz"
+    if not archive.is_file():
+        pytest.skip(f"no reference oracle at {archive} (SURGVQA_SHARED names the folder that holds oracle/)")
+    folder = tmp_path_factory.mktemp("oracle")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "fork-oracle"
