@@ -68,7 +68,7 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
             ]
             return _known(
                 device=device["index"],
-                kind="cuda",
+                backend="cuda",
                 name=device.get("name"),
                 process_bytes=sum(own) or None,
                 used_bytes=device.get("memory_used_bytes"),
@@ -78,7 +78,7 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
                 power_w=device.get("power_w"),
                 others=[p for p in device.get("processes", []) if p["pid"] != os.getpid()] if own else None,
             )
-    return _known(device=device_index, kind="cuda")  # NVML hides it; torch's own figures are all there is
+    return _known(device=device_index, backend="cuda")  # NVML hides it; torch's own figures are all there is
 
 
 def _known(**fields: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def sample_host() -> dict[str, Any]:
     used, total = host_memory()
     return {
         "device": 0,
-        "kind": "host",
+        "backend": "host",
         "process_bytes": _process_memory(),
         "used_bytes": used,
         "total_bytes": total,

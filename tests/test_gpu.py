@@ -88,7 +88,7 @@ def test_every_figure_may_be_missing(nvml, monkeypatch):
         if name.startswith("nvmlDeviceGet") and name not in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
             monkeypatch.setattr(pynvml, name, unsupported)
     assert gpu.sample_devices() == [{"index": 0}, {"index": 1}]
-    assert gpu.sample_process(1) == {"device": 1, "kind": "cuda"}
+    assert gpu.sample_process(1) == {"device": 1, "backend": "cuda"}
 
 
 def test_processes_that_this_user_may_not_see_are_absent_not_empty(nvml, monkeypatch):
@@ -159,7 +159,7 @@ def test_no_driver_is_an_answer(monkeypatch, capsys, code, words):
     assert words in document["note"]
     assert cli.main(["gpus"]) == 0
     assert words in capsys.readouterr().out
-    assert gpu.sample_process(0)["kind"] == "host"
+    assert gpu.sample_process(0)["backend"] == "host"
 
 
 def test_the_drawing_names_processes_and_survives_missing_figures(nvml, capsys):
@@ -183,7 +183,7 @@ def test_host_sample_counts_this_process():
     block = bytearray(64_000_000)
     block[::4096] = b"x" * len(block[::4096])
     sample = gpu.sample_process(None)
-    assert sample["kind"] == "host"
+    assert sample["backend"] == "host"
     assert 64_000_000 < sample["process_bytes"] < sample["total_bytes"]
     assert 0 < sample["used_bytes"] <= sample["total_bytes"]
 
