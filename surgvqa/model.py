@@ -22,9 +22,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 from transformers.utils.logging import disable_progress_bar
 
-from surgvqa.adapter import add_lora, load_adapter, save_adapter
 from surgvqa.checkpoint import Checkpoint, open_checkpoint, to_old_name, whisper_config
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.lora import add_lora, load_adapter, save_adapter
 
 __all__ = [
     "AudioQwen2VLForConditionalGeneration",
