@@ -11,7 +11,7 @@ Event kinds and their fields:
     progress    phase, done, total, unit            (rate and time left are the reader's to derive)
     metric      step, total_steps, epoch, loss, learning_rate, grad_norm, samples_per_s, …
     eval        step, eval_loss, …
-    gpu         device, kind ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
+    gpu         device, backend ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
                 total_bytes, utilization_percent, temperature_c, power_w      (what is unknown is absent)
     checkpoint  step, path
     preset      name, settings
@@ -42,8 +42,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from surgvqa import __version__
 from surgvqa.errors import SurgvqaError, UsageError
 
@@ -67,6 +65,8 @@ def process_identity(pid: int) -> str | None:
             return None
         state, *rest = stat[stat.rindex(")") + 2 :].split()
         return None if state in "ZX" else f"{boot}:{rest[18]}"
+    import psutil
+
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
@@ -173,13 +173,15 @@ class Run:
         """A new part of the job begins."""
         self.emit("phase", name=name, text=text)
 
-    def progress(self, phase: str, done: float, total: float | None, unit: str, every_s: float = 0.2) -> None:
+    def progress(
+        self, phase: str, done: float, total: float | None, unit: str, every_s: float = 0.2, **fields: Any
+    ) -> None:
         """How far `phase` is; at most one event in `every_s` seconds, the first and the last always."""
         now = time.monotonic()
         if self._last_progress[0] == phase and now - self._last_progress[1] < every_s and done != total:
             return
         self._last_progress = (phase, now)
-        self.emit("progress", phase=phase, done=done, total=total, unit=unit)
+        self.emit("progress", phase=phase, done=done, total=total, unit=unit, **fields)
 
     def warning(self, text: str) -> None:
         """Something that the user should know and the job survives."""
@@ -246,6 +248,8 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
 
     Only the very process of the run is touched: pid and start time must match.
     """
+    import psutil
+
     info = read_run_json(folder)
     pid, identity = info.get("pid"), info.get("identity")
     if not pid or not identity or process_identity(pid) != identity:

@@ -1,0 +1,91 @@
+"""The host's side of every remote command: runs there under any Python from 3.8, standard library only.
+
+One process answers one request. It writes the mark, then one JSON object a line: messages, `{"beat": …}` every 2 s so
+that silence means a lost connection, and last `{"done": {…}}` or `{"error": "one line", "usage": bool}`. It ends when
+its output is closed, so nothing of it is left behind when the connection goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any, BinaryIO
+
+from remote.agent import files, jobs
+from surgvqa.errors import SurgvqaError
+
+MARK = b"\x1esurgvqa\x1e\n"
+BEAT_S = 2.0
+
+OPERATIONS = {
+    "probe": jobs.probe,
+    "prepare": jobs.prepare,
+    "installed": jobs.installed,
+    "execute": jobs.execute,
+    "launch": jobs.launch,
+    "runs": jobs.runs,
+    "follow": jobs.follow,
+    "stop": jobs.stop,
+    "gpus": jobs.gpus,
+    "begin": files.begin,
+    "receive": files.receive,
+    "verify": files.verify,
+    "publish": files.publish,
+    "known": files.known,
+    "listing": files.listing,
+    "send": files.send,
+}
+
+
+class Channel:
+    """What an operation speaks through."""
+
+    def __init__(self, stdin: BinaryIO):
+        self.stdin = stdin
+        self._lock = threading.Lock()
+
+    def say(self, message: dict[str, Any]) -> None:
+        """One message; ends the process when nobody listens any more."""
+        self.write(json.dumps(message).encode() + b"\n")
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            with self._lock:
+                while view:
+                    view = view[os.write(1, view) :]
+        except OSError:
+            os._exit(1)
+
+    def beat(self) -> None:
+        while True:
+            time.sleep(BEAT_S)
+            self.say({"beat": time.time()})
+
+
+def main(stdin: BinaryIO) -> None:
+    """Answers the request on `stdin`."""
+    channel = Channel(stdin)
+    channel.write(MARK)
+    request = json.loads(stdin.readline())
+    operation = OPERATIONS[request.pop("op")]
+    if request.pop("beat", True):
+        threading.Thread(target=channel.beat, daemon=True).start()
+    request["workspace"] = os.path.realpath(os.path.expanduser(request["workspace"]))
+    try:
+        channel.say({"done": operation(channel, **request) or {}})
+        code = 0
+    except SurgvqaError as error:
+        channel.say({"error": str(error), "usage": error.exit_code == 2})
+        code = 1
+    except OSError as error:
+        name = error.filename or "the host"
+        text = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        channel.say({"error": f"{name}: {text}", "usage": False})
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # not held up by threads that read or hash

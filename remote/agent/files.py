@@ -1,0 +1,460 @@
+"""Files on the host: received in chunks under a staging name, verified, published by rename; and sent back.
+
+    <workspace>/.surgvqa/staging/<digest>/   manifest.json, journal (chunks that arrived), files/<index>, receivers/<pid>
+    <workspace>/.surgvqa/ready/<name>.json   what was published under <name>: digest, files with size, sha256, mtime
+
+An *item* is {"name", "kind": "folder" | "files", "digest", "files": [[path, size, sha256, mtime_ns], …]}. A folder is
+published by one rename; files (JSONL, frames, audio) one by one into the workspace. Only what a ready
+record lists as made here is ever replaced or removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import quote
+
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.supervisor import process_identity, signal_exactly
+
+FRAME = struct.Struct(">IQI")  # file index, offset, length; then that many bytes
+BLOCK = 1 << 20
+PROGRESS_S = 0.25
+SILENT_RECEIVER_S = 120
+
+
+def within(workspace: str, path: str) -> str:
+    """`path` below the workspace, also after its folders' symlinks are followed."""
+    parts = path.split("/")
+    if not path or path.startswith("/") or "\0" in path or any(p in ("", ".", "..") for p in parts):
+        raise UsageError(f"path {path!r} does not stay inside the workspace")
+    full = os.path.join(workspace, path)
+    parent = os.path.realpath(os.path.dirname(full))
+    if parent != workspace and not parent.startswith(workspace + "/"):
+        raise SurgvqaError(f"{path}: leaves the workspace {workspace} through a symlink")
+    return full
+
+
+def _own(workspace: str, *parts: str) -> str:
+    return os.path.join(workspace, ".surgvqa", *parts)
+
+
+def _staging(workspace: str, digest: str) -> str:
+    if not digest.isalnum():
+        raise UsageError(f"digest {digest!r} is none")
+    return _own(workspace, "staging", digest)
+
+
+def _record_path(workspace: str, name: str) -> str:
+    return _own(workspace, "ready", quote(name, safe="") + ".json")
+
+
+def read_record(workspace: str, name: str) -> dict[str, Any]:
+    """The ready record of `name`, {} when there is none."""
+    try:
+        with open(_record_path(workspace, name), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def write_record(workspace: str, name: str, record: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path = _record_path(workspace, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = path + ".%d.tmp" % os.getpid()
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump({"name": name, **record}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def records(workspace: str) -> list[dict[str, Any]]:
+    """Every ready record."""
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in sorted(os.listdir(_own(workspace, "ready"))):
+            with contextlib.suppress(OSError, ValueError), open(_own(workspace, "ready", entry), encoding="utf-8") as f:
+                found.append(json.load(f))
+    return found
+
+
+def sha256_of(path: str) -> str:
+    """Of a whole file."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(BLOCK))
+        while True:
+            got = file.readinto(buffer)
+            if not got:
+                return digest.hexdigest()
+            digest.update(buffer[:got])
+
+
+def _unchanged(path: str, size: int, mtime_ns: int) -> bool:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return False
+    return stat.st_size == size and stat.st_mtime_ns == mtime_ns
+
+
+def _final(workspace: str, item: dict[str, Any], path: str) -> str:
+    return within(workspace, path if item["kind"] == "files" else item["name"] + "/" + path)
+
+
+def standing(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
+    """What of `item` is here already.
+
+    state: complete (published and untouched, or found by hash), partial (some files here), absent, or foreign
+    (something else lies under the final name that we did not make). `sources`: index -> path with the same content.
+    """
+    entries = item["files"]
+    finals = [_final(workspace, item, path) for path, *_ in entries]
+    record = read_record(workspace, item["name"])
+    adopted = bool(record.get("adopted"))
+    ours = set() if adopted else set(record.get("files", {})) | set(record.get("old_files", {}))
+    published: dict[str, str] = {}  # sha256 -> path
+    for other in records(workspace):
+        for path, (size, sha256, mtime_ns) in other["files"].items():
+            full = _final(workspace, other, path)
+            if other["state"] == "ready" and _unchanged(full, size, mtime_ns):
+                published[sha256] = full
+    sources: dict[int, str] = {}
+    in_place, foreign = set(), []
+    for i, (path, size, sha256, _) in enumerate(entries):
+        final, source = finals[i], published.get(sha256)
+        if source and os.path.getsize(source) == size:
+            sources[i] = source
+        if source and os.path.exists(final) and os.path.samefile(source, final):
+            in_place.add(i)
+        elif os.path.isfile(final) and os.path.getsize(final) == size and sha256_of(final) == sha256:
+            sources[i] = final  # put here by hand, or by an attempt that broke while it published
+            in_place.add(i)
+        elif os.path.lexists(final) and path not in ours:
+            foreign.append(path)
+    whole = len(in_place) == len(entries)
+    if item["kind"] == "folder":
+        root = os.path.join(workspace, item["name"])
+        extra = set(_walk(root)) - ours - {e[0] for e in entries}
+        whole = whole and not set(_walk(root)) - {e[0] for e in entries}
+        foreign += sorted(extra) if not whole else []
+    if whole and (record.get("digest") != item["digest"] or record["state"] != "ready"):
+        kept = record.get("files", {}) if item["kind"] == "files" else {}
+        listed = {e[0]: [e[1], e[2], os.stat(f).st_mtime_ns] for e, f in zip(entries, finals)}
+        by_hand = adopted or not {e[0] for e in entries} <= ours
+        record = {"kind": item["kind"], "digest": item["digest"], "state": "ready", "adopted": by_hand}
+        write_record(workspace, item["name"], {**record, "files": {**kept, **listed}})
+    state = "complete" if whole else "foreign" if foreign else "partial" if sources else "absent"
+    return {"state": state, "sources": sources, "foreign": foreign[:5]}
+
+
+def _walk(root: str) -> list[str]:
+    found = []
+    for folder, _, names in os.walk(root):
+        found += [os.path.relpath(os.path.join(folder, n), root) for n in names]
+    return found
+
+
+def known(channel: Any, workspace: str, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each item: its state here and the indices of the files that need not be sent."""
+    answers = []
+    for item in items:
+        stands = standing(workspace, item)
+        answers.append({"state": stands["state"], "have": sorted(stands["sources"]), "foreign": stands["foreign"]})
+    return {"items": answers, "free": shutil.disk_usage(_existing(workspace)).free}
+
+
+def _existing(path: str) -> str:
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def begin(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
+    """Prepares the staging folder of `item` and says which chunks it holds already."""
+    stands = standing(workspace, item)
+    if stands["state"] == "complete":
+        return {"complete": True}
+    if stands["state"] == "foreign":
+        raise SurgvqaError(
+            "{} exists in {} and was not made by upload; move it away or choose another name".format(
+                ", ".join(stands["foreign"]), workspace
+            )
+        )
+    staging = _staging(workspace, item["digest"])
+    os.makedirs(os.path.join(staging, "files"), exist_ok=True)
+    os.makedirs(os.path.join(staging, "receivers"), exist_ok=True)
+    _end_receivers(staging)
+    for i, (path, *_) in enumerate(item["files"]):  # an attempt that broke while it published
+        with contextlib.suppress(OSError):
+            os.rename(os.path.join(staging, "tree", path), os.path.join(staging, "files", str(i)))
+    with open(os.path.join(staging, "manifest.json"), "w", encoding="utf-8") as file:
+        json.dump(item, file)
+    done = _journal(staging, item)
+    for i, source in stands["sources"].items():
+        size, target = item["files"][i][1], os.path.join(staging, "files", str(i))
+        if sum(n for _, n in done.get(i, [])) == size and os.path.exists(target):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(target)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+        done[i] = [(0, size)]
+        _note(staging, [(i, 0, size)])
+    missing = sum(e[1] for e in item["files"]) - sum(n for ranges in done.values() for _, n in ranges)
+    free = shutil.disk_usage(staging).free
+    if missing > free:
+        raise SurgvqaError(
+            f"disk full: {missing / 1e9:.2f} GB to come, {free / 1e9:.2f} GB free in {workspace}; free some space there or choose another workspace"
+        )
+    return {"complete": False, "done": {str(i): ranges for i, ranges in done.items()}, "free": free}
+
+
+def _end_receivers(staging: str) -> None:
+    """Receivers of a connection that broke may still write: end these very processes."""
+    folder = os.path.join(staging, "receivers")
+    for entry in os.listdir(folder):
+        path = os.path.join(folder, entry)
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            signal_exactly(int(entry), file.read(), 9)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _journal(staging: str, item: dict[str, Any]) -> dict[int, list[tuple[int, int]]]:
+    """Chunks that arrived, by file: only whole journal lines, only files that are as long as they say."""
+    done: dict[int, dict[int, int]] = {}
+    try:
+        with open(os.path.join(staging, "journal"), encoding="ascii") as file:
+            for line in file:
+                words = line.split()
+                if line.endswith("\n") and len(words) == 3:
+                    i, offset, length = map(int, words)
+                    if length < 0:
+                        done.pop(i, None)
+                    else:
+                        done.setdefault(i, {})[offset] = length
+    except FileNotFoundError:
+        return {}
+    kept = {}
+    for i, ranges in done.items():
+        with contextlib.suppress(OSError):
+            size = os.path.getsize(os.path.join(staging, "files", str(i)))
+            if i < len(item["files"]) and all(offset + length <= size for offset, length in ranges.items()):
+                kept[i] = sorted(ranges.items())
+    return kept
+
+
+def _note(staging: str, chunks: list[tuple[int, int, int]]) -> None:
+    """Adds chunks to the journal with one write; length -1 forgets the file."""
+    descriptor = os.open(os.path.join(staging, "journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, "".join("%d %d %d\n" % chunk for chunk in chunks).encode())
+    finally:
+        os.close(descriptor)
+
+
+def receive(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
+    """Takes chunks from standard input until it ends. A chunk is in the journal only when it is whole."""
+    staging = _staging(workspace, digest)
+    with open(os.path.join(staging, "manifest.json"), encoding="utf-8") as file:
+        sizes = [entry[1] for entry in json.load(file)["files"]]
+    mine = os.path.join(staging, "receivers", str(os.getpid()))
+    with open(mine, "w", encoding="utf-8") as file:
+        file.write(process_identity(os.getpid()) or "")
+    heard = [time.monotonic()]
+    threading.Thread(target=_end_when_silent, args=(heard,), daemon=True).start()
+    buffer = memoryview(bytearray(BLOCK))
+    got, said = 0, time.monotonic()
+    opened, target = -1, -1
+    try:
+        while True:
+            header = channel.stdin.read(FRAME.size)
+            if len(header) < FRAME.size:
+                return {"received": got}
+            index, offset, length = FRAME.unpack(header)
+            if index >= len(sizes) or offset + length > sizes[index]:
+                raise SurgvqaError("a chunk lies outside its file; the stream is damaged")
+            if index != opened:
+                if target >= 0:
+                    os.close(target)
+                path = os.path.join(staging, "files", str(index))
+                target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+                opened = index
+                if os.fstat(target).st_nlink > 1:
+                    raise SurgvqaError("staged file %d is shared with a published one; upload again" % index)
+            left, at = length, offset
+            while left:
+                count = channel.stdin.readinto(buffer[: min(left, BLOCK)])
+                if not count:
+                    return {"received": got}
+                view = buffer[:count]
+                while view:
+                    written = os.pwrite(target, view, at)
+                    view, at = view[written:], at + written
+                left, got = left - count, got + count
+                now = heard[0] = time.monotonic()
+                if now - said > PROGRESS_S:
+                    said = now
+                    channel.say({"got": got})
+            _note(staging, [(index, offset, length)])
+            channel.say({"ack": [index, offset], "got": got})
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(mine)
+
+
+def _end_when_silent(heard: list[float]) -> None:
+    while time.monotonic() - heard[0] < SILENT_RECEIVER_S:
+        time.sleep(5)
+    os._exit(1)
+
+
+def verify(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
+    """Hashes staged files as they grow: reads [index, upto] lines, answers {"file", "sha256"} for each whole file."""
+    staging = _staging(workspace, digest)
+    with open(os.path.join(staging, "manifest.json"), encoding="utf-8") as file:
+        sizes = [entry[1] for entry in json.load(file)["files"]]
+    states: dict[int, tuple[Any, int]] = {}
+    locks: dict[int, threading.Lock] = {}
+
+    def advance(index: int, upto: int) -> None:
+        with locks[index]:
+            running, at = states.setdefault(index, (hashlib.sha256(), 0))
+            if at >= upto and sizes[index]:
+                return
+            if sizes[index]:
+                with open(os.path.join(staging, "files", str(index)), "rb", buffering=0) as file:
+                    file.seek(at)
+                    while at < upto:
+                        block = file.read(min(BLOCK, upto - at))
+                        if not block:
+                            break
+                        running.update(block)
+                        at += len(block)
+            states[index] = (running, at)
+            if at == sizes[index]:
+                channel.say({"file": index, "sha256": running.hexdigest()})
+
+    jobs = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for line in channel.stdin:
+            index, upto = json.loads(line)
+            if upto < 0:  # the file is sent again
+                states.pop(index, None)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(staging, "files", str(index)))
+                _note(staging, [(index, 0, -1)])
+                channel.say({"reset": index})
+                continue
+            locks.setdefault(index, threading.Lock())
+            jobs.append(pool.submit(advance, index, upto))
+    for job in jobs:
+        job.result()
+    return {}
+
+
+def publish(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
+    """Renames what was verified to its final names and writes the ready record."""
+    name, kind, entries = item["name"], item["kind"], item["files"]
+    folder = kind == "folder"
+    staging = _staging(workspace, item["digest"])
+    tree, old = os.path.join(staging, "tree"), os.path.join(staging, "old")
+    staged = [os.path.join(staging, "files", str(i)) for i in range(len(entries))]
+    for path, (name_in, size, _, _) in zip(staged, entries):
+        if size == 0:
+            open(path, "ab").close()
+        if not os.path.exists(path) or os.path.getsize(path) != size:
+            raise SurgvqaError(f"{name_in} did not arrive whole; upload again")
+    if standing(workspace, item)["state"] == "foreign":
+        raise SurgvqaError(f"{name} was changed by somebody else during the upload; nothing was published")
+    before = read_record(workspace, name)
+    old_files = {**before.get("old_files", {}), **before.get("files", {})}
+    files = {path: [size, sha256, mtime_ns] for path, size, sha256, mtime_ns in entries}
+    record = {"kind": kind, "digest": item["digest"], "files": files if folder else {**old_files, **files}}
+    write_record(workspace, name, {**record, "old_files": old_files, "state": "publishing"})
+    for path, (final_path, _, _, mtime_ns) in zip(staged, entries):
+        place = os.path.join(tree, final_path) if folder else within(workspace, final_path)
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        if os.stat(path).st_nlink == 1:  # a link to a published file keeps that file's time
+            os.utime(path, ns=(mtime_ns, mtime_ns))
+        if os.path.exists(place) and os.path.samefile(path, place):
+            os.unlink(path)  # rename(2) does nothing between two links of one file
+        else:
+            os.replace(path, place)
+        files[final_path][2] = os.stat(place).st_mtime_ns
+    if folder:
+        final = within(workspace, name)
+        os.makedirs(os.path.dirname(final), exist_ok=True)
+        if os.path.lexists(final):
+            os.rename(final, old)
+        os.rename(tree, final)
+    record["files"].update(files)
+    write_record(workspace, name, {**record, "state": "ready"})
+    if folder:
+        _remove(old, old_files)
+    for leftover in ("journal", "manifest.json"):
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(staging, leftover))
+    for empty in ("files", "receivers", ""):
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.join(staging, empty))
+    return {"name": name, "files": len(entries)}
+
+
+def _remove(root: str, files: Any) -> None:
+    """Removes these files below `root` by exact name, then the folders that this left empty."""
+    for path in files:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(root, path))
+    for folder, _, _ in os.walk(root, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
+def listing(channel: Any, workspace: str, folder: str) -> dict[str, Any]:
+    """Every file below a folder of the workspace: path, size, mtime."""
+    root = within(workspace, folder)
+    if not os.path.isdir(root):
+        raise UsageError(f"no folder {folder} in {workspace}")
+    found = []
+    for path in sorted(_walk(root)):
+        full = os.path.join(root, path)
+        if os.path.isfile(full) and not os.path.islink(full):
+            stat = os.stat(full)
+            found.append([path, stat.st_size, stat.st_mtime_ns])
+    return {"files": found}
+
+
+def send(channel: Any, workspace: str, folder: str, wanted: list[Any]) -> dict[str, Any]:
+    """Sends files from given offsets: {"path", "offset", "size"}, the bytes, then {"path", "sha256"} of the whole."""
+    root = within(workspace, folder)
+    for path, offset in wanted:
+        digest = hashlib.sha256()
+        with open(within(root, path), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size  # a file that grows is sent as it is now
+            offset = offset if offset <= size else 0
+            channel.say({"path": path, "offset": offset, "size": size})
+            at = 0
+            while at < size:
+                block = file.read(min(BLOCK, (offset if at < offset else size) - at))
+                if not block:
+                    raise SurgvqaError(f"{path} became shorter while it was sent")
+                digest.update(block)
+                if at >= offset:
+                    channel.write(block)
+                at += len(block)
+        channel.say({"path": path, "sha256": digest.hexdigest()})
+    return {}

@@ -1,0 +1,60 @@
+"""The agent as it travels: our own sources, compressed, on the standard input of the host's Python.
+
+So the host-side logic is always of the same version as this side, needs nothing installed there but Python (3.8 or
+newer), and no parameter ever meets a shell.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import zlib
+from pathlib import Path
+from typing import Any
+
+MODULES = (
+    "surgvqa",
+    "surgvqa.errors",
+    "surgvqa.supervisor",
+    "surgvqa.runs",
+    "remote.agent.files",
+    "remote.agent.jobs",
+    "remote.agent",
+)
+"""In the order in which they import each other; the last one has main()."""
+
+BOOTSTRAP = (
+    "import sys,zlib;i=sys.stdin.buffer;n=int(i.readline());"
+    "exec(compile(zlib.decompress(i.read(n)),'surgvqa-agent','exec'))"
+)
+
+
+def bootstrap(python: str) -> str:
+    """The remote command: the only words that the host's shell reads."""
+    return f'{shlex.quote(python)} -I -S -c "{BOOTSTRAP}"'
+
+
+@functools.cache
+def _agent() -> bytes:
+    root = Path(__file__).parent.parent
+    sources = {}
+    for name in MODULES:
+        path = root.joinpath(*name.split("."))
+        sources[name] = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+    lines = [
+        "import sys,types",
+        f"S={sources!r}",
+        "for p in ('remote',*S):",
+        " m=types.ModuleType(p); m.__path__=[]; sys.modules[p]=m",
+        "for p in S:",
+        " exec(compile(S[p],p,'exec'),sys.modules[p].__dict__)",
+        f"sys.modules[{MODULES[-1]!r}].main(i)",
+    ]
+    return zlib.compress("\n".join(lines).encode(), 6)
+
+
+def payload(request: dict[str, Any]) -> bytes:
+    """What is written to the host's Python: the agent, then the request as one line."""
+    agent = _agent()
+    return b"%d\n%s%s\n" % (len(agent), agent, json.dumps(request).encode())
