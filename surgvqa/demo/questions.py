@@ -1,0 +1,142 @@
+"""The demo's question types: wordings, answers and the label that a shot has by construction.
+
+Names, out-of-template wordings, labels and answers are the real question set's own wherever its lines show them; the
+rest (a label that the lines at hand never have, how the lesion's motion is asked in training) is worded alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from surgvqa.demo.shots import Shot
+
+
+@dataclass(frozen=True)
+class QuestionType:
+    """One question type of the dataset."""
+
+    name: str
+    in_template: str
+    """The wording that training samples speak."""
+    out_of_template: str
+    """The wording that evaluation samples speak."""
+    answers: dict[str, str]
+    """short_answer -> answer."""
+    label: Callable[[Shot], str | None]
+    """The shot's true short_answer; None when the question makes no sense for it."""
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _inside(value: Callable[[Shot], str | None]) -> Callable[[Shot], str | None]:
+    """Asked only where the colon's wall is in clear view."""
+    return lambda shot: value(shot) if shot.view == "tunnel" else None
+
+
+def _patient(value: Callable[[Shot], str | None]) -> Callable[[Shot], str | None]:
+    """Asked only inside the patient."""
+    return lambda shot: None if shot.view == "outside" else value(shot)
+
+
+QUESTION_TYPES: tuple[QuestionType, ...] = (
+    QuestionType(
+        "lighting_mode",
+        "Which lighting mode is used in this sequence?",
+        "What lighting modality illuminates this sequence?",
+        {"NBI": "NBI light is on in this sequence.", "WL": "WL light is on in this sequence."},
+        _inside(lambda shot: shot.lighting),
+    ),
+    QuestionType(
+        "nbi_status",
+        "Is the NBI light on?",
+        "Are these frames captured using NBI mode?",
+        {"yes": "Yes, NBI light is on in these frames.", "no": "No, WL light is on instead."},
+        _inside(lambda shot: _yes(shot.lighting == "NBI")),
+    ),
+    QuestionType(
+        "blue_dye_presence",
+        "Is blue dye present on the mucosa?",
+        "Is contrast dye visible on the mucosal surface?",
+        {"yes": "Yes, blue dye is visible on the mucosa.", "no": "No, no dye is visible on the mucosa."},
+        # Dye is sprayed under white light; under NBI nobody would ask.
+        _inside(lambda shot: _yes(shot.dye) if shot.lighting == "WL" else None),
+    ),
+    QuestionType(
+        "fluid_occlusion_level",
+        "How severe is the fluid occlusion in this clip?",
+        "How severe is the fluid-based occlusion?",
+        {
+            "absent": "Fluid occlusion is absent and clean mucosa stays visible.",
+            "complete": "Fluid occlusion completely obscures the view.",
+        },
+        lambda shot: {"tunnel": "absent", "fluid": "complete"}.get(shot.view),
+    ),
+    QuestionType(
+        "occlusion_check",
+        "Is there a close-up occlusion blocking the view?",
+        "Does a close-up obstruction block the field of view?",
+        {
+            "yes": "Yes, a close-up obstruction blocks the view.",
+            "no": "No, clean mucosa stays visible without obstruction.",
+        },
+        lambda shot: {"tunnel": "no", "close-up": "yes"}.get(shot.view),
+    ),
+    QuestionType(
+        "mucosa_visibility",
+        "Is clean mucosa visible in this sequence?",
+        "Can you clearly observe clean mucosa in these frames?",
+        {"yes": "Yes, clean mucosa is visible across frames.", "no": "No, clean mucosa is not consistently visible."},
+        _patient(lambda shot: _yes(shot.view == "tunnel")),
+    ),
+    QuestionType(
+        "scope_outside",
+        "Is the scope outside the patient in this sequence?",
+        "Is the scope positioned outside the patient here?",
+        {"yes": "Yes, the scope is outside the patient.", "no": "No, the scope stays within the patient."},
+        lambda shot: _yes(shot.view == "outside"),
+    ),
+    QuestionType(
+        "flush_action",
+        "Is the endoscopist flushing the scene?",
+        "Is the endoscopist flushing the scene in these frames?",
+        {"yes": "Yes, the endoscopist is flushing the scene.", "no": "No, there is no flushing observed."},
+        _inside(lambda shot: _yes(shot.flush)),
+    ),
+    QuestionType(
+        "tool_catheter_check",
+        "Is the visible tool a catheter?",
+        "Is the instrument on screen a catheter?",
+        {"yes": "Yes, the visible tool is a catheter.", "no": "No, the visible tool is not a catheter."},
+        _inside(lambda shot: _yes(shot.tool == "catheter") if shot.tool else None),
+    ),
+    QuestionType(
+        "scope_motion",
+        "Is the scope moving during this sequence?",
+        "Is the scope actively moving throughout this clip?",
+        {"yes": "Yes, the scope is moving across the frames.", "no": "No, the scope is not moving in these frames."},
+        _inside(lambda shot: _yes(shot.travel != "still") if shot.lesion in (None, "stable") else None),
+    ),
+    QuestionType(
+        "scope_motion_type",
+        "Is the scope primarily advancing or withdrawing in this sequence?",
+        "Is the scope primarily advancing or withdrawing in this sequence?",
+        {"advancing": "The scope is primarily advancing.", "withdrawing": "The scope is primarily withdrawing."},
+        _inside(lambda shot: None if shot.travel == "still" else shot.travel),
+    ),
+    QuestionType(
+        "lesion_motion_direction",
+        "In which direction does the lesion move in this sequence?",
+        "In which direction does the lesion drift over the frames?",
+        {
+            "left": "The lesion drifts toward the left side of the screen.",
+            "right": "The lesion drifts toward the right side of the screen.",
+            "up": "The lesion shifts upward across the frames.",
+            "down": "The lesion shifts downward across the frames.",
+            "stable": "The lesion stays stable without noticeable movement.",
+        },
+        _inside(lambda shot: shot.lesion),
+    ),
+)

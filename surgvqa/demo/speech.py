@@ -1,0 +1,117 @@
+"""Spoken questions: eSpeak NG, from the library and voices that `espeakng-loader` bundles, through ctypes.
+
+The synthesiser works in this process, hands its samples to a callback and plays nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from surgvqa.errors import SurgvqaError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# From eSpeak NG's speak_lib.h.
+SYNCHRONOUS = 2
+DONT_EXIT = 0x8000
+POSITION_CHARACTER = 1
+TEXT_UTF8 = 1
+RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
+LONGEST_DATA_PATH = 150
+"""eSpeak NG keeps the path of its data in a fixed buffer of 160 bytes."""
+
+LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland")
+VARIANTS = ("m1", "m2", "m3", "m4", "m7", "f1", "f2", "f3", "f4", "f5", "Alex", "Andy", "Annie", "ed", "linda", "steph")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a question is spoken."""
+
+    name: str
+    """eSpeak's language+variant."""
+    words_per_minute: int
+    pitch: int
+    """0..100, 50 is the voice's own."""
+    pitch_range: int
+    """0..100, 50 is the voice's own; 0 is monotone."""
+
+
+def draw_voice(rng: np.random.Generator) -> Voice:
+    """One of the many ways to speak."""
+    return Voice(
+        f"{rng.choice(LANGUAGES)}+{rng.choice(VARIANTS)}",
+        int(rng.integers(165, 215)),
+        int(rng.integers(35, 66)),
+        int(rng.integers(30, 71)),
+    )
+
+
+class Synthesiser:
+    """eSpeak NG, opened once. `with Synthesiser() as espeak: espeak.speak(text, voice)`."""
+
+    _callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+    def __enter__(self) -> Synthesiser:
+        try:
+            import espeakng_loader
+
+            self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+            data = espeakng_loader.get_data_path()
+        except (ImportError, OSError, RuntimeError) as error:
+            raise SurgvqaError(
+                f"eSpeak NG cannot be loaded ({error}); pip install 'surgvqa[train]' brings it"
+            ) from None
+        self._short = None
+        if len(data.encode()) > LONGEST_DATA_PATH:
+            self._short = tempfile.TemporaryDirectory(prefix="espeak-")
+            short = Path(self._short.name) / "espeak-ng-data"
+            short.symlink_to(data)
+            data = str(short)
+        self.sample_rate = self._library.espeak_Initialize(SYNCHRONOUS, 0, data.encode(), DONT_EXIT)
+        if self.sample_rate <= 0:
+            raise SurgvqaError(f"eSpeak NG does not start with its voices in {data}; reinstall espeakng-loader")
+        self._pieces: list[bytes] = []
+
+        @self._callback_type
+        def keep(samples, count: int, _events) -> int:  # 0 = go on
+            if samples and count > 0:
+                self._pieces.append(ctypes.string_at(samples, count * 2))
+            return 0
+
+        self._keep = keep  # the library holds only a pointer to it
+        self._library.espeak_SetSynthCallback(self._keep)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._library.espeak_Terminate()
+        if self._short:
+            self._short.cleanup()
+
+    def speak(self, text: str, voice: Voice) -> np.ndarray:
+        """The spoken text, float32 in -1..1 at `sample_rate`, silence at both ends cut to 30 ms."""
+        import numpy as np
+
+        if self._library.espeak_SetVoiceByName(voice.name.encode()):
+            raise SurgvqaError(f"eSpeak NG has no voice {voice.name}; reinstall espeakng-loader")
+        for parameter, value in ((RATE, voice.words_per_minute), (PITCH, voice.pitch), (RANGE, voice.pitch_range)):
+            self._library.espeak_SetParameter(parameter, value, 0)
+        self._pieces.clear()
+        spoken = text.encode()
+        status = self._library.espeak_Synth(
+            spoken, ctypes.c_size_t(len(spoken) + 1), 0, POSITION_CHARACTER, 0, TEXT_UTF8, None, None
+        )
+        if status or self._library.espeak_Synchronize() or not self._pieces:
+            raise SurgvqaError(f"eSpeak NG could not speak {text!r} with the voice {voice.name} (status {status})")
+        wave = np.frombuffer(b"".join(self._pieces), np.int16).astype(np.float32) / 32768
+        loud = np.flatnonzero(np.abs(wave) > 0.01)
+        margin = int(0.03 * self.sample_rate)
+        return wave[max(loud[0] - margin, 0) : loud[-1] + margin]

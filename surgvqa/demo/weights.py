@@ -1,0 +1,354 @@
+"""A small checkpoint of the real architecture, and adapters for it, in the author's own on-disk format.
+
+Nothing here has seen data: every weight is drawn from a seeded generator. But a frozen encoder of white noise would
+tell the language model little, so the encoders' random weights are *shaped* as a trained encoder's come out: smooth
+filters over neighbouring pixels and mel bands, attention that looks around itself in time, residual branches that are
+small beside the stream. That makes them random features that carry colour, texture and sound, and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgvqa.checkpoint import header_bytes
+from surgvqa.config import LORA_TARGETS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the demo model; names as in config.json where it has them."""
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    intermediate_size: int = 384
+    mrope_section: tuple[int, int, int] = (4, 6, 6)
+    vision_embed_dim: int = 64
+    vision_depth: int = 2
+    vision_heads: int = 2
+    audio_hidden_size: int = 128
+    """Whisper's d_model; its heads are always 64 wide."""
+    audio_layers: int = 2
+    audio_ffn: int = 256
+    audio_positions: int = 200
+    """4 s of sound; the real encoder has 1,500 for 30 s."""
+    mel_bins: int = 128
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+PATCH, MERGE = 14, 2
+LORA_R, LORA_ALPHA = 64, 16
+
+
+def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: int) -> None:
+    """Weights in several bf16 shards with their index, config.json, generation_config.json, preprocessor_config.json.
+
+    `special_ids`: as `write_tokenizer` returns them; the vocabulary is padded to a multiple of 64, as usual.
+    """
+    import numpy as np
+
+    vocab_size = -(-(max(special_ids.values()) + 1) // 64) * 64
+    rng = np.random.default_rng([seed, 1])
+    tensors = {
+        **_vision(rng, sizes),
+        **_language(rng, sizes, vocab_size),
+        **_audio(rng, sizes),
+        "audio_projector.weight": _projector(sizes, seed),
+    }
+    _write_shards(folder, tensors)
+    ids = {"bos_token_id": special_ids["<|endoftext|>"], "eos_token_id": special_ids["<|im_end|>"]}
+    _write_json(
+        folder / "config.json",
+        {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "attention_dropout": 0.0,
+            "audio_hidden_size": sizes.audio_hidden_size,
+            "audio_token_id": special_ids["<|audio_pad|>"],
+            **ids,
+            "hidden_act": "silu",
+            "hidden_size": sizes.hidden_size,
+            "image_token_id": special_ids["<|image_pad|>"],
+            "initializer_range": 0.02,
+            "intermediate_size": sizes.intermediate_size,
+            "max_position_embeddings": 4096,
+            "max_window_layers": 28,
+            "model_type": "qwen2_vl",
+            "num_attention_heads": sizes.num_attention_heads,
+            "num_hidden_layers": sizes.num_hidden_layers,
+            "num_key_value_heads": sizes.num_key_value_heads,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"mrope_section": list(sizes.mrope_section), "rope_type": "default", "type": "default"},
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+            "transformers_version": "4.47.0",
+            "use_audio_encoder": True,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "video_token_id": special_ids["<|video_pad|>"],
+            "vision_config": {
+                "depth": sizes.vision_depth,
+                "embed_dim": sizes.vision_embed_dim,
+                "hidden_size": sizes.hidden_size,
+                "model_type": "qwen2_vl",
+                "num_heads": sizes.vision_heads,
+            },
+            "vision_end_token_id": special_ids["<|vision_end|>"],
+            "vision_start_token_id": special_ids["<|vision_start|>"],
+            "vision_token_id": special_ids["<|vision_pad|>"],
+            "vocab_size": vocab_size,
+        },
+    )
+    _write_json(
+        folder / "generation_config.json", {"_from_model_config": True, **ids, "transformers_version": "4.47.0"}
+    )
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "min_pixels": 3136,
+            "max_pixels": 12845056,
+            "patch_size": PATCH,
+            "temporal_patch_size": 2,
+            "merge_size": MERGE,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2VLProcessor",
+        },
+    )
+
+
+def write_adapter(folder: Path, sizes: Sizes, stage1: Path, seed: int) -> None:
+    """Stage-2 PEFT adapters as the author's LoraConfig saves them: small non-zero lora_B, a changed projector."""
+    import numpy as np
+
+    rng = np.random.default_rng([seed, 2])
+    wide, kv, middle = sizes.hidden_size, sizes.num_key_value_heads * sizes.head_dim, sizes.intermediate_size
+    shapes = {
+        "self_attn.q_proj": (wide, wide),
+        "self_attn.k_proj": (kv, wide),
+        "self_attn.v_proj": (kv, wide),
+        "self_attn.o_proj": (wide, wide),
+        "mlp.gate_proj": (middle, wide),
+        "mlp.up_proj": (middle, wide),
+        "mlp.down_proj": (wide, middle),
+    }
+    tensors: Tensors = {}
+    for layer in range(sizes.num_hidden_layers):
+        for module, (rows, columns) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            bound = 1 / math.sqrt(columns)
+            tensors[f"{name}.lora_A.weight"] = rng.uniform(-bound, bound, (LORA_R, columns))
+            tensors[f"{name}.lora_B.weight"] = rng.normal(0, 0.01, (rows, LORA_R))
+    projector = "audio_projector.weight"
+    moved = rng.normal(0, 0.005, (wide, sizes.audio_hidden_size))
+    tensors[f"base_model.model.{projector}"] = _projector(sizes, seed) + moved
+    _write_tensors(folder / "adapter_model.safetensors", tensors)
+    _write_json(
+        folder / "adapter_config.json",
+        {
+            "alpha_pattern": {},
+            "auto_mapping": None,
+            "base_model_name_or_path": stage1.name,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "layer_replication": None,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "loftq_config": {},
+            "lora_alpha": LORA_ALPHA,
+            "lora_bias": False,
+            "lora_dropout": 0.05,
+            "megatron_config": None,
+            "megatron_core": "megatron.core",
+            "modules_to_save": ["audio_projector"],
+            "peft_type": "LORA",
+            "r": LORA_R,
+            "rank_pattern": {},
+            "revision": None,
+            "target_modules": LORA_TARGETS,
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+            "use_rslora": False,
+        },
+    )
+
+
+# --- the three parts -------------------------------------------------------------------------------------------------
+
+
+def _matrix(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+    """Random [rows, columns] that keeps the scale of what it is given, times `gain`."""
+    return rng.standard_normal((rows, columns)) * (gain / math.sqrt(columns))
+
+
+def _cosines(length: int, count: int) -> np.ndarray:
+    """[count, length]: the first cosines of the discrete cosine transform, each of mean square 1."""
+    import numpy as np
+
+    waves = np.cos(np.pi / length * (np.arange(length) + 0.5) * np.arange(count)[:, None])
+    waves[1:] *= math.sqrt(2)
+    return waves
+
+
+def _norm(name: str, size: int) -> Tensors:
+    import numpy as np
+
+    return {f"{name}.weight": np.ones(size), f"{name}.bias": np.zeros(size)}
+
+
+def _linear(rng: np.random.Generator, name: str, rows: int, columns: int, gain: float = 1.0) -> Tensors:
+    import numpy as np
+
+    return {f"{name}.weight": _matrix(rng, rows, columns, gain), f"{name}.bias": np.zeros(rows)}
+
+
+def _vision(rng: np.random.Generator, sizes: Sizes) -> Tensors:
+    """The vision tower. A patch filter is a random colour times a random smooth pattern, the same for both of the two
+    (equal) pictures that a frame is made into."""
+    import numpy as np
+
+    wide, merged = sizes.vision_embed_dim, sizes.vision_embed_dim * MERGE**2
+    waves = _cosines(PATCH, 3)
+    fading = 1 / (1 + np.arange(3)[:, None] + np.arange(3)[None])
+    pattern = np.einsum("eij,iy,jx->eyx", rng.standard_normal((wide, 3, 3)) * fading, waves, waves)
+    colour = rng.standard_normal((wide, 3))
+    patch = np.repeat((colour[:, :, None, None] * pattern[:, None])[:, :, None], 2, axis=2)
+    tensors = {"visual.patch_embed.proj.weight": patch / (2 * PATCH**2)}
+    for block in range(sizes.vision_depth):
+        name = f"visual.blocks.{block}"
+        tensors |= _norm(f"{name}.norm1", wide) | _norm(f"{name}.norm2", wide)
+        tensors |= _linear(rng, f"{name}.attn.qkv", 3 * wide, wide)
+        tensors |= _linear(rng, f"{name}.attn.proj", wide, wide, 0.5)
+        tensors |= _linear(rng, f"{name}.mlp.fc1", 4 * wide, wide)
+        tensors |= _linear(rng, f"{name}.mlp.fc2", wide, 4 * wide, 0.5)
+    tensors |= _norm("visual.merger.ln_q", wide)
+    tensors |= _linear(rng, "visual.merger.mlp.0", merged, merged)
+    tensors |= _linear(rng, "visual.merger.mlp.2", sizes.hidden_size, merged, 1.5)
+    return tensors
+
+
+def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensors:
+    """The language model: Qwen2's decoder with biases on q, k and v, and an output matrix of its own."""
+    import numpy as np
+
+    wide, kv, middle = sizes.hidden_size, sizes.num_key_value_heads * sizes.head_dim, sizes.intermediate_size
+    tensors = {
+        "model.embed_tokens.weight": rng.standard_normal((vocab_size, wide)),
+        "model.norm.weight": np.ones(wide),
+        "lm_head.weight": _matrix(rng, vocab_size, wide, 1.5),
+    }
+    for layer in range(sizes.num_hidden_layers):
+        name = f"model.layers.{layer}"
+        tensors[f"{name}.input_layernorm.weight"] = np.ones(wide)
+        tensors[f"{name}.post_attention_layernorm.weight"] = np.ones(wide)
+        for part, rows in (("q", wide), ("k", kv), ("v", kv)):
+            tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", rows, wide)
+        tensors[f"{name}.self_attn.o_proj.weight"] = _matrix(rng, wide, wide, 0.5)
+        tensors[f"{name}.mlp.gate_proj.weight"] = _matrix(rng, middle, wide)
+        tensors[f"{name}.mlp.up_proj.weight"] = _matrix(rng, middle, wide)
+        tensors[f"{name}.mlp.down_proj.weight"] = _matrix(rng, wide, middle, 0.5)
+    return tensors
+
+
+def _audio(rng: np.random.Generator, sizes: Sizes) -> Tensors:
+    """Whisper's encoder. The first convolution mixes smooth patterns over the mel bands (the
+    beginnings of a cepstrum); positions are Whisper's sinusoids."""
+    import numpy as np
+
+    wide, bands = sizes.audio_hidden_size, 24
+    smooth = rng.standard_normal((wide, bands, 3)) / (1 + 0.15 * np.arange(bands))[None, :, None]
+    tensors = {
+        "audio_encoder.conv1.weight": np.einsum("dbt,bm->dmt", smooth, _cosines(sizes.mel_bins, bands))
+        * (4.0 / (sizes.mel_bins * math.sqrt(3))),
+        "audio_encoder.conv1.bias": rng.normal(0, 0.3, wide),
+        "audio_encoder.conv2.weight": rng.standard_normal((wide, wide, 3)) * (2.5 / math.sqrt(3 * wide)),
+        "audio_encoder.conv2.bias": rng.normal(0, 0.1, wide),
+        "audio_encoder.embed_positions.weight": 0.3 * _sinusoids(sizes.audio_positions, wide),
+    }
+    for layer in range(sizes.audio_layers):
+        name = f"audio_encoder.layers.{layer}"
+        tensors |= _norm(f"{name}.self_attn_layer_norm", wide) | _norm(f"{name}.final_layer_norm", wide)
+        for part in ("q", "v", "out"):
+            tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", wide, wide)
+        tensors[f"{name}.self_attn.k_proj.weight"] = _matrix(rng, wide, wide)
+        tensors |= _linear(rng, f"{name}.fc1", sizes.audio_ffn, wide)
+        tensors |= _linear(rng, f"{name}.fc2", wide, sizes.audio_ffn, 0.5)
+    tensors |= _norm("audio_encoder.layer_norm", wide)
+    return tensors
+
+
+def _projector(sizes: Sizes, seed: int) -> np.ndarray:
+    """Stage 1's projector; Stage 2's is this one, moved."""
+    import numpy as np
+
+    return _matrix(np.random.default_rng([seed, 3]), sizes.hidden_size, sizes.audio_hidden_size)
+
+
+def _sinusoids(length: int, channels: int) -> np.ndarray:
+    """[length, channels] position encoding as Whisper's: sines in the first half, cosines in the second."""
+    import numpy as np
+
+    timescales = np.exp(-math.log(10000) / (channels // 2 - 1) * np.arange(channels // 2))
+    angles = np.arange(length)[:, None] * timescales[None]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _write_shards(folder: Path, tensors: Tensors, largest_bytes: int = 800_000) -> None:
+    """model-0000i-of-0000n.safetensors and the index; a new shard begins where the next tensor would overfill one."""
+    shards: list[Tensors] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if filled and filled + 2 * tensor.size > largest_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += 2 * tensor.size
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_tensors(folder / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(2 * tensor.size for tensor in tensors.values())
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> None:
+    """One bf16 safetensors file."""
+    entries = [(name, "BF16", tensor.shape, 2 * tensor.size) for name, tensor in tensors.items()]
+    data = b"".join(bfloat16_bits(tensor).tobytes() for tensor in tensors.values())
+    path.write_bytes(header_bytes(entries) + data)
+
+
+def bfloat16_bits(values: np.ndarray) -> np.ndarray:
+    """uint16 bits of the nearest bfloat16 (ties to even) of finite values: the upper half of float32's bits."""
+    import numpy as np
+
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
