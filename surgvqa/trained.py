@@ -40,9 +40,9 @@ class Trained:
     preset: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> None:
-        """Writes surgvqa.json into `folder`."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """What surgvqa.json holds."""
+        return {
             "v": 1,
             "run": self.run,
             "base_model": self.options.get("model_name_or_path"),
@@ -51,17 +51,14 @@ class Trained:
             "extra": self.extra,
             "preset": self.preset,
         }
-        runs.write_json_atomic(folder / RECORD, document)
 
 
 def record_of(options: TrainOptions, output_dir: Path, run: runs.Run) -> Trained:
-    """What surgvqa.json will say of the run that `options` describe."""
-    values = {name: getattr(options, name) for name in settings_of(TrainOptions)}
-    values["output_dir"] = str(output_dir)
-    info = runs.read_run_json(run.folder)
-    return Trained(
-        output_dir.absolute(), _absolute(values, Path.cwd()), run.id, info.get("preset"), getattr(options, "extra", {})
-    )
+    """The training that `options` describe, for the surgvqa.json of its results."""
+    values = {name: getattr(options, name) for name in settings_of(TrainOptions) if name != "resume"}
+    values = _absolute(values | {"output_dir": str(output_dir)}, Path.cwd())
+    preset = runs.read_run_json(run.folder).get("preset")
+    return Trained(output_dir, values, run.id, preset, getattr(options, "extra", {}))
 
 
 def read(folder: Path) -> Trained | None:

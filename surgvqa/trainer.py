@@ -1,0 +1,303 @@
+"""transformers' Trainer with our events, our checkpoints and a stop at any micro step; the loop itself is theirs.
+
+A run can be stopped and resumed as if it had not been: a checkpoint holds adapter, optimiser, scheduler, position in
+the data and random state as they were after the last optimiser step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from surgvqa import trained
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.lora import adapter_parameters, save_adapter
+from surgvqa.runs import Run
+from surgvqa.stopping import StopRequested
+
+MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is not finite, before the run gives up
+
+
+@dataclass
+class Window:
+    """One optimiser step in the making: its micro steps' sums."""
+
+    began: float
+    waited_s: float = 0.0
+    loss: Any = 0.0
+    """Sum of the micro steps' losses, each already divided by the window's supervised tokens."""
+    samples: int = 0
+    tokens: Any = 0
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+
+
+class EventTrainer(Trainer):
+    """transformers' Trainer with our events, checkpoints in our format, and a stop at any micro step.
+
+    The loss of an optimiser step is the mean over all its supervised tokens, however they are spread over micro steps:
+    4 micro steps of 1 sample are 1 of 4 samples (Trainer counts `num_items_in_batch`, the model divides by it).
+    """
+
+    def __init__(self, *, run: Run, record: trained.Trained, **arguments: Any):
+        super().__init__(**arguments)
+        if not self.model_accepts_loss_kwargs:
+            raise SurgvqaError("the model does not take num_items_in_batch: gradients would be scaled wrongly")
+        self.events = run
+        self.record = record
+        self.activity = "start"
+        """What is being done, for an out-of-memory report: forward, optimizer, evaluate or save."""
+        self.window = Window(time.monotonic())
+        self.stopping = False
+        self._rng: dict[str, Any] | None = None
+        self._losses: list[float] = []
+        self._non_finite = 0
+        self._seconds = 0.0
+        self._samples = 0
+        self._evaluated = 0
+        self._last_eval_loss: float | None = None
+        self._is_best_of: tuple[int, float] | None = None
+        """(step, evaluation loss) of the weights, once the best ones are back in the model."""
+        self._staging: str | None = None
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Called from a signal handler: training ends before its next micro step."""
+        self.stopping = True
+
+    def _stop_if_asked(self) -> None:
+        if self.stopping:
+            raise StopRequested
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        self.window = Window(time.monotonic())
+        found = super().get_batch_samples(*arguments, **keywords)
+        self.window.waited_s = time.monotonic() - self.window.began
+        return found
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> torch.Tensor:
+        self._stop_if_asked()
+        self.activity = "forward and backward"
+        self.window.samples += len(inputs["input_ids"])
+        self.window.tokens += inputs["attention_mask"].sum()
+        loss = super().training_step(model, inputs, *arguments, **keywords)
+        self.window.loss += loss
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))  # Trainer's own running mean stays finite
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The hook between the last backward pass and the optimiser: a step that is not finite changes nothing."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.window.grad_norm = float(norm)
+        self.window.loss = float(self.window.loss)
+        self.window.learning_rate = self._get_learning_rate()
+        if math.isfinite(self.window.grad_norm) and math.isfinite(self.window.loss):
+            self._non_finite = 0
+            self._losses.append(self.window.loss)
+        else:
+            self._non_finite += 1
+            model.zero_grad(set_to_none=True)
+            self._complain(self.state.global_step + 1)
+        self.activity = "optimizer"
+        return norm
+
+    def _complain(self, step: int) -> None:
+        what = f"loss {self.window.loss:g}, gradient norm {self.window.grad_norm:g}"
+        if self._non_finite < MAX_NON_FINITE:
+            self.events.warning(f"step {step} is not finite ({what}): left out, the weights stay as they were")
+            return
+        good = next(iter(trained.checkpoints(Path(self.args.output_dir))), None)
+        raise SurgvqaError(
+            f"steps {step - self._non_finite + 1} to {step} are not finite ({what}); last good checkpoint: "
+            f"{good or 'none'}; try a lower --learning_rate, or look at the samples"
+        )
+
+    def end_of_step(self) -> None:
+        """After an optimiser step: its metric event."""
+        window, state = self.window, self.state
+        elapsed = max(time.monotonic() - window.began, 1e-9)
+        self._seconds += elapsed
+        self._samples += window.samples
+        self._rng = random_state()
+        self.events.emit(
+            "metric",
+            step=state.global_step,
+            total_steps=state.max_steps,
+            epoch=state.epoch,
+            loss=window.loss,
+            learning_rate=window.learning_rate,
+            grad_norm=window.grad_norm,
+            samples_per_s=window.samples / elapsed,
+            tokens_per_s=int(window.tokens) / elapsed,
+            data_wait=window.waited_s / elapsed,
+        )
+        self.events.progress("train", state.global_step, state.max_steps, "steps")
+        self._stop_if_asked()
+
+    def mean_loss(self) -> float | None:
+        """Mean training loss of the steps of this process; None without any."""
+        return sum(self._losses) / len(self._losses) if self._losses else None
+
+    def samples_per_s(self) -> float | None:
+        """Over the training steps, without evaluation and saving."""
+        return self._samples / self._seconds if self._seconds else None
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        """As Trainer's, leaving the random state alone: training goes on the same with or without an evaluation."""
+        self.activity, self._evaluated = "evaluate", 0
+        self.events.phase("evaluate", f"at step {self.state.global_step}")
+        state = random_state()
+        try:
+            metrics = super().evaluate(*arguments, **keywords)
+        finally:
+            set_random_state(state)
+        self._last_eval_loss = metrics.get("eval_loss")
+        self.events.phase("train", f"{self.state.global_step} of {self.state.max_steps} steps done")
+        return metrics
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+        self._stop_if_asked()
+        found = super().prediction_step(model, inputs, *arguments, **keywords)
+        self._evaluated += len(inputs["input_ids"])
+        self.events.progress("evaluate", self._evaluated, len(self.eval_dataset), "samples")
+        return found
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """A new best is saved at once: with save_steps above eval_steps Trainer would keep an older state as best."""
+        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
+    def reported_eval_loss(self) -> float | None:
+        """The evaluation loss of the state that is the result."""
+        return self.state.best_metric if self.args.load_best_model_at_end else self._last_eval_loss
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        step, loss = self._is_best_of or (self.state.global_step, self._last_eval_loss)
+        document = self.record.document() | {"step": step, "eval_loss": loss}
+        save_adapter(self.model, output_dir or self.args.output_dir, document)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or self.args.output_dir
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written to a folder of its own and renamed when it is whole."""
+        self.activity = "save"
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        staging = Path(self.args.output_dir) / ".saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+            if best.is_dir() or best == final:
+                self.state.best_model_checkpoint = str(best)
+            self.state.save_to_json(str(staging / final.name / "trainer_state.json"))  # not with the staging path
+            trained.publish(staging / final.name, final)
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
+            raise SurgvqaError(
+                f"{final}: the checkpoint cannot be saved ({str(error).splitlines()[0]}); free some disk space and go "
+                f"on with --resume {self.events.id}"
+            ) from error
+        finally:
+            self._staging = None
+            shutil.rmtree(staging, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=self.args.output_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+        )
+        self.events.emit("checkpoint", step=self.state.global_step, path=str(final))
+
+    def save_last_step(self) -> None:
+        """A checkpoint of the last whole optimiser step, with the random state of then; none before the first step."""
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.global_step == 0 or (final.is_dir() and not trained.damage_of(final)):
+            return
+        if self._rng:
+            set_random_state(self._rng)
+        self._save_checkpoint(self.model, None)
+
+    def restore(self, folder: str | Path) -> None:
+        """Puts the adapter of a checkpoint into the model; every tensor must have its place."""
+        path = Path(folder) / trained.ADAPTER
+        tensors, slots = load_file(path), adapter_parameters(self.model)
+        for name in sorted(tensors.keys() | slots.keys()):
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            expected = tuple(slots[name].shape) if name in slots else "none"
+            if found != expected:
+                raise UsageError(
+                    f"{path}: {name} is {found}, expected {expected}; a resumed run keeps its base model and its LoRA "
+                    "options"
+                )
+        with torch.no_grad():
+            for name, slot in slots.items():
+                slot.copy_(tensors[name])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.restore(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.restore(self.state.best_model_checkpoint)
+        self._is_best_of = self.state.best_global_step, self.state.best_metric
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self._rng = random_state()
+
+
+class EventCallback(TrainerCallback):
+    """Tells the run what happens, and evaluates the last step."""
+
+    def __init__(self, trainer: EventTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> Any:
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True  # else the last state is never compared with the best
+        self.trainer.end_of_step()
+        return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **_: Any
+    ) -> None:
+        self.trainer.events.emit("eval", step=state.global_step, **metrics)
+
+
+# --- random state ----------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training draws from."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Back to `random_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.random.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

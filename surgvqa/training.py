@@ -1,0 +1,285 @@
+"""A training run from its options to the adapter on disk: model, data, Trainer, result."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+
+from surgvqa import trained
+from surgvqa.config import TrainOptions, nearest, settings_of
+from surgvqa.data.collate import Collator
+from surgvqa.data.dataset import ClipDataset
+from surgvqa.data.processors import Processors, load_processors
+from surgvqa.data.samples import read_samples
+from surgvqa.device import choose_device, choose_dtype
+from surgvqa.errors import UsageError
+from surgvqa.lora import adapter_parameters, add_lora
+from surgvqa.model import choose_attention, load_model
+from surgvqa.oom import out_of_memory
+from surgvqa.runs import Run, write_json_atomic
+from surgvqa.sampling import MemorySampler
+from surgvqa.stopping import StopRequested, stop_on_signals
+from surgvqa.tracking import wandb_environment
+from surgvqa.train import evaluates, schedule
+from surgvqa.trainer import EventCallback, EventTrainer
+
+NOT_OURS = {
+    "resume_from_checkpoint": "use --resume RUN",
+    "output_dir": "it is an option of its own",
+    "deepspeed": "one GPU only",
+    "fsdp": "one GPU only",
+}
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = "") -> TrainingArguments:
+    """The one place where our options become transformers' TrainingArguments. UsageError for what it rejects."""
+    device = choose_device(options.device)
+    planned, _ = schedule(options)
+    values = {
+        "output_dir": str(output_dir),
+        "run_name": options.run_name or run_name,
+        **planned,
+        "do_eval": evaluates(options),
+        "bf16": choose_dtype(device, options.bf16) == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "optim": choose_optimiser(options.optim, device),
+        "warmup_steps": options.warmup_ratio,  # below 1 it is a share of the steps
+        "report_to": options.report_to.split(","),
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,  # it waits for the GPU at each micro step; EventTrainer looks once a step
+        "disable_tqdm": True,
+        "dataloader_num_workers": min(4, (os.cpu_count() or 1) // 2) if device.type == "cuda" else 0,
+        "restore_callback_states_from_checkpoint": options.early_stopping_patience > 0,
+    }
+    same_name = {f.name for f in fields(TrainingArguments)} & set(settings_of(TrainOptions))
+    for name in same_name - set(values) - {"gradient_checkpointing"}:  # that one we switch on in the model
+        values[name] = getattr(options, name)
+    values |= parse_extra(getattr(options, "extra", {}))
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # never torch's DataParallel
+    return arguments
+
+
+def parse_extra(extra: dict[str, str]) -> dict[str, Any]:
+    """Further TrainingArguments fields, given as text, in their types. UsageError for a name or value that is none."""
+    known = {f.name for f in fields(TrainingArguments) if f.init}
+    for name in extra:
+        if name in NOT_OURS:
+            raise UsageError(f"--{name}: {NOT_OURS[name]}")
+        if name not in known:
+            raise UsageError(f"unknown option --{name}{nearest(name, known | set(settings_of(TrainOptions)))}")
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+
+    def fail(message: str) -> None:
+        raise UsageError(message)
+
+    parser.error = fail
+    namespace, _ = parser.parse_known_args([f"--{name}={value}" for name, value in extra.items()])
+    return {name: getattr(namespace, name) for name in extra}
+
+
+def choose_optimiser(requested: str, device: torch.device) -> str:
+    """auto = 8-bit AdamW where bitsandbytes can run, else torch's."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):  # a bitsandbytes for another CUDA fails in many ways
+            import bitsandbytes  # noqa: F401
+
+            return "adamw_bnb_8bit"
+    return "adamw_torch"
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def train(options: TrainOptions, run: Run) -> dict[str, Any]:
+    """Trains and writes the adapter to the output folder; the result keys of the command contract.
+
+    A stop that was asked for ends in a checkpoint and state "stopped".
+    """
+    output_dir = Path(options.output_dir or run.folder / "checkpoints").absolute()
+    resumed = _find_checkpoint(options, run)
+    record = trained.record_of(options, output_dir, run)
+    for note in schedule(options)[1]:
+        run.warning(note)
+    arguments = training_arguments(options, output_dir, run.id)
+    device = arguments.device
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(output_dir / trained.RECORD, record.document())
+
+    run.phase("read data", f"{options.train_data_path}")
+    processors = load_processors(options.model_name_or_path)
+    train_set, eval_set = _datasets(options, processors, run)
+    run.phase("load model", f"{options.model_name_or_path}")
+    attention, why = choose_attention(options.attn_implementation, device)
+    if options.enforce_budget and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
+    set_seed(options.seed)
+    base = load_model(
+        options.model_name_or_path,
+        dtype=choose_dtype(device, options.bf16),
+        device=device,
+        attn_implementation=attention,
+    )
+    model = add_lora(base, options)
+    if options.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = EventTrainer(
+        run=run,
+        record=record,
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=Collator(processors),
+    )
+    trainer.add_callback(EventCallback(trainer))
+    if options.early_stopping_patience and eval_set:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
+    total_steps = _total_steps(arguments, len(train_set))
+    _announce_plan(run, options, arguments, model, train_set, total_steps, why)
+
+    began = time.monotonic()
+    with MemorySampler(run, device) as sampler, wandb_environment(options.report_to, run):
+        stopped = _run_trainer(trainer, options, resumed, total_steps)
+        if stopped is None:
+            run.phase("save", str(output_dir))
+            trainer.save_model(str(output_dir))
+            run.emit("checkpoint", step=trainer.state.global_step, path=str(output_dir), final=True)
+    result = {
+        "state": "finished" if stopped is None else "stopped",
+        "steps": trainer.state.global_step,
+        "total_steps": total_steps,
+        "train_loss": trainer.mean_loss(),
+        "eval_loss": trainer.reported_eval_loss(),
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "output_dir": str(output_dir),
+        "adapter": str(output_dir) if stopped is None else None,
+        "resume": None if stopped is None else f"surgvqa train --resume {run.id}",
+        "resumed_from": str(resumed) if resumed else None,
+        "trained_parameters": sum(p.numel() for p in adapter_parameters(model).values()),
+        "seconds": time.monotonic() - began,
+        "samples_per_s": trainer.samples_per_s(),
+        **sampler.peaks(),
+    }
+    run.result.update(result)
+    return result
+
+
+def _find_checkpoint(options: TrainOptions, run: Run) -> Path | None:
+    """The checkpoint to resume from: the one named, or the newest whole one of the run named."""
+    if not options.resume:
+        return None
+    folder = Path(options.resume).absolute()
+    if folder.name.startswith("checkpoint-") and not trained.checkpoints(folder):
+        damage = trained.damage_of(folder)
+        if damage:
+            raise UsageError(f"{folder}: cannot be resumed from: {damage}")
+        run.phase("resume", str(folder))
+        return folder
+    checkpoint, skipped = trained.newest_whole_checkpoint(folder)
+    for text in skipped:
+        run.warning(f"skipped {text}")
+    if checkpoint is None:
+        run.warning(f"{folder}: no whole checkpoint there; starting at step 0")
+    else:
+        run.phase("resume", str(checkpoint))
+    return checkpoint
+
+
+def _datasets(options: TrainOptions, processors: Processors, run: Run) -> tuple[ClipDataset, ClipDataset | None]:
+    wanted = [(options.train_data_path, options.audio_dir)]
+    if evaluates(options):
+        wanted.append((options.eval_data_path, options.eval_audio_dir or options.audio_dir))
+    found = []
+    for path, audio_dir in wanted:
+        found.append(ClipDataset(read_samples(path), options.frames_dir, audio_dir, processors, options))
+        for text in found[-1].warnings:
+            run.warning(text)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _total_steps(arguments: TrainingArguments, samples: int) -> int:
+    """Optimiser steps of the whole run, as Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(samples / arguments.train_batch_size)
+    if arguments.dataloader_drop_last:
+        batches = samples // arguments.train_batch_size
+    return math.ceil(arguments.num_train_epochs * max(1, math.ceil(batches / arguments.gradient_accumulation_steps)))
+
+
+def _announce_plan(
+    run: Run,
+    options: TrainOptions,
+    arguments: TrainingArguments,
+    model: PeftModel,
+    train_set: ClipDataset,
+    total_steps: int,
+    attention: str,
+) -> None:
+    """What will run and why, as one phase event with its figures as fields."""
+    trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    all_parameters = sum(p.numel() for p in model.parameters())
+    tokens = len(train_set[0]["input_ids"])
+    dtype = str(next(p for p in model.parameters() if not p.requires_grad).dtype).removeprefix("torch.")
+    window = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    recompute = "layers recomputed in the backward pass" if options.gradient_checkpointing else "activations kept"
+    run.emit(
+        "phase",
+        name="plan",
+        text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample; {trained_parameters / 1e6:.1f} M of "
+        f"{all_parameters / 1e6:.1f} M parameters trained; {dtype} on {arguments.device}, {recompute}; optimiser "
+        f"{arguments.optim.value}; attention {attention}",
+        attention=attention,
+        optimiser=arguments.optim.value,
+        dtype=dtype,
+        device=str(arguments.device),
+        trained_parameters=trained_parameters,
+        parameters=all_parameters,
+        sequence_tokens=tokens,
+        total_steps=total_steps,
+        samples=len(train_set),
+    )
+
+
+def _run_trainer(
+    trainer: EventTrainer, options: TrainOptions, checkpoint: Path | None, total_steps: int
+) -> StopRequested | None:
+    """Trains to the end; returns the stop that cut it short. A full card becomes an error that says how to go on."""
+    if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= total_steps:
+        trainer.events.warning(f"{checkpoint.name} is already at the last of {total_steps} steps: nothing to train")
+        trainer.restore(checkpoint)
+        return None
+    trainer.events.phase("train", f"{total_steps} steps")
+    try:
+        with stop_on_signals(trainer.request_stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return None
+    except StopRequested as stop:
+        trainer.events.phase("stop", f"asked to stop at step {trainer.state.global_step}: saving")
+        trainer.save_last_step()
+        return stop
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, trainer, options) from None
+    except UsageError as error:  # from a data loader's worker: its traceback is in the text
+        raise UsageError(str(error).strip().splitlines()[-1].removeprefix("surgvqa.errors.UsageError: ")) from error
