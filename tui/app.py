@@ -1,0 +1,221 @@
+"""`surgvqa-tui`: the panel. It owns no work: jobs are processes of their own, all it shows is in their run folders."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from textual.app import App, SystemCommand
+from textual.binding import Binding, BindingType
+from textual.screen import Screen
+from textual.theme import Theme
+
+from presets import PresetError, load_presets
+from surgvqa import config
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.runs import RunSummary
+from tui.base import MODES, WIDE, Help, PanelScreen
+from tui.merge import MergeScreen
+from tui.monitor import MonitorScreen
+from tui.target import LocalTarget, Target, newest_running
+from tui.train import TrainScreen
+from tui.upload import UploadScreen
+
+REFRESH_S = 1.0
+
+THEME = Theme(
+    name="surgvqa",
+    primary="#5aa9e6",
+    secondary="#8ecae6",
+    accent="#f4a259",
+    success="#5fcf9b",
+    warning="#f2c14e",
+    error="#f2696b",
+    foreground="#e3e9ef",
+    background="#0e141b",
+    surface="#131b24",
+    panel="#1c2733",
+    dark=True,
+    variables={
+        "muted": "#8796a5",
+        "chart-train": "#5aa9e6",
+        "chart-eval": "#f4a259",
+        "footer-key-foreground": "#f4a259",
+        "footer-background": "#131b24",
+        "footer-description-foreground": "#b6c2ce",
+        "border": "#2c3b4b",
+        "border-blurred": "#2c3b4b",
+        "block-cursor-background": "#274866",
+        "block-cursor-foreground": "#ffffff",
+        "block-cursor-blurred-background": "#1d3145",
+        "input-selection-background": "#5aa9e6 40%",
+    },
+)
+
+
+class Panel(App[None]):
+    """Four screens over one target."""
+
+    TITLE = "surgvqa"
+    CSS_PATH = "panel.tcss"
+    MODES = {"merge": MergeScreen, "upload": UploadScreen, "train": TrainScreen, "monitor": MonitorScreen}  # noqa: RUF012
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
+    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (30, "-tall")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(MODES.items(), 1)),
+        Binding("question_mark", "help", "help", key_display="?"),
+        Binding("ctrl+p", "command_palette", "commands", show=False),
+        Binding("q", "quit", "quit"),
+        Binding("ctrl+q", "quit", "quit", show=False, priority=True),
+    ]
+
+    def __init__(self, target: Target, host: str | None = None) -> None:
+        super().__init__()
+        self.target = target
+        self.host = host
+        """The GPU host that is set, if any; Upload names it."""
+        self.listed: list[RunSummary] = []
+        workspace = target.workspace
+        names = [p.name for p in load_presets(workspace.root)]
+        self.preset: str | None = workspace.preset or (names[0] if names else None)
+        self.register_theme(THEME)
+        self.theme = "surgvqa"
+
+    @property
+    def budget_gb(self) -> float | None:
+        """The budget that training would have: surgvqa.toml's or the default."""
+        value = self.target.workspace.value("budget_gb", "train")
+        return config.BUDGET_GB if value is None else float(value)
+
+    async def on_mount(self) -> None:
+        await self.refresh_runs()
+        await self.switch_mode(self._first_mode())
+        self.set_interval(REFRESH_S, self._tick)
+
+    def _first_mode(self) -> str:
+        """Where one would go on: a running job, else the first step that is not done."""
+        if newest_running(self.listed):
+            return "monitor"
+        workspace = self.target.workspace
+        merged = workspace.value("output_path", "merge") or workspace.value("model_name_or_path", "train")
+        return "train" if merged and (Path(merged) / "config.json").is_file() else "merge"
+
+    def _tick(self) -> None:
+        self.run_worker(self._refresh, group="tick", exclusive=True, exit_on_error=False)
+
+    async def _refresh(self) -> None:
+        await self.refresh_runs()
+        if isinstance(self.screen, PanelScreen):
+            await self.screen.tick()
+
+    async def refresh_runs(self) -> None:
+        """Reads the run list anew."""
+        listed = await asyncio.to_thread(self.target.runs)
+        if listed != self.listed:
+            self.listed = listed
+            if isinstance(self.screen, PanelScreen):
+                self.screen.show_where()
+                self.screen.keys_changed()
+
+    # --- what the keys do --------------------------------------------------------------------------------------------
+
+    async def action_go(self, mode: str) -> None:
+        """One of the four screens."""
+        if isinstance(self.screen, PanelScreen):
+            await self.switch_mode(mode)
+
+    def action_help(self) -> None:
+        """All keys of this screen."""
+        screen = self.screen
+        if not isinstance(screen, PanelScreen):
+            return
+        keys = [
+            (
+                self.get_key_display(active.binding),
+                active.tooltip or active.binding.tooltip or active.binding.description,
+            )
+            for active in screen.active_bindings.values()
+            if active.binding.description and not active.binding.system and active.binding.key != "ctrl+q"
+        ]
+        self.push_screen(Help(MODES[screen.MODE], screen.ABOUT, keys))
+
+    async def monitor(self, run_id: str) -> None:
+        """Goes to Monitor and follows this run."""
+        await self.refresh_runs()
+        await self.switch_mode("monitor")
+        if isinstance(self.screen, MonitorScreen):
+            self.screen.attach(run_id)
+
+    def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
+        """The palette: the screens, what this screen can do now, and Textual's own."""
+        for mode, name in MODES.items():
+            yield SystemCommand(name, f"Go to {name}", lambda mode=mode: self.call_later(self.action_go, mode))
+        for active in screen.active_bindings.values():
+            binding = active.binding
+            if isinstance(active.node, PanelScreen) and active.enabled and binding.description:
+                about = active.tooltip or binding.tooltip or binding.description
+                action = binding.action
+                yield SystemCommand(
+                    binding.description, about, lambda action=action: self.call_later(screen.run_action, action)
+                )
+        yield SystemCommand("Quit", "Close the panel; running jobs go on", self.action_quit)
+        yield SystemCommand("Theme", "Change the colours", self.action_change_theme)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the panel."""
+    parser = argparse.ArgumentParser(
+        prog="surgvqa-tui",
+        description="The panel: merge, upload, train and monitor. Closing it never harms a running job.",
+        epilog="example: surgvqa-tui --demo",
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="open the demo workspace; make it in ./demo when it is not there"
+    )
+    parser.add_argument(
+        "--workspace", metavar="DIR", help="workspace folder (default: the nearest one with a surgvqa.toml)"
+    )
+    parser.add_argument("--host", metavar="NAME", help="GPU host: a name of ~/.ssh/config or hosts.toml")
+    return parser
+
+
+def open_workspace(arguments: argparse.Namespace) -> config.Workspace:
+    """The workspace that the command line means; --demo makes it first. Raises SurgvqaError."""
+    if arguments.demo:
+        root = Path(arguments.workspace or "demo")
+        if not (root / config.WORKSPACE_FILE).is_file():
+            made = subprocess.run([sys.executable, "-m", "surgvqa", "demo", str(root)], check=False)
+            if made.returncode:
+                raise SurgvqaError(f"the demo workspace could not be made in {root}")
+    elif arguments.workspace:
+        root = Path(arguments.workspace)
+        if not root.is_dir():
+            raise UsageError(f"--workspace {root}: no such folder")
+    else:
+        root = config.find_workspace()
+    return config.load_workspace(root)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the panel; 0 when it was closed, 2 when it could not be opened."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        workspace = open_workspace(arguments)
+        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"))
+    except (SurgvqaError, PresetError) as error:
+        print(f"surgvqa-tui: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    if not sys.stdout.isatty():
+        print("surgvqa-tui: needs a terminal; surgvqa runs and surgvqa follow work without one", file=sys.stderr)
+        return 2
+    panel.run()
+    return 0 if panel.return_code is None else panel.return_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

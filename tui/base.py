@@ -1,0 +1,195 @@
+"""What the four screens share: head with tabs, a line for errors in place, footer, dialogs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import psutil
+from textual.actions import parse
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Container, Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.screen import ModalScreen, Screen
+from textual.widgets import Footer, Static
+
+from surgvqa.errors import SurgvqaError
+from tui import words
+
+if TYPE_CHECKING:
+    from tui.app import Panel
+
+WIDE = 108  # columns from which there is room for two panels side by side
+MODES = {"merge": "Merge", "upload": "Upload", "train": "Train", "monitor": "Monitor"}
+
+
+class Tab(Static):
+    """One of the four tabs; a click goes there."""
+
+    def __init__(self, number: int, mode: str, active: bool) -> None:
+        label = Content.assemble((f"{number} ", "$muted"), MODES[mode])
+        super().__init__(label, classes="tab -active" if active else "tab")
+        self.mode = mode
+
+    async def on_click(self) -> None:
+        await self.app.run_action(f"go('{self.mode}')")
+
+
+class Head(Horizontal):
+    """Program, tabs, and where we are: host, workspace, preset, budget, and a running job."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def compose(self) -> ComposeResult:
+        yield Static(" surgvqa ", id="program", markup=False)
+        for number, mode in enumerate(MODES, 1):
+            yield Tab(number, mode, mode == self.mode)
+        yield Static("", id="busy", markup=False)
+
+
+class Where(Static):
+    """Host, workspace, preset and budget in one line."""
+
+    def show(self, host: str, workspace: Path, preset: str | None, budget_gb: float | None) -> None:
+        parts = [("host", host), ("workspace", words.short_path(workspace)), ("preset", preset or "none")]
+        if budget_gb:
+            parts.append(("budget", f"{budget_gb:g} GB"))
+        room = self.app.size.width - 2
+        long = sum(len(k) + len(v) + 3 for k, v in parts) <= room
+        spans: list[str | tuple[str, str]] = []
+        for name, text in parts:
+            if spans:
+                spans.append(("  ", ""))
+            if long or name == "budget":
+                spans.append((f"{name} ", "$muted"))
+            spans.append((text if long else words.clip(text, max(8, room // 3), keep_end=name == "workspace"), ""))
+        self.update(Content.assemble(*spans))
+
+
+class Notice(Static):
+    """The screen's own line for what went wrong or was done."""
+
+    def __init__(self) -> None:
+        super().__init__("", id="notice", markup=False)
+        self.display = False
+
+    def say(self, text: str, kind: str = "") -> None:
+        """`kind`: "", "error", "warning" or "success"; empty text takes the line away."""
+        self.set_classes(f"-{kind}" if kind else "")
+        self.update(Content(text))
+        self.display = bool(text)
+
+
+class PanelScreen(Screen[None]):
+    """A screen of the panel. `body` makes its middle; `tick` is called once a second while it is shown."""
+
+    app: Panel
+    MODE: ClassVar[str] = ""
+    ABOUT: ClassVar[str] = ""
+    """What the screen is for, in the help."""
+    AUTO_FOCUS = None
+    _possible: list[bool | None] | None = None
+
+    def compose(self) -> ComposeResult:
+        yield Head(self.MODE)
+        yield Where("", id="where", markup=False)
+        with Container(id="body"):
+            yield from self.body()
+        yield Notice()
+        yield Footer(show_command_palette=False)
+
+    def body(self) -> ComposeResult:
+        """The widgets between head and footer."""
+        yield from ()
+
+    async def tick(self) -> None:
+        """Once a second while shown, and when it comes to the front."""
+
+    @property
+    def workspace_root(self) -> Path:
+        """Relative paths on this screen start here."""
+        return self.app.target.workspace.root
+
+    def say(self, text: str, kind: str = "") -> None:
+        """Shows a line above the footer."""
+        self.query_one(Notice).say(text, kind)
+
+    def keys_changed(self) -> None:
+        """Draws the footer anew, if other keys work now than before."""
+        actions = [parse(binding.action) for _, binding in self._bindings]
+        possible = [self.check_action(name, arguments) for _, name, arguments in actions]
+        if possible != self._possible:
+            self._possible = possible
+            self.refresh_bindings()
+
+    def on_screen_resume(self) -> None:
+        self.show_where()
+        self.run_worker(self.tick, group="tick", exclusive=True, exit_on_error=False)
+
+    def on_resize(self) -> None:
+        self.show_where()
+
+    def show_where(self) -> None:
+        """Draws the head."""
+        if not self.is_mounted:
+            return
+        workspace = self.app.target.workspace
+        host = self.app.target.name
+        self.query_one(Where).show(host, workspace.root, self.app.preset, self.app.budget_gb)
+        running = [r for r in self.app.listed if r.state == "running"]
+        text = f"● {running[0].command} running" if running else ""
+        if len(running) > 1:
+            text = f"● {len(running)} jobs running"
+        self.query_one("#busy", Static).update(Content(text))
+
+    async def stop_run(self, run_id: str) -> str | None:
+        """Ends a run in a thread; its state then, or None when that failed (said in place)."""
+        try:
+            return await asyncio.to_thread(self.app.target.stop, run_id)
+        except (OSError, SurgvqaError, psutil.Error) as error:
+            self.say(f"{run_id} could not be stopped: {error}", "error")
+            return None
+
+
+class Confirm(ModalScreen[bool]):
+    """A question; y or Enter is yes."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y,enter", "answer(True)", "yes"),
+        Binding("n,escape,q", "answer(False)", "no"),
+    ]
+
+    def __init__(self, question: str, detail: str, yes: str) -> None:
+        super().__init__()
+        self.question, self.detail, self.yes = question, detail, yes
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Static(self.question, classes="question", markup=False)
+            yield Static(self.detail, classes="detail", markup=False)
+            keys = [("y", "$footer-key-foreground"), f" {self.yes}   ", ("n", "$footer-key-foreground"), " leave it"]
+            yield Static(Content.assemble(*keys), classes="keys")
+
+    def action_answer(self, yes: bool) -> None:
+        self.dismiss(yes)
+
+
+class Help(ModalScreen[None]):
+    """What this screen is for, and all keys that work on it: taken from the bindings themselves."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter", "dismiss", "close")]
+
+    def __init__(self, title: str, about: str, keys: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.heading, self.about, self.keys = title, about, keys
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog wide"):
+            yield Static(self.heading, classes="question", markup=False)
+            yield Static(self.about, classes="detail", markup=False)
+            rows = [Content.assemble((f"{key:>12}  ", "bold $footer-key-foreground"), text) for key, text in self.keys]
+            yield Static(Content("\n").join(rows))

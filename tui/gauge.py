@@ -1,0 +1,129 @@
+"""Memory bars: what a run takes of its budget, and what a configuration is predicted to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from textual.content import Content
+from textual.widgets import Static
+
+from tui import words
+from tui.follow import Device
+
+BUDGET_STYLE = "bold $accent"
+CLOSE = 0.9  # of the budget: from here on the bar warns
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named share of a stacked bar, in bytes."""
+
+    name: str
+    bytes: float
+
+
+PART_STYLES = ("#4f9dde", "#57c7b6", "#c49ae8", "#e8b85c", "#7fbf6a", "#e07f7f", "#8aa0b8", "#d88fc0")
+
+
+def level_style(used: float, budget: float) -> str:
+    """Calm, close, over."""
+    if used > budget:
+        return "$error"
+    return "$warning" if used > CLOSE * budget else "$success"
+
+
+def memory_bar(width: int, parts: list[tuple[float, str]], scale: float, budget: float, peak: float = 0.0) -> Content:
+    """`parts` (bytes, style) stacked on a track of `scale` bytes; a tick at the peak and a line at the budget."""
+    cells: list[tuple[str, str]] = [("━", "$panel-lighten-2")] * width
+    at = 0.0
+    for amount, style in parts:
+        first, at = round(at / scale * width), at + amount
+        for cell in range(max(0, first), min(width, round(at / scale * width))):
+            cells[cell] = ("█", style)
+    if parts and at > 0 and cells[0][0] != "█":  # something is never nothing
+        cells[0] = ("▌", parts[0][1])
+    peak_cell = min(width - 1, int(peak / scale * width))
+    if peak > at and cells[peak_cell][0] == "━":
+        cells[peak_cell] = ("┃", "$muted")
+    cells[min(width - 1, int(budget / scale * width))] = ("┃", BUDGET_STYLE)
+    return Content.assemble(*cells)
+
+
+class Gauge(Static):
+    """The live memory of a run against its budget, a block for each device."""
+
+    def __init__(self, *, id: str | None = None) -> None:
+        super().__init__("", id=id, markup=False)
+        self.devices: dict[str, Device] = {}
+        self.budget = 0.0
+        self.compact = False
+
+    def show(self, devices: dict[str, Device], budget_bytes: float, compact: bool = False) -> None:
+        """New samples; drawn at the width that the widget has; `compact` takes two lines a device."""
+        self.devices, self.budget, self.compact = devices, budget_bytes, compact
+        self.update(self._content())
+
+    def on_resize(self) -> None:
+        self.update(self._content())
+
+    def _content(self) -> Content:
+        if not self.devices:
+            return Content.assemble(("no memory figures yet", "$muted"))
+        blocks = [self._block(name, device) for name, device in sorted(self.devices.items())]
+        return Content("\n").join(blocks)
+
+    def _block(self, name: str, device: Device) -> Content:
+        width = max(10, self.size.width)
+        sample, used = device.sample, device.used_bytes
+        total = float(sample.get("total_bytes") or 0)
+        budget = self.budget or total or used or 1.0
+        scale = max(total, budget * 1.05, used)
+        bar = memory_bar(width, [(used, level_style(used, budget))], scale, budget, device.peak_bytes)
+        title = Content.assemble((device_title(name, sample), "bold"))
+        now = Content.assemble(
+            (words.gb(used), "bold"), (" of ", "$muted"), (f"{words.gb(budget)} budget", BUDGET_STYLE)
+        )
+        headroom = budget - max(device.peak_bytes, used)
+        room = (f"headroom {words.gb(headroom)}", "") if headroom >= 0 else (f"over by {words.gb(-headroom)}", "$error")
+        rest = Content.assemble((f"peak {words.gb(device.peak_bytes)} · ", "$muted"), room)
+        dot = Content.assemble((" · ", "$muted"))
+        if self.compact:
+            short = Content.assemble(("no GPU: host memory" if device.is_host else f"GPU {name}", "bold"))
+            return Content("\n").join([dot.join([short, now, rest]), bar])
+        facts = [
+            f"{sample[key]:.0f}{unit}"
+            for key, unit in (("utilization_percent", " %"), ("temperature_c", " °C"), ("power_w", " W"))
+            if sample.get(key) is not None and not device.is_host
+        ]
+        lines = [title, bar, now, rest]
+        if facts:
+            lines.insert(1, Content.assemble(("  ".join(facts), "$muted")))
+        others = [p for p in sample.get("others") or [] if p.get("used_bytes")]
+        if others:
+            named = ", ".join(f"{p.get('name', p.get('pid'))} {words.gb(p['used_bytes'])}" for p in others)
+            lines.append(Content.assemble((f"others here: {named}", "$warning")))
+        return Content("\n").join(lines)
+
+
+def device_title(name: str, sample: dict[str, Any]) -> str:
+    """The GPU by its number and name; a host says plainly that it is no GPU."""
+    if sample.get("backend") == "host":
+        return "no GPU here: host memory"
+    return " ".join(str(v).removeprefix("NVIDIA ") for v in ("GPU", name, sample.get("name")) if v not in (None, ""))
+
+
+def predicted_bar(width: int, parts: list[Part], peak: float, budget: float) -> Content:
+    """A configuration's components stacked against the budget."""
+    scale = max(peak, budget) * 1.08
+    shares = [(part.bytes, PART_STYLES[i % len(PART_STYLES)]) for i, part in enumerate(parts)]
+    return memory_bar(width, shares or [(peak, level_style(peak, budget))], scale, budget)
+
+
+def predicted_legend(parts: list[Part]) -> Content:
+    """A word for each colour of `predicted_bar`."""
+    lines = [
+        Content.assemble(("█ ", PART_STYLES[i % len(PART_STYLES)]), part.name, (f"  {words.gb(part.bytes)}", "$muted"))
+        for i, part in enumerate(parts)
+    ]
+    return Content("\n").join(lines)

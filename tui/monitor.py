@@ -1,0 +1,431 @@
+"""Monitor: the runs of the workspace, and one of them live: loss, memory, pace, log."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.widgets import ContentSwitcher, Input, Log, OptionList, Static
+from textual.widgets.option_list import Option
+
+from surgvqa.errors import SurgvqaError
+from surgvqa.runs import RunSummary
+from tui import report, words
+from tui.base import WIDE, Confirm, PanelScreen
+from tui.chart import Chart, Series, tick_text
+from tui.follow import Follower, RunModel
+from tui.gauge import Gauge
+from tui.target import newest_running
+
+NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class MonitorScreen(PanelScreen):
+    """Run list, figures and memory beside the chart and the log."""
+
+    MODE = "monitor"
+    ABOUT = (
+        "Follows a run through its folder: closing the panel, or losing the terminal, never touches the job; open it "
+        "again and it goes on from the same files. Choose a run in the list and press Enter to attach to it."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("s", "stop", "stop", tooltip="Save a checkpoint and end the run"),
+        Binding("c", "resume", "continue", tooltip="Go on from the last checkpoint of this run"),
+        Binding("e", "evaluate", "evaluate", tooltip="Evaluate this run's adapter on the evaluation samples"),
+        Binding("a", "attach", "attach", tooltip="Follow the run chosen in the list"),
+        Binding("r", "runs", "runs", tooltip="The run list"),
+        Binding("g", "log_scale", "log/linear", tooltip="Loss on a logarithmic or a linear axis"),
+        Binding("plus,equals_sign", "zoom(0.5)", "zoom", key_display="+ −", tooltip="Zoom into the newest part"),
+        Binding("minus", "zoom(2.0)", "zoom out", show=False),
+        Binding("left", "pan(-0.25)", "earlier", show=False),
+        Binding("right", "pan(0.25)", "later", show=False),
+        Binding("0", "whole", "whole run", show=False),
+        Binding("f", "follow_log", "follow log", tooltip="Jump to the end of the log and stay there"),
+        Binding("slash", "search", "search log", key_display="/"),
+        Binding("n", "search_again", "next match", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.follower: Follower | None = None
+        self.shown_list: list[RunSummary] = []
+        self.unseen = 0
+        self.sought = ""
+
+    def body(self) -> ComposeResult:
+        empty = [Series("train", "chart--train")]
+        with Horizontal(id="monitor"):
+            with Vertical(id="side"):
+                yield OptionList(id="runs", classes="panel", markup=False)
+                yield Static("", id="facts", classes="panel", markup=False)
+                with VerticalScroll(id="memory-panel", classes="panel", can_focus=False):
+                    yield Gauge(id="gauge")
+            with Vertical(id="main"):
+                with ContentSwitcher(initial="chart-panel", id="picture"):
+                    with Vertical(id="chart-panel", classes="panel"):
+                        yield Static("", id="legend", markup=False)
+                        yield Chart(empty, empty=NO_RUNS, id="chart")
+                    with VerticalScroll(id="text-panel", classes="panel", can_focus=True):
+                        yield Static("", id="text", markup=False)
+                with Vertical(id="log-panel", classes="panel"):
+                    yield Log(id="log", max_lines=5000)
+                    yield Input(placeholder="find in the log", compact=True, id="search")
+
+    async def on_mount(self) -> None:
+        titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "log-panel": "log", "facts": "run"}
+        for id, title in titles.items():
+            self.query_one(f"#{id}").border_title = title
+        self.query_one("#search").display = False
+        self.query_one(Log).anchor()
+        if self.follower is None and self.app.listed:
+            newest = newest_running(self.app.listed) or self.app.listed[0]
+            self.attach(newest.id)
+        self.show_list()
+        self.query_one(OptionList).focus()
+
+    # --- attaching and following -------------------------------------------------------------------------------------
+
+    def attach(self, run_id: str) -> None:
+        """Follows this run from its first event."""
+        if self.follower is not None and self.follower.run_id == run_id:
+            return
+        self.follower = follower = Follower(self.app.target, run_id)
+        self.unseen = 0
+        self.say("")
+        if not self.is_mounted:
+            return
+        chart = self.query_one(Chart)
+        chart.series, chart.marks, chart.window = (
+            [follower.model.train, follower.model.eval],
+            follower.model.marks,
+            None,
+        )
+        chart.redraw()
+        self.query_one(Log).clear()
+        self.show_list()
+        self.run_worker(partial(self.tick, first=True), group="attach", exclusive=True, exit_on_error=False)
+
+    async def tick(self, first: bool = False) -> None:
+        self.show_list()
+        follower = self.follower
+        if follower is None:
+            if self.app.listed:
+                self.attach(self.app.listed[0].id)
+            return
+        lines = await follower.poll()
+        if self.follower is not follower:
+            return
+        if lines is None and not first:
+            if follower.active:
+                self.show_facts()  # the clock goes on
+            return
+        chart = self.query_one(Chart)
+        chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
+        self.show_log(follower.log if first else lines or [])
+        self.show_picture()
+        self.show_facts()
+        self.show_memory()
+        self.keys_changed()
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def show_list(self) -> None:
+        """The run list, when it changed; the highlight stays on its run."""
+        attached = self.follower.run_id if self.follower else None
+        shown = (list(self.app.listed), attached)
+        if shown == self.shown_list:
+            return
+        self.shown_list = shown
+        options = self.query_one("#runs", OptionList)
+        chosen = options.highlighted_option.id if options.highlighted_option else attached
+        options.clear_options()
+        options.add_options([Option(self._row(run, attached), id=run.id) for run in self.app.listed])
+        if chosen in {run.id for run in self.app.listed}:
+            options.highlighted = options.get_option_index(str(chosen))
+        self.query_one("#runs").border_subtitle = f"{len(self.app.listed)}" if self.app.listed else ""
+
+    @staticmethod
+    def _row(run: RunSummary, attached: str | None) -> Content:
+        mark = words.STATE_MARKS.get(run.state, "?")
+        style = words.STATE_STYLES.get(run.state, "")
+        name = run.name or run.id.rsplit("-", 1)[-1]
+        return Content.assemble(
+            ("▸" if run.id == attached else " ", "bold $accent"),
+            (mark, style),
+            (f" {words.ago(run.started):<6} ", "$muted"),
+            f"{run.command:<9}",
+            (words.clip(name, 14), "bold" if run.id == attached else "$muted"),
+        )
+
+    def show_facts(self) -> None:
+        """Phase, step, pace, time left; or how it ended and what to do."""
+        follower = self.follower
+        if follower is None:
+            return
+        model, narrow = follower.model, self.app.size.width < WIDE
+        panel = self.query_one("#facts", Static)
+        panel.border_title = words.clip(model.option("run_name") or follower.run_id, 40)
+        width = max(20, panel.size.width)
+        progress = model.current
+        done, total = model.step, model.total_steps
+        if not total and progress:
+            done, total = progress.done, progress.total
+        share = done / total if total else None
+        head = Content.assemble(words.state(follower.state), "  ", (model.command, "bold"))
+        phase = Content.assemble(model.phase, (f"  {model.phase_text}" if model.phase_text else "", "$muted"))
+        unit = "step" if model.total_steps else (progress.unit if progress else "")
+        count = f"{unit} {words.amount(done, unit)}" + (f"/{words.amount(total, unit)}" if total else "")
+        left = f"{words.seconds(model.left_s)} left" if follower.active else f"took {words.seconds(model.elapsed_s)}"
+        speed = f"{model.samples_per_s:.3g} samples/s" if model.samples_per_s else ""
+        if not speed and progress and follower.active:
+            speed = words.rate(progress.rate, progress.unit)
+        rate = model.learning_rate.last()
+        lr = f"lr {rate:.2e}" if rate is not None else ""
+        if narrow:
+            bar = words.bar(12, share or 0.0, "$primary") if share is not None else Content("")
+            percent = f" {100 * share:.0f} %" if share is not None else ""
+            first = Content.assemble(head, "  ", bar, (percent, "bold"), "  ", phase if follower.active else "")
+            second = "  ·  ".join(part for part in (count if total else "", speed, left, lr) if part)
+            panel.update(report.lines(first, Content.assemble((second, "$muted")), *self._ending(follower)[:1]))
+            return
+        rows: list[Content | str] = [head]
+        if follower.active and model.phase:
+            rows.append(phase)
+        if share is not None:
+            rows.append(Content.assemble(words.bar(width - 8, share, "$primary"), (f" {100 * share:5.1f} %", "bold")))
+            rows.append(Content.assemble(count, (f"   {left}", "$muted")))
+        else:
+            rows.append(Content.assemble((left, "$muted")))
+        if speed:
+            rows.append(speed)
+        if lr:
+            rows.append(
+                Content.assemble(lr, "  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary"))
+            )
+        if model.preset:
+            rows.append(Content.assemble(("preset ", "$muted"), model.preset))
+        best = model.best_eval()
+        if best:
+            rows.append(
+                Content.assemble(("best eval ", "$muted"), f"{best[1]:.4g}", (f" at step {best[0]:,}", "$muted"))
+            )
+        panel.update(report.lines(*rows, *self._ending(follower)))
+
+    def _ending(self, follower: Follower) -> list[Content]:
+        """Why it ended badly and what to do, or what it warned of."""
+        if follower.state in ("failed", "died"):
+            said = follower.model.errors or [line for line in follower.log if line.strip()]
+            why = said[-1] if said else "no word in its log"
+            text = f"{why}" if follower.state == "failed" else f"its process is gone; last words: {why}"
+            then = "c continues from the last checkpoint" if self.resumable() else "the log says more; 3 starts anew"
+            return [Content.assemble((text, "$error")), Content.assemble((then, "$muted"))]
+        return [Content.assemble(("! ", "bold $warning"), (text, "$warning")) for text in follower.model.warnings[-2:]]
+
+    def show_picture(self) -> None:
+        """The loss curve; bars for an evaluation; phases and report for a merge."""
+        follower = self.follower
+        if follower is None:
+            return
+        model = follower.model
+        curve = model.command == "train" or bool(model.train.xs)
+        self.query_one("#picture", ContentSwitcher).current = "chart-panel" if curve else "text-panel"
+        if curve:
+            self.show_chart(model)
+            return
+        panel = self.query_one("#text-panel")
+        panel.border_title = model.command or "job"
+        width = max(20, panel.size.width - 4)
+        if follower.active:
+            content = report.job_progress(follower, width)
+        elif model.result.get("by_type"):
+            content = report.evaluation(model.result, width)
+        else:
+            content = report.job_end(follower, width)
+        self.query_one("#text", Static).update(content)
+
+    def show_chart(self, model: RunModel) -> None:
+        """Chart and legend."""
+        chart = self.query_one(Chart)
+        chart.empty = "The first loss comes with the first optimiser step." if self.follower else NO_RUNS
+        chart.redraw()
+        parts: list[Content] = []
+        for series, style in ((model.train, "$chart-train"), (model.eval, "$chart-eval")):
+            last = series.last()
+            if series.xs:
+                parts.append(
+                    Content.assemble(
+                        ("● ", style), f"{series.name} ", (tick_text(last) if last is not None else "–", "bold")
+                    )
+                )
+        scale = "log" if chart.logarithmic else "linear"
+        view = "zoomed · 0 whole run" if chart.window else "whole run"
+        self.query_one("#chart-panel").border_subtitle = f"{scale} · {view}"
+        self.query_one("#legend", Static).update(Content("   ").join(parts))
+
+    def show_memory(self) -> None:
+        """The gauge against the run's own budget."""
+        follower = self.follower
+        if follower is None:
+            return
+        budget = follower.model.option("budget_gb")
+        has_budget = isinstance(budget, (int, float))
+        compact = self.app.size.width < WIDE
+        self.query_one(Gauge).show(follower.model.devices, float(budget) * words.GB if has_budget else 0.0, compact)
+
+    def show_log(self, lines: list[str]) -> None:
+        """Appends in one batch; who has scrolled up stays there and is told how much is new."""
+        log = self.query_one(Log)
+        if lines:
+            following = not self.unseen and (log.is_vertical_scroll_end or not log.size.height)
+            log.write_lines(lines)
+            self.unseen = 0 if following else self.unseen + len(lines)
+        self.query_one("#log-panel").border_subtitle = f"+{self.unseen:,} lines · f follows" if self.unseen else ""
+
+    # --- what the keys do --------------------------------------------------------------------------------------------
+
+    def resumable(self) -> bool:
+        """Whether a training ended early and left a checkpoint."""
+        follower = self.follower
+        return bool(
+            follower
+            and follower.model.command == "train"
+            and follower.state in ("stopped", "failed", "died")
+            and follower.model.checkpoints
+        )
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        follower = self.follower
+        if action == "stop":
+            return follower is not None and follower.active
+        if action == "resume":
+            return self.resumable()
+        if action == "evaluate":
+            return bool(follower and follower.model.command == "train" and follower.state in ("finished", "stopped"))
+        if action == "attach":
+            option = self.query_one("#runs", OptionList).highlighted_option if self.is_mounted else None
+            return bool(option and (follower is None or option.id != follower.run_id))
+        if action in ("log_scale", "zoom", "pan", "whole"):
+            return bool(follower and follower.model.train.xs)
+        if action in ("follow_log", "search", "search_again"):
+            return bool(follower and follower.log) and (action != "follow_log" or self.unseen > 0)
+        return True
+
+    @on(OptionList.OptionHighlighted)
+    def _highlighted(self) -> None:
+        self.keys_changed()
+
+    @on(OptionList.OptionSelected)
+    def _selected(self, event: OptionList.OptionSelected) -> None:
+        self.remove_class("-list")
+        self.attach(str(event.option.id))
+
+    def action_attach(self) -> None:
+        self.query_one("#runs", OptionList).action_select()
+
+    def action_runs(self) -> None:
+        """To the list; where there is no room for it, it takes the place of the chart and back."""
+        self.toggle_class("-list")
+        self.query_one("#runs", OptionList).focus()
+
+    def action_log_scale(self) -> None:
+        self.query_one(Chart).toggle_log()
+        self.show_picture()
+
+    def action_zoom(self, factor: float) -> None:
+        self.query_one(Chart).zoom(factor)
+        self.show_picture()
+
+    def action_pan(self, share: float) -> None:
+        self.query_one(Chart).pan(share)
+
+    def action_whole(self) -> None:
+        self.query_one(Chart).follow()
+        self.show_picture()
+
+    def action_follow_log(self) -> None:
+        self.query_one(Log).scroll_end(animate=False)
+        self.unseen = 0
+        self.show_log([])
+        self.keys_changed()
+
+    def action_search(self) -> None:
+        field = self.query_one("#search", Input)
+        field.display = True
+        field.focus()
+
+    @on(Input.Submitted, "#search")
+    def _search(self, event: Input.Submitted) -> None:
+        self.sought = event.value.lower()
+        self.query_one("#search").display = False
+        self.query_one(Log).focus()
+        self.action_search_again()
+
+    def action_search_again(self) -> None:
+        """Scrolls to the next line above that holds the words; round again from the end."""
+        log = self.query_one(Log)
+        if not self.sought:
+            return
+        found = [i for i, line in enumerate(log.lines) if self.sought in line.lower()]
+        if not found:
+            self.say(f"no line of the log holds {self.sought!r}", "warning")
+            return
+        top = log.scroll_offset.y
+        line = next((i for i in reversed(found) if i < top), found[-1])
+        log.scroll_to(y=line, animate=False, force=True)
+        self.say(f"{len(found)} lines hold {self.sought!r}; n goes to the next")
+
+    def action_stop(self) -> None:
+        """Asks first."""
+        follower = self.follower
+        if follower is None:
+            return
+        detail = f"{follower.run_id}\nIt saves what it has and ends; after 30 s it is ended by force."
+        self.app.push_screen(
+            Confirm("Stop this run?", detail, "stop it"), lambda yes: self._stop(follower.run_id) if yes else None
+        )
+
+    @work(group="stop", exit_on_error=False)
+    async def _stop(self, run_id: str) -> None:
+        self.say("stopping: waiting for its checkpoint …")
+        state = await self.stop_run(run_id)
+        if state:
+            self.say(f"{run_id}: {state}", "success" if state in ("stopped", "finished") else "warning")
+
+    def action_resume(self) -> None:
+        assert self.follower
+        self._launch("train", "--resume", self.follower.run_id)
+
+    def action_evaluate(self) -> None:
+        assert self.follower
+        self._launch("evaluate", "--checkpoint", self.follower.run_id)
+
+    @work(group="launch", exclusive=True, exit_on_error=False)
+    async def _launch(self, *argv: str) -> None:
+        self.say("checking the input …")
+        try:
+            run_id = await self.app.target.launch(*argv)
+        except (SurgvqaError, OSError) as error:
+            self.say(str(error), "error")
+            return
+        self.say("")
+        await self.app.monitor(run_id)
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Values as a line of bars at most `width` long; the mean of each stretch."""
+    known = [v for v in values if v == v]
+    if not known or width < 4:
+        return ""
+    count = min(width, len(known))
+    means = []
+    for i in range(count):
+        part = known[i * len(known) // count : max(i * len(known) // count + 1, (i + 1) * len(known) // count)]
+        means.append(sum(part) / len(part))
+    low, high = min(0.0, *means), max(means)
+    return "".join(SPARKS[round((m - low) / (high - low) * 7)] if high > low else SPARKS[0] for m in means)

@@ -1,0 +1,320 @@
+"""Train: the configuration as it will be used, presets by key, the predicted peak, and one key that starts it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.widgets import Static
+
+from presets import Preset, PresetError, load_presets
+from surgvqa.config import TrainOptions, settings_of
+from surgvqa.errors import SurgvqaError
+from tui import report, words
+from tui.base import Confirm, PanelScreen
+from tui.form import Field, Form
+from tui.gauge import predicted_bar, predicted_legend
+from tui.prediction import Prediction, predict
+from tui.settings import Settings, preset_changes
+from tui.target import newest_running
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data": (
+        "run_name",
+        "model_name_or_path",
+        "train_data_path",
+        "eval_data_path",
+        "frames_dir",
+        "audio_dir",
+        "eval_audio_dir",
+        "output_dir",
+    ),
+    "what the model sees": ("num_frames", "image_size", "input_mode"),
+    "schedule": (
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "warmup_ratio",
+        "eval_strategy",
+        "eval_steps",
+        "save_strategy",
+        "save_steps",
+        "early_stopping_patience",
+        "seed",
+        "report_to",
+    ),
+    "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
+    "memory": (
+        "budget_gb",
+        "enforce_budget",
+        "on_oom",
+        "gradient_checkpointing",
+        "attn_implementation",
+        "optim",
+        "device",
+    ),
+}
+PRESET_KEYS = ("f5", "f6", "f7", "f8", "f9", "f10")
+
+
+class TrainScreen(PanelScreen):
+    """Settings on the left; presets, what a switch would change, and the memory on the right."""
+
+    MODE = "train"
+    ABOUT = (
+        "Every setting with the value that the training will have and where it comes from: the built-in default, the "
+        "preset, surgvqa.toml, or what was typed here. F-keys look at another preset; Enter applies it, Esc leaves it. "
+        "The job goes on when the panel is closed."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("l", "launch", "launch"),
+        Binding("enter", "apply", "apply preset", priority=True),
+        Binding("escape", "leave", "leave it", priority=True),
+        *(
+            Binding(
+                key,
+                f"preview({i})",
+                f"preset {i + 1}",
+                show=i == 0,
+                key_display="F5…" if i == 0 else None,
+                priority=True,
+            )
+            for i, key in enumerate(PRESET_KEYS)
+        ),
+        Binding("x", "revert", "as configured", tooltip="Forget what was typed into the field"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings("train", self.app.target.workspace)
+        self.presets: list[Preset] = []
+        self.previewed: str | None = None
+        self.predictions: dict[str, Prediction] = {}
+
+    def body(self) -> ComposeResult:
+        known = settings_of(TrainOptions)
+        with Horizontal(id="train"):
+            with Form(id="train-form", classes="panel"):
+                for group, names in GROUPS.items():
+                    yield Static(group, classes="group", markup=False)
+                    for name in names:
+                        yield Field(name, is_path=known[name].type.__name__ == "Path_", help=known[name].help)
+            with VerticalScroll(id="train-side"):
+                yield Static("", id="presets", classes="panel", markup=False)
+                yield Static("", id="memory", classes="panel", markup=False)
+                with Vertical(id="hint-panel", classes="panel"):
+                    yield Static("", id="hint", markup=False)
+
+    def on_mount(self) -> None:
+        for id, title in {
+            "train-form": "settings",
+            "presets": "presets",
+            "memory": "memory",
+            "hint-panel": "about",
+        }.items():
+            self.query_one(f"#{id}").border_title = title
+        try:
+            self.presets = load_presets(self.workspace_root)
+        except PresetError as error:
+            self.say(str(error), "error")
+        self.query_one(Form).field("run_name").focus()
+        self.show_all()
+
+    async def tick(self) -> None:
+        self.show_all_if_preset_changed()
+
+    def show_all_if_preset_changed(self) -> None:
+        """Nothing on this screen moves by itself; a preset chosen elsewhere is the exception."""
+        if self.app.preset != getattr(self, "_shown_preset", None):
+            self.show_all()
+
+    def on_resize(self) -> None:
+        super().on_resize()
+        if self.presets:
+            self.show_presets()
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def show_all(self) -> None:
+        """Fields, presets and memory anew."""
+        self._shown_preset = self.app.preset
+        try:
+            self.settings.fill(self.query_one(Form), self.app.preset)
+        except SurgvqaError as error:
+            self.say(str(error), "error")
+        self.show_presets()
+        self.predict_all()
+
+    @on(Field.Focused)
+    def _hint(self, event: Field.Focused) -> None:
+        name, about = event.field.key, event.field.help
+        self.query_one("#hint", Static).update(Content.assemble((f"--{name}\n", "bold"), (about, "$muted")))
+
+    def show_presets(self) -> None:
+        """The list with a predicted peak each, or what the switch at hand would change."""
+        panel = self.query_one("#presets", Static)
+        width = max(20, panel.size.width or 40)
+        rows: list[Content] = []
+        for key, preset in zip(PRESET_KEYS, self.presets):
+            chosen, looked_at = preset.name == self.app.preset, preset.name == self.previewed
+            style = "bold $success" if chosen else "bold $accent" if looked_at else ""
+            mark = "●" if chosen else "›" if looked_at else " "
+            line = Content.assemble((f"{key.upper():>3} ", "$footer-key-foreground"), (f"{mark} {preset.name}", style))
+            peak = self.predictions.get(preset.name)
+            if peak and peak.peak_bytes:
+                fits = "$success" if peak.peak_bytes <= peak.budget_bytes else "$error"
+                text = f"{words.gb(peak.peak_bytes)}"
+                line = Content.assemble(line, " " * max(1, width - line.cell_length - len(text)), (text, fits))
+            rows.append(line)
+        panel.update(report.lines(*rows, *(self._changes(width) if self.previewed else self._about_preset())))
+
+    def _about_preset(self) -> list[Content | str]:
+        preset = next((p for p in self.presets if p.name == self.app.preset), None)
+        if preset is None:
+            return []
+        return [
+            "",
+            Content.assemble((preset.reason, "$muted")),
+            Content.assemble(("gives up ", "$muted"), preset.gives_up),
+        ]
+
+    def _changes(self, width: int) -> list[Content | str]:
+        assert self.previewed
+        try:
+            changes = preset_changes(self.settings, self.app.preset, self.previewed)
+        except SurgvqaError as error:
+            return ["", report.problem(str(error))]
+        rows: list[Content | str] = [
+            "",
+            Content.assemble(("would change", "bold"), (f"  to {self.previewed}", "$muted")),
+        ]
+        for change in changes:
+            old, new = words.value(change.old), words.value(change.new)
+            if change.pinned_by:
+                text = Content.assemble(
+                    (f"  stays {old}: pinned, {change.pinned_by}", "$warning"), (f" (preset: {new})", "$muted")
+                )
+            else:
+                text = Content.assemble((f"  {old}", "$muted"), " → ", (new, "bold $accent"))
+            rows.append(Content.assemble(change.name, text))
+        if not changes:
+            rows.append(Content.assemble(("nothing: all is the same", "$muted")))
+        preset = next(p for p in self.presets if p.name == self.previewed)
+        rows += [
+            "",
+            Content.assemble((preset.reason, "$muted")),
+            Content.assemble(("gives up ", "$muted"), preset.gives_up),
+        ]
+        rows.append(
+            Content.assemble(
+                ("Enter", "bold $footer-key-foreground"),
+                " applies   ",
+                ("Esc", "bold $footer-key-foreground"),
+                " leaves it",
+            )
+        )
+        return rows
+
+    @work(group="predict", exclusive=True, exit_on_error=False)
+    async def predict_all(self) -> None:
+        """The predicted peak of every preset with the settings as they are."""
+        for preset in self.presets:
+            self.predictions[preset.name] = await predict(self.settings, preset.name)
+        self.show_presets()
+        self.show_memory()
+
+    def show_memory(self) -> None:
+        """The configuration's predicted memory against the budget."""
+        panel = self.query_one("#memory", Static)
+        width = max(20, panel.size.width or 40)
+        found = self.predictions.get(self.previewed or self.app.preset or "")
+        if found is None or not found.peak_bytes:
+            panel.update(Content.assemble((found.problem if found else "no prediction yet", "$muted")))
+            return
+        over = found.peak_bytes - found.budget_bytes
+        verdict = ("fits", "bold $success") if over <= 0 else (f"over by {words.gb(over)}", "bold $error")
+        panel.update(
+            report.lines(
+                Content.assemble(
+                    (words.gb(found.peak_bytes), "bold"),
+                    (f" predicted of {words.gb(found.budget_bytes)}  ", "$muted"),
+                    verdict,
+                ),
+                predicted_bar(width, found.parts, found.peak_bytes, found.budget_bytes),
+                predicted_legend(found.parts),
+            )
+        )
+
+    # --- what the keys do --------------------------------------------------------------------------------------------
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in ("apply", "leave"):
+            return self.previewed is not None
+        if action == "preview":
+            return len(self.presets) > int(str(parameters[0]))
+        return True
+
+    def action_preview(self, index: int) -> None:
+        """Looks at a preset; the same key again, or the one in use, leaves it."""
+        name = self.presets[index].name
+        self.previewed = None if name in (self.app.preset, self.previewed) else name
+        self._preview_changed()
+
+    def action_apply(self) -> None:
+        """The previewed preset becomes the one in use."""
+        self.app.preset, self.previewed = self.previewed, None
+        self.say(f"preset {self.app.preset} is set for the next launch", "success")
+        self.show_where()
+        self.show_all()
+        self._preview_changed()
+
+    def action_leave(self) -> None:
+        self.previewed = None
+        self._preview_changed()
+
+    def _preview_changed(self) -> None:
+        self.show_presets()
+        self.show_memory()
+        self.keys_changed()
+
+    @on(Field.Edited)
+    def _edited(self, event: Field.Edited) -> None:
+        try:
+            self.settings.edit(event.field.key, event.text)
+            self.say("")
+        except SurgvqaError as error:
+            self.say(str(error), "error")
+        self.show_all()
+
+    def action_revert(self) -> None:
+        field = next((f for f in self.query(Field) if f.has_focus), None)
+        if field and self.settings.revert(field.key):
+            self.show_all()
+
+    def action_launch(self) -> None:
+        """Starts training; asks first while another training runs here."""
+        running = newest_running(self.app.listed, "train")
+        if running is None:
+            self._launch()
+            return
+        detail = f"{running.id} is running. Both would share this machine's memory."
+        self.app.push_screen(
+            Confirm("Start a second training?", detail, "start it"), lambda yes: self._launch() if yes else None
+        )
+
+    @work(group="launch", exclusive=True, exit_on_error=False)
+    async def _launch(self) -> None:
+        self.say("checking the input …")
+        try:
+            run_id = await self.app.target.launch(*self.settings.argv(self.app.preset))
+        except (SurgvqaError, OSError) as error:
+            self.say(str(error), "error")
+            return
+        self.say("")
+        await self.app.monitor(run_id)
