@@ -267,6 +267,21 @@ def whisper_config(tensors: Mapping[str, TensorInfo], prefix: str = "audio_encod
     }
 
 
+def quantisation(checkpoint: Checkpoint) -> str | None:
+    """What says that the weights are quantised, in words; None for plain weights."""
+    config = checkpoint.config.get("quantization_config") or {}
+    four_bit = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+    packed = (".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_packed")
+    marked = next((name for name in checkpoint.tensors if name.endswith(four_bit)), None)
+    if marked or config.get("load_in_4bit") or config.get("_load_in_4bit"):
+        return f"this checkpoint is 4-bit ({marked or 'quantization_config in config.json'})"
+    found = next((name for name in checkpoint.tensors if name.endswith(packed)), None)
+    if found or config:
+        method = config.get("quant_method") or "packed weights"
+        return f"this checkpoint is quantised ({method}{', ' + found if found else ''})"
+    return None
+
+
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as the old fork reads it: the language model's keys at the top level, under their old names.
 

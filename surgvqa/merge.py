@@ -24,6 +24,7 @@ from surgvqa.checkpoint import (
     flat_config,
     open_checkpoint,
     parse_size,
+    quantisation,
     whisper_config,
 )
 from surgvqa.checkpoint_writer import Copy, Files, Job, Source, Writer, file_identity, free_bytes, plan_shards
@@ -120,7 +121,9 @@ def run(options: MergeOptions, run: Run) -> Outcome:
 def make_plan(options: MergeOptions) -> Plan:
     """Reads the headers of base and adapter and settles every tensor of the output. UsageError for bad input."""
     base = open_checkpoint(options.stage1_model_path)
-    refuse_quantised(base)
+    quantised = quantisation(base)
+    if quantised:
+        raise UsageError(f"{base.folder}: {quantised}; merge onto the BF16 original")
     base.require_sound()
     if not base.config:
         raise UsageError(f"{base.folder / 'config.json'}: missing")
@@ -144,25 +147,6 @@ def make_plan(options: MergeOptions) -> Plan:
         side_files=side_files(base, config, adapter.folder),
     )
     return Plan(base, adapter, job, kinds, device, files, warnings)
-
-
-def refuse_quantised(base: Checkpoint) -> None:
-    """UsageError when the base's weights are quantised: there is nothing to merge a BF16 adapter onto."""
-    quantised = base.config.get("quantization_config") or {}
-    marks = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-    found = next((name for name in base.tensors if name.endswith(marks)), None)
-    if found or quantised.get("load_in_4bit") or quantised.get("_load_in_4bit"):
-        raise UsageError(
-            f"{base.folder}: this checkpoint is 4-bit ({found or 'quantization_config in config.json'}); "
-            "merge onto the BF16 original"
-        )
-    packed = next((n for n, t in base.tensors.items() if n.endswith((".SCB", ".qweight", ".qzeros", ".g_idx"))), None)
-    if packed or quantised:
-        method = quantised.get("quant_method") or "8-bit or packed"
-        raise UsageError(
-            f"{base.folder}: this checkpoint is quantised ({method}{', ' + packed if packed else ''}); "
-            "merge onto the BF16 original"
-        )
 
 
 def _projector(file: Path, base: Checkpoint) -> dict[str, TensorInfo]:
