@@ -169,6 +169,7 @@ class AskOptions(DataOptions):
     )
     frames: list[Path_] = option(help="the clip's frames, in order")
     audio: Path_ = option(help="the spoken question")
+    question: str | None = option(None, "the question in writing, for input_mode audio_text")
     max_new_tokens: int = option(32, "longest answer in tokens")
     attn_implementation: str = option(
         "auto", "attention kernel", choices=("auto", "flash_attention_2", "sdpa", "eager")

@@ -119,7 +119,7 @@ def _score_type(group: list[dict[str, Any]]) -> dict[str, Any]:
         top, count = predicted.most_common(1)[0]
         never = [label for label in truth if not predicted[label]]
         if count > COLLAPSE_SHARE * len(group):
-            collapsed = f"{count / len(group):.0%} {top!r}"
+            collapsed = f"{count / len(group):.0%} {top[:30]!r}"
         elif never:
             collapsed = "never " + ", ".join(map(repr, never))
     return {

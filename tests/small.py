@@ -1,4 +1,4 @@
-"""A very small world for tests of training and evaluation: a model of the real architecture, clips, spoken questions."""
+"""A very small world for tests of training and evaluation: model of the real architecture, clips, questions."""
 
 import json
 import wave

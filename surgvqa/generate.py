@@ -1,0 +1,137 @@
+"""Greedy answers from a model: for a file of samples (evaluate) or for one question (ask)."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from surgvqa.config import AskOptions, EvaluateOptions
+from surgvqa.data.collate import Collator
+from surgvqa.data.dataset import ClipDataset, Item
+from surgvqa.data.processors import Processors, load_processors
+from surgvqa.data.samples import Sample, read_samples
+from surgvqa.device import choose_device, choose_dtype
+from surgvqa.errors import SurgvqaError
+from surgvqa.evaluate import model_folders
+from surgvqa.lora import load_adapter
+from surgvqa.model import choose_attention, load_model
+from surgvqa.runs import Run
+from surgvqa.sampling import MemorySampler
+
+
+@dataclass
+class Answerer:
+    """A loaded model that answers."""
+
+    model: Any
+    processors: Processors
+    device: torch.device
+    max_new_tokens: int
+    description: str
+
+    @torch.inference_mode()
+    def answer(self, items: list[Item]) -> list[str]:
+        """One greedy answer for each encoded sample, without special tokens and outer spaces."""
+        batch = Collator(self.processors, padding_side="left")(items)
+        del batch["labels"]
+        prompt_length = batch["input_ids"].shape[1]
+        ids = self.model.generate(
+            **{name: tensor.to(self.device) for name, tensor in batch.items()},
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=self.processors.im_end_token_id,
+                pad_token_id=self.processors.pad_token_id,
+            ),
+        )
+        answers = self.processors.tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+
+def load_answerer(options: EvaluateOptions | AskOptions) -> Answerer:
+    """The model that `options.checkpoint` stands for, ready to answer. UsageError when it cannot be loaded."""
+    base, adapter = model_folders(options)
+    device = choose_device(options.device)
+    attention, why = choose_attention(options.attn_implementation, device)
+    dtype = choose_dtype(device)
+    transformers_logging.disable_progress_bar()
+    processors = load_processors(base)
+    model: Any = load_model(base, dtype=dtype, device=device, attn_implementation=attention)
+    if adapter:
+        model = load_adapter(model, adapter)
+    name = f"{adapter} on {base}" if adapter else str(base)
+    return Answerer(
+        model.eval(),
+        processors,
+        device,
+        options.max_new_tokens,
+        f"{name}; {str(dtype).removeprefix('torch.')} on {device}; attention {why}",
+    )
+
+
+def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], list[str], dict[str, Any]]:
+    """(samples, an answer to each, facts for the result). A sample that cannot be read ends the run with its error.
+
+    When the GPU's memory runs out the batch is halved, down to one sample.
+    """
+    run.phase("load model", str(options.checkpoint))
+    answerer = load_answerer(options)
+    audio_dir = options.eval_audio_dir or options.audio_dir
+    dataset = ClipDataset(
+        read_samples(options.eval_data_path),
+        options.frames_dir,
+        audio_dir,
+        answerer.processors,
+        options,
+        with_answer=False,
+    )
+    for text in dataset.warnings:
+        run.warning(text)
+    run.phase("generate", f"{len(dataset)} samples; {answerer.description}")
+    loader = DataLoader(
+        dataset,
+        batch_size=options.batch_size,
+        collate_fn=list,  # encoded samples: a batch may have to be split
+        num_workers=min(4, (os.cpu_count() or 1) // 2) if answerer.device.type == "cuda" else 0,
+    )
+    answers: list[str] = []
+    began = time.monotonic()
+    largest = options.batch_size
+    with MemorySampler(run, answerer.device) as sampler:
+        run.progress("generate", 0, len(dataset), "samples")
+        for items in loader:
+            while items:
+                try:
+                    answers += answerer.answer(items[:largest])
+                    items = items[largest:]
+                except torch.OutOfMemoryError as error:
+                    largest = _smaller_batch(min(largest, len(items)), error, options, run)
+                run.progress("generate", len(answers), len(dataset), "samples")
+    facts = {
+        "checkpoint": str(Path(options.checkpoint).absolute()),
+        "samples_per_s": len(answers) / (time.monotonic() - began),
+        "batch_size": largest,
+        **sampler.peaks(),
+    }
+    return dataset.samples, answers, facts
+
+
+def _smaller_batch(size: int, error: torch.OutOfMemoryError, options: EvaluateOptions, run: Run) -> int:
+    """Half the batch, said in an `oom` event; SurgvqaError when it is one sample already."""
+    text = str(error).splitlines()[0]
+    run.emit("oom", step=None, phase="generate", text=f"batch of {size}: {text}")
+    if size == 1:
+        raise SurgvqaError(
+            f"out of GPU memory with a single sample of {options.num_frames} frames at {options.image_size} px: {text};"
+            " evaluate with fewer or smaller frames (--num_frames, --image_size)"
+        ) from None
+    torch.cuda.empty_cache()
+    return size // 2
