@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -289,6 +290,9 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
         room.check(resolved.options)
     if not command.job:
         return room.run(resolved.options, workspace)
+    if getattr(resolved.options, "dry_run", False):  # only a question: it leaves no run folder
+        with tempfile.TemporaryDirectory() as folder:
+            return run_job(name, room.run, resolved, config.Workspace(Path(folder), {}, {}), argv=argv)
     if arguments.detach:
         rest = [a for a in argv[argv.index(name) + 1 :] if a not in ("--detach", "--json")]
         folder = runs.launch(name, rest, Path.cwd(), workspace.runs_dir)
