@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from surgvqa.outcome import Outcome
 SHOWN = 10
 """Problems of one kind that people are shown; the rest is counted. --json has them all."""
 BAR_CELLS = 20
-SHADES = "█▓▒░"
+COLOURS = ("cyan", "magenta", "yellow", "white")
+SHADES = "━╍┈·"
+"""How the most frequent label is drawn, the second, the third, and all others: told apart without colour too."""
 
 
 @dataclass
@@ -119,7 +122,8 @@ def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
     def show(console: Console) -> None:
         for file in files:
             _show_file(console, file)
-        _show_notes(console, files, samples, data)
+            console.print()
+        _show_notes(console, files, data)
         _show_problems(console, findings, deep=options.deep)
 
     return Outcome(data, ok=ok, show=show)
@@ -229,7 +233,7 @@ def _show_file(console: Console, file: File) -> None:
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         labels = " · ".join(f"{label} {count}" for label, count in ranked)
         only = "[yellow]one label only[/yellow]  " if len(ranked) == 1 else ""
-        table.add_row(escape(kind), str(counts.total()), _bar([count for _, count in ranked]), only + escape(labels))
+        table.add_row(escape(kind), str(counts.total()), _coloured(_bar([n for _, n in ranked])), only + escape(labels))
     console.print(table)
 
 
@@ -243,27 +247,38 @@ def _bar(counts: Sequence[int]) -> str:
     return "".join(SHADES[min(label, len(SHADES) - 1)] for label in labels)
 
 
-def _show_notes(console: Console, files: list[File], samples: list[Sample], data: dict[str, Any]) -> None:
-    def note(text: str, remarkable: bool) -> None:
-        console.print(("[yellow]•[/yellow] " if remarkable else "• ") + text)
+def _coloured(bar: str) -> str:
+    """The bar as rich markup, a colour a label."""
+    parts = ("".join(group) for _, group in groupby(bar))
+    return "".join(f"[{COLOURS[SHADES.index(part[0])]}]{part}[/]" for part in parts)
 
-    per_file = ", ".join(f"{Path(f.path).name} {100 * majority_accuracy(f.samples):.1f} %" for f in files)
+
+def _show_notes(console: Console, files: list[File], data: dict[str, Any]) -> None:
+    """What is no error but bears on what a score is worth; a yellow bullet where there is something to see."""
+
+    def note(text: str, remarkable: bool = False) -> None:
+        console.print(f"{'[yellow]•[/yellow]' if remarkable else '•'} {escape(text)}")
+
+    several = len(files) > 1
+    by_file = ", ".join(f"{_name(f['file'])} {100 * f['majority_accuracy']:.1f} %" for f in data["files"])
     note(
-        f"majority accuracy {100 * data['majority_accuracy']:.1f} %: a blind guess by question type"
-        + (f" ({escape(per_file)})" if len(files) > 1 else ""),
-        False,
+        f"majority accuracy (a blind guess by question type): {100 * data['majority_accuracy']:.1f} %"
+        + (f" ({by_file})" if several else "")
     )
     within = sum(file["id_collisions"] for file in data["files"])
-    where = f", {within} of them inside one file" if len(files) > 1 and data["id_collisions"] else ""
-    example = f", as {escape(data['colliding_ids'][0])}" if data["colliding_ids"] else ""
-    note(f"{data['id_collisions']} ids stand for more than one question{where}{example}", within > 0)
-    if len(files) > 1:
-        shared = data["shared_clips"]
-        note(f"{shared} clips are in more than one file ({data['shared_frames']:,} frames are)", shared > 0)
+    inside = f", {within} of them inside one file" if several else ""
+    example = f", as {data['colliding_ids'][0]}" if data["colliding_ids"] else ""
+    note(f"ids that stand for more than one question: {data['id_collisions']}{inside}{example}", within > 0)
+    if several:
+        clips, frames = data["shared_clips"], data["shared_frames"]
+        note(f"clips in more than one file: {clips:,} (frames in more than one file: {frames:,})", clips > 0)
     for file in files:
         if kinds := file.single_label_types:
-            name = escape(Path(file.path).name)
-            note(f"{name}: {len(kinds)} question types have a single label: nothing to tell apart there", True)
+            note(f"question types with a single label in {_name(file.path)}: {len(kinds)} of {len(file.labels)}", True)
+
+
+def _name(path: str) -> str:
+    return Path(path).name
 
 
 def _show_problems(console: Console, findings: Findings, deep: bool) -> None:
