@@ -1,0 +1,163 @@
+"""The frozen encoders' own phase: every frame and question of a run, encoded once, into the feature cache.
+
+Afterwards nothing needs the encoders: they leave the GPU, and a step reads features instead of pixels and mels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from surgvqa.checkpoint import open_checkpoint
+from surgvqa.data.audio import audio_features, load_audio
+from surgvqa.data.dataset import ClipDataset
+from surgvqa.data.features import FeatureStore, encoder_fingerprint
+from surgvqa.data.frames import frame_patches, load_frame
+from surgvqa.data.processors import Processors
+from surgvqa.model import AudioQwen2VLForConditionalGeneration
+from surgvqa.runs import Run
+
+PATCHES_AT_ONCE = 16_384
+"""Vision patches of one encoder call: 14 frames at 512 px. More is no faster on an H100 and takes more memory."""
+QUESTIONS_AT_ONCE = 8
+
+
+def open_store(
+    model: AudioQwen2VLForConditionalGeneration, checkpoint: str, processors: Processors, folder: Path
+) -> FeatureStore:
+    """The feature cache in `folder`, for this model's encoders and processors."""
+    settings = {
+        "image_processor": processors.image_processor.to_dict(),
+        "feature_extractor": processors.feature_extractor.to_dict(),
+        "audio_tokens": processors.num_audio_tokens,
+    }
+    return FeatureStore(folder, encoder_fingerprint(open_checkpoint(checkpoint), model.dtype), settings)
+
+
+def encoders_trainable(model: torch.nn.Module) -> bool:
+    """Whether anything in an encoder learns: then its outputs change and cannot be kept."""
+    return any(p.requires_grad for n, p in model.named_parameters() if ".visual." in n or ".audio_encoder." in f".{n}")
+
+
+def fill_cache(
+    model: AudioQwen2VLForConditionalGeneration,
+    datasets: Sequence[ClipDataset],
+    store: FeatureStore,
+    capacity_bytes: int,
+    run: Run,
+    workers: int = 0,
+) -> bool:
+    """Encodes what is missing, and points the datasets at the cache. False (with a warning) when it does not fit.
+
+    Takes up where a killed run left off: entries are there or not.
+    """
+    run.phase("encode", "frames and questions, once for all epochs")
+    frames = {store.frame_key(p, d.image_size): (p, d) for d in datasets for clip in d.frame_paths for p in clip}
+    sounds = {store.audio_key(p): (p, d) for d in datasets for p in d.audio_paths}
+    new_frames = {k: v for k, v in frames.items() if k not in store}
+    new_sounds = {k: v for k, v in sounds.items() if k not in store}
+    needed = _size(model, new_frames, new_sounds)
+    if not store.make_room(needed, capacity_bytes, {*frames, *sounds}):
+        run.warning(
+            f"the feature cache would need {needed / 1e9:.1f} GB more and may hold {capacity_bytes / 1e9:g} GB "
+            "(--feature_cache_gb): encoding in every step instead"
+        )
+        return False
+    store.hold()
+    for key in (*(frames.keys() - new_frames.keys()), *(sounds.keys() - new_sounds.keys())):
+        os.utime(store.path(key))  # used now: the last to be evicted
+    done, total = 0, len(new_frames) + len(new_sounds)
+    with torch.no_grad():
+        for encoded in (_encode_frames(model, new_frames, store, workers), _encode_sounds(model, new_sounds, store)):
+            for count in encoded:
+                done += count
+                run.progress("encode", done, total, "frames and questions")
+    run.emit("phase", name="encoded", text=f"{total} encoded, {len(frames) + len(sounds) - total} found in the cache",
+             encoded=total, reused=len(frames) + len(sounds) - total, folder=str(store.folder))  # fmt: skip
+    for dataset in datasets:
+        dataset.store = store
+    return True
+
+
+def release_encoders(model: AudioQwen2VLForConditionalGeneration) -> None:
+    """Moves both encoders off the GPU."""
+    model.model.visual.to("cpu")
+    model.audio_encoder.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _Frames(Dataset):
+    """Decoded frames as patches, for worker processes."""
+
+    def __init__(self, items: list[tuple[str, int]], image_processor: Any):
+        self.items, self.image_processor = items, image_processor
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        path, image_size = self.items[index]
+        return frame_patches(load_frame(path, image_size), self.image_processor)
+
+
+def _encode_frames(model: Any, missing: dict[str, tuple[str, ClipDataset]], store: FeatureStore, workers: int):
+    if not missing:
+        return
+    processor = next(iter(missing.values()))[1].processors.image_processor
+    items = [(path, dataset.image_size) for path, dataset in missing.values()]
+    loader = DataLoader(
+        _Frames(items, processor), batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
+    )
+    keys, waiting, patches = iter(missing), [], 0
+    for pixels, grid in loader:
+        waiting.append((next(keys), torch.as_tensor(pixels), torch.as_tensor(grid)))
+        patches += len(pixels)
+        if patches + len(pixels) > PATCHES_AT_ONCE:
+            yield _encode_waiting(model, waiting, store)
+            waiting, patches = [], 0
+    if waiting:
+        yield _encode_waiting(model, waiting, store)
+
+
+def _encode_waiting(model: Any, waiting: list[tuple[str, torch.Tensor, torch.Tensor]], store: FeatureStore) -> int:
+    keys, pixels, grids = zip(*waiting)
+    grid = torch.stack(grids)
+    device = model.device
+    features = model.encode_images(torch.cat(pixels).to(device, model.dtype), grid.to(device)).cpu()
+    tokens = (grid.prod(-1) // model.config.vision_config.spatial_merge_size**2).tolist()
+    for key, row, part in zip(keys, grids, features.split(tokens)):
+        store.put(key, part, grid=" ".join(str(int(n)) for n in row))
+    return len(keys)
+
+
+def _encode_sounds(model: Any, missing: dict[str, tuple[str, ClipDataset]], store: FeatureStore):
+    keys = list(missing)
+    for start in range(0, len(keys), QUESTIONS_AT_ONCE):
+        part = keys[start : start + QUESTIONS_AT_ONCE]
+        mels = []
+        for path, dataset in (missing[key] for key in part):
+            processors = dataset.processors
+            mels.append(audio_features(load_audio(path), processors.feature_extractor, processors.num_audio_tokens))
+        states = model.encode_audio(
+            torch.stack([torch.from_numpy(m) for m in mels]).to(model.device, model.dtype)
+        ).cpu()
+        for key, state in zip(part, states):
+            store.put(key, state)
+        yield len(part)
+
+
+def _size(model: Any, frames: dict[str, tuple[str, ClipDataset]], sounds: dict[str, Any]) -> int:
+    """Bytes that the missing entries will take; a frame is reckoned as the largest square of its size."""
+    itemsize = torch.empty(0, dtype=model.dtype).element_size()
+    vision = model.config.vision_config
+    token_px = vision.patch_size * vision.spatial_merge_size
+    frame_tokens = sum((-(-d.image_size // token_px)) ** 2 for _, d in frames.values())
+    audio = model.audio_encoder.config
+    audio_values = len(sounds) * audio.max_source_positions * audio.d_model
+    return itemsize * (frame_tokens * model.config.text_config.hidden_size + audio_values)

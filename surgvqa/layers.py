@@ -1,0 +1,72 @@
+"""How the language model's layers run in training: which recompute, in which dtype LoRA computes, what is compiled.
+
+None of it changes what is computed beyond rounding; each buys time with memory or memory with time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from surgvqa.errors import UsageError
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The language model's layers, also below PEFT's wrapper."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.language_model.layers
+
+
+def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
+    """Lets `count` layers (None: all) recompute their activations in the backward pass; returns how many do.
+
+    They are the first ones: the backward pass comes to the last layers first and frees what they kept before the first
+    recomputation needs room. UsageError for a count outside 0..layers.
+    """
+    layers = decoder_layers(model)
+    count = len(layers) if count is None else count
+    if not 0 <= count <= len(layers):
+        raise UsageError(f"checkpointed_layers is {count}, expected 0 to {len(layers)} (the model's layers)")
+    if count:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < count
+    return count
+
+
+def lora_without_casts(model: nn.Module) -> None:
+    """LoRA matrices stay float32, their inputs stay as they come.
+
+    PEFT casts every LoRA input to the adapter's float32; under bf16 autocast the matmul casts it back. Leaving both out
+    changes no bit and saves a float32 copy of every layer's input. Only for use under autocast.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+
+
+def compile_layers(model: nn.Module, keep: float = 1.0) -> None:
+    """Compiles each layer by itself (28 equal graphs compile once). A layer that will not compile runs as it is.
+
+    `keep` (0..1) is the share of its activations that a layer without checkpointing keeps; the partitioner recomputes
+    the rest, the cheapest first (torch._functorch.config.activation_memory_budget).
+    """
+    import torch._dynamo
+    import torch._functorch.config
+
+    torch._dynamo.config.suppress_errors = True  # fall back to eager, with torch's own warning
+    # One graph serves all layers: parameters are inputs, so that the layers share it.
+    torch._dynamo.config.inline_inbuilt_nn_modules = True
+    torch._functorch.config.activation_memory_budget = keep
+    for layer in decoder_layers(model):
+        layer.compile()
+
+
+def recompilations() -> int:
+    """How often torch has compiled so far in this process."""
+    import torch._dynamo.utils
+
+    stats: dict[str, Any] = torch._dynamo.utils.counters["stats"]
+    return int(stats.get("unique_graphs", 0))
