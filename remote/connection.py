@@ -15,6 +15,7 @@ import os
 import shlex
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,6 +287,20 @@ class Remote:
         for message in self.stream(op, **params):
             answer = message
         return answer
+
+    def round_trip(self) -> float:
+        """Seconds of one round trip: opening a channel takes exactly one."""
+        self.open()
+        times = []
+        try:
+            for _ in range(3):
+                began = time.monotonic()
+                self._fabric.create_session().close()
+                times.append(time.monotonic() - began)
+        except Exception as error:
+            self.close()
+            raise explain(self.host, error) from None
+        return min(times)
 
     @staticmethod
     def _chunks(channel: Any) -> Iterator[tuple[bytes, bytes, int | None]]:

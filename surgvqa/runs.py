@@ -308,6 +308,10 @@ class EventTail:
         except OSError:
             return []
         self.offset += len(data)
+        return self.feed(data)
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """The events that these bytes complete; `data` may come over any channel."""
         *lines, self._partial = (self._partial + data).split(b"\n")
         events = []
         for line in lines:
@@ -319,6 +323,11 @@ class EventTail:
             except ValueError:
                 self.damaged += bool(line.strip())
         return events
+
+    @property
+    def pending(self) -> int:
+        """Bytes of the half-written last line."""
+        return len(self._partial)
 
 
 def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:

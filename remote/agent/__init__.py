@@ -25,6 +25,7 @@ OPERATIONS = {
     "probe": jobs.probe,
     "prepare": jobs.prepare,
     "installed": jobs.installed,
+    "settings": jobs.settings,
     "execute": jobs.execute,
     "launch": jobs.launch,
     "runs": jobs.runs,

@@ -80,6 +80,18 @@ def installed(channel: Any, workspace: str, record: dict[str, Any]) -> dict[str,
     return {}
 
 
+def settings(channel: Any, workspace: str, text: str) -> dict[str, Any]:
+    """Writes surgvqa.toml, unless somebody else's is there."""
+    file = Path(workspace, "surgvqa.toml")
+    first = text.split("\n", 1)[0]
+    if file.exists() and not file.read_text(errors="replace").startswith(first):
+        return {"kept": True}
+    temporary = file.with_name(".surgvqa.toml.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+    return {"kept": False}
+
+
 def execute(channel: Any, workspace: str, argv: list[str], env: dict[str, str] | None = None) -> dict[str, Any]:
     """Runs a program in the workspace without a shell; says its output line by line."""
     try:

@@ -1,0 +1,7 @@
+"""`python -m remote`: the same as surgvqa-remote; a detached upload is started this way."""
+
+import sys
+
+from remote.cli import main
+
+sys.exit(main())

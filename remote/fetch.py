@@ -1,0 +1,166 @@
+"""`surgvqa-remote fetch HOST RUN`: a run's folder from the host, verified, going on where it was broken off."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from remote.bundle import bootstrap, payload
+from remote.connection import Remote, Replies, Unreachable, explain_ssh, ssh_command
+from remote.shell import inside
+from surgvqa.errors import SurgvqaError
+from surgvqa.runs import Run
+
+BLOCK = 1 << 18
+ATTEMPTS = 8
+OPTIMISER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+"""Needed to resume, not to evaluate: left on the host unless asked for."""
+
+
+def wanted_files(listed: list[list[Any]], everything: bool) -> list[tuple[str, int, int]]:
+    """(path, size, mtime) of the files that are worth bringing home."""
+    files = [(inside(path, "file"), size, mtime) for path, size, mtime in listed]
+    if everything:
+        return files
+    return [f for f in files if f[0].rsplit("/", 1)[-1] not in OPTIMISER_FILES and f[0] != "start.json"]
+
+
+def fetch(remote: Remote, run_id: str, target: Path, run: Run, everything: bool = False) -> dict[str, Any]:
+    """Brings the run's files into `target`. A file appears under its name only when its hash is right."""
+    listing = remote.call("listing", folder=f"runs/{run_id}")
+    files = wanted_files(listing["files"], everything)
+    total = sum(size for _, size, _ in files)
+    times = {path: mtime for path, _, mtime in files}
+    todo = [f for f in files if not _here(target / f[0], f[1], f[2])]
+    here = total - sum(size for _, size, _ in todo)
+    began, received = time.monotonic(), 0
+    run.phase("fetch", f"{run_id}: {len(todo)} of {len(files)} files")
+    for attempt in range(ATTEMPTS):
+        if not todo:
+            break
+        wanted = []
+        for path, _, _ in todo:
+            part = _part(target, path)
+            wanted.append([path, part.stat().st_size if part.exists() else 0])
+        request = {"op": "send", "folder": f"runs/{run_id}", "wanted": wanted, "beat": False}
+        process = subprocess.Popen(
+            ssh_command(remote.host, bootstrap(remote.host.entry.python)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        done: set[str] = set()
+        try:
+            process.stdin.write(payload({"workspace": remote.host.entry.workspace, **request}))
+            process.stdin.close()
+            for path, count in _receive(remote, process.stdout, target, times):
+                received += count
+                run.progress("fetch", min(total, here + received), total, "bytes", file=path)
+                if not count:
+                    done.add(path)
+            failure: SurgvqaError | None = None
+        except _Broken:
+            failure = explain_ssh(remote.host, process.stderr.read().decode(errors="replace"), process.wait())
+        finally:
+            with contextlib.suppress(OSError):
+                process.kill()
+            process.wait()
+        todo = [f for f in todo if f[0] not in done]
+        if todo and failure:
+            if not isinstance(failure, Unreachable) or attempt == ATTEMPTS - 1:
+                raise failure
+            run.warning(f"{failure}; trying again")
+            time.sleep(min(2**attempt, 15))
+    if todo:
+        raise SurgvqaError(f"{todo[0][0]}: arrived damaged {ATTEMPTS} times; is the disk well?")
+    return {
+        "run": run_id,
+        "folder": str(target),
+        "files": len(files),
+        "bytes": total,
+        "received_bytes": received,
+        "seconds": time.monotonic() - began,
+    }
+
+
+class _Broken(Exception):
+    """The stream ended early."""
+
+
+def _part(target: Path, path: str) -> Path:
+    return target / ".partial" / path
+
+
+def _here(file: Path, size: int, mtime_ns: int) -> bool:
+    """Whether the file was fetched before and has not changed on the host since."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return False
+    return stat.st_size == size and stat.st_mtime_ns == mtime_ns
+
+
+def _receive(remote: Remote, stream: Any, target: Path, times: dict[str, int]):
+    """Yields (path, bytes) as they come and (path, 0) for a file that is whole and in its place."""
+    line = b""
+    for _ in range(1000):  # a login shell may speak first
+        line = stream.readline()
+        if not line or line == Replies.MARK:
+            break
+    if line != Replies.MARK:
+        raise _Broken
+    while True:
+        header = _message(remote, stream)
+        if "done" in header:
+            return
+        path, offset, size = inside(header["path"], "file"), header["offset"], header["size"]
+        part = _part(target, path)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with open(part, "ab") as file:
+            file.truncate(offset)
+        with open(part, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+        with open(part, "ab") as file:
+            left = size - offset
+            while left:
+                block = stream.read1(min(BLOCK, left))
+                if not block:
+                    raise _Broken
+                file.write(block)
+                digest.update(block)
+                left -= len(block)
+                yield path, len(block)
+        trailer = _message(remote, stream)
+        if trailer["sha256"] != digest.hexdigest():
+            part.unlink()
+            continue
+        final = target / path
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if path in times:
+            os.utime(part, ns=(times[path], times[path]))
+        os.replace(part, final)
+        for folder in part.parents:
+            if folder == target:
+                break
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        yield path, 0
+
+
+def _message(remote: Remote, stream: Any) -> dict[str, Any]:
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise _Broken
+    message = json.loads(line)
+    if "error" in message:
+        raise SurgvqaError(f"{remote.host.name}: {message['error']}")
+    return message

@@ -1,0 +1,325 @@
+"""`surgvqa-remote upload HOST`: plan, send, verify, publish; and merge there when that is cheaper."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal as human_bytes
+from rich.table import Table
+
+from remote import jobs
+from remote.connection import Remote, Unreachable, connect
+from remote.options import UploadOptions
+from remote.plan import Hashes, Item, Way, cheapest, data_sources, folder_sources, remote_name
+from remote.transfer import Transfer, Verifier, best_ciphers, changed
+from surgvqa.config import COMMAND_OPTIONS, Path_, Workspace, settings_of
+from surgvqa.console import human_seconds
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.outcome import Outcome
+from surgvqa.runs import Run
+
+RATES = Path("~/.cache/surgvqa/rates.json")
+
+
+def fill_in(options: UploadOptions, workspace: Workspace) -> None:
+    """What was not named comes from surgvqa.toml (any command's table)."""
+    tables = (None, "train", "merge", "evaluate")
+    for name, setting in settings_of(UploadOptions).items():
+        if setting.type is Path_ and getattr(options, name) is None:
+            values = (workspace.value(name, table) for table in tables)
+            setattr(options, name, next((v for v in values if v is not None), None))
+
+
+def check(options: UploadOptions, workspace: Workspace) -> None:
+    """Everything that can be seen from here, before the host is asked."""
+    fill_in(options, workspace)
+    if not any(
+        (options.train_data_path, options.eval_data_path, options.model_name_or_path, options.stage1_model_path)
+    ):
+        raise UsageError("nothing to upload: name --model_name_or_path, --train_data_path, … or make a surgvqa.toml")
+    wanted = {"merged": ["model_name_or_path"], "adapter": ["stage1_model_path", "stage2_adapter_path"]}
+    for name in wanted.get(options.what, []):
+        if not getattr(options, name):
+            raise UsageError(f"--what {options.what} needs --{name}")
+
+
+def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes, run: Run) -> list[Way]:
+    """The ways to the checkpoint that are open from here; send_bytes still counts everything."""
+    ways = []
+
+    def item(path: str) -> Item:
+        sources = folder_sources(Path(path))
+        run.phase("hash", f"{path}")
+        entries = hashes.entries(sources, lambda done, total: run.progress("hash", done, total, "bytes"))
+        return Item(remote_name(path, workspace), "folder", entries)
+
+    merged, stage1, stage2 = options.model_name_or_path, options.stage1_model_path, options.stage2_adapter_path
+    if options.what in ("auto", "merged") and merged and Path(merged).is_dir():
+        ways.append(Way("merged", [item(merged)], 0))
+    if options.what in ("auto", "adapter") and stage1 and stage2 and Path(stage1).is_dir() and Path(stage2).is_dir():
+        items = [item(stage1), item(stage2)]
+        ways.append(Way("adapter", items, 0, merge_bytes=items[0].bytes))
+    if options.what != "data" and not ways:
+        named = [p for p in (merged, stage1, stage2) if p]
+        if named:
+            raise UsageError(f"{named[0]}: no such folder; merge first (surgvqa merge), or name the Stage-1 folder")
+    return ways
+
+
+def known_rate(host: str, rate: float | None = None) -> float | None:
+    """The rate of the last upload to `host` in bytes/s; given one, remembers it."""
+    file = RATES.expanduser()
+    try:
+        rates = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        rates = {}
+    if rate is not None:
+        rates[host] = rate
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(rates), encoding="utf-8")
+        except OSError:
+            return rate
+    return rates.get(host)
+
+
+def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, accept_new_host_key: bool) -> Outcome:
+    """The whole job; events go to `run`."""
+    began = time.monotonic()
+    run.phase("connect", host)
+    remote = connect(host, workspace.root, accept_new_host_key)
+    try:
+        facts = remote.call("probe", venv=remote.host.entry.venv)
+        if not facts["writable"]:
+            raise SurgvqaError(f"{host}: cannot write in {facts['workspace']}; set workspace in hosts.toml")
+        hashes = Hashes()
+        ways = checkpoint_ways(options, workspace, hashes, run)
+        sources = data_sources(options, workspace)
+        data = [Item("data", "files", hashes.entries(sources))] if sources else []
+        plan = compare(remote, ways, data)
+        show = plan_table(host, plan)
+        run.emit("plan", **{k: plan[k] for k in ("ways", "data", "chosen", "bytes_per_s", "free_bytes")})
+        if options.dry_run:
+            return Outcome(public(plan), show=show)
+        chosen: Way | None = plan["way"]
+        sent = [
+            send_item(remote, item, run, hashes, facts, streams=options.streams, patience_s=options.patience_s)
+            for item in [*(chosen.items if chosen else []), *data]
+        ]
+        remote.call("settings", text=host_settings(workspace))
+        merged_there = None
+        if chosen and chosen.name == "adapter":
+            merged_there = merge_there(remote, options, workspace, run, host)
+    finally:
+        remote.close()
+    total, seconds = sum(s["sent_bytes"] for s in sent), sum(s["seconds"] for s in sent)
+    if total > 64e6:
+        known_rate(host, total / seconds)
+    data_out = {
+        **public(plan),
+        "items": sent,
+        "sent_bytes": total,
+        "seconds": time.monotonic() - began,
+        "merged_on_host": merged_there,
+    }
+
+    def tell(console: Any) -> None:
+        rate = f", {human_bytes(int(total / max(seconds, 1e-9)))}/s" if total else ""
+        console.print(f"{host}: {human_bytes(total)} sent in {human_seconds(seconds)}{rate}; all files verified")
+
+    return Outcome(data_out, show=tell)
+
+
+def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]:
+    """Asks the host what it has, and finds the way that is over first."""
+    items = [item for way in ways for item in way.items] + data
+    answer = remote.call("known", items=[item.wire() for item in items])
+    stands = dict(zip((id(i) for i in items), answer["items"]))
+    for item in items:
+        if stands[id(item)]["state"] == "foreign":
+            names = ", ".join(stands[id(item)]["foreign"])
+            raise SurgvqaError(
+                f"{remote.host.name}: {names} exists in the workspace there and was not made by upload; "
+                "move it away or give yours another name"
+            )
+
+    def missing(item: Item) -> int:
+        state = stands[id(item)]
+        have = set(state["have"])
+        return 0 if state["state"] == "complete" else sum(e.size for i, e in enumerate(item.entries) if i not in have)
+
+    for way in ways:
+        way.send_bytes = sum(missing(item) for item in way.items)
+    rate = known_rate(remote.host.name) or 30e6
+    way = cheapest(ways, rate) if ways else None
+    return {
+        "way": way,
+        "chosen": way.name if way else None,
+        "bytes_per_s": rate,
+        "free_bytes": answer["free"],
+        "data": {"files": sum(len(i.entries) for i in data), "send_bytes": sum(missing(i) for i in data)},
+        "ways": [
+            {
+                "name": w.name,
+                "items": [i.name for i in w.items],
+                "total_bytes": sum(i.bytes for i in w.items),
+                "send_bytes": w.send_bytes,
+                "merge_bytes": w.merge_bytes,
+                "seconds": w.seconds(rate),
+            }
+            for w in ways
+        ],
+    }
+
+
+def public(plan: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in plan.items() if k != "way"}
+
+
+def plan_table(host: str, plan: dict[str, Any]) -> Any:
+    """Draws the plan."""
+
+    def show(console: Any) -> None:
+        table = Table("what", "to send", "of", "about", "", title=f"upload to {host}")
+        for way in plan["ways"]:
+            mark = "chosen" if way["name"] == plan["chosen"] else ""
+            what = "merged checkpoint" if way["name"] == "merged" else "Stage 1 + adapter, merged there"
+            sizes = human_bytes(way["send_bytes"]), human_bytes(way["total_bytes"])
+            table.add_row(what, *sizes, human_seconds(way["seconds"]), mark)
+        data = plan["data"]
+        if data["files"]:
+            seconds = human_seconds(data["send_bytes"] / plan["bytes_per_s"])
+            table.add_row(f"data ({data['files']} files)", human_bytes(data["send_bytes"]), "", seconds, "")
+        console.print(table)
+        console.print(
+            f"free there: {human_bytes(plan['free_bytes'])}; times at {human_bytes(int(plan['bytes_per_s']))}/s"
+        )
+
+    return show
+
+
+def send_item(
+    remote: Remote,
+    item: Item,
+    run: Run,
+    hashes: Hashes,
+    facts: dict[str, Any],
+    *,
+    streams: int = 0,
+    patience_s: float = 300.0,
+) -> dict[str, Any]:
+    """Sends, verifies and publishes one item; goes on where an earlier attempt stopped."""
+    began = time.monotonic()
+    answer = remote.call("begin", item=item.wire())
+    result = {"name": item.name, "bytes": item.bytes, "sent_bytes": 0, "streams": 0, "resent_bytes": 0}
+    if answer["complete"]:
+        run.phase("upload", f"{item.name}: already there")
+        return {**result, "seconds": time.monotonic() - began}
+    run.phase("upload", f"{item.name}: {human_bytes(item.bytes)} in {len(item.entries)} files")
+    done = {int(index): ranges for index, ranges in answer["done"].items()}
+    rtt_s = remote.round_trip()
+    ciphers = best_ciphers(remote.host, facts["aes"])
+    verifier = Verifier(remote.host, item)
+
+    def progress(transfer: Transfer) -> None:
+        here = item.bytes - transfer.total
+        run.progress(
+            "upload",
+            min(item.bytes, here + transfer.received),
+            item.bytes,
+            "bytes",
+            streams=len([s for s in transfer.streams if s.live]),
+            file=item.entries[transfer.queue[0].index].path if transfer.queue else item.entries[-1].path,
+        )
+
+    try:
+        for attempt in range(3):
+            transfer = Transfer(
+                remote.host,
+                item,
+                done,
+                ciphers=ciphers,
+                rtt_s=rtt_s,
+                streams=streams,
+                patience_s=patience_s,
+                on_progress=progress,
+                on_file=verifier.tell,
+            )
+            transfer.run()
+            result["sent_bytes"] += transfer.received
+            result["resent_bytes"] += transfer.resent
+            result["streams"] = transfer.wanted
+            result["probed"] = transfer.history
+            there = verifier.wait(patience_s)
+            for entry in item.entries:
+                stat = os.stat(entry.source)
+                if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
+                    raise changed(entry.source)
+            wrong = [i for i, entry in enumerate(item.entries) if there[i] != entry.sha256]
+            if not wrong:
+                break
+            for index in wrong:
+                entry = item.entries[index]
+                hashes.forget(entry.source)
+                if hashes.entries([(entry.source, entry.path)])[0].sha256 != entry.sha256:
+                    raise changed(entry.source)
+                run.warning(f"{entry.path}: damaged on the way or on the host's disk; sent again")
+                verifier.reset(index)
+            done = {i: [[0, e.size]] for i, e in enumerate(item.entries) if i not in wrong and e.size}
+        else:
+            raise SurgvqaError(
+                f"{item.entries[wrong[0]].path}: arrives damaged again and again; is the disk there well?"
+            )
+    finally:
+        verifier.close()
+    for attempt in range(5):
+        try:
+            remote.call("publish", item=item.wire())
+            break
+        except Unreachable:
+            if attempt == 4:
+                raise
+            time.sleep(2**attempt)
+            if remote.call("begin", item=item.wire())["complete"]:  # it was published, only the answer was lost
+                break
+    return {**result, "seconds": time.monotonic() - began}
+
+
+def host_settings(workspace: Workspace) -> str:
+    """The workspace's surgvqa.toml as the host needs it: the same values, with the paths that they have there."""
+    lines = ["# Written by surgvqa-remote upload, from the workspace it was called in."]
+
+    def value(key: str, raw: Any, known: dict[str, Any]) -> str:
+        setting = known.get(key)
+        if setting is not None and setting.type is Path_:
+            raw = [remote_name(r, workspace) for r in raw] if isinstance(raw, list) else remote_name(raw, workspace)
+        return f"{key} = {json.dumps(raw, ensure_ascii=False)}"
+
+    everything = {n: s for options in COMMAND_OPTIONS.values() for n, s in settings_of(options).items()}
+    lines += [value(key, raw, everything) for key, raw in workspace.values.items() if key != "host"]
+    for table, values in workspace.by_command.items():
+        if table in ("host", "demo"):
+            continue
+        lines += ["", f"[{table}]"]
+        lines += [value(k, v, settings_of(COMMAND_OPTIONS[table])) for k, v in values.items()]
+    return "\n".join(lines) + "\n"
+
+
+def merge_there(remote: Remote, options: UploadOptions, workspace: Workspace, run: Run, host: str) -> dict[str, Any]:
+    """Runs `surgvqa merge` on the host and waits for it; its events pass through `run`."""
+    output = options.output_path or options.model_name_or_path or "merged"
+    argv = [
+        "--stage1_model_path",
+        remote_name(options.stage1_model_path, workspace),
+        "--stage2_adapter_path",
+        remote_name(options.stage2_adapter_path, workspace),
+        "--output_path",
+        remote_name(output, workspace),
+    ]
+    run.phase("merge", f"on {host}")
+    launched = jobs.launch(remote, "merge", argv, needs=[argv[1], argv[3]], exclusive=False)
+    return jobs.wait(remote, launched["run"], run)
