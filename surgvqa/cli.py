@@ -86,7 +86,7 @@ COMMANDS: dict[str, Command] = {
     "budget": Command(
         "the memory table of a configuration, a row a component",
         "surgvqa budget --preset oom-6f-512px",
-        "surgvqa.memory",
+        "surgvqa.budget",
     ),
     "train": Command(
         "LoRA training in BF16, inside the budget",

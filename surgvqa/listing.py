@@ -7,11 +7,13 @@ from argparse import Namespace
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from presets import load_presets
 from surgvqa import runs as run_folders
-from surgvqa.config import WORKSPACE_FILE, Workspace
-from surgvqa.console import JobView, human_seconds
+from surgvqa.budget import preset_peaks
+from surgvqa.config import WORKSPACE_FILE, Workspace, resolve
+from surgvqa.console import JobView, bar, human_seconds
 from surgvqa.outcome import Outcome
 
 
@@ -84,20 +86,33 @@ def stop(arguments: Namespace, workspace: Workspace) -> Outcome:
 
 
 def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
-    """Every preset: what it sets, why, what it gives up, and its predicted peak."""
+    """Every preset: what it sets, why, what it gives up, and its predicted peak against the budget."""
     listed = load_presets(workspace.root)
+    options = resolve("budget", {}, workspace).options
+    peaks = preset_peaks(options, listed)
     data = {
+        "budget_gb": options.budget_gb,
         "presets": [
-            {"name": p.name, "reason": p.reason, "gives_up": p.gives_up, "rung": p.rung, "settings": p.settings}
+            {
+                "name": p.name,
+                "reason": p.reason,
+                "gives_up": p.gives_up,
+                "rung": p.rung,
+                "settings": p.settings,
+                "predicted_peak_gb": peaks[p.name],
+                "fits": peaks[p.name] <= options.budget_gb,
+            }
             for p in listed
-        ]
+        ],
     }
 
     def show(console) -> None:
-        table = Table("preset", "ladder", "sets", "why", "gives up")
+        table = Table("preset", "rung", "sets", f"GB of {options.budget_gb:g}", "why", "gives up", box=None)
+        table.columns[0].no_wrap = table.columns[3].no_wrap = True
         for p in listed:
-            sets = ", ".join(f"{k}={v}" for k, v in p.settings.items())
-            table.add_row(p.name, "" if p.rung is None else str(p.rung), sets, p.reason, p.gives_up)
+            sets = "\n".join(f"{k}={v}" for k, v in p.settings.items())
+            peak = Text.assemble(bar(peaks[p.name] / options.budget_gb, 6), f" {peaks[p.name]:.1f}")
+            table.add_row(p.name, "" if p.rung is None else str(p.rung), sets, peak, p.reason, p.gives_up)
         console.print(table)
 
     return Outcome(data, show=show)
