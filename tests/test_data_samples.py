@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from surgvqa.data.samples import (
@@ -133,6 +133,7 @@ LINES = st.one_of(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no bug
 @given(st.lists(LINES).map(b"\n".join))
 def test_any_bytes_are_samples_or_one_clear_line(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "any.jsonl"
