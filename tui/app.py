@@ -14,6 +14,7 @@ from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.theme import Theme
+from textual.worker import Worker
 
 from presets import PresetError, load_presets
 from surgvqa import config
@@ -112,6 +113,11 @@ class Panel(App[None]):
         await self.refresh_runs()
         if isinstance(self.screen, PanelScreen):
             await self.screen.tick()
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """An error while refreshing is said on the screen in front."""
+        if isinstance(self.screen, PanelScreen):
+            self.screen.on_worker_state_changed(event)
 
     async def refresh_runs(self) -> None:
         """Reads the run list anew."""

@@ -14,6 +14,7 @@ from textual.containers import Container, Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Footer, Static
+from textual.worker import Worker, WorkerState
 
 from surgvqa.errors import SurgvqaError
 from tui import words
@@ -113,6 +114,11 @@ class PanelScreen(Screen[None]):
     def workspace_root(self) -> Path:
         """Relative paths on this screen start here."""
         return self.app.target.workspace.root
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """What nobody foresaw is said in place; the panel goes on."""
+        if event.state == WorkerState.ERROR:
+            self.say(f"{type(event.worker.error).__name__}: {event.worker.error}", "error")
 
     def say(self, text: str, kind: str = "") -> None:
         """Shows a line above the footer."""

@@ -90,6 +90,8 @@ class RunModel:
         self.phase = ""
         self.phase_text = ""
         self.progress: dict[str, Progress] = {}
+        self.shards: dict[str, Progress] = {}
+        """Of a merge: each shard that was begun."""
         self.step = 0
         self.total_steps: int | None = None
         self.metric: dict[str, Any] = {}
@@ -170,6 +172,10 @@ class RunModel:
     def _on_progress(self, event: dict[str, Any]) -> None:
         phase = str(event.get("phase", ""))
         self.progress.setdefault(phase, Progress(phase)).update(event)
+        shard = event.get("shard")
+        if shard:
+            part = {**event, "done": event.get("shard_done"), "total": event.get("shard_total")}
+            self.shards.setdefault(shard, Progress(str(shard))).update(part)
 
     def _on_metric(self, event: dict[str, Any]) -> None:
         step = int(event.get("step") or 0)

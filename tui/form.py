@@ -147,5 +147,8 @@ class Form(VerticalScroll, can_focus=False):
         return self.query_one(f"#field-{name}", Field)
 
     @on(Field.Focused)
-    def _scroll_to(self, event: Field.Focused) -> None:
-        event.field.scroll_visible(animate=False)
+    def _bring_into_view(self, event: Field.Focused) -> None:
+        if event.field is self.query(Field).first():  # its heading too
+            self.scroll_home(animate=False)
+        else:
+            event.field.scroll_visible(animate=False)

@@ -120,10 +120,16 @@ def predicted_bar(width: int, parts: list[Part], peak: float, budget: float) -> 
     return memory_bar(width, shares or [(peak, level_style(peak, budget))], scale, budget)
 
 
-def predicted_legend(parts: list[Part]) -> Content:
-    """A word for each colour of `predicted_bar`."""
-    lines = [
-        Content.assemble(("█ ", PART_STYLES[i % len(PART_STYLES)]), part.name, (f"  {words.gb(part.bytes)}", "$muted"))
-        for i, part in enumerate(parts)
-    ]
-    return Content("\n").join(lines)
+def predicted_legend(parts: list[Part], width: int) -> Content:
+    """A row for each colour of `predicted_bar`, in two columns where there is room."""
+    columns = 2 if width >= 64 else 1
+    column = width // columns
+    cells = []
+    for i, part in enumerate(parts):
+        figure = words.gb(part.bytes)
+        name = words.clip(part.name, column - len(figure) - 5)
+        room = column - 4 - len(figure)
+        style = PART_STYLES[i % len(PART_STYLES)]
+        cells.append(Content.assemble(("█ ", style), f"{name:<{room}}", (figure, "$muted"), "  "))
+    height = -(-len(cells) // columns)
+    return Content("\n").join(Content("").join(cells[row::height]) for row in range(height))

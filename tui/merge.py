@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,7 +46,7 @@ class MergeScreen(PanelScreen):
         Binding("p", "plan", "plan again", tooltip="A dry run: sizes, free disk, what would be merged"),
         Binding("s", "stop", "stop"),
         Binding("a", "audit", "audit", tooltip="Read the dtype and shape of every tensor of the merged checkpoint"),
-        Binding("x", "revert", "as configured", tooltip="Forget what was typed into the field"),
+        Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
     ]
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class MergeScreen(PanelScreen):
         self.settings = Settings("merge", self.app.target.workspace)
         self.follower: Follower | None = None
         self.planning = False
+        self.picture: Content | Callable[[int], Content] = Content("")
 
     def body(self) -> ComposeResult:
         known = settings_of(MergeOptions)
@@ -72,6 +75,10 @@ class MergeScreen(PanelScreen):
             self.follower = Follower(self.app.target, running.id)
         elif not self.show_finished():
             self.action_plan()
+
+    def on_resize(self) -> None:
+        super().on_resize()
+        self.call_after_refresh(self.draw)
 
     # --- plan --------------------------------------------------------------------------------------------------------
 
@@ -96,11 +103,12 @@ class MergeScreen(PanelScreen):
         """Asks the command itself what it would do."""
         self.follower, self.planning = None, True
         self.keys_changed()
-        self.show("plan", Content.assemble(("reading the headers …", "$muted")))
+        self.show("plan", report.waiting("reading the headers …"))
         missing = self.settings.resolve(None)[1]
         if missing:
             labels = " and the ".join(FIELDS[name] for name in missing)
-            self.show("plan", Content(f"Choose the {labels}: move there with ↑ ↓ and press Enter."))
+            self.planning = False
+            self.show("plan", report.waiting(f"Choose the {labels}: move there with ↑ ↓ and press Enter."))
             return
         try:
             answer = await self.app.target.command(*self.settings.argv(), "--dry_run")
@@ -109,28 +117,29 @@ class MergeScreen(PanelScreen):
             return
         finally:
             self.planning = False
-        self.show("plan", report.merge_plan(answer.data) if answer.ok else report.problem(answer.error))
+        self.show("plan", partial(report.merge_plan, answer.data) if answer.data else report.problem(answer.error))
 
     def show_finished(self) -> bool:
         """Shows the report of the checkpoint that stands at the output path, when one does."""
-        document = self.app.target.document(str(self.output()) + "/merge_report.json")
+        document = self.app.target.document(str(self.output() / "merge_report.json"))
         if document:
-            self.show("merged", report.merge_report(document, self.width))
+            self.show("merged", partial(report.merge_report, document))
         return bool(document)
 
     def output(self) -> Path:
         """Where the merged checkpoint is or will be."""
         return Path(self.workspace_root, self.settings.resolve(None)[0].options.output_path)
 
-    @property
-    def width(self) -> int:
-        """Cells that a line of the result may take."""
-        return max(20, self.query_one("#merge-result").size.width - 2)
-
-    def show(self, title: str, content: Content) -> None:
-        """Fills the lower panel."""
+    def show(self, title: str, picture: Content | Callable[[int], Content]) -> None:
+        """Fills the lower panel; what depends on the width is drawn again when that changes."""
+        self.picture = picture
         self.query_one("#merge-result").border_title = title
-        self.query_one("#merge-text", Static).update(content)
+        self.draw()
+
+    def draw(self) -> None:
+        """The lower panel at its present width."""
+        width = max(20, self.query_one("#merge-text").size.width)
+        self.query_one("#merge-text", Static).update(self.picture(width) if callable(self.picture) else self.picture)
 
     # --- the job -----------------------------------------------------------------------------------------------------
 
@@ -165,12 +174,12 @@ class MergeScreen(PanelScreen):
         if self.follower is not follower or (changed is None and not follower.active):
             return
         if follower.active:
-            self.show("merging", report.job_progress(follower, self.width))
+            self.show("merging", partial(report.job_progress, follower))
         elif follower.state == "finished":
             if not self.show_finished():
-                self.show("merged", report.job_end(follower, self.width))
+                self.show("merged", report.job_end(follower))
         else:
-            self.show(follower.state, report.job_end(follower, self.width))
+            self.show(follower.state, report.job_end(follower))
         if was_active != follower.active:
             self.keys_changed()
 
@@ -191,6 +200,6 @@ class MergeScreen(PanelScreen):
     @work(group="plan", exclusive=True, exit_on_error=False)
     async def action_audit(self) -> None:
         """Audits the merged checkpoint from its headers."""
-        self.show("audit", Content.assemble(("reading the headers …", "$muted")))
+        self.show("audit", report.waiting("reading the headers …"))
         answer = await self.app.target.command("audit", str(self.output()))
         self.show("audit", report.audit(answer.data) if answer.data else report.problem(answer.error))

@@ -246,7 +246,7 @@ class MonitorScreen(PanelScreen):
         elif model.result.get("by_type"):
             content = report.evaluation(model.result, width)
         else:
-            content = report.job_end(follower, width)
+            content = report.job_end(follower)
         self.query_one("#text", Static).update(content)
 
     def show_chart(self, model: RunModel) -> None:

@@ -1,23 +1,29 @@
-"""The predicted memory of a configuration, from `surgvqa.memory`."""
+"""The predicted memory of a configuration, from `surgvqa.memory`: no torch, no weight loaded."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
 
+from surgvqa import memory
 from surgvqa.errors import SurgvqaError
 from tui.gauge import Part
 from tui.settings import Settings
 from tui.words import GB
 
+PEAK_GROUPS = ("weights", "training", "activations")
+SHOWN = 7  # parts with a colour of their own; the smaller ones are shown together
+
 
 @dataclass
 class Prediction:
-    """Peak and components in bytes; `problem` says why there are none."""
+    """Allocated peak and its components in bytes; `problem` says why there are none."""
 
     budget_bytes: float
     peak_bytes: float = 0.0
     parts: list[Part] = field(default_factory=list)
+    model: str = ""
+    """Whose sizes were used."""
     problem: str = ""
 
 
@@ -29,11 +35,16 @@ async def predict(settings: Settings, preset: str) -> Prediction:
 def _predict(settings: Settings, preset: str) -> Prediction:
     try:
         options = settings.resolve(preset)[0].options
+        found = memory.predict_options(options)
     except SurgvqaError as error:
-        return Prediction(0.0, problem=str(error))
-    budget = options.budget_gb * GB
-    try:
-        from surgvqa import memory  # noqa: F401
-    except ImportError:
-        return Prediction(budget, problem="no prediction yet: this version has no memory model")
-    return Prediction(budget, problem="no prediction yet")
+        return Prediction(0.0, problem=f"no prediction: {error}")
+    model = "" if options.model_name_or_path else "of the real model: no checkpoint is chosen"
+    return Prediction(options.budget_gb * GB, found.peak_bytes, parts(found), model)
+
+
+def parts(found: memory.Prediction) -> list[Part]:
+    """The components of the peak, largest first; what is small goes together."""
+    listed = [Part(c.name, c.bytes) for c in found.components if c.group in PEAK_GROUPS and c.bytes > 0]
+    listed.sort(key=lambda part: -part.bytes)
+    rest = sum(part.bytes for part in listed[SHOWN:])
+    return listed[:SHOWN] + ([Part("the rest", rest)] if rest else [])

@@ -10,6 +10,7 @@ from tui import words
 from tui.follow import Follower, Progress
 
 MUTED = "$muted"
+SHARDS_SHOWN = 8
 
 
 def lines(*parts: Content | str | None) -> Content:
@@ -22,6 +23,11 @@ def problem(text: str) -> Content:
     return Content.assemble(("✗ ", "$error"), (text or "it failed and did not say why", "$error"))
 
 
+def waiting(text: str) -> Content:
+    """Something that is being found out, or waits for the user."""
+    return Content.assemble((text, MUTED))
+
+
 def warnings(texts: list[Any]) -> list[Content]:
     """One line a warning."""
     return [Content.assemble(("! ", "bold $warning"), (_text(w), "$warning")) for w in texts]
@@ -29,7 +35,11 @@ def warnings(texts: list[Any]) -> list[Content]:
 
 def facts(pairs: list[tuple[str, Any]], width: int = 18) -> list[Content]:
     """`name   value` lines; None is left out."""
-    return [Content.assemble((f"{name:<{width}}", MUTED), str(value)) for name, value in pairs if value is not None]
+    return [
+        Content.assemble((f"{name:<{width}}", MUTED), value if isinstance(value, Content) else str(value))
+        for name, value in pairs
+        if value is not None
+    ]
 
 
 def _text(entry: Any) -> str:
@@ -39,7 +49,7 @@ def _text(entry: Any) -> str:
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
 
-def progress_line(progress: Progress, width: int) -> Content:
+def progress_line(progress: Progress, width: int, label: int = 16) -> Content:
     """One phase: bar, share, amount, rate, time left."""
     done = words.amount(progress.done, progress.unit)
     total = f" of {words.amount(progress.total, progress.unit)}" if progress.total else ""
@@ -50,11 +60,11 @@ def progress_line(progress: Progress, width: int) -> Content:
         text += f"  {words.rate(progress.rate, progress.unit)}"
         if progress.left_s is not None:
             text += f"  {words.seconds(progress.left_s)} left"
-    bar = max(8, min(40, width - 58))
+    bar = max(8, min(40, width - label - 42))
     share = f"{100 * fraction:4.0f} % " if fraction is not None else "       "
     style = "$success" if fraction == 1 else "$primary"
-    name = words.clip(progress.phase, 16)
-    return Content.assemble(f"{name:<17}", words.bar(bar, fraction or 0.0, style), f" {share} ", (text, MUTED))
+    name = words.clip(progress.phase, label)
+    return Content.assemble(f"{name:<{label}} ", words.bar(bar, fraction or 0.0, style), f" {share} ", (text, MUTED))
 
 
 def job_progress(follower: Follower, width: int) -> Content:
@@ -66,11 +76,14 @@ def job_progress(follower: Follower, width: int) -> Content:
         (model.phase or "starting", "bold"),
         (f"  {model.phase_text}" if model.phase_text else "", MUTED),
     )
-    rows = [progress_line(p, width) for p in model.progress.values()]
-    return lines(head, "", *rows, *([""] if model.warnings else []), *warnings(model.warnings))
+    begun = list(model.shards.values())[-SHARDS_SHOWN:]
+    label = max((len(p.phase) for p in [*begun, *model.progress.values()]), default=8)
+    rows = [progress_line(p, width, label) for p in model.progress.values()]
+    shards = [progress_line(shard, width, label) for shard in begun]
+    return lines(*warnings(model.warnings), head, "", *rows, *([""] if shards else []), *shards)
 
 
-def job_end(follower: Follower, width: int) -> Content:
+def job_end(follower: Follower) -> Content:
     """How a job ended, why when it went wrong, and what to do about it."""
     model = follower.model
     parts: list[Content | str] = [
@@ -92,72 +105,105 @@ def job_end(follower: Follower, width: int) -> Content:
 # --- merge -----------------------------------------------------------------------------------------------------------
 
 
-def merge_plan(data: dict[str, Any]) -> Content:
-    """What the dry run found."""
-    shown = {
-        k: v for k, v in data.items() if k not in ("warnings", "run", "dry_run") and not isinstance(v, (dict, list))
-    }
-    pairs = [(k.removesuffix("_bytes").replace("_", " "), _figure(k, v)) for k, v in shown.items()]
-    enough = (data.get("free_bytes") or 0) >= (data.get("needed_bytes") or data.get("output_bytes") or 0)
-    disk = None if "free_bytes" not in data else ("", "") if enough else problem("not enough free disk")
+def merge_plan(data: dict[str, Any], width: int) -> Content:
+    """What the dry run found: warnings first, then sizes, disk, tensors and shards."""
+    needed, free = data.get("output_bytes"), data.get("free_bytes")
+    disk = None
+    if needed is not None and free is not None:
+        enough = (
+            ("enough", "$success") if needed <= free else (f"{words.size(needed - free)} too little", "bold $error")
+        )
+        disk = Content.assemble(f"{words.size(needed)} to write, {words.size(free)} free: ", enough)
+    tensors = [
+        f"{data[key]:,} {label}"
+        for key, label in (
+            ("modules_merged", "modules merged"),
+            ("tensors_replaced", "tensors replaced"),
+            ("tensors_cast", "cast"),
+            ("tensors_copied", "copied untouched"),
+        )
+        if data.get(key)
+    ]
+    inputs = None
+    if "base_bytes" in data and "adapter_bytes" in data:
+        inputs = f"checkpoint {words.size(data['base_bytes'])}, adapter {words.size(data['adapter_bytes'])}"
     return lines(
         *warnings(data.get("warnings") or []),
-        *facts(pairs, 22),
-        disk if isinstance(disk, Content) else None,
+        *facts([("reads", inputs), ("writes", data.get("output")), ("disk", disk), ("device", data.get("device"))]),
+        *facts([("tensors", ", ".join(tensors) or None)]),
+        *shard_rows(data.get("shards") or [], width),
         "",
         Content.assemble(("m", "bold $footer-key-foreground"), (" starts the merge", MUTED)),
     )
 
 
-def _figure(key: str, value: Any) -> str:
-    if key.endswith("_bytes") and isinstance(value, (int, float)):
-        return words.size(value)
-    if key in ("seconds",) or key.endswith("_s"):
-        return words.seconds(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def shard_rows(shards: list[dict[str, Any]], width: int) -> list[Content]:
+    """The planned shards, the first few of many."""
+    room = max(20, width - 40)
+    rows = [
+        Content.assemble(
+            (f"{'shards' if i == 0 else '':<18}", MUTED),
+            f"{words.clip(str(shard.get('file')), room):<{min(room, 36)}} ",
+            (f"{words.size(shard.get('bytes') or 0):>9}  {shard.get('tensors', 0):,} tensors", MUTED),
+        )
+        for i, shard in enumerate(shards[:SHARDS_SHOWN])
+    ]
+    if len(shards) > SHARDS_SHOWN:
+        rows.append(Content.assemble((f"{'':<18}and {len(shards) - SHARDS_SHOWN} more", MUTED)))
+    return rows
 
 
 def merge_report(data: dict[str, Any], width: int) -> Content:
-    """merge_report.json: figures, warnings first, and a bar a layer of ‖ΔW‖/‖W‖."""
+    """merge_report.json: warnings first, figures, and a bar a layer of ‖ΔW‖/‖W‖."""
+    phases = data.get("seconds_by_phase") or {}
+    total = sum(phases.values()) if phases else None
+    shards = [s.get("bytes") or 0 for s in (data.get("shards") or {}).values()]
+    dtypes = ", ".join(f"{n:,} {dtype}" for dtype, n in (data.get("dtypes_after") or {}).items())
+    stage2 = data.get("stage2") or {}
+    how = ", ".join(
+        f"{k} {stage2[k]}" for k in ("r", "lora_alpha", "peft_version", "epoch", "quantised_base") if k in stage2
+    )
+    lost = data.get("rounding_loss")
+    counts = [(data.get("modules_merged"), "modules merged"), (data.get("tensors_replaced"), "replaced")]
+    counts += [(data.get("tensors_copied"), "copied untouched")]
     pairs = [
-        ("modules merged", data.get("modules_merged")),
-        ("tensors copied", data.get("tensors_copied")),
-        ("took", words.seconds(data["seconds"]) if "seconds" in data else None),
+        ("tensors", ", ".join(f"{n:,} {what}" for n, what in counts if n)),
+        ("dtypes", dtypes or None),
+        ("written", f"{words.size(sum(shards))} in {len(shards)} shard{'s' * (len(shards) != 1)}" if shards else None),
+        ("took", words.seconds(total) if total is not None else None),
         ("peak memory", words.size(data["peak_rss_bytes"]) if data.get("peak_rss_bytes") else None),
+        ("lost to rounding", f"{lost:.2%} of the change (median of the modules)" if lost is not None else None),
+        ("Stage 2", how or None),
     ]
     head = Content.assemble(("✓ merged", "bold $success"), (f"  {data.get('output', '')}", MUTED))
-    return lines(head, *warnings(data.get("warnings") or []), *facts(pairs), "", *layer_bars(layer_deltas(data), width))
+    bars = layer_bars(deltas(data.get("by_layer"), "layer"), "layer", width)
+    kinds = layer_bars(deltas(data.get("by_kind"), "kind"), "kind", width)
+    return lines(
+        head, *warnings(data.get("warnings") or []), *facts(pairs), "", *bars, *([""] if kinds else []), *kinds
+    )
 
 
-def layer_deltas(data: dict[str, Any]) -> list[tuple[str, float]]:
-    """(layer, ‖ΔW‖/‖W‖) in order."""
-    found = data.get("layers") or {}
-    rows = found.items() if isinstance(found, dict) else ((r.get("layer"), r) for r in found)
-    deltas = []
-    for name, entry in rows:
-        value = entry.get("relative_delta") if isinstance(entry, dict) else entry
-        if isinstance(value, (int, float)):
-            deltas.append((str(name), float(value)))
-    return deltas
+def deltas(rows: list[dict[str, Any]] | None, key: str) -> list[tuple[str, float]]:
+    """(layer or kind, ‖ΔW‖/‖W‖) in the report's order."""
+    found = [("other" if row.get(key) is None else str(row[key]), row.get("delta_ratio")) for row in rows or []]
+    return [(name, float(value)) for name, value in found if isinstance(value, (int, float))]
 
 
-def layer_bars(deltas: list[tuple[str, float]], width: int) -> list[Content]:
-    """A bar a layer, in two columns when there is room."""
-    if not deltas:
+def layer_bars(rows: list[tuple[str, float]], what: str, width: int) -> list[Content]:
+    """A bar a layer or kind, in two columns when there is room."""
+    if not rows:
         return []
-    most = max(v for _, v in deltas) or 1.0
-    label = max(len(n) for n, _ in deltas)
-    columns = 2 if width >= 2 * (label + 30) and len(deltas) > 8 else 1
+    most = max(v for _, v in rows) or 1.0
+    label = max(len(n) for n, _ in rows)
+    columns = 2 if width >= 2 * (label + 30) and len(rows) > 8 else 1
     bar = max(6, min(40, width // columns - label - 14))
     cells = [
         Content.assemble((f"{name:>{label}} ", MUTED), words.bar(bar, value / most, "$primary"), f" {value:8.2e}  ")
-        for name, value in deltas
+        for name, value in rows
     ]
-    rows = -(-len(cells) // columns)
-    heading = Content.assemble(("how far each layer moved", "bold"), ("   ‖ΔW‖ / ‖W‖", MUTED))
-    return [heading, *(Content("").join(cells[row::rows]) for row in range(rows))]
+    height = -(-len(cells) // columns)
+    heading = Content.assemble((f"how far each {what} moved", "bold"), ("   ‖ΔW‖ / ‖W‖", MUTED))
+    return [heading, *(Content("").join(cells[row::height]) for row in range(height))]
 
 
 def audit(data: dict[str, Any]) -> Content:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.content import Content
 from textual.widgets import Static
 
@@ -61,6 +61,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 PRESET_KEYS = ("f5", "f6", "f7", "f8", "f9", "f10")
+PRESETS = Binding.Group("presets", compact=True)
 
 
 class TrainScreen(PanelScreen):
@@ -74,20 +75,13 @@ class TrainScreen(PanelScreen):
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("l", "launch", "launch"),
-        Binding("enter", "apply", "apply preset", priority=True),
-        Binding("escape", "leave", "leave it", priority=True),
+        Binding("enter", "apply", "apply", priority=True),
+        Binding("escape", "leave", "leave", priority=True),
         *(
-            Binding(
-                key,
-                f"preview({i})",
-                f"preset {i + 1}",
-                show=i == 0,
-                key_display="F5…" if i == 0 else None,
-                priority=True,
-            )
+            Binding(key, f"preview({i})", f"preset {i + 1}", key_display=key.upper(), priority=True, group=PRESETS)
             for i, key in enumerate(PRESET_KEYS)
         ),
-        Binding("x", "revert", "as configured", tooltip="Forget what was typed into the field"),
+        Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
     ]
 
     def __init__(self) -> None:
@@ -108,15 +102,14 @@ class TrainScreen(PanelScreen):
             with VerticalScroll(id="train-side"):
                 yield Static("", id="presets", classes="panel", markup=False)
                 yield Static("", id="memory", classes="panel", markup=False)
-                with Vertical(id="hint-panel", classes="panel"):
-                    yield Static("", id="hint", markup=False)
+                yield Static("", id="about", classes="panel", markup=False)
 
     def on_mount(self) -> None:
         for id, title in {
             "train-form": "settings",
             "presets": "presets",
             "memory": "memory",
-            "hint-panel": "about",
+            "about": "about",
         }.items():
             self.query_one(f"#{id}").border_title = title
         try:
@@ -152,9 +145,8 @@ class TrainScreen(PanelScreen):
         self.predict_all()
 
     @on(Field.Focused)
-    def _hint(self, event: Field.Focused) -> None:
-        name, about = event.field.key, event.field.help
-        self.query_one("#hint", Static).update(Content.assemble((f"--{name}\n", "bold"), (about, "$muted")))
+    def _focused(self) -> None:
+        self.show_about()
 
     def show_presets(self) -> None:
         """The list with a predicted peak each, or what the switch at hand would change."""
@@ -172,19 +164,24 @@ class TrainScreen(PanelScreen):
                 text = f"{words.gb(peak.peak_bytes)}"
                 line = Content.assemble(line, " " * max(1, width - line.cell_length - len(text)), (text, fits))
             rows.append(line)
-        panel.update(report.lines(*rows, *(self._changes(width) if self.previewed else self._about_preset())))
+        panel.update(report.lines(*rows, *(self._changes() if self.previewed else [])))
 
-    def _about_preset(self) -> list[Content | str]:
-        preset = next((p for p in self.presets if p.name == self.app.preset), None)
-        if preset is None:
-            return []
-        return [
-            "",
-            Content.assemble((preset.reason, "$muted")),
-            Content.assemble(("gives up ", "$muted"), preset.gives_up),
-        ]
+    def show_about(self) -> None:
+        """The preset that is looked at or in use, and the setting under the cursor."""
+        preset = next((p for p in self.presets if p.name == (self.previewed or self.app.preset)), None)
+        rows: list[Content] = []
+        if preset:
+            rows = [
+                Content.assemble((preset.name, "bold")),
+                report.waiting(preset.reason),
+                Content.assemble(("gives up ", "$muted"), preset.gives_up, "\n"),
+            ]
+        field = next((f for f in self.query(Field) if f.has_focus_within), None)
+        if field:
+            rows += [Content.assemble((f"--{field.key}", "bold")), report.waiting(field.help)]
+        self.query_one("#about", Static).update(report.lines(*rows))
 
-    def _changes(self, width: int) -> list[Content | str]:
+    def _changes(self) -> list[Content | str]:
         assert self.previewed
         try:
             changes = preset_changes(self.settings, self.app.preset, self.previewed)
@@ -204,13 +201,7 @@ class TrainScreen(PanelScreen):
                 text = Content.assemble((f"  {old}", "$muted"), " → ", (new, "bold $accent"))
             rows.append(Content.assemble(change.name, text))
         if not changes:
-            rows.append(Content.assemble(("nothing: all is the same", "$muted")))
-        preset = next(p for p in self.presets if p.name == self.previewed)
-        rows += [
-            "",
-            Content.assemble((preset.reason, "$muted")),
-            Content.assemble(("gives up ", "$muted"), preset.gives_up),
-        ]
+            rows.append(report.waiting("nothing: all is the same"))
         rows.append(
             Content.assemble(
                 ("Enter", "bold $footer-key-foreground"),
@@ -235,7 +226,7 @@ class TrainScreen(PanelScreen):
         width = max(20, panel.size.width or 40)
         found = self.predictions.get(self.previewed or self.app.preset or "")
         if found is None or not found.peak_bytes:
-            panel.update(Content.assemble((found.problem if found else "no prediction yet", "$muted")))
+            panel.update(report.waiting(found.problem if found else "predicting …"))
             return
         over = found.peak_bytes - found.budget_bytes
         verdict = ("fits", "bold $success") if over <= 0 else (f"over by {words.gb(over)}", "bold $error")
@@ -247,7 +238,8 @@ class TrainScreen(PanelScreen):
                     verdict,
                 ),
                 predicted_bar(width, found.parts, found.peak_bytes, found.budget_bytes),
-                predicted_legend(found.parts),
+                predicted_legend(found.parts, width),
+                report.waiting(found.model) if found.model else None,
             )
         )
 
@@ -280,6 +272,7 @@ class TrainScreen(PanelScreen):
 
     def _preview_changed(self) -> None:
         self.show_presets()
+        self.show_about()
         self.show_memory()
         self.keys_changed()
 
