@@ -369,6 +369,6 @@ def _flash_obstacle(device: torch.device) -> str | None:
         )
     try:
         importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:  # OSError and ImportError: a build for another torch or glibc
-        return f"flash-attn cannot be imported ({str(error).splitlines()[0]})"
+    except (ImportError, OSError) as error:  # OSError: a build for another torch or glibc
+        return f"flash-attn cannot be imported ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
     return None
