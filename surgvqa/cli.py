@@ -232,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments, unknown = build_parser().parse_known_args(argv)
         name = arguments.command
         outcome = dispatch(name, arguments, extra_options(name, unknown), argv)
+        answer(outcome, arguments.json)
     except SurgvqaError as error:
         print(f"surgvqa {name}".rstrip() + f": {error}", file=sys.stderr)
         record_failure(argv, error)
@@ -242,13 +243,17 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `surgvqa runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    if arguments.json:
-        print(json.dumps(outcome.data, indent=1, default=str))
+    return 0 if outcome.ok else 1
+
+
+def answer(outcome: Outcome, as_json: bool) -> None:
+    """What the command found, on stdout."""
+    if as_json:
+        print(json.dumps(outcome.data, indent=1, default=str), flush=True)
     elif outcome.show:
         from rich.console import Console
 
         outcome.show(Console(highlight=False))
-    return 0 if outcome.ok else 1
 
 
 def record_failure(argv: list[str], error: SurgvqaError) -> None:

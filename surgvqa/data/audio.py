@@ -19,7 +19,7 @@ HOP = 160
 
 
 def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
-    """The sound as float32 [samples], mono, 16 kHz, full scale 1: what `librosa.load(path, sr=16000)` gives.
+    """The sound as float32 [samples], mono, 16 kHz, full scale 1, as the old script loads it.
 
     Raises UsageError for a file that is missing, cannot be decoded, or holds nothing: never silence in its place.
     """
@@ -40,19 +40,11 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _decode(path: str) -> np.ndarray:
-    """librosa's own steps without librosa, whose import takes 2 s in every worker; librosa itself for other formats."""
-    import soundfile
-    import soxr
+    import librosa  # here, not above: it takes 2 s, and a run with a full feature cache decodes nothing
 
-    try:
-        channels, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError:
-        import librosa
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it tells which backend it fell back to
-            return librosa.load(path, sr=SAMPLE_RATE, mono=True)[0]
-    return soxr.resample(channels.mean(axis=1), rate, SAMPLE_RATE, quality="HQ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells which backend it fell back to
+        return librosa.load(path, sr=SAMPLE_RATE, mono=True)[0]
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float | None:

@@ -24,16 +24,24 @@ class Collator:
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """B samples, L tokens in the longest, F frames and P patches in all.
 
-        input_ids, attention_mask, labels int64 [B, L]; pixel_values float32 [P, 1176]; image_grid_thw int64 [F, 3];
-        input_features float32 [B, mels, T].
+        input_ids, attention_mask, labels int64 [B, L]; image_grid_thw int64 [F, 3]; pixel_values float32 [P, 1176] and
+        input_features float32 [B, mels, T], or what the encoders made of them: image_features [image tokens, hidden]
+        and audio_features [B, audio tokens, d_model].
         """
         ids = [item["input_ids"] for item in items]
-        return {
+        batch = {
             "input_ids": self._pad(ids, self.processors.pad_token_id),
             "attention_mask": self._pad([np.ones_like(i) for i in ids], 0),
             "labels": self._pad([item["labels"] for item in items], IGNORED),
-            "pixel_values": torch.from_numpy(np.concatenate([item["pixel_values"] for item in items])),
             "image_grid_thw": torch.from_numpy(np.concatenate([item["image_grid_thw"] for item in items])),
+        }
+        if "image_features" in items[0]:
+            return batch | {
+                "image_features": torch.cat([item["image_features"] for item in items]),
+                "audio_features": torch.stack([item["audio_features"] for item in items]),
+            }
+        return batch | {
+            "pixel_values": torch.from_numpy(np.concatenate([item["pixel_values"] for item in items])),
             "input_features": torch.from_numpy(np.stack([item["input_features"] for item in items])),
         }
 

@@ -1,9 +1,10 @@
-"""From a sample to the model's inputs, as numpy arrays. Made for worker processes: small to pickle, no tensors."""
+"""From a sample to the model's inputs, as numpy arrays. Made for worker processes: small to pickle, no torch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,9 +14,13 @@ from surgvqa.data.frames import frame_patches, load_frame, select_frames
 from surgvqa.data.processors import Processors
 from surgvqa.data.prompt import IGNORED, answer_ids, prompt_ids
 from surgvqa.data.samples import AudioIndex, FrameIndex, Sample
-from surgvqa.errors import UsageError
+from surgvqa.errors import SurgvqaError, UsageError
 
-Item = dict[str, np.ndarray]
+if TYPE_CHECKING:
+    from surgvqa.data.features import FeatureStore
+
+Item = dict[str, Any]
+"""Arrays by name; with a feature cache also tensors, numpy has no bfloat16."""
 
 
 class ClipDataset:
@@ -50,6 +55,8 @@ class ClipDataset:
                 raise UsageError(f"{sample.place}: {error}") from None
             self.audio_paths.append(str(audio.find(sample)))
         self.warnings = self._cut_audio()
+        self.store: FeatureStore | None = None
+        """Once `encode.fill_cache` has set it, samples carry the encoders' outputs instead of pixels and mels."""
 
     def _cut_audio(self) -> list[str]:
         window = self.processors.audio_window_s
@@ -68,15 +75,40 @@ class ClipDataset:
 
     def __getitem__(self, index: int) -> Item:
         sample = self.samples[index]
+        words = {
+            "input_mode": self.input_mode,
+            "question": sample.question,
+            "answer": sample.answer if self.with_answer else None,
+        }
+        if self.store is not None:
+            return self._from_cache(index, words)
         return encode(
-            self.processors,
-            self.frame_paths[index],
-            self.audio_paths[index],
-            image_size=self.image_size,
-            input_mode=self.input_mode,
-            question=sample.question,
-            answer=sample.answer if self.with_answer else None,
+            self.processors, self.frame_paths[index], self.audio_paths[index], image_size=self.image_size, **words
         )
+
+    def _from_cache(self, index: int, words: dict[str, Any]) -> Item:
+        """As `encode`, with image_features [image tokens, hidden] and audio_features [audio tokens, d_model]."""
+        import torch
+
+        keys = [self.store.frame_key(path, self.image_size) for path in self.frame_paths[index]]
+        frames = [self._entry(key, path) for key, path in zip(keys, self.frame_paths[index])]
+        grids = np.array([notes["grid"].split() for _, notes in frames], dtype=np.int64)
+        sound = self.audio_paths[index]
+        return {
+            **ids_and_labels(self.processors, grids, **words),
+            "image_features": torch.cat([features for features, _ in frames]),
+            "image_grid_thw": grids,
+            "audio_features": self._entry(self.store.audio_key(sound), sound)[0],
+        }
+
+    def _entry(self, key: str, path: str) -> tuple[Any, dict[str, str]]:
+        entry = self.store.get(key)
+        if entry is None:
+            raise SurgvqaError(
+                f"{self.store.path(key)}: the cached features of {path} are gone or damaged; go on with --resume, "
+                "which encodes them again"
+            )
+        return entry
 
 
 def encode(
@@ -99,12 +131,21 @@ def encode(
         *(frame_patches(load_frame(path, image_size), processors.image_processor) for path in frame_paths)
     )
     features = audio_features(load_audio(audio_path), processors.feature_extractor, processors.num_audio_tokens)
+    return {
+        **ids_and_labels(processors, grids, input_mode=input_mode, question=question, answer=answer),
+        "pixel_values": np.concatenate(patches).astype(np.float32, copy=False),
+        "image_grid_thw": np.stack(grids).astype(np.int64, copy=False),
+        "input_features": features.astype(np.float32, copy=False),
+    }
+
+
+def ids_and_labels(
+    processors: Processors, grids: Sequence[np.ndarray], *, input_mode: str, question: str, answer: str | None
+) -> Item:
+    """input_ids and labels int64 [L] of a clip whose frames have these grids (t, h, w in patches)."""
     prompt = prompt_ids(processors, grids, question, input_mode)
     learned = answer_ids(processors, answer) if answer is not None else []
     return {
         "input_ids": np.array(prompt + learned, dtype=np.int64),
         "labels": np.array([IGNORED] * len(prompt) + learned, dtype=np.int64),
-        "pixel_values": np.concatenate(patches).astype(np.float32, copy=False),
-        "image_grid_thw": np.stack(grids).astype(np.int64, copy=False),
-        "input_features": features.astype(np.float32, copy=False),
     }
