@@ -92,42 +92,36 @@ def model_folders(options: EvaluateOptions | AskOptions) -> tuple[Path, Path | N
 
 
 def draw(console: Any, report: dict[str, Any]) -> None:
-    """The report as a table with a bar of the label accuracy for each question type."""
+    """The report as a table; with a bar of the label accuracy where the terminal is wide enough."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     from surgvqa.console import bar
 
-    def percent(value: float) -> str:
-        return f"{100 * value:.1f}"
+    wide = console.width >= 100
+    table = Table(box=box.SIMPLE, show_edge=False)
+    table.add_column("question type", no_wrap=True)
+    for heading in ("n", "keyword", "label"):
+        table.add_column(heading, justify="right")
+    if wide:
+        table.add_column(no_wrap=True)
+    table.add_column("majority", justify="right")
+    table.add_column("collapsed")
 
-    table = Table("question type", "n", "keyword %", "label %", "", "majority %", "")
-    for column in (1, 2, 3, 5):
-        table.columns[column].justify = "right"
+    def add(name: Text, n: int, row: dict[str, Any], note: str) -> None:
+        figures = [f"{100 * row[key]:.1f}" for key in ("keyword_accuracy", "label_accuracy", "majority_accuracy")]
+        bars = [bar(row["label_accuracy"], width=16, alarm=False)] if wide else []
+        table.add_row(name, str(n), *figures[:2], *bars, figures[2], Text(note, "yellow"))
+
     for name, row in report["by_type"].items():
-        table.add_row(
-            Text(name),
-            str(row["n"]),
-            percent(row["keyword_accuracy"]),
-            percent(row["label_accuracy"]),
-            bar(row["label_accuracy"], width=12, alarm=False),
-            percent(row["majority_accuracy"]),
-            Text(f"collapsed: {row['collapsed']}" if row["collapsed"] else "", "yellow"),
-        )
+        add(Text(name), row["n"], row, row["collapsed"])
     table.add_section()
-    table.add_row(
-        Text("all", "bold"),
-        str(report["samples"]),
-        percent(report["keyword_accuracy"]),
-        percent(report["label_accuracy"]),
-        bar(report["label_accuracy"], width=12, alarm=False),
-        percent(report["majority_accuracy"]),
-        "",
-    )
+    add(Text("all", "bold"), report["samples"], report, "")
     console.print(table)
     console.print(
-        "keyword: the label occurs in the answer, even inside a word; label: it is stated as a word, and no other "
-        "label; majority: always the type's most frequent label",
+        "accuracy in %. keyword: the label occurs in the answer, even inside a word; label: it is stated as a word, "
+        "and no other label; majority: always the type's most frequent label",
         style="dim",
     )
 

@@ -121,7 +121,8 @@ def _score_type(group: list[dict[str, Any]]) -> dict[str, Any]:
         if count > COLLAPSE_SHARE * len(group):
             collapsed = f"{count / len(group):.0%} {top[:30]!r}"
         elif never:
-            collapsed = "never " + ", ".join(map(repr, never))
+            few = len(never) <= 2
+            collapsed = "never " + (", ".join(map(repr, never)) if few else f"{len(never)} of {len(truth)} labels")
     return {
         "n": len(group),
         "keyword_accuracy": sum(p["keyword_correct"] for p in group) / len(group),

@@ -7,6 +7,7 @@ the data and random state as they were after the last optimiser step.
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from surgvqa import trained
@@ -87,6 +88,13 @@ class EventTrainer(Trainer):
         found = super().get_batch_samples(*arguments, **keywords)
         self.window.waited_s = time.monotonic() - self.window.began
         return found
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Without the padding mask: rows are padded on the right, where causal attention never looks, and a mask would
+        cost the flash kernel."""
+        prepared = super()._prepare_inputs(inputs)
+        prepared.pop("attention_mask", None)
+        return prepared
 
     def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> torch.Tensor:
         self._stop_if_asked()
@@ -252,6 +260,14 @@ class EventTrainer(Trainer):
         with torch.no_grad():
             for name, slot in slots.items():
                 slot.copy_(tensors[name])
+
+    def end_with(self, checkpoint: Path) -> None:
+        """The result of a run whose last checkpoint is of its last step: the best state of it, or that one."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.load_best_model_at_end and os.path.isdir(self.state.best_model_checkpoint or ""):
+            self._load_best_model()
+        else:
+            self.restore(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore(resume_from_checkpoint)

@@ -14,13 +14,14 @@ import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 
-from surgvqa import trained
+from surgvqa import layers, trained
 from surgvqa.config import TrainOptions, nearest, settings_of
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
 from surgvqa.device import choose_device, choose_dtype
+from surgvqa.encode import use_cache
 from surgvqa.errors import UsageError
 from surgvqa.lora import adapter_parameters, add_lora
 from surgvqa.model import choose_attention, load_model
@@ -32,6 +33,8 @@ from surgvqa.tracking import wandb_environment
 from surgvqa.train import evaluates, schedule
 from surgvqa.trainer import EventCallback, EventTrainer
 
+LENGTH_BUCKET = 64
+"""Compiled layers are compiled again for each new length: rows are padded to multiples of this."""
 NOT_OURS = {
     "resume_from_checkpoint": "use --resume RUN",
     "output_dir": "it is an option of its own",
@@ -95,6 +98,11 @@ def parse_extra(extra: dict[str, str]) -> dict[str, Any]:
     return {name: getattr(namespace, name) for name in extra}
 
 
+def checkpointed_layers(options: TrainOptions) -> int | None:
+    """How many layers recompute; None = all."""
+    return options.checkpointed_layers if options.gradient_checkpointing else 0
+
+
 def choose_optimiser(requested: str, device: torch.device) -> str:
     """auto = 8-bit AdamW where bitsandbytes can run, else torch's."""
     if requested != "auto":
@@ -141,8 +149,14 @@ def train(options: TrainOptions, run: Run) -> dict[str, Any]:
         attn_implementation=attention,
     )
     model = add_lora(base, options)
-    if options.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers.checkpoint_layers(base, checkpointed_layers(options))
+    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+    if arguments.bf16:
+        layers.lora_without_casts(model)
+    if compiled:
+        layers.compile_layers(model, options.keep_activations)
+    shown = [train_set, *([eval_set] if eval_set else [])]
+    use_cache(base, options.model_name_or_path, shown, options, run, arguments.dataloader_num_workers)
     trainer = EventTrainer(
         run=run,
         record=record,
@@ -150,7 +164,7 @@ def train(options: TrainOptions, run: Run) -> dict[str, Any]:
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=Collator(processors),
+        data_collator=Collator(processors, multiple_of=LENGTH_BUCKET if compiled else 1),
     )
     trainer.add_callback(EventCallback(trainer))
     if options.early_stopping_patience and eval_set:
@@ -247,8 +261,8 @@ def _announce_plan(
     run.emit(
         "phase",
         name="plan",
-        text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample; {trained_parameters / 1e6:.1f} M of "
-        f"{all_parameters / 1e6:.1f} M parameters trained; {dtype} on {arguments.device}, {recompute}; optimiser "
+        text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample; {trained_parameters:,} of "
+        f"{all_parameters:,} parameters trained; {dtype} on {arguments.device}, {recompute}; optimiser "
         f"{arguments.optim.value}; attention {attention}",
         attention=attention,
         optimiser=arguments.optim.value,
@@ -268,7 +282,7 @@ def _run_trainer(
     """Trains to the end; returns the stop that cut it short. A full card becomes an error that says how to go on."""
     if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= total_steps:
         trainer.events.warning(f"{checkpoint.name} is already at the last of {total_steps} steps: nothing to train")
-        trainer.restore(checkpoint)
+        trainer.end_with(checkpoint)
         return None
     trainer.events.phase("train", f"{total_steps} steps")
     try:

@@ -1,6 +1,8 @@
 """A very small world for tests of training and evaluation: model of the real architecture, clips, questions."""
 
 import json
+import os
+import sys
 import wave
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,8 +30,16 @@ SIZES = Sizes(
 )
 
 
+def one_thread() -> None:
+    """A model this small loses by threads, above all on a busy machine; also for processes that we start."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 def build(root: Path, samples: int = 8) -> SimpleNamespace:
     """Writes checkpoint, train.jsonl (the colour of a clip, whether it is red), eval.jsonl, frames and audio."""
+    one_thread()
     checkpoint = root / "checkpoint"
     checkpoint.mkdir(parents=True)
     texts = [f"The colour is {name}. Yes, it is red. No, it is not." for name in COLOURS]

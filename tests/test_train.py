@@ -1,0 +1,520 @@
+"""Training: what is checked before the model loads, and runs of a very small model on the CPU."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small
+
+from surgvqa import cli, runs, train, trained
+from surgvqa.config import TrainOptions, load_workspace
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.oom import next_preset
+from surgvqa.runs import Run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return small.build(tmp_path_factory.mktemp("small"))
+
+
+class Watched:
+    """A finished run: result, events, and its folders."""
+
+    def __init__(self, options, runs_dir: Path, on_event=lambda event: None):
+        self.events = []
+
+        def observe(event):
+            self.events.append(event)
+            on_event(event)
+
+        with Run.create(runs_dir, "train", observer=observe) as run:
+            self.run = run
+            try:
+                self.result = train.run(options, run).data
+            except SurgvqaError as error:
+                self.error = error
+                self.result = None
+        self.output = Path(options.output_dir or run.folder / "checkpoints")
+
+    def of(self, kind: str) -> list[dict]:
+        return [event for event in self.events if event["kind"] == kind]
+
+    def losses(self) -> dict[int, float]:
+        return {event["step"]: event["loss"] for event in self.of("metric")}
+
+
+def adapter_of(folder: Path):
+    from safetensors.torch import load_file
+
+    return load_file(folder / trained.ADAPTER)
+
+
+def assert_same_adapter(left: Path, right: Path, **tolerance):
+    import torch
+
+    one, other = adapter_of(left), adapter_of(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+# --- without a model --------------------------------------------------------------------------------------------------
+
+
+def options_for(**changes) -> TrainOptions:
+    names = ("model_name_or_path", "train_data_path", "frames_dir", "audio_dir")
+    return TrainOptions(**{**dict.fromkeys(names, "x"), "eval_data_path": "e", **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "planned", "notes"),
+    [
+        ({}, {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}, 0),
+        (  # the instructions' own command
+            {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 50},
+            {"eval_steps": 10, "save_steps": 50, "load_best_model_at_end": True},
+            0,
+        ),
+        ({"eval_strategy": "steps", "save_strategy": "steps"}, {"eval_steps": 50, "save_steps": 50}, 0),
+        ({"eval_strategy": "steps", "eval_steps": 20}, {"save_strategy": "steps", "save_steps": 60}, 2),
+        (
+            {"eval_strategy": "steps", "eval_steps": 20, "save_strategy": "steps", "load_best_model_at_end": False},
+            {"save_steps": 50},
+            0,
+        ),
+        ({"save_strategy": "no"}, {"save_strategy": "epoch"}, 1),
+        ({"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 7}, {"save_strategy": "best"}, 0),
+        (
+            {"eval_data_path": None},
+            {"eval_strategy": "no", "load_best_model_at_end": False, "metric_for_best_model": None},
+            1,
+        ),
+        ({"do_eval": False, "save_strategy": "best"}, {"eval_strategy": "no", "save_strategy": "epoch"}, 2),
+    ],
+)
+def test_schedule_agrees_with_itself(given, planned, notes):
+    values, said = train.schedule(options_for(**given))
+    assert planned.items() <= values.items()
+    assert len(said) == notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"warmup_ratio": 1.0}, "warmup_ratio"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"lora_target_modules": "("}, "lora_target_modules"),
+        ({"model_name_or_path": "nowhere"}, "nowhere"),
+        ({"train_data_path": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"eval_data_path": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"frames_dir": "nowhere"}, "nowhere"),
+        ({"audio_dir": "nowhere"}, "nowhere"),
+        ({"eval_audio_dir": "nowhere", "eval_data_path": "eval"}, "nowhere"),
+        ({"metric_for_best_model": "bleu", "eval_data_path": "eval"}, "metric_for_best_model"),
+        ({"num_train_epochs": 0.0, "max_steps": -1}, "nothing to train"),
+    ],
+)
+def test_check_names_what_is_wrong(world, changes, problem):
+    if changes.get("eval_data_path") == "eval":
+        changes = changes | {"eval_data_path": str(world.eval)}
+    with pytest.raises(UsageError) as caught:
+        train.check(world.train_options(**changes))
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_check_finds_a_missing_frame_and_a_missing_question(world, tmp_path):
+    shutil.copytree(world.root / "frames", tmp_path / "frames")
+    (tmp_path / "frames/v1/v1_301.jpg").unlink()
+    with pytest.raises(UsageError, match=r"train.jsonl:4: .*v1_301"):
+        train.check(world.train_options(frames_dir=str(tmp_path / "frames")))
+    shutil.copytree(world.root / "audio", tmp_path / "audio")
+    (tmp_path / "audio/v1/qa_5.wav").unlink()
+    with pytest.raises(UsageError, match=r"train.jsonl:6: .*qa_5"):
+        train.check(world.train_options(audio_dir=str(tmp_path / "audio")))
+
+
+def test_check_keeps_other_runs_results(world, tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(UsageError, match="--resume"):
+        train.check(world.train_options(output_dir=str(tmp_path)))
+    with pytest.raises(UsageError, match="checkpoint itself"):
+        train.check(world.train_options(output_dir=str(world.checkpoint)))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="a file"):
+        train.check(world.train_options(output_dir=str(tmp_path / "file")))
+
+
+def test_check_wants_room_on_the_disk(world, monkeypatch):
+    from surgvqa.checkpoint import open_checkpoint
+
+    size = train.adapter_size(open_checkpoint(world.checkpoint), world.train_options())
+    assert size == 11520  # r=4 on seven projections of two layers, and the projector
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(UsageError, match="GB free"):
+        train.check(world.train_options())
+
+
+def test_next_preset_goes_down_the_ladder():
+    path = []
+    options = options_for()
+    while preset := next_preset(options):
+        path.append(preset.name)
+        options = options_for(**preset.settings)
+    assert path == ["oom-6f-512px", "oom-8f-384px", "oom-6f-384px"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_told(tmp_path):
+    assert trained.newest_whole_checkpoint(tmp_path) == (None, [])
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-best").mkdir()
+    checkpoint, skipped = trained.newest_whole_checkpoint(tmp_path)
+    assert checkpoint is None
+    assert skipped == ["checkpoint-3: adapter_model.safetensors is missing"]
+
+
+def test_an_unknown_run_is_an_error(tmp_path):
+    workspace = load_workspace(tmp_path)
+    with pytest.raises(UsageError, match="nor is it a folder"):
+        trained.find("20260101", workspace)
+    with pytest.raises(UsageError, match="no such folder"):
+        trained.find("./nothing/here", workspace)
+    with Run.create(workspace.runs_dir, "merge") as run:
+        pass
+    with pytest.raises(UsageError, match="merge run"):
+        trained.find(run.id, workspace)
+    with pytest.raises(UsageError, match="nothing says how it was trained"):
+        trained.inherit("train", {"resume": str(tmp_path)}, workspace)
+
+
+# --- with a model -----------------------------------------------------------------------------------------------------
+
+model = pytest.mark.model
+
+
+@model
+def test_options_become_training_arguments():
+    from surgvqa.training import training_arguments
+
+    options = options_for(warmup_ratio=0.25, save_total_limit=1, device="cpu", optim="auto", report_to="none")
+    options.extra = {"lr_scheduler_type": "cosine", "weight_decay": "0.1", "dataloader_drop_last": "true"}
+    arguments = training_arguments(options, Path("out"))
+    assert arguments.get_warmup_steps(200) == 50
+    assert (arguments.lr_scheduler_type, arguments.weight_decay, arguments.dataloader_drop_last) == (
+        "cosine",
+        0.1,
+        True,
+    )
+    assert arguments.learning_rate == 2e-4 and arguments.gradient_accumulation_steps == 4
+    assert arguments.optim == "adamw_torch" and not arguments.bf16 and arguments.report_to == []
+
+
+@model
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"lr_schedular_type": "cosine"}, "did you mean lr_scheduler_type"),
+        ({"evaluation_strategy": "steps"}, "did you mean eval"),
+        ({"weight_decay": "much"}, "weight_decay"),
+        ({"lr_scheduler_type": "spiral"}, "spiral"),
+        ({"resume_from_checkpoint": "x"}, "--resume"),
+        ({"fp16": "true", "bf16": "true"}, "fp16"),
+    ],
+)
+def test_wrong_extra_options_fail_before_the_model_loads(world, extra, problem):
+    options = world.train_options()
+    options.extra = extra
+    with pytest.raises(UsageError) as caught:
+        train.check(options)
+    assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory) -> Watched:
+    """Six steps in one go, with evaluation, dropout on; four steps are an epoch."""
+    options = world.train_options(
+        max_steps=6,
+        eval_data_path=str(world.eval),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        learning_rate=0.01,
+    )
+    return Watched(options, tmp_path_factory.mktemp("straight"))
+
+
+@model
+def test_a_run_says_what_it_does(straight):
+    assert straight.result["state"] == "finished" and straight.result["steps"] == 6
+    assert list(straight.losses()) == [1, 2, 3, 4, 5, 6]
+    for event in straight.of("metric"):
+        assert event["total_steps"] == 6 and event["samples_per_s"] > 0 and event["tokens_per_s"] > 0
+        assert 0 <= event["data_wait"] <= 1 and event["grad_norm"] > 0 and event["learning_rate"] > 0
+    assert [event["step"] for event in straight.of("eval")] == [2, 4, 6]
+    assert straight.losses()[6] < straight.losses()[1]
+    (plan,) = [event for event in straight.of("phase") if event["name"] == "plan"]
+    assert plan["trained_parameters"] == 11520 and "sdpa" in plan["text"] and "adamw_torch" in plan["text"]
+    assert plan["sequence_tokens"] > 50 and plan["dtype"] == "float32"
+    gpu = straight.of("gpu")
+    assert gpu and gpu[-1]["backend"] == "host" and gpu[-1]["process_bytes"] > 1e8
+    assert straight.result["peak_allocated_gb"] == pytest.approx(max(e["process_bytes"] for e in gpu) / 1e9)
+    assert "CPU" in straight.result["peak_kind"]
+    assert straight.result["train_loss"] == pytest.approx(sum(straight.losses().values()) / 6)
+
+
+@model
+def test_the_result_is_the_best_state_in_old_names(straight):
+    evaluations = {event["step"]: event["eval_loss"] for event in straight.of("eval")}
+    best = min(evaluations, key=evaluations.get)
+    assert straight.result["eval_loss"] == evaluations[best]
+    assert straight.result["best_checkpoint"] == str(straight.output / f"checkpoint-{best}")
+    assert_same_adapter(straight.output, straight.output / f"checkpoint-{best}")
+    names = set(adapter_of(straight.output))
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    assert "base_model.model.audio_projector.weight" in names
+    record = json.loads((straight.output / "surgvqa.json").read_text())
+    assert record["step"] == best and record["run"] == straight.run.id and record["options"]["num_frames"] == 2
+    assert len(trained.checkpoints(straight.output)) == 2  # save_total_limit
+    assert not list(straight.output.glob(".*"))
+
+
+@model
+def test_four_micro_steps_of_one_are_one_of_four(world, tmp_path):
+    shared = {"max_steps": 2, "lora_dropout": 0.0, "learning_rate": 0.01}
+    one = Watched(world.train_options(gradient_accumulation_steps=4, **shared), tmp_path)
+    four = Watched(
+        world.train_options(per_device_train_batch_size=4, gradient_accumulation_steps=1, **shared), tmp_path
+    )
+    for a, b in zip(one.of("metric"), four.of("metric")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert_same_adapter(one.output, four.output, rtol=1e-3, atol=2e-5)
+
+
+def stop_at(micro_step: int, monkeypatch):
+    """SIGTERM to ourselves while the given micro step (1, 2, …) runs."""
+    from surgvqa.trainer import EventTrainer
+
+    count = 0
+    original = EventTrainer.training_step
+
+    def training_step(self, *arguments, **keywords):
+        nonlocal count
+        count += 1
+        found = original(self, *arguments, **keywords)
+        if count == micro_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(EventTrainer, "training_step", training_step)
+
+
+@model
+@pytest.mark.parametrize(("micro_step", "saved"), [(6, 3), (7, 3), (9, 4)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(world, straight, tmp_path, monkeypatch, micro_step, saved):
+    options = world.train_options(
+        max_steps=6,
+        eval_data_path=str(world.eval),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        learning_rate=0.01,
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        stop_at(micro_step, patched)
+        first = Watched(options, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert first.result["state"] == "stopped" and first.result["steps"] == saved
+    assert runs.state_of(first.run.folder) == "stopped" and first.run.exit_code == 0
+    workspace = load_workspace(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path)
+    given = {"resume": first.run.id}
+    trained.inherit("train", given, workspace)  # an id becomes its output folder
+    second = Watched(
+        world.train_options(**{**options.__dict__, "resume": given["resume"], "output_dir": str(first.output)}),
+        tmp_path,
+    )
+    assert second.result["resumed_from"].endswith(f"checkpoint-{saved}")
+    assert first.losses() | second.losses() == straight.losses()
+    assert min(second.losses()) == saved + 1
+    assert_same_adapter(second.output, straight.output)
+    assert_same_adapter(second.output / "checkpoint-6", straight.output / "checkpoint-6")
+
+
+@model
+def test_resume_skips_a_damaged_checkpoint_and_ends_a_finished_run(world, straight, tmp_path):
+    shutil.copytree(straight.output, tmp_path / "out")
+    whole = trained.checkpoints(tmp_path / "out")[0]
+    options = world.train_options(output_dir=str(tmp_path / "out"), resume=str(tmp_path / "out"), max_steps=6)
+    done = Watched(options, tmp_path / "runs")
+    assert done.result["steps"] == 6 and not done.losses()
+    assert_same_adapter(tmp_path / "out", whole)
+    optimiser = whole / "optimizer.pt"
+    optimiser.write_bytes(optimiser.read_bytes()[:-100])
+    again = Watched(options, tmp_path / "runs")
+    assert any("checkpoint-6: optimizer.pt is truncated" in event["text"] for event in again.of("warning"))
+    assert min(again.losses()) == int(Path(again.result["resumed_from"]).name.split("-")[1]) + 1
+    with pytest.raises(UsageError, match="lora"):
+        _raise(Watched(world.train_options(**{**options.__dict__, "lora_r": 8}), tmp_path / "runs"))
+
+
+def _raise(watched: Watched):
+    if watched.result is None:
+        raise watched.error
+
+
+@model
+def test_without_evaluation_the_last_state_is_the_result(world, tmp_path):
+    run = Watched(world.train_options(max_steps=2, save_strategy="no"), tmp_path)
+    assert run.result["state"] == "finished" and run.result["eval_loss"] is None
+    assert (run.output / trained.ADAPTER).is_file()
+    assert any("nothing is evaluated" in event["text"] for event in run.of("warning"))
+
+
+@model
+def test_early_stopping(world, tmp_path):
+    options = world.train_options(
+        max_steps=8,
+        eval_data_path=str(world.eval),
+        eval_strategy="steps",
+        eval_steps=1,
+        early_stopping_patience=1,
+        learning_rate=1e-12,
+    )
+    run = Watched(options, tmp_path)
+    assert run.result["state"] == "finished" and run.result["steps"] < 8
+
+
+@model
+def test_steps_that_are_not_finite_change_nothing_and_three_end_the_run(world, tmp_path, monkeypatch):
+    from surgvqa.trainer import EventTrainer
+
+    original = EventTrainer.compute_loss
+    bad: set[int] = set()
+
+    def compute_loss(self, *arguments, **keywords):
+        loss = original(self, *arguments, **keywords)
+        return loss * math.nan if self.state.global_step in bad else loss
+
+    monkeypatch.setattr(EventTrainer, "compute_loss", compute_loss)
+    options = world.train_options(max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=9)
+    bad = {1}
+    once = Watched(options, tmp_path)
+    assert once.result["state"] == "finished" and once.losses()[2] is None and math.isfinite(once.losses()[3])
+    assert any("step 2 is not finite" in event["text"] for event in once.of("warning"))
+    assert_same_adapter(once.output / "checkpoint-1", once.output / "checkpoint-2")
+    bad = {1, 2, 3}
+    thrice = Watched(options, tmp_path)
+    assert thrice.result is None and "steps 2 to 4 are not finite" in str(thrice.error)
+    assert "checkpoint-3" in str(thrice.error)
+
+
+@model
+@pytest.mark.parametrize("place", ["forward", "evaluation"])
+def test_out_of_memory_is_saved_and_says_how_to_go_on(world, tmp_path, monkeypatch, place):
+    import torch
+
+    from surgvqa.trainer import EventTrainer
+
+    name = {"forward": "training_step", "evaluation": "prediction_step"}[place]
+    original = getattr(EventTrainer, name)
+
+    def fails_at_two(self, *arguments, **keywords):
+        if self.state.global_step == 2:
+            self.activity = "forward and backward" if place == "forward" else "evaluate"
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(EventTrainer, name, fails_at_two)
+    options = world.train_options(eval_data_path=str(world.eval), eval_strategy="steps", eval_steps=2, num_frames=8)
+    run = Watched(options, tmp_path)
+    assert "out of GPU memory at step 2" in str(run.error)
+    (event,) = run.of("oom")
+    assert event["step"] == 2 and event["requested"] == "2.00 GiB"
+    assert trained.newest_whole_checkpoint(run.output)[0].name == "checkpoint-2"
+
+
+@model
+def test_a_full_disk_ends_the_run_with_one_line_and_nothing_half_written(world, tmp_path, monkeypatch):
+    import torch
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    run = Watched(world.train_options(save_strategy="steps", save_steps=1), tmp_path)
+    assert "No space left on device" in str(run.error) and "\n" not in str(run.error)
+    assert [path.name for path in run.output.iterdir()] == ["surgvqa.json"]
+
+
+@model
+def test_the_old_command_line_works_as_it_is(world, tmp_path, monkeypatch, capfd):
+    """The command of the instructions (shared/mission), with the program's name changed; W&B offline without a key."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    command = f"""train --model_name_or_path {world.checkpoint} --output_dir ./checkpoints/surgical_vqa_bf16
+        --run_name surgical-vqa-bf16-001 --train_data_path {world.train} --eval_data_path {world.eval}
+        --frames_dir {world.root}/frames --audio_dir {world.root}/audio --eval_audio_dir {world.root}/audio
+        --per_device_train_batch_size 1 --gradient_accumulation_steps 4 --learning_rate 2e-4 --num_train_epochs 1
+        --warmup_ratio 0.0 --do_eval --eval_strategy steps --eval_steps 10 --save_strategy steps --save_steps 50
+        --save_total_limit 1 --load_best_model_at_end True --metric_for_best_model eval_loss --bf16 True
+        --report_to wandb --image-size 84 --json"""
+    assert cli.main(command.split()) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["steps"] == 2 and result["eval_loss"] > 0
+    output = tmp_path / "checkpoints/surgical_vqa_bf16"
+    assert (output / "adapter_model.safetensors").is_file() and (output / "adapter_config.json").is_file()
+    run = tmp_path / "runs" / result["run"]
+    assert list((run / "wandb").glob("offline-run-*")) and "WANDB_MODE" not in os.environ
+    recorded = json.loads((run / "run.json").read_text())["options"]["num_train_epochs"]
+    assert recorded == {"value": 1.0, "from": "command line"}
+
+    assert cli.main([*command.split()]) == 2  # the same again would overwrite it
+    assert f"--resume {result['run']}" in capfd.readouterr().err
+    # Resuming takes everything over from the run; what is named wins.
+    assert (
+        cli.main(
+            ["train", "--resume", "surgical-vqa-bf16-001", "--num_train_epochs", "2", "--report_to", "none", "--json"]
+        )
+        == 0
+    )
+    resumed = json.loads(capfd.readouterr().out)
+    assert resumed["steps"] == 4 and resumed["output_dir"] == str(output)
+    assert resumed["resumed_from"] == str(output / "checkpoint-2")
+
+
+@model
+def test_a_detached_run_stops_cleanly(world, tmp_path):
+    """`surgvqa stop`: SIGTERM to a real process; it saves, says stopped and ends with exit code 0."""
+    (tmp_path / "surgvqa.toml").write_text(
+        f"model_name_or_path = '{world.checkpoint}'\ntrain_data_path = '{world.train}'\nimage_size = 84\n"
+        f"frames_dir = '{world.root}/frames'\naudio_dir = '{world.root}/audio'\n"
+    )
+    folder = runs.launch("train", ["--max_steps", "10000", "--device", "cpu"], tmp_path)
+    deadline = time.monotonic() + 120
+    while runs.last_step(folder) < 2:
+        assert time.monotonic() < deadline and runs.state_of(folder) in ("starting", "running"), (
+            folder / "log.txt"
+        ).read_text()
+        time.sleep(0.2)
+    assert runs.stop(folder) == "stopped"
+    finished = runs.finished_event(folder)
+    assert finished["exit_code"] == 0 and finished["result"]["steps"] >= 2
+    checkpoint, skipped = trained.newest_whole_checkpoint(folder / "checkpoints")
+    assert checkpoint.name == f"checkpoint-{finished['result']['steps']}" and not skipped
+
+
+def test_the_rooms_import_light():
+    code = "import sys, surgvqa.train, surgvqa.evaluate, surgvqa.ask; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
