@@ -53,6 +53,9 @@ HELP = {
 }
 
 
+LAUNCH_FLAGS = ("--json", "--follow", "--wait", "--share")
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="surgvqa-remote", description="surgvqa on a GPU host, over SSH.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"surgvqa-remote {__version__}")
@@ -119,7 +122,8 @@ def split_job(argv: list[str]) -> tuple[list[str], list[str]]:
     if not plain or argv[plain[0]] != "launch":
         return argv, []
     start = next((i for i in plain[2:] if argv[i] in config.COMMAND_OPTIONS), len(argv))
-    return argv[:start], argv[start:]
+    ours = [word for word in argv[start:] if word in LAUNCH_FLAGS]  # `launch HOST train … --follow` is meant for us
+    return argv[:start] + ours, [word for word in argv[start:] if word not in LAUNCH_FLAGS]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -146,6 +146,14 @@ def take_locks(paths: list[str], run_id: str) -> tuple[list[int], str]:
     return held, ""
 
 
+def stop_grace_s(folder: Path) -> float:
+    """How long whoever asked us to stop wants to wait (stop.json), else STOP_GRACE_S."""
+    try:
+        return float(json.loads((folder / "stop.json").read_text(encoding="utf-8"))["grace_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return STOP_GRACE_S
+
+
 def close_events(folder: Path, code: int | None, killed_by: int | None, stopped: bool) -> None:
     """A job that was killed could not say so: writes its `finished` event for it."""
     try:
@@ -215,7 +223,7 @@ def supervise(folder: Path) -> int:
     while status is None:
         got = signal.sigtimedwait(watched, 0.5)
         if got and got.si_signo in (signal.SIGTERM, signal.SIGINT) and kill_at is None:
-            kill_at = time.monotonic() + start.get("grace_s", STOP_GRACE_S)
+            kill_at = time.monotonic() + stop_grace_s(folder)
             job.send_signal(signal.SIGTERM)
         if kill_at and time.monotonic() > kill_at:
             end_all(descendants(os.getpid()), 0.0)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 import contextlib
 
 
@@ -130,3 +137,198 @@ def _cmdline(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+class Relay:
+    """A TCP relay in front of sshd: `freeze` swallows everything silently (a dead link), `cut` resets connections."""
+
+    def __init__(self, target_port: int, bytes_per_s: float | None = None):
+        self.target_port, self.bytes_per_s = target_port, bytes_per_s
+        self.frozen = threading.Event()
+        self.passed = 0
+        """Bytes from the client to the host."""
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            if self.frozen.is_set():
+                self._pairs.append((client, client))
+                continue
+            server = socket.create_connection(("127.0.0.1", self.target_port))
+            self._pairs.append((client, server))
+            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                while self.frozen.is_set():
+                    time.sleep(0.02)
+                if counted:
+                    self.passed += len(data)
+                    if self.bytes_per_s:
+                        time.sleep(len(data) / self.bytes_per_s)
+                target.sendall(data)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def freeze(self) -> None:
+        self.frozen.set()
+
+    def thaw(self) -> None:
+        self.frozen.clear()
+
+    def cut(self) -> None:
+        """Every connection is reset, as by a router that restarted."""
+        pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            for one in pair:
+                with contextlib.suppress(OSError):
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    one.close()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.thaw()
+        self.cut()
+
+
+@dataclass
+class Laptop:
+    """A workspace here and a host behind sshd: what every remote test starts from."""
+
+    root: Path
+    server: Sshd
+    workspace: Path
+
+    @property
+    def there(self) -> Path:
+        """The workspace on the host."""
+        return self.server.home / "surgvqa"
+
+    def host(self, **settings: object) -> None:
+        """Writes hosts.toml."""
+        lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        (self.workspace / "hosts.toml").write_text("\n".join([f"[{self.server.name}]", *lines]) + "\n")
+
+    def connect(self):
+        from remote.connection import connect
+
+        return connect(self.server.name, self.workspace)
+
+    def command(self, *words: str, check: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """`surgvqa-remote WORDS` as a process of its own."""
+        done = subprocess.run(
+            [sys.executable, "-m", "remote", *words],
+            cwd=self.workspace,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert check is None or done.returncode == check, done.stdout + done.stderr
+        return done
+
+    def json(self, *words: str, check: int | None = 0) -> dict:
+        return json.loads(self.command(*words, "--json", check=check).stdout)
+
+
+@pytest.fixture
+def laptop(tmp_path, monkeypatch):
+    """A `Laptop` with a trusted, running host; everything of it ends with the test."""
+    reason = why_not()
+    if reason:
+        pytest.skip(f"no sshd: {reason}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "laptop_home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "laptop_home").mkdir()
+    server = Sshd(tmp_path / "host").start()
+    server.trust()
+    monkeypatch.setenv("SURGVQA_SSH_CONFIG", str(server.config))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    workspace = tmp_path / "ws"
+    workspace.mkdir()
+    one = Laptop(tmp_path, server, workspace)
+    one.host(venv=sys.prefix, python=sys.executable)
+    yield one
+    server.stop()
+    end_processes_below(tmp_path)
+
+
+def end_processes_below(folder: Path) -> None:
+    """Ends the processes that a test left behind: those whose command line or folder names its temporary folder."""
+    from surgvqa.supervisor import end_all
+
+    named = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                if str(folder).encode() in _cmdline(int(entry)) or os.readlink(f"/proc/{entry}/cwd").startswith(
+                    str(folder)
+                ):
+                    named.append(int(entry))
+    end_all(named, 0.0)
+
+
+STUB_TRAIN = '''
+"""Stands in for surgvqa.train on the host, so that launching can be tested without a model: all else is real."""
+import os, subprocess, sys, time, types
+from pathlib import Path
+
+def run(options, run):
+    from surgvqa.outcome import Outcome
+    how = options.run_name or ""
+    (run.folder / "env.txt").write_text(repr(dict(os.environ)))
+    (run.folder / "argv.txt").write_text(repr(sys.argv))
+    if "children" in how:  # like torchrun's workers: sessions of their own
+        for _ in range(3):
+            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300) #" + str(run.folder)],
+                             start_new_session=True)
+    if "deaf" in how:
+        import signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "killed" in how:
+        os.kill(os.getpid(), 9)
+    if "fails" in how:
+        raise RuntimeError("no such luck")
+    steps = options.max_steps if options.max_steps > 0 else 100000
+    print("training starts", flush=True)
+    for step in range(1, steps + 1):
+        run.emit("metric", step=step, total_steps=steps, loss=1.0 / step)
+        time.sleep(0.05)
+    (run.folder / "adapter").mkdir()
+    (run.folder / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3_000_000))
+    (run.folder / "adapter" / "optimizer.pt").write_bytes(b"x" * 1000)
+    return Outcome({"steps": steps, "train_loss": 1.0 / steps})
+
+module = types.ModuleType("surgvqa.train")
+module.run = run
+sys.modules["surgvqa.train"] = module
+'''
+
+
+def stub_train(laptop: Laptop) -> None:
+    """Gives the host a venv whose `surgvqa train` is the stub."""
+    site = laptop.root / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(STUB_TRAIN)
+    python = laptop.root / "host" / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site}:{Path(__file__).parent.parent} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    laptop.host(venv=str(python.parent.parent), python=sys.executable)
+    for folder in ("merged", "frames", "audio"):
+        (laptop.there / folder).mkdir(parents=True)
+    (laptop.there / "train.jsonl").write_text("")
+
+
+TRAIN = ("train", "--model_name_or_path", "merged", "--train_data_path", "train.jsonl", "--frames_dir", "frames",
+         "--audio_dir", "audio")  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 from remote.agent.files import read_record, within
 from surgvqa import runs as run_folders
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.supervisor import descendants, end_all, process_identity, signal_exactly, write_json
+from surgvqa.supervisor import close_events, descendants, end_all, process_identity, signal_exactly, write_json
 
 POLL_S = 0.2
 STATE_EVERY_S = 1.0
@@ -365,6 +365,8 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
     supervisor: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         supervisor = json.loads((folder / "supervisor.json").read_text())
+    if before in ("running", "starting"):
+        write_json(folder / "stop.json", {"grace_s": grace_s})
     pid, identity = supervisor.get("pid"), supervisor.get("identity")
     if pid and signal_exactly(pid, identity, 15):
         _wait_gone(pid, identity, grace_s + 15)
@@ -380,6 +382,8 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
         if process_identity(pid) == identity:
             end_all([*descendants(pid), pid], 0.0)
         end_all([p for p in family if known[p] and process_identity(p) == known[p]], 2.0)
+    if before == "running" and run_folders.state_of(folder) == "died":
+        close_events(folder, None, None, stopped=True)
     return {
         "run": folder.name,
         "state": run_folders.state_of(folder),

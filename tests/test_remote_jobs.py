@@ -1,0 +1,322 @@
+"""Launching, following and stopping jobs on a host behind a real sshd."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
+
+from remote import jobs
+from remote.connection import Unreachable
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.supervisor import descendants, process_identity
+
+
+@pytest.fixture
+def host(laptop):  # noqa: F811
+    stub_train(laptop)
+    return laptop
+
+
+def start(remote, *more, **options):
+    command, *argv = [*TRAIN, *more]
+    return jobs.launch(remote, command, argv, needs=[], **options)["run"]
+
+
+def until(true, patience_s=20.0):
+    deadline = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def supervisor_of(host, run):
+    return json.loads((host.there / "runs" / run / "supervisor.json").read_text())
+
+
+def test_a_job_runs_to_its_end_and_says_how(host):
+    with host.connect() as remote:
+        run = start(remote, "--max_steps", "5")
+        follower = jobs.Follower(remote, run)
+        events = list(follower)
+    assert [e["step"] for e in events if e["kind"] == "metric"] == [1, 2, 3, 4, 5]
+    assert "training starts" in "".join(e["text"] for e in events if e["kind"] == "log")
+    assert follower.state == "finished" and follower.outcome["exit"]["exit_code"] == 0
+    assert not (host.there / "runs" / run / "start.json").exists()
+
+
+def test_a_job_outlives_connection_client_and_sshd(host):
+    with host.connect() as remote:
+        run = start(remote)
+        until(lambda: remote.call("runs", run=run)["state"] == "running")
+    before = supervisor_of(host, run)
+    host.server.stop()
+    time.sleep(0.5)
+    assert process_identity(before["pid"]) == before["identity"]
+    host.server.start()
+    with host.connect() as remote:
+        assert remote.call("runs", run="last")["state"] == "running"
+        assert jobs.stop(remote, run, grace_s=5)["state"] == "stopped"
+    assert process_identity(before["pid"]) is None
+
+
+def test_stop_leaves_nothing_of_the_job_and_touches_nothing_else(host):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=host.root)
+    with host.connect() as remote:
+        run = start(remote, "--run_name", "children deaf")
+        folder = host.there / "runs" / run
+        until(lambda: (folder / "events.jsonl").exists() and len(descendants(supervisor_of(host, run)["pid"])) == 4)
+        family = descendants(supervisor_of(host, run)["pid"])
+        answer = jobs.stop(remote, run, grace_s=1.0)
+    assert answer["state"] == "stopped" and answer["exit"]["signal"] == signal.SIGKILL
+    assert [p for p in family if process_identity(p)] == []
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_stop_with_a_stale_pid_touches_nobody(host):
+    """The run's pid now belongs to another process: its start time differs."""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=host.root)
+    folder = host.there / "runs" / "20260101-000000-train-abc"
+    folder.mkdir(parents=True)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    stale = {"pid": stranger.pid, "identity": f"{boot}:1"}
+    (folder / "run.json").write_text(json.dumps({"id": folder.name, "command": "train", "started": 1, **stale}))
+    (folder / "supervisor.json").write_text(json.dumps(stale))
+    with host.connect() as remote:
+        assert jobs.stop(remote, "last", grace_s=0.5)["state"] == "died"
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+
+
+def test_a_killed_job_is_dead_and_says_by_what(host):
+    with host.connect() as remote:
+        run = start(remote, "--run_name", "killed")
+        follower = jobs.Follower(remote, run)
+        events = list(follower)
+    assert follower.state == "died" and follower.outcome["exit"]["signal"] == 9
+    assert any(e["kind"] == "error" and "SIGKILL" in e["text"] for e in events)
+
+
+def test_a_failing_job_fails(host):
+    with host.connect() as remote:
+        follower = jobs.Follower(remote, start(remote, "--run_name", "fails"))
+        events = list(follower)
+    assert follower.state == "failed" and follower.outcome["exit"]["exit_code"] == 1
+    assert any(e["kind"] == "error" and "no such luck" in e["text"] for e in events)
+
+
+def test_the_supervisor_killed_does_not_hide_the_job(host):
+    with host.connect() as remote:
+        run = start(remote)
+        until(lambda: remote.call("runs", run=run)["state"] == "running")
+        os.kill(supervisor_of(host, run)["pid"], signal.SIGKILL)
+        assert remote.call("runs", run=run)["state"] == "running"
+        with pytest.raises(SurgvqaError, match=run):  # the job itself still holds the GPU
+            start(remote)
+        assert jobs.stop(remote, run, grace_s=5)["state"] == "stopped"
+
+
+def test_one_job_has_the_gpu(host):
+    """Eight launches at once, each over a connection of its own: exactly one starts."""
+    started, refused = [], []
+
+    def one():
+        with host.connect() as remote:
+            try:
+                started.append(start(remote))
+            except SurgvqaError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(started) == 1 and len(refused) == 7
+    assert all(started[0] in text and "--share" in text for text in refused)
+    with host.connect() as remote:
+        assert [r["id"] for r in remote.call("runs")["runs"]] == started  # the refused left no folder
+        second = start(remote, share=True)
+        for run in (started[0], second):
+            jobs.stop(remote, run, grace_s=5)
+        third = start(remote, "--max_steps", "1")
+        assert jobs.Follower(remote, third).__iter__() and list(jobs.Follower(remote, third))
+
+
+def test_secrets_and_environment_arrive_and_leave_no_trace(host, monkeypatch):
+    secret = "k3y-with-$(id)-and-'quotes'"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    host.host(venv=str(host.root / "host" / "venv"), python=sys.executable)
+    with open(host.workspace / "hosts.toml", "a") as file:
+        file.write('[gpuhost.environment]\nODD = "a b $(touch /tmp/never) \\n x"\n')
+    with host.connect() as remote:
+        run = start(remote)
+        folder = host.there / "runs" / run
+        until(lambda: (folder / "argv.txt").exists())
+        below = [supervisor_of(host, run)["pid"], *descendants(supervisor_of(host, run)["pid"])]
+        lines = b"".join(Path(f"/proc/{p}/cmdline").read_bytes() for p in below)
+        jobs.stop(remote, run, grace_s=5)
+    env = eval((folder / "env.txt").read_text())
+    assert env["WANDB_API_KEY"] == secret and env["ODD"] == "a b $(touch /tmp/never) \n x"
+    assert secret.encode() not in lines and not Path("/tmp/never").exists()
+    (folder / "env.txt").unlink()  # the stub's own
+    for file in folder.rglob("*"):
+        assert secret not in file.read_text(errors="replace"), file
+
+
+def test_launch_refuses_what_is_not_there(host):
+    with host.connect() as remote, pytest.raises(UsageError, match="elsewhere is not in .* upload first"):
+        jobs.launch(remote, "train", [], needs=["elsewhere"])
+    (host.there / ".surgvqa" / "ready").mkdir(parents=True)
+    (host.there / ".surgvqa" / "ready" / "merged.json").write_text('{"state": "publishing", "files": {}}')
+    with host.connect() as remote, pytest.raises(SurgvqaError, match="did not come to its end"):
+        jobs.launch(remote, "train", [], needs=["merged"])
+
+
+def test_local_paths_become_the_hosts(host):
+    from surgvqa.config import load_workspace
+
+    workspace = load_workspace(host.workspace)
+    argv = [
+        "--model_name_or_path",
+        str(host.workspace / "models" / "merged"),
+        "--frames_dir=/data/my frames",
+        "--seed",
+        "1",
+    ]
+    turned, needs = jobs.paths_for_host("train", argv, workspace)
+    assert turned == ["--model_name_or_path", "models/merged", "--frames_dir=my frames", "--seed", "1"]
+    assert needs == ["models/merged", "my frames"]
+
+
+def test_following_lags_less_than_a_second(host):
+    with host.connect() as remote:
+        run = start(remote, "--max_steps", "40")
+        lags = [time.time() - e["t"] for e in jobs.Follower(remote, run) if e["kind"] == "metric"]
+    late = lags[10:]  # the job had begun before we listened
+    assert max(late) < 1.0, lags
+
+
+def test_following_survives_dropped_connections_without_loss(host):
+    """sshd's sessions are killed twice while we follow; every event arrives exactly once."""
+    with host.connect() as remote:
+        run = start(remote, "--max_steps", "100")
+        follower = jobs.Follower(remote, run)
+        steps, lost = [], 0
+        for event in follower:
+            if event["kind"] == "metric":
+                steps.append(event["step"])
+                if event["step"] in (10, 50):
+                    host.server.kill_sessions()
+            lost += event["kind"] == "connection" and event["state"] == "unreachable"
+    assert steps == list(range(1, 101)) and lost >= 2 and follower.state == "finished"
+
+
+def test_a_dead_link_is_unreachable_and_not_dead(host):
+    relay = Relay(host.server.port)
+    host.server.write_config(port=relay.port)
+    with host.connect() as remote:
+        run = start(remote)
+        follower = jobs.Follower(remote, run)
+        seen = iter(follower)
+        until(lambda: next(seen)["kind"] == "metric")
+        relay.freeze()
+        frozen = time.monotonic()
+        event = next(e for e in seen if e["kind"] == "connection")
+        assert event["state"] == "unreachable" and time.monotonic() - frozen < 20
+        assert follower.state == "running"  # what is not reached is not dead
+        relay.thaw()
+        relay.cut()
+        event = next(e for e in seen if e["kind"] == "connection" and e["state"] == "connected")
+        steps = [next(e for e in seen if e["kind"] == "metric")["step"] for _ in range(100)]
+        assert steps == list(range(steps[0], steps[0] + 100))
+        jobs.stop(remote, run, grace_s=5)
+    relay.close()
+
+
+def test_the_host_gone_for_good_can_be_given_up(host):
+    with host.connect() as remote:
+        run = start(remote, "--max_steps", "100000")
+        host.server.stop()
+        with pytest.raises(Unreachable):
+            list(jobs.Follower(remote, run, give_up_s=1.0))
+        host.server.start()
+        jobs.stop(remote, run, grace_s=5)
+
+
+def test_a_rotated_and_a_truncated_log_are_noticed(host):
+    folder = host.there / "runs" / "20260101-000000-train-abc"
+    folder.mkdir(parents=True)
+    me = {"pid": os.getpid(), "identity": process_identity(os.getpid())}  # alive as long as the test
+    (folder / "run.json").write_text(json.dumps({"id": folder.name, "command": "train", "started": 1, **me}))
+    (folder / "log.txt").write_text("one\n")
+    (folder / "events.jsonl").write_text('{"v":1,"t":1,"kind":"phase","name":"a"}\n{"v":1,"t"')
+    with host.connect() as remote:
+        follower = jobs.Follower(remote, "last")
+        seen = iter(follower)
+        texts = []
+
+        def log(text):
+            until(lambda: texts.append(next(seen)) or texts[-1].get("text") == text or texts[-1].get("name") == text)
+
+        log("one\n")
+        (folder / "log.txt").write_text("")  # truncated
+        time.sleep(1.0)
+        (folder / "log.txt").write_text("two\n")
+        log("two\n")
+        (folder / "new").write_text("a longer one\n")
+        os.replace(folder / "new", folder / "log.txt")  # rotated
+        log("a longer one\n")
+        with open(folder / "events.jsonl", "a") as file:  # the half-written line was "not yet"
+            file.write(':2,"kind":"phase","name":"b"}\n')
+        log("b")
+        assert follower.restarts == 2
+        seen.close()
+
+
+def test_runs_shows_those_started_by_hand_and_clocks_do_not_matter(host, monkeypatch):
+    folder = host.there / "runs" / "20260101-000000-train-abc"
+    folder.mkdir(parents=True)
+    by_hand = subprocess.Popen(
+        [str(host.root / "host" / "venv" / "bin" / "python"), "-m", "surgvqa", *TRAIN, "--workspace", "."],
+        cwd=host.there,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)  # our clock is an hour behind the host's
+    with host.connect() as remote:
+        until(lambda: any(r["state"] == "running" for r in remote.call("runs")["runs"]))
+        run = next(r for r in remote.call("runs")["runs"] if r["state"] == "running")
+        seen = iter(jobs.Follower(remote, run["id"]))
+        assert next(e for e in seen if e["kind"] == "metric")
+        seen.close()
+        assert jobs.stop(remote, run["id"], grace_s=5)["state"] == "stopped"
+    assert by_hand.wait(5) is not None
+
+
+def test_the_command_line_launches_lists_stops_and_resumes(host):
+    (host.there / ".surgvqa").mkdir(exist_ok=True)
+    launched = host.json("launch", "gpuhost", *TRAIN, "--max-steps", "100000")
+    run = launched["run"]
+    listed = host.json("runs", "gpuhost")["runs"]
+    assert [(r["id"], r["command"]) for r in listed] == [(run, "train")]
+    stopped = host.json("stop", "gpuhost", run[:20])
+    assert stopped["state"] == "stopped"
+    again = host.json("resume", "gpuhost", "last")["run"]
+    until(lambda: (host.there / "runs" / again / "argv.txt").exists())
+    argv = eval((host.there / "runs" / again / "argv.txt").read_text())
+    assert argv[argv.index("--resume") + 1] == run and argv[argv.index("--max_steps") + 1] == "100000"
+    host.command("stop", "gpuhost", again)
+    assert host.command("follow", "gpuhost", "nothing", check=2).stderr.count("\n") == 1
