@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from textual.app import App, SystemCommand
+from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.theme import Theme
@@ -21,6 +21,7 @@ from surgvqa import config
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import RunSummary
 from tui.base import MODES, WIDE, Help, PanelScreen
+from tui.form import Field
 from tui.merge import MergeScreen
 from tui.monitor import MonitorScreen
 from tui.target import LocalTarget, Target, newest_running
@@ -93,6 +94,14 @@ class Panel(App[None]):
         value = self.target.workspace.value("budget_gb", "train")
         return config.BUDGET_GB if value is None else float(value)
 
+    @property
+    def front(self) -> PanelScreen | None:
+        """The screen that is shown; None behind a dialog and while the panel closes."""
+        try:
+            return self.screen if isinstance(self.screen, PanelScreen) else None
+        except ScreenStackError:
+            return None
+
     async def on_mount(self) -> None:
         await self.refresh_runs()
         await self.switch_mode(self._first_mode())
@@ -111,34 +120,34 @@ class Panel(App[None]):
 
     async def _refresh(self) -> None:
         await self.refresh_runs()
-        if isinstance(self.screen, PanelScreen):
-            await self.screen.tick()
+        if self.front:
+            await self.front.tick()
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
         """An error while refreshing is said on the screen in front."""
-        if isinstance(self.screen, PanelScreen):
-            self.screen.on_worker_state_changed(event)
+        if self.front:
+            self.front.on_worker_state_changed(event)
 
     async def refresh_runs(self) -> None:
         """Reads the run list anew."""
         listed = await asyncio.to_thread(self.target.runs)
         if listed != self.listed:
             self.listed = listed
-            if isinstance(self.screen, PanelScreen):
-                self.screen.show_where()
-                self.screen.keys_changed()
+            if self.front:
+                self.front.show_where()
+                self.front.keys_changed()
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 
     async def action_go(self, mode: str) -> None:
         """One of the four screens."""
-        if isinstance(self.screen, PanelScreen):
+        if self.front:
             await self.switch_mode(mode)
 
     def action_help(self) -> None:
         """All keys of this screen."""
-        screen = self.screen
-        if not isinstance(screen, PanelScreen):
+        screen = self.front
+        if screen is None:
             return
         keys = [
             (
@@ -146,7 +155,7 @@ class Panel(App[None]):
                 active.tooltip or active.binding.tooltip or active.binding.description,
             )
             for active in screen.active_bindings.values()
-            if active.binding.description and not active.binding.system and active.binding.key != "ctrl+q"
+            if isinstance(active.node, (PanelScreen, Panel, Field)) and not active.binding.system
         ]
         self.push_screen(Help(MODES[screen.MODE], screen.ABOUT, keys))
 
@@ -216,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     except (SurgvqaError, PresetError) as error:
         print(f"surgvqa-tui: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
-    if not sys.stdout.isatty():
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):  # Textual draws on stderr
         print("surgvqa-tui: needs a terminal; surgvqa runs and surgvqa follow work without one", file=sys.stderr)
         return 2
     panel.run()

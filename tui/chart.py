@@ -241,7 +241,7 @@ class Chart(Widget):
             column = round((mark.x - x0) / (x1 - x0) * (plot_width - 1))
             canvas.vertical(column, mark.text, level % min(4, plot_height), mark.component)
         for series, columns in drawn:
-            canvas.line(columns, bounds, series.component, series.dots)
+            canvas.line(columns, bounds, series.component, series.dots or len(columns) == 1)
         rows = canvas.strips(self._style, self.rich_style)
         axis, blank = self._style("chart--axis"), self.rich_style
         strips = []

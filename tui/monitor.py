@@ -23,6 +23,7 @@ from tui.gauge import Gauge
 from tui.target import newest_running
 
 NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
+FIRST_LOSS = "The first loss comes with the first optimiser step."
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -101,6 +102,7 @@ class MonitorScreen(PanelScreen):
         if not self.is_mounted:
             return
         chart = self.query_one(Chart)
+        chart.empty = FIRST_LOSS
         chart.series, chart.marks, chart.window = (
             [follower.model.train, follower.model.eval],
             follower.model.marks,
@@ -181,7 +183,9 @@ class MonitorScreen(PanelScreen):
         phase = Content.assemble(model.phase, (f"  {model.phase_text}" if model.phase_text else "", "$muted"))
         unit = "step" if model.total_steps else (progress.unit if progress else "")
         count = f"{unit} {words.amount(done, unit)}" + (f"/{words.amount(total, unit)}" if total else "")
-        left = f"{words.seconds(model.left_s)} left" if follower.active else f"took {words.seconds(model.elapsed_s)}"
+        left = f"took {words.seconds(model.elapsed_s)}"
+        if follower.active:
+            left = f"{words.seconds(model.left_s)} left" if model.left_s is not None else ""
         speed = f"{model.samples_per_s:.3g} samples/s" if model.samples_per_s else ""
         if not speed and progress and follower.active:
             speed = words.rate(progress.rate, progress.unit)
@@ -200,7 +204,7 @@ class MonitorScreen(PanelScreen):
         if share is not None:
             rows.append(Content.assemble(words.bar(width - 8, share, "$primary"), (f" {100 * share:5.1f} %", "bold")))
             rows.append(Content.assemble(count, (f"   {left}", "$muted")))
-        else:
+        elif left:
             rows.append(Content.assemble((left, "$muted")))
         if speed:
             rows.append(speed)
@@ -252,7 +256,6 @@ class MonitorScreen(PanelScreen):
     def show_chart(self, model: RunModel) -> None:
         """Chart and legend."""
         chart = self.query_one(Chart)
-        chart.empty = "The first loss comes with the first optimiser step." if self.follower else NO_RUNS
         chart.redraw()
         parts: list[Content] = []
         for series, style in ((model.train, "$chart-train"), (model.eval, "$chart-eval")):

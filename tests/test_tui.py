@@ -1,0 +1,468 @@
+"""The panel, driven by pilots over real run folders, and once in a real terminal."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from textual.widgets import Input, Log, OptionList, Static
+
+from surgvqa import config, runs
+from tui.app import Panel, main
+from tui.base import Confirm, Help
+from tui.chart import Chart
+from tui.form import Field
+from tui.monitor import MonitorScreen
+from tui.settings import Settings, preset_changes
+from tui.target import LocalTarget
+
+SIZES = [(80, 24), (120, 36)]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A workspace whose data does not exist yet."""
+    (tmp_path / "surgvqa.toml").write_text(
+        'preset = "baseline-8f-512px"\nimage_size = 512\ntrain_data_path = "train.jsonl"\nframes_dir = "frames"\n'
+        'audio_dir = "audio"\n[merge]\noutput_path = "merged"\n'
+    )
+    return tmp_path
+
+
+def panel(root: Path, host: str | None = None) -> Panel:
+    return Panel(LocalTarget(config.load_workspace(root)), host)
+
+
+def options(**values):
+    return {name: {"value": value, "from": "command line"} for name, value in values.items()}
+
+
+def training(root: Path, steps: int = 30, name: str = "first", **more) -> runs.Run:
+    """A run folder of a training that this very process seems to do."""
+    run = runs.Run.create(root / "runs", "train", options=options(run_name=name, budget_gb=28.5), **more)
+    run.phase("train", f"{steps} steps")
+    for step in range(1, steps + 1):
+        run.emit("metric", step=step, total_steps=100, loss=3.0 / step, learning_rate=1e-4, samples_per_s=2.5)
+    run.emit("eval", step=steps, eval_loss=0.75)
+    run.emit("gpu", device=0, backend="host", process_bytes=1.5e9, total_bytes=16e9)
+    (run.folder / "log.txt").write_text("loading\nengine text [/x] is no markup\n")
+    return run
+
+
+def die(run: runs.Run) -> None:
+    """As if the process were gone: its identity fits no living one."""
+    info = runs.read_run_json(run.folder)
+    (run.folder / "run.json").write_text(json.dumps({**info, "identity": "gone"}))
+
+
+async def settle(pilot, condition, seconds: float = 15.0) -> None:
+    """Waits for what the next ticks will bring."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await pilot.pause(0.05)
+
+
+def text(app: Panel, selector: str) -> str:
+    return str(app.screen.query_one(selector, Static).content)
+
+
+# --- the frame -------------------------------------------------------------------------------------------------------
+
+
+def test_the_panel_imports_nothing_heavy():
+    heavy = "torch", "transformers", "numpy", "peft", "librosa"
+    check = f"import sys, tui.app; found = [m for m in {heavy} if m in sys.modules]; assert not found, found"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_keys_and_tabs_reach_the_four_screens(root, size):
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        for key, mode in [("4", "monitor"), ("3", "train"), ("2", "upload"), ("1", "merge")]:
+            await pilot.press(key)
+            await pilot.pause()
+            assert app.current_mode == mode
+        tab = next(t for t in app.screen.query(".tab") if t.mode == "train")
+        await pilot.click(tab)
+        await pilot.pause()
+        assert app.current_mode == "train"
+        where = text(app, "#where")
+        assert "baseline-8f-512px" in where and "28.5 GB" in where
+
+
+async def test_help_lists_the_keys_and_q_in_it_does_not_quit(root):
+    app = panel(root)
+    async with app.run_test() as pilot:
+        await pilot.press("1", "question_mark")
+        await pilot.pause()
+        assert isinstance(app.screen, Help)
+        assert {"m", "p", "q", "4"} <= {key for key, _ in app.screen.keys}
+        await pilot.press("q")
+        await pilot.pause()
+        assert not isinstance(app.screen, Help) and app.is_running
+
+
+async def test_empty_workspace_says_what_to_do(tmp_path):
+    app = panel(tmp_path)
+    async with app.run_test(size=(120, 36)) as pilot:
+        assert app.current_mode == "merge"
+        await settle(pilot, lambda: "Choose the Stage-1 checkpoint" in text(app, "#merge-text"))
+        await pilot.press("2")
+        await settle(pilot, lambda: "Nothing to send" in text(app, "#plan-text"))
+        assert "No host is set" in text(app, "#host-text")
+        await pilot.press("4")
+        await pilot.pause()
+        assert "No runs yet" in app.screen.query_one(Chart).empty
+
+
+def test_bad_command_lines_are_one_line(tmp_path, capsys):
+    assert main(["--workspace", str(tmp_path / "none")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "surgvqa.toml").write_text("presett = 1\n")
+    assert main(["--workspace", str(tmp_path)]) == 2
+    assert "did you mean preset" in capsys.readouterr().err
+
+
+# --- monitor ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_started_panel_attaches_to_the_newest_running_run(root, size):
+    with training(root, name="old"):
+        pass
+    run = training(root, name="live")
+    for step in (31, 32):  # and again after a restart: nothing is in the panel's memory alone
+        await check_attached(panel(root), run, step, size)
+
+
+async def check_attached(app: Panel, run: runs.Run, step: int, size) -> None:
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: app.screen.follower.model.train.xs)
+        assert app.screen.follower.run_id == run.id
+        await settle(pilot, lambda: f"{step - 1}/100" in text(app, "#facts"))
+        facts = text(app, "#facts")
+        assert "running" in facts and "2.5 samples/s" in facts
+        gauge = text(app, "#gauge")
+        assert "no GPU" in gauge and "host memory" in gauge and "1.5 GB of 28.5 GB budget" in gauge
+        assert "eval 0.75" in text(app, "#legend")
+        assert "engine text [/x] is no markup" in app.screen.query_one(Log).lines
+        run.emit("metric", step=step, total_steps=100, loss=0.05)
+        await settle(pilot, lambda: app.screen.query_one(Chart).series[0].xs[-1] == step)
+
+
+async def test_another_run_is_attached_from_the_list(root):
+    with training(root, name="old"):
+        pass
+    run = training(root, name="live")
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.query_one(OptionList).options)
+        assert app.screen.follower.run_id == run.id
+        await pilot.press("down", "enter")
+        await settle(pilot, lambda: app.screen.follower.run_id != run.id)
+        await settle(pilot, lambda: "finished" in text(app, "#facts"))
+        assert app.screen.check_action("evaluate", ()) and not app.screen.check_action("stop", ())
+
+
+async def test_a_dead_run_says_why_and_what_to_do(root):
+    run = training(root)
+    run.emit("checkpoint", step=20, path="checkpoint-20")
+    die(run)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: "died" in text(app, "#facts"))
+        facts = text(app, "#facts")
+        assert "engine text [/x] is no markup" in facts and "c continues from the last checkpoint" in facts
+        assert app.screen.check_action("resume", ())
+
+
+async def test_a_failed_run_shows_its_error(root):
+    run = training(root)
+    with pytest.raises(config.UsageError), run:
+        raise config.UsageError("train.jsonl:17: no field video_id")
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: "train.jsonl:17: no field video_id" in text(app, "#facts"))
+
+
+async def test_an_evaluation_is_shown_by_question_type(root):
+    run = runs.Run.create(root / "runs", "evaluate")
+    with run:
+        run.result = {
+            "keyword_accuracy": 0.71,
+            "by_type": {"tool_presence": {"samples": 20, "keyword_accuracy": 0.9, "majority_accuracy": 0.5}},
+            "collapsed_types": ["tool_presence"],
+        }
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and "tool_presence" in text(app, "#text"))
+        shown = text(app, "#text")
+        assert "71.0 %" in shown and "90.0 %" in shown and "one answer for nearly all" in shown
+
+
+async def test_chart_keys(root):
+    training(root)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.query_one(Chart).series[0].xs)
+        chart = app.screen.query_one(Chart)
+        await pilot.press("g", "plus")
+        assert chart.logarithmic and chart.window is not None
+        before = chart.window
+        await pilot.press("left")
+        assert chart.window[0] < before[0]
+        await pilot.press("0")
+        assert chart.window is None
+
+
+async def test_the_log_counts_what_came_while_one_reads_above(root):
+    run = training(root)
+    (run.folder / "log.txt").write_text("".join(f"line {i}\n" for i in range(500)))
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(
+            pilot, lambda: isinstance(app.screen, MonitorScreen) and len(app.screen.query_one(Log).lines) >= 500
+        )
+        log = app.screen.query_one(Log)
+        await settle(pilot, lambda: log.max_scroll_y > 0 and log.is_vertical_scroll_end)
+        log.scroll_home(animate=False)
+        await pilot.pause()
+        with open(run.folder / "log.txt", "a") as file:
+            file.write("one more\nand one\nhalf a li")
+        await settle(pilot, lambda: app.screen.unseen == 2)
+        assert log.scroll_offset.y == 0
+        await pilot.press("f")
+        await settle(pilot, lambda: log.is_vertical_scroll_end)
+        assert app.screen.unseen == 0
+
+
+async def test_stop_asks_first(root, monkeypatch):
+    run = training(root)
+    stopped = []
+    app = panel(root)
+    monkeypatch.setattr(app.target, "stop", lambda run_id: stopped.append(run_id) or "stopped")
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower.active)
+        await settle(pilot, lambda: app.screen.follower.model.events > 0)
+        await pilot.press("s")
+        await pilot.pause()
+        assert isinstance(app.screen, Confirm)
+        await pilot.press("n")
+        await pilot.pause()
+        assert not stopped and isinstance(app.screen, MonitorScreen)
+        await pilot.press("s", "y")
+        await settle(pilot, lambda: stopped == [run.id])
+
+
+async def test_an_unforeseen_error_is_said_and_the_panel_goes_on(root, monkeypatch):
+    training(root)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
+        monkeypatch.setattr(app.target, "runs", lambda: 1 / 0)
+        await settle(pilot, lambda: "ZeroDivisionError" in text(app, "#notice"))
+        await pilot.press("3")
+        await pilot.pause()
+        assert app.current_mode == "train"
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+async def test_letters_typed_into_a_field_are_not_keys(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await pilot.press("enter")  # the first field is run_name
+        await pilot.pause()
+        assert app.screen.query_one(Input).has_focus
+        await pilot.press(*"q1lx4", "enter")
+        await pilot.pause()
+        assert app.is_running and app.current_mode == "train" and not app.screen.query(Input)
+        field = app.screen.query_one("#field-run_name", Field)
+        assert field.text == "q1lx4" and field.origin == "edited here"
+        assert "--run_name=q1lx4" in app.screen.settings.argv()
+        await pilot.press("x")
+        await pilot.pause()
+        assert field.text == "" and app.screen.settings.argv() == ["train"]
+
+
+async def test_a_bad_value_is_refused_in_place(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        app.screen.query_one("#field-num_frames", Field).focus()
+        await pilot.press("enter", "x", "enter")
+        await settle(pilot, lambda: "whole number" in text(app, "#notice"))
+        assert app.screen.settings.edited == {}
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_preset_is_shown_before_it_is_applied(root, size):
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await pilot.press("f8")
+        await pilot.pause()
+        shown = text(app, "#presets")
+        assert "would change" in shown and "8 → 6" in shown
+        assert "stays 512" in shown and "surgvqa.toml" in shown  # pinned there
+        assert app.preset == "baseline-8f-512px"
+        await pilot.press("escape")
+        await pilot.pause()
+        assert "would change" not in text(app, "#presets") and app.preset == "baseline-8f-512px"
+        await pilot.press("f8", "enter")
+        await pilot.pause()
+        assert app.preset == "oom-6f-384px" and "oom-6f-384px" in text(app, "#where")
+        assert app.screen.query_one("#field-num_frames", Field).text == "6"
+
+
+def test_preset_changes_name_what_holds_a_value(root):
+    settings = Settings("train", config.load_workspace(root))
+    settings.edit("num_frames", "8")
+    changes = {c.name: c for c in preset_changes(settings, "baseline-8f-512px", "oom-6f-384px")}
+    assert changes["num_frames"].pinned_by == "edited here" and changes["num_frames"].new == 6
+    assert changes["image_size"].pinned_by == "surgvqa.toml"
+
+
+async def test_the_predicted_peak_stands_against_the_budget(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await settle(pilot, lambda: "predicted of 28.5 GB" in text(app, "#memory"))
+        found = app.screen.predictions["baseline-8f-512px"]
+        assert 15e9 < found.peak_bytes < 40e9  # the real model's sizes: no checkpoint is chosen here
+        assert sum(p.bytes for p in found.parts) == pytest.approx(found.peak_bytes, rel=1e-6)
+
+
+async def test_launch_is_refused_with_the_checks_own_line(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await pilot.press("l")
+        await settle(pilot, lambda: "model_name_or_path" in text(app, "#notice"), 60)
+        assert app.current_mode == "train" and not (root / "runs").exists()
+
+
+# --- upload and merge ------------------------------------------------------------------------------------------------
+
+
+async def test_the_upload_plan_counts_only_what_the_samples_name(root):
+    (root / "frames" / "v1").mkdir(parents=True)
+    (root / "audio").mkdir()
+    for number in range(10):
+        (root / "frames" / "v1" / f"v1_{number}.jpg").write_bytes(b"x" * 100)
+    (root / "audio" / "q1.wav").write_bytes(b"y" * 50)
+    line = {
+        "id": "q1", "video_id": "v1", "frames": [f"v1_{i}" for i in range(8)], "question": "Is a tool there?",
+        "question_type": "tool", "answer": "yes, a snare", "short_answer": "yes",
+    }  # fmt: skip
+    (root / "train.jsonl").write_text(json.dumps(line) + "\n")
+    app = panel(root, host="lambda")
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("2")
+        await settle(pilot, lambda: "training frames" in text(app, "#plan-text"))
+        rows = {row[:20].strip(): row.split() for row in text(app, "#plan-text").splitlines()}
+        assert rows["training frames"][3] == "8" and rows["training frames"][4] == "800"
+        assert rows["training audio"][3] == "1"
+        assert "merge first" in text(app, "#plan-text")
+        assert "lambda" in text(app, "#host-text")
+
+
+async def test_a_dry_run_that_is_refused_says_so(root):
+    (root / "surgvqa.toml").write_text('[merge]\nstage1_model_path = "none"\nstage2_adapter_path = "none2"\n')
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: "no such folder" in text(app, "#merge-text"), 60)
+
+
+@pytest.mark.model
+async def test_merge_from_the_panel(root, oracle):
+    """Plan, start, progress, report: with the real command on the oracle's folders."""
+    merge_settings(root, oracle)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: "21 modules merged" in text(app, "#merge-text"), 90)
+        assert not (root / "runs").exists()  # a plan leaves nothing behind
+        await pilot.press("m")
+        await settle(pilot, lambda: "✓ merged" in text(app, "#merge-text"), 120)
+        assert "how far each layer moved" in text(app, "#merge-text")
+        await pilot.press("a")
+        await settle(pilot, lambda: "93 " in text(app, "#merge-text") and "BF16" in text(app, "#merge-text"), 60)
+
+
+@pytest.mark.model
+def test_a_job_outlives_the_panel_that_started_it(root, oracle):
+    """In a real terminal: the panel is killed with its whole session as soon as the job is there."""
+    merge_settings(root, oracle)
+    process, terminal = in_a_terminal([sys.executable, "-m", "tui.app", "--workspace", str(root)])
+    try:
+        wait_for(lambda: b"modules merged" in terminal())
+        os.write(process.terminal, b"m")
+        folder = wait_for(lambda: next((p.parent for p in (root / "runs").glob("*/run.json")), None))
+        wait_for(lambda: runs.read_run_json(folder).get("pid"))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        os.waitpid(process.pid, 0)
+        os.close(process.terminal)  # the terminal hangs up
+    wait_for(lambda: runs.state_of(folder) not in ("starting", "running"))
+    assert runs.state_of(folder) == "finished"
+    assert (root / "merged" / "merge_report.json").is_file()
+
+
+def merge_settings(root: Path, oracle: Path) -> None:
+    (root / "surgvqa.toml").write_text(
+        f'[merge]\nstage1_model_path = "{oracle}/stage1"\nstage2_adapter_path = "{oracle}/stage2_adapter"\n'
+        'output_path = "merged"\nmax_shard_size = "10MB"\n'
+    )
+
+
+class Terminal:
+    """A process that leads a session of its own on a pseudo-terminal."""
+
+    def __init__(self, pid: int, terminal: int):
+        self.pid, self.terminal = pid, terminal
+
+
+def in_a_terminal(argv):
+    """Starts `argv` on a new terminal; the second value reads what it has drawn so far."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update(TERM="xterm-256color", COLUMNS="120", LINES="36")
+        os.execv(argv[0], argv)
+    os.set_blocking(terminal, False)
+    seen = bytearray()
+
+    def read() -> bytes:
+        try:
+            while True:
+                seen.extend(os.read(terminal, 65536))
+        except OSError:
+            return bytes(seen)
+
+    return Terminal(pid, terminal), read
+
+
+def wait_for(condition, seconds: float = 120.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+    return found
