@@ -90,7 +90,21 @@ class LoraOptions:
 
 
 @dataclass(kw_only=True)
-class TrainOptions(DataOptions, LoraOptions):
+class CacheOptions:
+    """The frozen encoders' outputs, kept on disk."""
+
+    feature_cache: str = option(
+        "auto",
+        "encode every frame and question once and keep the result on disk: auto = where it fits, off = encode in every "
+        "step",
+        choices=("auto", "off"),
+    )
+    feature_cache_gb: float = option(60.0, "disk space that the feature cache may take, GB = 1e9 bytes")
+    feature_cache_dir: Path_ | None = option(None, "folder of the feature cache (default: cache/ in the workspace)")
+
+
+@dataclass(kw_only=True)
+class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     """LoRA training without quantisation. Any other field of transformers' TrainingArguments is accepted too."""
 
     model_name_or_path: Path_ = option(help="merged BF16 checkpoint folder")
@@ -130,6 +144,15 @@ class TrainOptions(DataOptions, LoraOptions):
     report_to: str = option("none", "wandb, none, or a comma-separated list of transformers' integrations")
     seed: int = option(42, "seed of shuffling, dropout and initialisation")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
+    checkpointed_layers: int | None = option(
+        None, "how many of the language model's layers recompute (default: all, or none without gradient_checkpointing)"
+    )
+    compile: str = option(
+        "auto", "compile the language model's layers: auto = on a CUDA GPU", choices=("auto", "on", "off")
+    )
+    keep_activations: float = option(
+        1.0, "share of its activations, 0..1, that a compiled layer without checkpointing keeps; the rest is recomputed"
+    )
     attn_implementation: str = option(
         "auto", "attention kernel", choices=("auto", "flash_attention_2", "sdpa", "eager")
     )
@@ -138,7 +161,7 @@ class TrainOptions(DataOptions, LoraOptions):
 
 
 @dataclass(kw_only=True)
-class EvaluateOptions(DataOptions):
+class EvaluateOptions(DataOptions, CacheOptions):
     """Greedy answers to every sample, scored by question type."""
 
     checkpoint: Path_ | None = option(None, "adapter folder, checkpoint folder, or run id")

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from surgvqa.checkpoint import open_checkpoint
+from surgvqa.config import CacheOptions
 from surgvqa.data.audio import audio_features, load_audio
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.data.features import FeatureStore, encoder_fingerprint
@@ -25,6 +26,25 @@ from surgvqa.runs import Run
 PATCHES_AT_ONCE = 16_384
 """Vision patches of one encoder call: 14 frames at 512 px. More is no faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
+
+
+def use_cache(
+    model: AudioQwen2VLForConditionalGeneration,
+    checkpoint: str,
+    datasets: Sequence[ClipDataset],
+    options: CacheOptions,
+    run: Run,
+    workers: int = 0,
+) -> bool:
+    """Encodes all that the datasets show, once, and frees the encoders; False when every step has to encode instead."""
+    if options.feature_cache == "off" or encoders_trainable(model):
+        return False
+    folder = Path(options.feature_cache_dir or run.folder.parents[1] / "cache")
+    store = open_store(model, checkpoint, datasets[0].processors, folder)
+    if not fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run, workers):
+        return False
+    release_encoders(model)
+    return True
 
 
 def open_store(

@@ -19,6 +19,7 @@ from surgvqa.data.dataset import ClipDataset, Item
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import Sample, read_samples
 from surgvqa.device import choose_device, choose_dtype
+from surgvqa.encode import use_cache
 from surgvqa.errors import SurgvqaError
 from surgvqa.evaluate import model_folders
 from surgvqa.lora import load_adapter
@@ -32,10 +33,17 @@ class Answerer:
     """A loaded model that answers."""
 
     model: Any
+    base: Path
+    """Folder of the (base) checkpoint."""
     processors: Processors
     device: torch.device
     max_new_tokens: int
     description: str
+
+    @property
+    def base_model(self) -> Any:
+        """The model below an adapter's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @torch.inference_mode()
     def answer(self, items: list[Item]) -> list[str]:
@@ -70,6 +78,7 @@ def load_answerer(options: EvaluateOptions | AskOptions) -> Answerer:
     name = f"{adapter} on {base}" if adapter else str(base)
     return Answerer(
         model.eval(),
+        Path(base),
         processors,
         device,
         options.max_new_tokens,
@@ -95,12 +104,14 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     )
     for text in dataset.warnings:
         run.warning(text)
+    workers = min(4, (os.cpu_count() or 1) // 2) if answerer.device.type == "cuda" else 0
+    use_cache(answerer.base_model, answerer.base, [dataset], options, run, workers)
     run.phase("generate", f"{len(dataset)} samples; {answerer.description}")
     loader = DataLoader(
         dataset,
         batch_size=options.batch_size,
         collate_fn=list,  # encoded samples: a batch may have to be split
-        num_workers=min(4, (os.cpu_count() or 1) // 2) if answerer.device.type == "cuda" else 0,
+        num_workers=workers,
     )
     answers: list[str] = []
     began = time.monotonic()

@@ -30,7 +30,9 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
     if not 0 <= count <= len(layers):
         raise UsageError(f"checkpointed_layers is {count}, expected 0 to {len(layers)} (the model's layers)")
     if count:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # its newer name first
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
     return count

@@ -20,6 +20,8 @@ class Collator:
 
     processors: Processors
     padding_side: Literal["left", "right"] = "right"
+    multiple_of: int = 1
+    """Lengths are rounded up to a multiple of this, so that few different ones occur."""
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """B samples, L tokens in the longest, F frames and P patches in all.
@@ -46,10 +48,13 @@ class Collator:
         }
 
     def _pad(self, rows: Sequence[np.ndarray], value: int) -> torch.Tensor:
-        batch = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+        batch = np.full((len(rows), self._length(rows)), value, dtype=np.int64)
         for target, row in zip(batch, rows):
             if self.padding_side == "left":
                 target[len(target) - len(row) :] = row
             else:
                 target[: len(row)] = row
         return torch.from_numpy(batch)
+
+    def _length(self, rows: Sequence[np.ndarray]) -> int:
+        return -(-max(map(len, rows)) // self.multiple_of) * self.multiple_of
