@@ -294,10 +294,7 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     def temporary(moment: str, layer: int) -> float:
         return temporaries(sizes, c, targeted(layer))[moment] * tokens
 
-    resident: Counter[str] = Counter()
-    for part, name in PARTS.items():
-        if c.encoders_resident or part not in ("vision", "audio"):
-            resident[name] = sum(size(BF16 * n) for n in weights[part])
+    resident = _weights(sizes, c, weights)
     resident["adapters"] = adapters
     resident["optimiser states"] = optimiser_bytes(trained, c)
     resident["cuBLAS workspaces"] = CUBLAS_WORKSPACES
@@ -360,6 +357,61 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     if not c.eight_bit:
         phases["optimiser"]["optimiser temporaries"] = adapters
 
+    return _prediction(resident, phases, _slack(sizes, c, tokens, logits), c, layers)
+
+
+def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> Prediction:
+    """The memory of answering `c.batch` samples at once, without gradient and without autocast (generate.py).
+
+    Prefill is fullest in up_proj of the last layer: the key-value cache; silu(gate) 2m; up's own result 2m, and with a
+    float32 adapter its B's output scaled 4m and the float32 sum 4m; hidden, norm and its float32 copy.
+    `c.adapter_bytes` 0: no adapter.
+    """
+
+    def size(nbytes: float) -> int:
+        return block(nbytes, c.expandable_segments)
+
+    weights = weights or sizes.weights()
+    tokens, h, m = c.tokens, sizes.hidden_size, sizes.intermediate_size
+    resident = _weights(sizes, c, weights)
+    if c.adapter_bytes:
+        resident["adapters"] = sum(size(n * c.adapter_bytes) for n in adapter_tensors(sizes, c.lora))
+    resident["cuBLAS workspaces"] = CUBLAS_WORKSPACES // 2  # one thread
+    resident["inputs"] = c.batch * FP32 * sizes.patch_values * c.clip.patches
+    resident["layer temporaries"] = 2 * size(BF16 * h * tokens)  # token embeddings before and after the features
+    wide = 6 if not c.adapter_bytes else 4 + 2 * c.adapter_bytes
+    narrow = 2 * BF16 + (FP32 if c.adapter_bytes == FP32 else 0)
+    cache = sizes.num_hidden_layers * 2 * size(BF16 * sizes.kv_size * tokens)
+    image = c.batch * BF16 * h * c.clip.image_tokens
+    phases = {
+        "encode": Counter({"encoders' temporaries": encoder_temporaries(sizes, c)}),
+        "prefill": Counter(
+            {
+                "key-value cache": cache,
+                "encoders' outputs": image,
+                "layer temporaries": (wide * m + narrow * h) * tokens,
+                "logits and loss": (BF16 + FP32) * sizes.vocab_size * c.batch,
+            }
+        ),
+    }
+    return _prediction(resident, phases, _slack(sizes, c, tokens, 0), c, sizes.num_hidden_layers)
+
+
+def _weights(sizes: Sizes, c: Configuration, weights: dict[str, list[int]]) -> Counter[str]:
+    """Bytes of the frozen weights that are on the GPU, by the part's name."""
+    return Counter(
+        {
+            name: sum(block(BF16 * n, c.expandable_segments) for n in weights[part])
+            for part, name in PARTS.items()
+            if c.encoders_resident or part not in ("vision", "audio")
+        }
+    )
+
+
+def _prediction(
+    resident: Counter[str], phases: dict[str, Counter[str]], slack: float, c: Configuration, layers: int
+) -> Prediction:
+    """The table of what is always there (`resident`) and what each phase holds besides, in bytes."""
     totals = {name: float(sum((resident + held).values())) for name, held in phases.items()}
     phase = max(totals, key=totals.__getitem__)
     at_peak = resident + phases[phase]
@@ -368,7 +420,7 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
         Component(name, _group(name), at_peak[name], max((resident + held)[name] for held in phases.values()))
         for name in names
     ]
-    slack = 0.0 if c.expandable_segments else _slack(sizes, c, tokens, logits)
+    slack = 0.0 if c.expandable_segments else slack
     components.append(Component("allocator slack", "reserved", slack, slack))
     components.append(Component("CUDA context", "driver", CUDA_CONTEXT, CUDA_CONTEXT))
     return Prediction([x for x in components if x.peak_bytes], phase, totals, c, layers)
