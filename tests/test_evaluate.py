@@ -137,7 +137,7 @@ def test_a_trained_adapter_answers_what_it_learned(world, learned, tmp_path):
     keys = "question_id video_id question_type question ground_truth short_answer predicted_answer"
     assert {*keys.split(), "keyword_correct", "label_correct"} == set(predictions[0])
     assert [p["question_id"] for p in predictions] == [f"qa_{i}" for i in range(8)]
-    done = [e["done"] for e in events if e["kind"] == "progress"]
+    done = [e["done"] for e in events if e["kind"] == "progress" and e["phase"] == "generate"]
     assert done[0] == 0 and done[-1] == 8
     assert any(e["kind"] == "gpu" for e in events)
 
