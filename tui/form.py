@@ -6,17 +6,18 @@ import os
 from pathlib import Path
 from typing import ClassVar
 
-from textual import events, on
-from textual.app import ComposeResult
+from textual import on
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message
 from textual.suggester import Suggester
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from tui import words
+
+EDITED = "edited here"
 
 
 class PathSuggester(Suggester):
@@ -45,8 +46,18 @@ class PathSuggester(Suggester):
         )
 
 
+class Editor(Input):
+    """The input of a field that is being edited; its keys stand in the footer meanwhile."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "keep"), Binding("escape", "leave", "leave it")]
+
+    async def action_leave(self) -> None:
+        assert isinstance(self.parent, Field)
+        await self.parent.leave()
+
+
 class Field(Widget, can_focus=True):
-    """One setting: its name, its value, and where the value comes from."""
+    """One setting on one line: its name, its value, and where the value comes from. Drawn whole: there are many."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "edit", "edit")]
 
@@ -64,47 +75,44 @@ class Field(Widget, can_focus=True):
             super().__init__()
             self.field = field
 
-    def __init__(self, name: str, label: str | None = None, *, is_path: bool = False, help: str = "") -> None:
+    def __init__(self, name: str, label: str = "", *, width: int, is_path: bool = False, help: str = "") -> None:
         super().__init__(id=f"field-{name}")
-        self.key, self.label, self.is_path, self.help = name, label or name, is_path, help
+        self.key, self.label, self.label_width = name, label or name, width
+        self.is_path, self.help = is_path, help
         self.text = self.origin = ""
-
-    def compose(self) -> ComposeResult:
-        with Horizontal():
-            yield Static(self.label, classes="label", markup=False)
-            yield Static("", classes="value", markup=False)
-            yield Static("", classes="origin", markup=False)
+        self.problem = False
 
     def show(self, text: str, origin: str, problem: bool = False) -> None:
-        """The value and its source."""
-        self.text, self.origin = text, origin
-        self.set_class(origin == "edited here", "edited")
-        self.set_class(problem, "problem")
-        if self.is_mounted:
-            self._draw()
+        """The value and its source; a problem draws the eye to the source."""
+        self.text, self.origin, self.problem = text, origin, problem
+        self.refresh()
 
-    def on_mount(self) -> None:
-        self._draw()
-
-    def on_resize(self) -> None:
-        self._draw()
+    def render(self) -> Content:
+        edited = self.origin == EDITED
+        label = "bold" if self.has_focus_within else "$foreground 75%"
+        origin = "$warning" if self.problem else "$accent" if edited else "$muted"
+        room = max(8, self.size.width - self.label_width - len(self.origin) - 2)
+        shown = words.clip(self.text, room, keep_end=self.is_path) if self.text else "not set"
+        return Content.assemble(
+            (f"{self.label:<{self.label_width}}", label),
+            (f"{shown:<{room}} ", "$muted" if not self.text else "$accent" if edited else ""),
+            (self.origin, origin),
+        )
 
     def on_focus(self) -> None:
+        self.refresh()
         self.post_message(self.Focused(self))
 
-    def _draw(self) -> None:
-        value, origin = self.query_one(".value", Static), self.query_one(".origin", Static)
-        shown = words.clip(self.text, max(8, value.size.width), keep_end=self.is_path)
-        value.update(Content(shown) if self.text else Content.assemble(("not set", "$muted")))
-        origin.update(Content(self.origin))
+    def on_blur(self) -> None:
+        self.refresh()
 
     async def action_edit(self) -> None:
         if self.query(Input):
             return
         suggester = PathSuggester(self.screen.workspace_root) if self.is_path else None  # type: ignore[attr-defined]
-        editor = Input(self.text, compact=True, suggester=suggester, select_on_focus=False)
-        await self.query_one(Horizontal).mount(editor, after=self.query_one(".label"))
-        self.add_class("editing")
+        editor = Editor(self.text, compact=True, suggester=suggester, select_on_focus=False)
+        editor.styles.margin = (0, 0, 0, self.label_width)
+        await self.mount(editor)
         editor.focus()
 
     async def on_click(self) -> None:
@@ -113,18 +121,13 @@ class Field(Widget, can_focus=True):
     @on(Input.Submitted)
     async def _keep(self, event: Input.Submitted) -> None:
         event.stop()
-        await self._leave()
+        await self.leave()
         if event.value.strip() != self.text:
             self.post_message(self.Edited(self, event.value.strip()))
 
-    async def on_key(self, event: events.Key) -> None:
-        if event.key == "escape" and self.query(Input):
-            event.stop()
-            await self._leave()
-
-    async def _leave(self) -> None:
+    async def leave(self) -> None:
+        """Ends editing; what was typed is dropped."""
         await self.query(Input).remove()
-        self.remove_class("editing")
         self.focus()
 
 

@@ -62,7 +62,7 @@ class MergeScreen(PanelScreen):
             with Form(id="merge-form", classes="panel"):
                 for name, label in FIELDS.items():
                     is_path = known[name].type.__name__ == "Path_"
-                    yield Field(name, label, is_path=is_path, help=known[name].help)
+                    yield Field(name, label, width=22, is_path=is_path, help=known[name].help)
             with VerticalScroll(id="merge-result", classes="panel", can_focus=True):
                 yield Static("", id="merge-text", markup=False)
 

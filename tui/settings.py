@@ -10,9 +10,7 @@ from surgvqa import config
 from surgvqa.config import Path_, Resolved, Workspace
 from surgvqa.errors import UsageError
 from tui import words
-from tui.form import Field, Form
-
-EDITED = "edited here"
+from tui.form import EDITED, Field, Form
 
 
 @dataclass

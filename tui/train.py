@@ -61,7 +61,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 PRESET_KEYS = ("f5", "f6", "f7", "f8", "f9", "f10")
-PRESETS = Binding.Group("presets", compact=True)
+PRESETS = Binding.Group("presets")
 
 
 class TrainScreen(PanelScreen):
@@ -98,7 +98,8 @@ class TrainScreen(PanelScreen):
                 for group, names in GROUPS.items():
                     yield Static(group, classes="group", markup=False)
                     for name in names:
-                        yield Field(name, is_path=known[name].type.__name__ == "Path_", help=known[name].help)
+                        is_path = known[name].type.__name__ == "Path_"
+                        yield Field(name, width=28, is_path=is_path, help=known[name].help)
             with VerticalScroll(id="train-side"):
                 yield Static("", id="presets", classes="panel", markup=False)
                 yield Static("", id="memory", classes="panel", markup=False)
