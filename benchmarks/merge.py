@@ -338,9 +338,8 @@ def print_table(result: dict[str, Any]) -> None:
             f"{ratio(method, 'cp+fsync')} | {ratio(method, 'peft')} | {median(method, 'load'):.1f} |"
         )
     for c in result["compared"]:
-        verdict = "bit-identical" if c["equal"] else (
-            f"{c['differing_elements']} of {c['elements']} elements differ, by at most {c['most_bf16_steps']} bf16 steps"
-        )  # fmt: skip
+        apart = f"{c['differing_elements']} of {c['elements']} differ, by {c['most_bf16_steps']} bf16 steps at most"
+        verdict = "bit-identical" if c["equal"] else apart
         print(f"\n{c['of'][0]} and {c['of'][1]}: {verdict} ({c['tensors']} tensors)")
 
 

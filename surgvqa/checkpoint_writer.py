@@ -31,6 +31,7 @@ import json
 import mmap
 import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -91,16 +92,20 @@ class Files:
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._open:
+                self._open[file] = os.open(file, os.O_RDONLY)
+            return self._open[file]
 
     def read_into(self, info: TensorInfo, start: int, out: memoryview) -> None:
         """Bytes from `start` of a tensor; SurgvqaError when the file ends too early."""
         done = 0
         while done < len(out):
             try:
-                fd = self._open.get(info.file)
-                if fd is None:
-                    fd = self._open[info.file] = os.open(info.file, os.O_RDONLY)
-                got = os.preadv(fd, [out[done:]], info.offset + start + done)
+                got = os.preadv(self._descriptor(info.file), [out[done:]], info.offset + start + done)
             except OSError as error:
                 raise SurgvqaError(f"{info.file}: cannot be read: {error.strerror}") from error
             if not got:
@@ -554,6 +559,7 @@ class _Pipeline:
             for shard in self.shards:
                 output = self._begin(shard)
                 outputs.append(output)
+                _pwrite_all(output.fd, memoryview(shard.head), 0)
                 position = len(shard.head)
                 for source in shard.sources:
                     for start, length in source.blocks():
@@ -578,7 +584,7 @@ class _Pipeline:
     def _begin(self, shard: Shard) -> _Output:
         file = self.writer.job.partial / f"{shard.file}.writing"
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        _pwrite_all(fd, memoryview(shard.head), 0)
+        self.done += len(shard.head)
         return _Output(shard, fd, hashlib.sha256(shard.head), hashed=len(shard.head))
 
     @staticmethod

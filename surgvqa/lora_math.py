@@ -280,6 +280,8 @@ class Merged(_Rows):
             used = product[: height * width]
             delta2 = float(torch.dot(used, used))
             sums["delta2"] += delta2
+            if self.lora.embedding:  # PEFT rounds an embedding's delta before it adds it; to be equal, so do we
+                delta = delta.to(weight.dtype)
             total.add_(delta)
             new = result[row : row + height, column : column + width]
             new.copy_(total.to(weight.dtype))

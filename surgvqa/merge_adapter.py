@@ -104,6 +104,8 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
         if match:
             part = match["part"] + (".bias" if match["parameter"] == "bias" else "")
             parts.setdefault(match["module"], {})[part] = info
+        elif ".original_module." in name:
+            continue  # bias="all" also saves the untrained original beside a module of modules_to_save
         elif "lora_" in name or "trainable_tokens" in name:
             raise UsageError(f"{weights}: {key}: no known LoRA tensor; this adapter cannot be merged here")
         else:
