@@ -117,8 +117,17 @@ def jump_host(hop: str, name: str) -> Host:
     return Host(f"{name} via {rest}", HostEntry(), rest, tuple(options), ssh_settings(rest, options), "ProxyJump")
 
 
-def _fabric(host: Host) -> Connection:
-    """A Fabric connection, not yet open, to `host` through its jumps, each with its own strict host keys."""
+def _chain(host: Host, gateway: Connection | None = None) -> list[tuple[Host, Connection]]:
+    """The jumps to `host` and the host itself, each with a connection through the one before; none is open yet."""
+    chain: list[tuple[Host, Connection]] = []
+    for position, hop in enumerate(host.jump.split(",") if host.jump and gateway is None else []):
+        hop_host = jump_host(hop.strip(), host.name)
+        chain += _chain(hop_host) if position == 0 else [(hop_host, _fabric(hop_host, chain[-1][1]))]
+    return [*chain, (host, _fabric(host, chain[-1][1] if chain else gateway))]
+
+
+def _fabric(host: Host, gateway: Any) -> Connection:
+    """A Fabric connection, not yet open, with strict host keys."""
     import paramiko
     from fabric import Config, Connection
 
@@ -126,15 +135,7 @@ def _fabric(host: Host) -> Connection:
     log.setLevel(logging.CRITICAL)
     log.propagate = False
 
-    gateway: Any = None
-    if host.jump:
-        for hop in host.jump.split(","):
-            hop_host = jump_host(hop.strip(), host.name)
-            own = _fabric(hop_host)
-            if gateway is not None:
-                own.gateway = gateway
-            gateway = own
-    elif host.setting("proxycommand"):
+    if gateway is None and host.setting("proxycommand"):
         gateway = host.setting("proxycommand")
 
     accepted, revoked = known_keys(host)
@@ -236,13 +237,15 @@ class Remote:
         """Connects; raises one of this module's errors."""
         if self._fabric is not None:
             return
+        connection = None
+        at = self.host
         try:
-            connection = _fabric(self.host)
-            connection.open()
+            for at, connection in _chain(self.host):  # noqa: B007
+                connection.open()
         except Exception as error:
-            with contextlib.suppress(Exception):
-                connection.close()
-            raise explain(self.host, error) from None
+            self._fabric = connection
+            self.close()
+            raise explain(at, error) from None
         transport = connection.transport
         transport.set_keepalive(KEEPALIVE_S)
         if isinstance(transport.sock, socket.socket) and hasattr(socket, "TCP_USER_TIMEOUT"):

@@ -22,7 +22,7 @@ class UploadOptions:
     eval_audio_dir: Path_ | None = option(None, "folder of spoken evaluation questions (default: audio_dir)")
     what: str = option(
         "auto",
-        "the checkpoint by the cheaper way, always whole (merged), as Stage 1 + adapter merged on the host, or only data",
+        "the checkpoint by the cheaper way, whole (merged), as Stage 1 + adapter merged there, or only the data",
         choices=("auto", "merged", "adapter", "data"),
     )
     streams: int = option(0, "parallel streams; 0 = as many as the link rewards, found while it runs")

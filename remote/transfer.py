@@ -69,7 +69,7 @@ class AgentProcess:
         on_end: Callable[[SurgvqaError | None], None],
     ):
         self.host = host
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             ssh_command(host, bootstrap(host.entry.python), ciphers),
             stdin=subprocess.PIPE,

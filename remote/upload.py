@@ -237,7 +237,7 @@ def send_item(
         )
 
     try:
-        for attempt in range(3):
+        for _ in range(3):
             transfer = Transfer(
                 remote.host,
                 item,

@@ -2,7 +2,7 @@
 
     python -m surgvqa.supervisor RUN_FOLDER
 
-reads RUN_FOLDER/start.json (argv, cwd, env with its secrets, locks; mode 0600, removed as soon as it is read) and writes
+reads RUN_FOLDER/start.json (argv, cwd, env with its secrets, locks; mode 0600, removed once it is read) and writes
 
     supervisor.json   pid, identity, state ("running", or "busy" with the holder of the GPU)
     exit.json         exit_code or signal, stopped, swept (processes that the job left behind), ended

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import contextlib
 
 
 def why_not() -> str | None:
@@ -47,6 +46,7 @@ class Sshd:
 
     def __init__(self, root: Path, name: str = "gpuhost", address: str = "127.0.0.1", extra: str = ""):
         self.root, self.name, self.address, self.extra = root, name, address, extra
+        self.environment = ""  # further NAME=value of the sessions
         self.home = root / "home"
         self.home.mkdir(parents=True)
         self.port = free_port()
@@ -72,7 +72,8 @@ class Sshd:
         """The ssh_config that knows this host; `port` of a relay in between."""
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         self.config.write_text(
-            f"Host {self.name}\n HostName {self.address}\n Port {port or self.port}\n User {user}\n HostKeyAlias {self.name}\n"
+            f"Host {self.name}\n HostName {self.address}\n Port {port or self.port}\n User {user}\n"
+            f" HostKeyAlias {self.name}\n"
             f" IdentityFile {self.root / 'user_key'}\n IdentitiesOnly yes\n IdentityAgent none\n"
             f" UserKnownHostsFile {self.known_hosts}\n GlobalKnownHostsFile /dev/null\n HashKnownHosts yes\n {more}\n"
         )
@@ -89,9 +90,9 @@ class Sshd:
             f"ListenAddress {self.address}:{self.port}\nHostKey {self.root / 'host_key'}\n"
             f"AuthorizedKeysFile {self.root / 'authorized_keys'}\nPidFile none\nUsePAM no\nStrictModes no\n"
             "PermitRootLogin yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            f"SetEnv HOME={self.home}\nMaxStartups 100\n{self.extra}\n"
+            f"SetEnv HOME={self.home} TMPDIR={self.root} {self.environment}\nMaxStartups 100\n{self.extra}\n"
         )
-        self.log = open(self.root / "sshd.log", "ab")
+        self.log = open(self.root / "sshd.log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sshd_path(), "-D", "-e", "-f", str(file)],
             stdin=subprocess.DEVNULL,
@@ -161,7 +162,11 @@ class Relay:
             if self.frozen.is_set():
                 self._pairs.append((client, client))
                 continue
-            server = socket.create_connection(("127.0.0.1", self.target_port))
+            try:
+                server = socket.create_connection(("127.0.0.1", self.target_port))
+            except OSError:
+                client.close()
+                continue
             self._pairs.append((client, server))
             threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()

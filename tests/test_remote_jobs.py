@@ -19,6 +19,8 @@ from remote.connection import Unreachable
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.supervisor import descendants, process_identity
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def host(laptop):  # noqa: F811
@@ -176,7 +178,7 @@ def test_secrets_and_environment_arrive_and_leave_no_trace(host, monkeypatch):
 
 
 def test_launch_refuses_what_is_not_there(host):
-    with host.connect() as remote, pytest.raises(UsageError, match="elsewhere is not in .* upload first"):
+    with host.connect() as remote, pytest.raises(UsageError, match=r"elsewhere is not in .* upload first"):
         jobs.launch(remote, "train", [], needs=["elsewhere"])
     (host.there / ".surgvqa" / "ready").mkdir(parents=True)
     (host.there / ".surgvqa" / "ready" / "merged.json").write_text('{"state": "publishing", "files": {}}')

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from remote.agent import files as agent_files
 from remote.plan import Hashes, Item, Way, cheapest, folder_sources
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import Run
+
+pytestmark = pytest.mark.slow
 
 MB = 1_000_000
 
@@ -146,7 +149,7 @@ def test_goes_on_when_sshd_dies_in_the_middle(sender, laptop):  # noqa: F811
         time.sleep(1.5)
         laptop.server.start()
 
-    thread = __import__("threading").Thread(target=crash)
+    thread = threading.Thread(target=crash)
     thread.start()
     result = sender.send(sender.item(source), streams=2, patience_s=30)
     thread.join()
@@ -155,7 +158,6 @@ def test_goes_on_when_sshd_dies_in_the_middle(sender, laptop):  # noqa: F811
     relay.close()
 
 
-@pytest.mark.slow
 def test_goes_on_after_twenty_seconds_without_network(sender, laptop):  # noqa: F811
     size = 40 * MB
     source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": size})
@@ -171,7 +173,7 @@ def test_goes_on_after_twenty_seconds_without_network(sender, laptop):  # noqa: 
         relay.cut()
         relay.thaw()
 
-    thread = __import__("threading").Thread(target=outage)
+    thread = threading.Thread(target=outage)
     thread.start()
     sender.send(sender.item(source), patience_s=90)
     thread.join()
@@ -286,9 +288,8 @@ def test_a_broken_publish_is_finished_by_the_next_upload(tmp_path, monkeypatch):
                 except KeyboardInterrupt:
                     pass
             assert stage(item) == 0, f"version {version}, step {step}"
-            if agent_files.read_record(workspace, "merged").get("digest") == item.digest:
-                if agent_files.begin(None, workspace, item.wire())["complete"]:
-                    break
+            if agent_files.begin(None, workspace, item.wire())["complete"]:
+                break
         assert tree(Path(workspace, "merged")) == tree(source), (version, step)
 
 
@@ -325,8 +326,8 @@ def test_a_full_disk_is_said_before_and_during(sender, laptop):  # noqa: F811
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
-NASTY = ["a b", "it's", 'say "x"', "$(touch pwned)", "`id`", "-rf", "--", "new\nline", "tab\t", "*", "~", "#", "ä€", ";", "\\",
-         "!x", "%s", "{a,b}", "|", "a&b", " lead", "\x7f", "\x01"]  # fmt: skip
+NASTY = ["a b", "it's", 'say "x"', "$(touch pwned)", "`id`", "-rf", "--", "new\nline", "tab\t", "*", "~", "#", "ä€",
+         ";", "\\", "!x", "%s", "{a,b}", "|", "a&b", " lead", "\x7f", "\x01"]  # fmt: skip
 names = st.one_of(
     st.sampled_from(NASTY),
     st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="/\0"), min_size=1, max_size=30),
@@ -334,7 +335,10 @@ names = st.one_of(
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-@given(found=st.lists(names, min_size=1, max_size=12, unique=True), words=st.lists(st.text(max_size=20), max_size=6))
+@given(
+    found=st.lists(names, min_size=1, max_size=12, unique=True),
+    words=st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20)),
+)
 @example(found=NASTY, words=NASTY)
 def test_nasty_names_reach_the_host_as_they_are(sender, laptop, found, words):  # noqa: F811
     folder = laptop.root / f"names{time.monotonic_ns()}"
@@ -344,8 +348,6 @@ def test_nasty_names_reach_the_host_as_they_are(sender, laptop, found, words):  
     sources = [(folder / name, f"{folder.name}/{name}/{name}") for name in found]
     sender.send(Item(f"names {found[0]}", "files", Hashes().entries(sources)))
     assert tree(laptop.there / folder.name) == {f"{n}/{n}": n.encode() for n in found}
-    words = [w.replace("\0", "") for w in words if w.isprintable() or True]
-    words = [w for w in words if not any("\ud800" <= c <= "\udfff" for c in w)]
     echo = [sys.executable, "-c", "import sys, json; print(json.dumps(sys.argv[1:]))", *words]
     lines = [m["line"] for m in sender.remote.stream("execute", argv=echo) if "line" in m]
     assert json.loads(lines[0]) == words
@@ -423,7 +425,8 @@ def test_the_command_sends_only_the_data_that_is_named(laptop):  # noqa: F811
     laptop.json("upload", "gpuhost", "--what", "data")
     sent = tree(laptop.there)
     assert {n for n in sent if not n.startswith((".surgvqa", "surgvqa.toml"))} == {
-        "train.jsonl", "frames/v1/v1_1.jpg", "frames/v1/v1_2.jpg", "frames/v2/v2_7.jpg", "audio/v1/q1.wav", "audio/v2/q2.wav",
+        "train.jsonl", "frames/v1/v1_1.jpg", "frames/v1/v1_2.jpg", "frames/v2/v2_7.jpg", 
+        "audio/v1/q1.wav", "audio/v2/q2.wav",
     }  # fmt: skip
     assert b'frames_dir = "frames"' in sent["surgvqa.toml"] and b"max_steps = 3" in sent["surgvqa.toml"]
     assert laptop.json("upload", "gpuhost", "--what", "data")["sent_bytes"] == 0

@@ -1,6 +1,7 @@
 """Files on the host: received in chunks under a staging name, verified, published by rename; and sent back.
 
-    <workspace>/.surgvqa/staging/<digest>/   manifest.json, journal (chunks that arrived), files/<index>, receivers/<pid>
+    <workspace>/.surgvqa/staging/<digest>/   manifest.json, journal (chunks that arrived), files/<index>,
+                                             receivers/<pid>
     <workspace>/.surgvqa/ready/<name>.json   what was published under <name>: digest, files with size, sha256, mtime
 
 An *item* is {"name", "kind": "folder" | "files", "digest", "files": [[path, size, sha256, mtime_ns], …]}. A folder is
@@ -70,7 +71,7 @@ def write_record(workspace: str, name: str, record: dict[str, Any]) -> None:
     """Whole or not at all."""
     path = _record_path(workspace, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = path + ".%d.tmp" % os.getpid()
+    temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump({"name": name, **record}, file)
         file.flush()
@@ -217,7 +218,8 @@ def begin(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
     free = shutil.disk_usage(staging).free
     if missing > free:
         raise SurgvqaError(
-            f"disk full: {missing / 1e9:.2f} GB to come, {free / 1e9:.2f} GB free in {workspace}; free some space there or choose another workspace"
+            f"disk full: {missing / 1e9:.2f} GB to come, {free / 1e9:.2f} GB free in {workspace}; "
+            "free some space there or choose another workspace"
         )
     return {"complete": False, "done": {str(i): ranges for i, ranges in done.items()}, "free": free}
 
@@ -261,7 +263,7 @@ def _note(staging: str, chunks: list[tuple[int, int, int]]) -> None:
     """Adds chunks to the journal with one write; length -1 forgets the file."""
     descriptor = os.open(os.path.join(staging, "journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, "".join("%d %d %d\n" % chunk for chunk in chunks).encode())
+        os.write(descriptor, "".join(f"{i} {offset} {length}\n" for i, offset, length in chunks).encode())
     finally:
         os.close(descriptor)
 
@@ -294,7 +296,7 @@ def receive(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
                 target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
                 opened = index
                 if os.fstat(target).st_nlink > 1:
-                    raise SurgvqaError("staged file %d is shared with a published one; upload again" % index)
+                    raise SurgvqaError(f"staged file {index} is shared with a published one; upload again")
             left, at = length, offset
             while left:
                 count = channel.stdin.readinto(buffer[: min(left, BLOCK)])

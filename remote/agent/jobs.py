@@ -171,14 +171,15 @@ def launch(
             words = ["systemd-run", "--user", "--quiet", "--collect", "--unit=surgvqa-" + run_id, "--", *escaped]
         else:
             warning = "this host ends your processes at logout (KillUserProcesses): run loginctl enable-linger there"
-    supervisor = subprocess.Popen(
-        words,
-        cwd=workspace,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=open(folder / "log.txt", "ab"),
-        start_new_session=True,
-    )
+    with open(folder / "log.txt", "ab") as log:
+        supervisor = subprocess.Popen(
+            words,
+            cwd=workspace,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
     said = _await_supervisor(folder, supervisor, systemd=words[0] == "systemd-run")
     if said.get("state") != "running":
         reason = said.get("error") or _last_line(folder / "log.txt")
@@ -242,7 +243,7 @@ def _gpu_locks(visible: str | None) -> list[str]:
         for pid, uuid, used in _smi("--query-compute-apps=pid,gpu_uuid,used_memory") or []:
             if uuid in [u for _, u in chosen] and not _ours(int(pid)):
                 raise SurgvqaError(f"GPU busy: process {pid} takes {used} MiB; end it, wait, or launch with --share")
-    folder = os.path.join(tempfile.gettempdir(), "surgvqa-%d" % os.getuid())
+    folder = os.path.join(tempfile.gettempdir(), f"surgvqa-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.stat(folder).st_uid != os.getuid() or os.path.islink(folder):
         raise SurgvqaError(f"{folder} belongs to somebody else; remove it")
@@ -252,7 +253,7 @@ def _gpu_locks(visible: str | None) -> list[str]:
 def _ours(pid: int) -> bool:
     """Whether a process runs under one of our supervisors: then its lock speaks for it, with the run's name."""
     with contextlib.suppress(OSError):
-        return b"SURGVQA_DETACHED=1" in Path("/proc/%d/environ" % pid).read_bytes()
+        return b"SURGVQA_DETACHED=1" in Path(f"/proc/{pid}/environ").read_bytes()
     return False
 
 
@@ -332,11 +333,7 @@ def follow(channel: Any, workspace: str, run: str, offsets: dict[str, int]) -> d
         ended = state not in ("starting", "running")
         news = False
         for name in FOLLOWED:
-            try:
-                file = open(folder / name, "rb")
-            except OSError:
-                continue
-            with file:
+            with contextlib.suppress(FileNotFoundError), open(folder / name, "rb") as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_size < at[name] or inodes.get(name, stat.st_ino) != stat.st_ino:
                     at[name] = 0
@@ -344,10 +341,10 @@ def follow(channel: Any, workspace: str, run: str, offsets: dict[str, int]) -> d
                 inodes[name] = stat.st_ino
                 file.seek(at[name])
                 data = file.read(READ_AT_ONCE)
-            if data:
-                news = True
-                channel.say({"file": name, "at": at[name], "text": data.decode("utf-8", "surrogateescape")})
-                at[name] += len(data)
+                if data:
+                    news = True
+                    channel.say({"file": name, "at": at[name], "text": data.decode("utf-8", "surrogateescape")})
+                    at[name] += len(data)
         if ended and not news:
             finished = run_folders.finished_event(folder) or {}
             return {"run": folder.name, "state": state, "finished": finished, "exit": _exit_of(folder)}
@@ -432,11 +429,11 @@ def gpus(channel: Any, workspace: str, venv: str, watch: float | None) -> dict[s
     python = os.path.join(workspace, os.path.expanduser(venv), "bin", "python")
     words = [python, "-m", "surgvqa", "gpus", "--json"]
     if os.path.exists(python):
-        done = subprocess.run(words, cwd=workspace, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, text=True)
         with contextlib.suppress(ValueError):
             answer = json.loads(done.stdout)
             if answer["gpus"] or not shutil.which("nvidia-smi"):
-                return _stream([*words, "--watch", str(watch)], channel, workspace) if watch else answer
+                return _stream([*words, "--watch", str(watch)], channel) if watch else answer
     while True:
         rows = _smi("--query-gpu=" + SMI_FIELDS)
         answer = {"gpus": [parse_smi(row) for row in rows or []], "source": "nvidia-smi"}
@@ -448,8 +445,8 @@ def gpus(channel: Any, workspace: str, venv: str, watch: float | None) -> dict[s
         time.sleep(watch)
 
 
-def _stream(words: list[str], channel: Any, workspace: str) -> dict[str, Any]:
-    process = subprocess.Popen(words, cwd=workspace, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+def _stream(words: list[str], channel: Any) -> dict[str, Any]:
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     for line in process.stdout:
         channel.say(json.loads(line))
-    raise SurgvqaError("surgvqa gpus ended with %d" % process.wait())
+    raise SurgvqaError(f"surgvqa gpus ended with {process.wait()}")

@@ -1,0 +1,333 @@
+"""Hosts, connections, setup, GPUs and fetching, against a real sshd."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sshd import TRAIN, Relay, Sshd, free_port, laptop, stub_train  # noqa: F401
+
+from remote import hosts, jobs
+from remote import setup as setup_room
+from remote.agent.jobs import parse_smi
+from remote.connection import AuthenticationFailed, ChangedHostKey, Remote, UnknownHostKey, Unreachable, connect
+from remote.fetch import fetch
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.runs import Run
+
+pytestmark = pytest.mark.slow
+
+
+def one_line(error: Exception) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+# --- host keys -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_is_refused_shown_and_remembered_when_told(laptop):  # noqa: F811
+    laptop.server.known_hosts.unlink()
+    shown = subprocess.run(
+        ["ssh-keygen", "-lf", laptop.server.root / "host_key.pub"], capture_output=True, text=True
+    ).stdout.split()[1]
+    with pytest.raises(UnknownHostKey) as refused:
+        laptop.connect()
+    assert refused.value.fingerprint == shown and shown in one_line(refused.value)
+    assert not laptop.server.known_hosts.exists()
+    failed = laptop.command("runs", "gpuhost", check=1).stderr
+    assert shown in failed and "--accept-new-host-key" in failed and failed.count("\n") == 1
+    laptop.json("runs", "gpuhost", "--accept-new-host-key")
+    assert laptop.server.known_hosts.read_text().startswith("|1|")  # hashed, as ssh_config asks
+    laptop.connect().close()
+    words = ["ssh", "-F", laptop.server.config, "-o", "BatchMode=yes", "gpuhost", "true"]
+    assert subprocess.run(words).returncode == 0  # OpenSSH reads it too
+
+
+def test_a_changed_key_is_refused_always(laptop):  # noqa: F811
+    laptop.server.stop()
+    laptop.server.new_host_key()
+    laptop.server.start()
+    with pytest.raises(ChangedHostKey, match="HAS CHANGED"):
+        connect("gpuhost", laptop.workspace, accept_new_host_key=True)
+    before = laptop.server.known_hosts.read_text()
+    assert "CHANGED" in laptop.command("runs", "gpuhost", "--accept-new-host-key", check=1).stderr
+    assert laptop.server.known_hosts.read_text() == before
+
+
+def test_a_known_key_of_another_kind_than_the_host_shows_first(laptop):  # noqa: F811
+    """Two host keys there, only the second kind is known here: that one is asked for."""
+    rsa = laptop.server.root / "rsa_key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", rsa], check=True)
+    laptop.server.stop()
+    laptop.server.extra = f"HostKey {rsa}"
+    laptop.server.start()
+    laptop.server.known_hosts.write_text(f"gpuhost {rsa.with_suffix('.pub').read_text()}")
+    laptop.connect().close()
+
+
+def test_a_revoked_key_is_refused(laptop):  # noqa: F811
+    laptop.server.known_hosts.write_text("@revoked " + laptop.server.known_hosts.read_text())
+    with pytest.raises(ChangedHostKey, match="revoked"):
+        connect("gpuhost", laptop.workspace, accept_new_host_key=True)
+
+
+# --- ways to a host, and ways to fail --------------------------------------------------------------------------------
+
+
+def test_a_proxy_jump_is_as_strict_as_the_host(laptop):  # noqa: F811
+    """gpuhost is reached through `door`; both keys are checked, each with its own error."""
+    door = Sshd(laptop.root / "door", name="door").start()
+    try:
+        (door.root / "authorized_keys").write_text((laptop.server.root / "user_key.pub").read_text())
+        own = laptop.server.config.read_text()
+        door_text = own.replace("gpuhost", "door").replace(f"Port {laptop.server.port}", f"Port {door.port}")
+        laptop.server.config.write_text(own.rstrip() + "\n ProxyJump door\n" + door_text)
+        with pytest.raises(UnknownHostKey, match="via door"):
+            laptop.connect()
+        connect("gpuhost", laptop.workspace, accept_new_host_key=True).close()
+        with laptop.connect() as remote:
+            assert remote.call("probe", venv="venv")["workspace"] == str(laptop.there)
+        door.stop()
+        with pytest.raises(Unreachable, match="via door"):
+            laptop.connect()
+    finally:
+        door.stop()
+
+
+def test_every_failure_is_one_line_that_says_what_to_do(laptop, monkeypatch):  # noqa: F811
+    def failure(kind, name="gpuhost"):
+        with pytest.raises(kind) as caught:
+            connect(name, laptop.workspace)
+        return one_line(caught.value)
+
+    (laptop.server.root / "authorized_keys").write_text("")
+    assert "ssh-copy-id" in failure(AuthenticationFailed)
+    laptop.server.write_config(port=free_port())
+    assert "connection refused" in failure(Unreachable)
+    monkeypatch.setattr("remote.connection.CONNECT_TIMEOUT_S", 1)
+    laptop.server.config.write_text(laptop.server.config.read_text().replace("127.0.0.1", "192.0.2.1"))
+    began = time.monotonic()
+    failure(Unreachable)
+    assert time.monotonic() - began < 8
+    laptop.server.config.write_text(laptop.server.config.read_text().replace("192.0.2.1", "no.such.host.invalid"))
+    assert "unknown host" in failure(UsageError)
+    assert "cannot start with a dash" in failure(UsageError, "-oProxyCommand=touch pwned")
+    laptop.server.config.write_text("Host gpuhost\n Nonsense yes\n")
+    assert "ssh does not accept it" in failure(UsageError)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "install OpenSSH" in failure(UsageError)
+
+
+def test_an_encrypted_key_asks_for_the_agent(laptop):  # noqa: F811
+    key = laptop.server.root / "user_key"
+    subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", key], check=True)
+    with pytest.raises(AuthenticationFailed, match="ssh-add"):
+        laptop.connect()
+
+
+def test_a_host_without_python_says_so(laptop):  # noqa: F811
+    laptop.host(python="/no where/python3")
+    with laptop.connect() as remote, pytest.raises(SurgvqaError, match=r"no /no where/python3 there.*hosts\.toml"):
+        remote.call("probe", venv="venv")
+
+
+def test_a_talkative_login_shell_and_an_old_looking_workspace_name(laptop):  # noqa: F811
+    """Output of .bashrc before ours, and a workspace name that no shell should see."""
+    laptop.server.stop()
+    laptop.server.extra = 'ForceCommand echo welcome; echo $((1+1)); eval "$SSH_ORIGINAL_COMMAND"'
+    laptop.server.start()
+    laptop.host(workspace="~/it's a $(touch pwned) `x` dir", python=sys.executable)
+    with laptop.connect() as remote:
+        facts = remote.call("probe", venv="venv")
+    assert facts["workspace"] == str(laptop.server.home / "it's a $(touch pwned) `x` dir")
+    assert not list(laptop.root.rglob("pwned"))
+
+
+def test_a_silent_host_is_given_up(laptop, monkeypatch):  # noqa: F811
+    relay = Relay(laptop.server.port)
+    laptop.server.write_config(port=relay.port)
+    with laptop.connect() as remote:
+        relay.freeze()
+        began = time.monotonic()
+        with pytest.raises(Unreachable):
+            for _ in remote.stream("probe", silence_s=2.0, venv="venv"):
+                pass
+        assert time.monotonic() - began < 12
+    relay.close()
+
+
+# --- hosts.toml ------------------------------------------------------------------------------------------------------
+
+
+def test_hosts_come_from_ssh_and_from_hosts_toml(laptop, tmp_path):  # noqa: F811
+    included = tmp_path / "more"
+    included.write_text("Host other other2 *.wild\n HostName 192.0.2.9\n")
+    laptop.server.config.write_text(f"Include {included}\n" + laptop.server.config.read_text())
+    laptop.host(price_per_hour=1.29, gpus="1x A100 40 GB", python=sys.executable)
+    listed = {h["name"]: h for h in laptop.json("hosts", "--check")["hosts"]}
+    assert list(listed) == ["gpuhost", "other", "other2"]
+    assert listed["gpuhost"]["state"] == "reachable" and listed["gpuhost"]["price_per_hour"] == 1.29
+    assert listed["gpuhost"]["skew"] and listed["other"]["hostname"] == "192.0.2.9"
+    assert listed["other"]["state"] == "unreachable"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[a]\nworkspce = 'x'", "unknown key workspce; did you mean workspace?"),
+        ("[a]\nport = 'x'", "port is 'x', expected int"),
+        ("[a]\nenvironment = 1", "expected a table of texts"),
+        ("a = 1", "expected a table"),
+        ("[a", "not valid TOML"),
+    ],
+)
+def test_a_wrong_hosts_toml_is_named(tmp_path, text, said):
+    (tmp_path / "hosts.toml").write_text(text)
+    with pytest.raises(UsageError, match=r"hosts\.toml") as caught:
+        hosts.read_hosts_files(tmp_path)
+    assert said in one_line(caught.value)
+
+
+# --- setup -----------------------------------------------------------------------------------------------------------
+
+
+def test_setup_installs_our_wheel_and_notices_skew(laptop):  # noqa: F811
+    """The venv sees this interpreter's packages, so that nothing is downloaded; our own wheel is installed for real."""
+    laptop.host(python=sys.executable)
+    packages = next(p for p in sys.path if p.endswith("site-packages"))
+    subprocess.run([sys.executable, "-m", "venv", laptop.there / "venv"], check=True)
+    site = next((laptop.there / "venv" / "lib").glob("python3*/site-packages"))
+    (site / "zz.pth").write_text(f"import sys; sys.path.append({packages!r})\n")
+    first = laptop.json("setup", "gpuhost", "--extra", "")
+    assert first["changed"] and (site / "surgvqa" / "supervisor.py").is_file() and (site / "remote" / "agent").is_dir()
+    again = laptop.json("setup", "gpuhost", "--extra", "")
+    assert not again["changed"] and again["seconds"] < 20
+    with laptop.connect() as remote:
+        installed = remote.call("probe", venv="venv")["installed"]
+    assert setup_room.skew(installed) is None
+    record = laptop.there / ".surgvqa" / "installed.json"
+    record.write_text(json.dumps({**installed, "version": "0.0.1", "code": "old"}))  # an old version of us
+    refused = laptop.command("launch", "gpuhost", "train", check=1).stderr
+    assert "version 0.0.1, here" in refused and "surgvqa-remote setup gpuhost" in refused
+
+
+def test_setup_wants_a_python_that_is_new_enough(laptop, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(setup_room, "MINIMUM", (9, 9))
+    with laptop.connect() as remote, pytest.raises(UsageError, match=r"3\.11 or newer.*hosts\.toml"):
+        setup_room.setup(remote, Run.create(laptop.workspace / "runs", "setup"))
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_of_a_host_without_a_driver(laptop):  # noqa: F811
+    answer = laptop.json("gpus", "gpuhost")
+    assert answer["gpus"] == [] or "memory_total_bytes" in answer["gpus"][0]
+
+
+def test_gpus_fall_back_to_nvidia_smi(laptop):  # noqa: F811
+    """A host without our package: nvidia-smi's rows, once and as a stream."""
+    laptop.host(python=sys.executable)
+    tools = laptop.server.home / "bin"
+    tools.mkdir()
+    smi = tools / "nvidia-smi"
+    smi.write_text('#!/bin/sh\necho "0, NVIDIA A100-SXM4-40GB, GPU-1, 1234, 40960, 87, 250.11, [N/A]"\n')
+    smi.chmod(0o755)
+    laptop.server.stop()
+    laptop.server.environment = f"PATH={tools}:/usr/bin:/bin"
+    laptop.server.start()
+    with laptop.connect() as remote:
+        gpu = remote.call("gpus", venv="venv", watch=None)["gpus"][0]
+        stream = remote.stream("gpus", venv="venv", watch=0.1)
+        assert [next(stream)["gpus"][0]["index"] for _ in range(3)] == [0, 0, 0]
+        stream.close()
+    assert gpu["memory_used_bytes"] == 1234 * 2**20 and gpu["utilization_percent"] == 87
+    assert "temperature_c" not in gpu
+
+
+def test_nvidia_smi_rows_are_read():
+    row = ["1", "H100", "GPU-2", "1", "2", "[N/A]", "[Not Supported]", "40"]
+    assert parse_smi(row) == {
+        "index": 1, "name": "H100", "uuid": "GPU-2", "memory_used_bytes": 2**20, "memory_total_bytes": 2**21,
+        "temperature_c": 40,
+    }  # fmt: skip
+
+
+# --- fetching --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_comes_home_verified_and_resumed(laptop):  # noqa: F811
+    stub_train(laptop)
+    relay = Relay(laptop.server.port)
+    laptop.server.write_config(port=relay.port)
+    target = laptop.workspace / "home"
+    with laptop.connect() as remote:
+        command, *argv = [*TRAIN, "--max_steps", "2"]
+        run = jobs.launch(remote, command, argv, needs=[])["run"]
+        list(jobs.Follower(remote, run))
+        big = laptop.there / "runs" / run / "adapter" / "adapter_model.safetensors"
+        big.write_bytes(os.urandom(30_000_000))
+        progress = Run.create(laptop.workspace / "runs", "fetch")
+        emit, cuts = progress.progress, []
+
+        def cut(phase, done, total, unit, **more):
+            emit(phase, done, total, unit, **more)
+            if done > 10_000_000 and not cuts:
+                cuts.append(done)
+                relay.cut()
+
+        progress.progress = cut
+        answer = fetch(remote, run, target / run, progress)
+    assert cuts and answer["received_bytes"] < 31_000_000 + 2_000_000
+    assert (target / run / "adapter" / big.name).read_bytes() == big.read_bytes()
+    assert not (target / run / ".partial").exists() and not (target / run / "adapter" / "optimizer.pt").exists()
+    relay.close()
+    laptop.server.write_config()
+    again = laptop.json("fetch", "gpuhost", "last", "--to", str(target))
+    assert again["received_bytes"] == 0 and again["files"] == answer["files"]
+    everything = laptop.json("fetch", "gpuhost", "last", "--to", str(target), "--all")
+    assert everything["files"] > again["files"] and (target / run / "adapter" / "optimizer.pt").exists()
+
+
+# --- manners ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_has_surgvqas_manners(tmp_path):
+    def said(*words):
+        return subprocess.run([sys.executable, "-m", "remote", *words], capture_output=True, text=True, cwd=tmp_path)
+
+    assert said("--help").returncode == 0 and "example:" in said("upload", "--help").stdout
+    wrong = said("runs")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("surgvqa-remote runs: ")
+    assert said("launch", "h").returncode == 2
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys, remote.cli, remote.upload, remote.jobs, remote.fetch, remote.setup; "
+        "bad = {'torch', 'numpy', 'transformers', 'textual'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_remote_has_one_owner_but_two_hosts_at_once_work(laptop):  # noqa: F811
+    other = Sshd(laptop.root / "other", name="gpuhost").start()
+    try:
+        first = laptop.connect()
+        other.trust()
+        second = Remote(hosts.resolve("gpuhost", laptop.workspace))
+        assert first.call("probe", venv="v")["workspace"] == str(laptop.there)
+        os.environ["SURGVQA_SSH_CONFIG"] = str(other.config)
+        second = connect("gpuhost", Path(laptop.workspace))
+        assert second.call("probe", venv="v")["workspace"] == str(other.home / "surgvqa")
+        assert first.call("probe", venv="v")["workspace"] == str(laptop.there)
+        first.close()
+        second.close()
+    finally:
+        other.stop()
