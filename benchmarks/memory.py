@@ -62,10 +62,12 @@ class Case:
     cached: bool = False
     padded: bool = False
     generates: bool = False
+    compiled: bool = False
+    keep: float = 1.0
 
     def adapter_key(self) -> tuple[Any, ...]:
         """Cases with the same adapter share one model."""
-        return self.rank, self.adapter, self.dropout
+        return self.rank, self.adapter, self.dropout, self.compiled, self.keep
 
 
 BASE = Case("8 frames, 512 px")
@@ -101,6 +103,9 @@ CASES = [
     Case("bf16 adapter, 32-bit AdamW", adapter="bfloat16", optimiser="32-bit"),
     Case("no dropout", dropout=0.0),
     Case("no dropout, no casts, 14 checkpointed", dropout=0.0, casts=False, checkpointed=14),
+    Case("as shipped: cached, compiled", cached=True, casts=False, compiled=True),
+    Case("as shipped, 14 checkpointed", cached=True, casts=False, compiled=True, checkpointed=14),
+    Case("as shipped, 0 checkpointed, keep 0.5", cached=True, casts=False, compiled=True, checkpointed=0, keep=0.5),
 ]
 
 
@@ -126,6 +131,8 @@ def configuration(case: Case, sizes: Sizes) -> memory.Configuration:
         padded=case.padded,
         cached_features=case.cached,
         encoders_resident=not case.cached,
+        compiled=case.compiled,
+        keep=case.keep,
     )
 
 
@@ -155,7 +162,8 @@ class Bench:
         from surgvqa import layers
         from surgvqa.lora import add_lora
 
-        if case.adapter_key() != self.key:
+        fresh = case.adapter_key() != self.key
+        if fresh:
             self.model = self.peft_model = None
             self.tidy()
             self.model = real_size.build(device=self.device)
@@ -169,6 +177,8 @@ class Bench:
                 module.cast_input_dtype_enabled = True
         if not case.casts:
             layers.lora_without_casts(self.peft_model)
+        if fresh and case.compiled:
+            layers.compile_layers(self.peft_model, case.keep)
 
     def tidy(self) -> None:
         gc.collect()
@@ -181,6 +191,10 @@ class Bench:
 
         clip = configuration(replace(case, generates=False), sizes).clip
         data = real_size.batch(case.frames, clip.grid, ANSWER, case.batch, TEXT, self.device)
+        if case.compiled:  # as the collator pads
+            missing = -data["input_ids"].shape[1] % memory.LENGTH_BUCKET
+            for name, value in (("input_ids", 0), ("labels", -100)):
+                data[name] = self.torch.nn.functional.pad(data[name], (0, missing), value=value)
         data["attention_mask"] = self.torch.ones_like(data["input_ids"])
         if case.padded:
             data["attention_mask"][1:, -2:] = 0

@@ -207,7 +207,12 @@ class BudgetOptions(DataOptions, LoraOptions):
     model_name_or_path: Path_ | None = option(None, "checkpoint folder (default: the real model's sizes)")
     budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes")
     per_device_train_batch_size: int = option(1, "samples a micro step")
+    gradient_accumulation_steps: int = option(4, "micro steps an optimiser step")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
+    checkpointed_layers: int | None = option(None, "how many of the language model's layers recompute (default: all)")
+    compile: str = option("auto", "compiled layers keep less: auto = on", choices=("auto", "on", "off"))
+    keep_activations: float = option(1.0, "share of its activations, 0..1, that a compiled layer keeps")
+    feature_cache: str = option("auto", "auto = encoders off the GPU, off = run in every step", choices=("auto", "off"))
     optim: str = option("auto", "optimiser: auto = 8-bit AdamW")
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgvqa.architecture import BF16, Clip, Sizes, checkpoint_sizes, clip_of
-from surgvqa.config import DataOptions, LoraOptions
+from surgvqa.config import DataOptions, LoraOptions, TrainOptions, settings_of
 
 GB = 1e9
 MARGIN = 0.02
@@ -36,8 +36,12 @@ CUDA_CONTEXT = 0.6 * GB
 """What the driver holds for a process beside torch's allocator: context and loaded kernels (measured: README)."""
 MIN_8BIT = 4096
 """bitsandbytes keeps float32 moments for smaller tensors; larger ones take a byte and a float32 scale per 256."""
+LENGTH_BUCKET = 64
+"""training.LENGTH_BUCKET, which this module cannot import."""
 TRANSFER_COLUMNS = 3
 """input_ids, attention_mask, labels: int64."""
+
+TRAIN_DEFAULTS = {name: setting.default for name, setting in settings_of(TrainOptions).items()}
 
 PARTS = {
     "lm": "language model",
@@ -75,12 +79,18 @@ class Configuration:
     """The frozen encoders' outputs come from a cache; the encoders do not run."""
     encoders_resident: bool = True
     """The encoders' weights are on the GPU."""
+    compiled: bool = False
+    """The layers are compiled (layers.compile_layers), and rows are padded to multiples of LENGTH_BUCKET."""
+    keep: float = 1.0
+    """Share of its activations that a compiled layer which does not recompute keeps."""
     expandable_segments: bool = False
     """PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: next to no slack."""
 
     @property
     def tokens(self) -> int:
-        return self.batch * self.clip.tokens
+        """Of a batch, padding included."""
+        bucket = LENGTH_BUCKET if self.compiled else 1
+        return self.batch * -(-self.clip.tokens // bucket) * bucket
 
     def recomputing(self, sizes: Sizes) -> int:
         """Layers that recompute."""
@@ -141,7 +151,7 @@ class Prediction:
             f"{c.clip.frames} frames of {c.clip.image_tokens // max(c.clip.frames, 1)} tokens, batch {c.batch}, "
             f"{self.layers - kept} of {self.layers} layers recompute, LoRA r={c.lora.lora_r} in "
             f"{'float32' if c.adapter_bytes == FP32 else 'bfloat16'}, {'8' if c.eight_bit else '32'}-bit AdamW, "
-            f"encoders {'cached' if c.cached_features else 'run each step'}"
+            f"encoders {'cached' if c.cached_features else 'run each step'}{', compiled' if c.compiled else ''}"
         )
 
     def fits(self, budget_gb: float) -> bool:
@@ -223,6 +233,24 @@ def layer_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[st
     return kept
 
 
+def compiled_layer_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
+    """What a compiled layer keeps, bytes a token: the smallest cut through its graph (torch/_functorch/partitioners.py)
+    when matrix products, attention and random masks are not computed twice and everything between them is.
+
+    Beside its input: the hidden state after attention, q, k, v, attention's output and log-sum-exp, gate, up and their
+    product, each LoRA module's A output and mask. `c.keep` scales all but the input.
+    """
+    h, m, kv = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size
+    kept: dict[str, float] = {"after attention": BF16 * h, "q": BF16 * h, "k": BF16 * kv, "v": BF16 * kv}
+    kept |= {"attention": BF16 * h, "log-sum-exp": FP32 * sizes.num_attention_heads}
+    kept |= {"gate": BF16 * m, "up": BF16 * m, "product": BF16 * m}
+    for module in targeted:
+        kept[f"{module} A"] = BF16 * c.lora.lora_r
+        if c.lora.lora_dropout > 0:
+            kept[f"{module} mask"] = sizes.projections()[module][0]
+    return {"input": BF16 * h, **{name: c.keep * nbytes for name, nbytes in kept.items()}}
+
+
 def _casts(c: Configuration) -> bool:
     return c.casts_lora_inputs and c.adapter_bytes == FP32
 
@@ -287,9 +315,10 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     def targeted(layer: int) -> set[str]:
         return {module for module, numbers in targets.items() if layer in numbers}
 
-    def kept_by(layer: int) -> float:
-        """A kept layer's activations, and the bf16 copies of its adapters, which autograd holds."""
-        return sum(size(n * tokens) for n in layer_tensors(sizes, c, targeted(layer)).values()) + autocast / layers
+    def kept_by(layer: int, recomputes: bool = False) -> float:
+        """A layer's activations, and the bf16 copies of its adapters, which autograd holds."""
+        tensors = compiled_layer_tensors if c.compiled and not recomputes else layer_tensors
+        return sum(size(n * tokens) for n in tensors(sizes, c, targeted(layer)).values()) + autocast / layers
 
     def temporary(moment: str, layer: int) -> float:
         return temporaries(sizes, c, targeted(layer))[moment] * tokens
@@ -344,7 +373,7 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
         phases["backward (recompute)"] = Counter(
             {
                 "checkpoints": recomputing * hidden,
-                "recomputed layer": kept_by(layer),
+                "recomputed layer": kept_by(layer, recomputes=True),
                 "layer temporaries": temporary("recompute", layer),
             }
         )
@@ -453,16 +482,26 @@ def fit(
 
 
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:
-    """The configuration that TrainOptions or BudgetOptions describe; `overrides` are fields of Configuration."""
+    """The configuration in which `options` (of train or budget) train on a CUDA GPU, see training.py; `overrides` are
+    fields of Configuration."""
     lora = options if isinstance(options, LoraOptions) else LoraOptions()
-    optim = getattr(options, "optim", "auto")
+
+    def value(name: str) -> Any:
+        return getattr(options, name, TRAIN_DEFAULTS[name])
+
+    cached = value("feature_cache") != "off"
     fields: dict[str, Any] = {
         "clip": clip_of(sizes, options),
-        "batch": getattr(options, "per_device_train_batch_size", 1),
-        "accumulation": getattr(options, "gradient_accumulation_steps", 4),
+        "batch": value("per_device_train_batch_size"),
+        "accumulation": value("gradient_accumulation_steps"),
         "lora": LoraOptions(**{name: getattr(lora, name) for name in LoraOptions.__dataclass_fields__}),
-        "eight_bit": optim == "auto" or "8bit" in optim,
-        "checkpointed_layers": None if getattr(options, "gradient_checkpointing", True) else 0,
+        "casts_lora_inputs": False,
+        "eight_bit": value("optim") == "auto" or "8bit" in value("optim"),
+        "checkpointed_layers": value("checkpointed_layers") if value("gradient_checkpointing") else 0,
+        "cached_features": cached,
+        "encoders_resident": not cached,
+        "compiled": value("compile") != "off",
+        "keep": value("keep_activations"),
     }
     return Configuration(**(fields | overrides))
 
