@@ -76,6 +76,8 @@ def model_folders(options: EvaluateOptions | AskOptions) -> tuple[Path, Path | N
         raise UsageError(f"{folder}: no such folder; expected an adapter or checkpoint folder, or a run id")
     if not (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         unfinished, _ = trained.newest_whole_checkpoint(folder)  # of a run that has not ended
+        if unfinished is None and trained.read(folder):
+            raise UsageError(f"{folder}: a training run's folder in which no adapter has been saved yet")
         folder = unfinished or folder
     if not (folder / ADAPTER_CONFIG).is_file():
         open_checkpoint(folder).require_sound()

@@ -42,7 +42,8 @@ def out_of_memory(error: torch.OutOfMemoryError, trainer: EventTrainer, options:
     if activity in ("forward and backward", "evaluate"):
         trainer.save_last_step()
     way_on = (
-        f"go on with: surgvqa train --resume {trainer.events.id} --preset {smaller.name}"
+        f"go on as in preset {smaller.name}: surgvqa train --resume {trainer.events.id} "
+        + " ".join(f"--{name} {value}" for name, value in smaller.settings.items())
         if smaller
         else "this is already the smallest preset; take a smaller --image_size or a larger GPU"
     )

@@ -101,7 +101,8 @@ def schedule(options: TrainOptions) -> tuple[dict[str, Any], list[str]]:
             if not options.do_eval
             else "eval_strategy is no"
         )
-        notes.append(f"{why}: nothing is evaluated, so the last state is the result, not the best one")
+        early = ", and nothing stops early" if options.early_stopping_patience else ""
+        notes.append(f"{why}: nothing is evaluated, so the last state is the result, not the best one{early}")
         planned |= {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False}
         planned |= {"metric_for_best_model": None, "greater_is_better": None}
         if options.save_strategy == "best":

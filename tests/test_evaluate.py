@@ -107,6 +107,9 @@ def test_an_adapter_needs_its_base(world, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no \*\.safetensors"):
         evaluate.check(world.evaluate_options(checkpoint=str(tmp_path / "empty")))
+    (tmp_path / "empty" / trained.RECORD).write_text('{"options": {}}')
+    with pytest.raises(UsageError, match="no adapter has been saved yet"):
+        evaluate.check(world.evaluate_options(checkpoint=str(tmp_path / "empty")))
 
 
 def test_ask_checks_its_files(world):

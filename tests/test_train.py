@@ -170,6 +170,7 @@ def test_next_preset_goes_down_the_ladder():
         path.append(preset.name)
         options = options_for(**preset.settings)
     assert path == ["oom-6f-512px", "oom-8f-384px", "oom-6f-384px"]
+    assert next_preset(options_for(num_frames=6, image_size=448)).name == "oom-8f-384px"
 
 
 def test_a_checkpoint_that_is_not_whole_is_told(tmp_path):
@@ -187,8 +188,11 @@ def test_an_unknown_run_is_an_error(tmp_path):
         trained.find("20260101", workspace)
     with pytest.raises(UsageError, match="no such folder"):
         trained.find("./nothing/here", workspace)
+    with Run.create(workspace.runs_dir, "train") as training:
+        pass
     with Run.create(workspace.runs_dir, "merge") as run:
         pass
+    assert trained.find("last", workspace).run == training.id
     with pytest.raises(UsageError, match="merge run"):
         trained.find(run.id, workspace)
     with pytest.raises(UsageError, match="nothing says how it was trained"):
@@ -440,6 +444,7 @@ def test_out_of_memory_is_saved_and_says_how_to_go_on(world, tmp_path, monkeypat
     assert "out of GPU memory at step 2" in str(run.error)
     (event,) = run.of("oom")
     assert event["step"] == 2 and event["requested"] == "2.00 GiB"
+    assert event["next_preset"] is None and "smallest preset" in str(run.error)  # 84 px are fewer than any preset's
     assert trained.newest_whole_checkpoint(run.output)[0].name == "checkpoint-2"
 
 
