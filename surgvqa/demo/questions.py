@@ -17,10 +17,11 @@ class QuestionType:
     """One question type of the dataset."""
 
     name: str
-    in_template: str
-    """The wording that training samples speak."""
+    in_template: tuple[str, ...]
+    """What training samples speak: the real set's wording, and others that share its key words, so that a model which
+    hears a few hundred questions in all can tell what matters in them."""
     out_of_template: str
-    """The wording that evaluation samples speak."""
+    """What evaluation samples speak: a wording that training never does (but where the real set has one for both)."""
     answers: dict[str, str]
     """short_answer -> answer."""
     label: Callable[[Shot], str | None]
@@ -44,21 +45,33 @@ def _patient(value: Callable[[Shot], str | None]) -> Callable[[Shot], str | None
 QUESTION_TYPES: tuple[QuestionType, ...] = (
     QuestionType(
         "lighting_mode",
-        "Which lighting mode is used in this sequence?",
+        (
+            "Which lighting mode is used in this sequence?",
+            "What lighting mode is on in these frames?",
+            "Which kind of lighting illuminates the scene?",
+        ),
         "What lighting modality illuminates this sequence?",
         {"NBI": "NBI light is on in this sequence.", "WL": "WL light is on in this sequence."},
         _inside(lambda shot: shot.lighting),
     ),
     QuestionType(
         "nbi_status",
-        "Is the NBI light on?",
+        (
+            "Is the NBI light on?",
+            "Is NBI mode on in this sequence?",
+            "Are the frames taken in NBI?",
+        ),
         "Are these frames captured using NBI mode?",
         {"yes": "Yes, NBI light is on in these frames.", "no": "No, WL light is on instead."},
         _inside(lambda shot: _yes(shot.lighting == "NBI")),
     ),
     QuestionType(
         "blue_dye_presence",
-        "Is blue dye present on the mucosa?",
+        (
+            "Is blue dye present on the mucosa?",
+            "Can blue dye be seen on the surface?",
+            "Is there contrast dye on the mucosa?",
+        ),
         "Is contrast dye visible on the mucosal surface?",
         {"yes": "Yes, blue dye is visible on the mucosa.", "no": "No, no dye is visible on the mucosa."},
         # Dye is sprayed under white light; under NBI nobody would ask.
@@ -66,7 +79,11 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
     ),
     QuestionType(
         "fluid_occlusion_level",
-        "How severe is the fluid occlusion in this clip?",
+        (
+            "How severe is the fluid occlusion in this clip?",
+            "How much fluid occlusion is there?",
+            "How severely does fluid occlude the view?",
+        ),
         "How severe is the fluid-based occlusion?",
         {
             "absent": "Fluid occlusion is absent and clean mucosa stays visible.",
@@ -76,7 +93,11 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
     ),
     QuestionType(
         "occlusion_check",
-        "Is there a close-up occlusion blocking the view?",
+        (
+            "Is there a close-up occlusion blocking the view?",
+            "Is the view blocked by a close-up obstruction?",
+            "Does something close-up block the view?",
+        ),
         "Does a close-up obstruction block the field of view?",
         {
             "yes": "Yes, a close-up obstruction blocks the view.",
@@ -86,49 +107,77 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
     ),
     QuestionType(
         "mucosa_visibility",
-        "Is clean mucosa visible in this sequence?",
+        (
+            "Is clean mucosa visible in this sequence?",
+            "Can clean mucosa be observed here?",
+            "Do you see clean mucosa in the frames?",
+        ),
         "Can you clearly observe clean mucosa in these frames?",
         {"yes": "Yes, clean mucosa is visible across frames.", "no": "No, clean mucosa is not consistently visible."},
         _patient(lambda shot: _yes(shot.view == "tunnel")),
     ),
     QuestionType(
         "scope_outside",
-        "Is the scope outside the patient in this sequence?",
+        (
+            "Is the scope outside the patient in this sequence?",
+            "Is the scope positioned outside the body?",
+            "Does the scope lie outside the patient?",
+        ),
         "Is the scope positioned outside the patient here?",
         {"yes": "Yes, the scope is outside the patient.", "no": "No, the scope stays within the patient."},
         lambda shot: _yes(shot.view == "outside"),
     ),
     QuestionType(
         "flush_action",
-        "Is the endoscopist flushing the scene?",
+        (
+            "Is the endoscopist flushing the scene?",
+            "Is the scene being flushed?",
+            "Does the endoscopist flush in this clip?",
+        ),
         "Is the endoscopist flushing the scene in these frames?",
         {"yes": "Yes, the endoscopist is flushing the scene.", "no": "No, there is no flushing observed."},
         _inside(lambda shot: _yes(shot.flush)),
     ),
     QuestionType(
         "tool_catheter_check",
-        "Is the visible tool a catheter?",
+        (
+            "Is the visible tool a catheter?",
+            "Is a catheter the tool on screen?",
+            "Is the instrument in view a catheter?",
+        ),
         "Is the instrument on screen a catheter?",
         {"yes": "Yes, the visible tool is a catheter.", "no": "No, the visible tool is not a catheter."},
         _inside(lambda shot: _yes(shot.tool == "catheter") if shot.tool else None),
     ),
     QuestionType(
         "scope_motion",
-        "Is the scope moving during this sequence?",
+        (
+            "Is the scope moving during this sequence?",
+            "Does the scope move throughout the frames?",
+            "Is the scope actively in motion?",
+        ),
         "Is the scope actively moving throughout this clip?",
         {"yes": "Yes, the scope is moving across the frames.", "no": "No, the scope is not moving in these frames."},
         _inside(lambda shot: _yes(shot.travel != "still") if shot.lesion in (None, "stable") else None),
     ),
     QuestionType(
         "scope_motion_type",
-        "Is the scope primarily advancing or withdrawing in this sequence?",
+        (
+            "Is the scope primarily advancing or withdrawing in this sequence?",
+            "Is the scope mostly advancing or withdrawing?",
+            "Is it advancing or withdrawing, primarily?",
+        ),
         "Is the scope primarily advancing or withdrawing in this sequence?",
         {"advancing": "The scope is primarily advancing.", "withdrawing": "The scope is primarily withdrawing."},
         _inside(lambda shot: None if shot.travel == "still" else shot.travel),
     ),
     QuestionType(
         "lesion_motion_direction",
-        "In which direction does the lesion move in this sequence?",
+        (
+            "In which direction does the lesion move in this sequence?",
+            "Which way does the lesion drift?",
+            "In what direction is the lesion moving?",
+        ),
         "In which direction does the lesion drift over the frames?",
         {
             "left": "The lesion drifts toward the left side of the screen.",

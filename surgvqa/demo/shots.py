@@ -38,7 +38,7 @@ class Shot:
     """None | forceps | catheter"""
     dye: bool = False
     flush: bool = False
-    length: int = 16
+    length: int = 12
     """Frames."""
 
     def frame_number(self, i: int) -> int:

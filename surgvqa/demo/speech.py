@@ -47,7 +47,7 @@ def draw_voice(rng: np.random.Generator) -> Voice:
     """One of the many ways to speak."""
     return Voice(
         f"{rng.choice(LANGUAGES)}+{rng.choice(VARIANTS)}",
-        int(rng.integers(165, 215)),
+        int(rng.integers(190, 226)),
         int(rng.integers(35, 66)),
         int(rng.integers(30, 71)),
     )

@@ -28,20 +28,22 @@ class Sizes:
     """Sizes of the demo model; names as in config.json where it has them."""
 
     hidden_size: int = 128
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
-    intermediate_size: int = 384
+    intermediate_size: int = 256
     mrope_section: tuple[int, int, int] = (4, 6, 6)
+    rope_theta: float = 1000.0
+    """The real model's is 1,000,000: its positions run into the thousands, these into the hundreds."""
     vision_embed_dim: int = 64
     vision_depth: int = 2
     vision_heads: int = 2
-    audio_hidden_size: int = 128
+    audio_hidden_size: int = 256
     """Whisper's d_model; its heads are always 64 wide."""
     audio_layers: int = 2
-    audio_ffn: int = 256
-    audio_positions: int = 200
-    """4 s of sound; the real encoder has 1,500 for 30 s."""
+    audio_ffn: int = 512
+    audio_positions: int = 160
+    """3.2 s of sound; the real encoder has 1,500 for 30 s."""
     mel_bins: int = 128
 
     @property
@@ -51,6 +53,11 @@ class Sizes:
 
 PATCH, MERGE = 14, 2
 LORA_R, LORA_ALPHA = 64, 16
+WHISPER_HEAD = 64
+PLACE = 32
+"""Channels of the audio encoder that hold the position."""
+LOOK = 2.4
+"""Gain of queries and keys: how sharply a head looks where it looks."""
 
 
 def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: int) -> None:
@@ -91,7 +98,7 @@ def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: 
             "num_key_value_heads": sizes.num_key_value_heads,
             "rms_norm_eps": 1e-06,
             "rope_scaling": {"mrope_section": list(sizes.mrope_section), "rope_type": "default", "type": "default"},
-            "rope_theta": 1000000.0,
+            "rope_theta": sizes.rope_theta,
             "sliding_window": 32768,
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
@@ -268,29 +275,53 @@ def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensor
 
 
 def _audio(rng: np.random.Generator, sizes: Sizes) -> Tensors:
-    """Whisper's encoder. The first convolution mixes smooth patterns over the mel bands (the
-    beginnings of a cepstrum); positions are Whisper's sinusoids."""
+    """Whisper's encoder. The first convolution mixes smooth patterns over the mel bands (the beginnings of a cepstrum).
+    A band of channels holds the position and nothing else; by it each attention head looks a fixed way back or ahead,
+    so that layer by layer a position comes to know its neighbourhood, up to the length of a syllable or two."""
     import numpy as np
 
-    wide, bands = sizes.audio_hidden_size, 24
+    wide, bands, heads = sizes.audio_hidden_size, 24, sizes.audio_hidden_size // WHISPER_HEAD
     smooth = rng.standard_normal((wide, bands, 3)) / (1 + 0.15 * np.arange(bands))[None, :, None]
+    second = rng.standard_normal((wide, wide, 3)) * (2.5 / math.sqrt(3 * wide))
+    second[:PLACE] = 0
+    bias = rng.normal(0, 0.1, wide)
+    bias[:PLACE] = 0
+    periods = np.geomspace(8, 160, PLACE // 2)
+    angles = 2 * np.pi * np.arange(sizes.audio_positions)[:, None] / periods
+    places = np.zeros((sizes.audio_positions, wide))
+    places[:, :PLACE] = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     tensors = {
         "audio_encoder.conv1.weight": np.einsum("dbt,bm->dmt", smooth, _cosines(sizes.mel_bins, bands))
         * (4.0 / (sizes.mel_bins * math.sqrt(3))),
         "audio_encoder.conv1.bias": rng.normal(0, 0.3, wide),
-        "audio_encoder.conv2.weight": rng.standard_normal((wide, wide, 3)) * (2.5 / math.sqrt(3 * wide)),
-        "audio_encoder.conv2.bias": rng.normal(0, 0.1, wide),
-        "audio_encoder.embed_positions.weight": 0.3 * _sinusoids(sizes.audio_positions, wide),
+        "audio_encoder.conv2.weight": second,
+        "audio_encoder.conv2.bias": bias,
+        "audio_encoder.embed_positions.weight": places,
     }
     for layer in range(sizes.audio_layers):
         name = f"audio_encoder.layers.{layer}"
         tensors |= _norm(f"{name}.self_attn_layer_norm", wide) | _norm(f"{name}.final_layer_norm", wide)
-        for part in ("q", "v", "out"):
-            tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", wide, wide)
-        tensors[f"{name}.self_attn.k_proj.weight"] = _matrix(rng, wide, wide)
-        tensors |= _linear(rng, f"{name}.fc1", sizes.audio_ffn, wide)
-        tensors |= _linear(rng, f"{name}.fc2", wide, sizes.audio_ffn, 0.5)
+        query, key = np.zeros((2, wide, wide))
+        for head in range(heads):
+            # sin and cos of (t + shift) from those of t: the score is highest where the key is `shift` away.
+            shift = (3 + 5 * layer) * (head - (heads - 1) / 2)
+            turn = np.diag(np.cos(2 * np.pi * shift / periods)), np.diag(np.sin(2 * np.pi * shift / periods))
+            rows = slice(head * WHISPER_HEAD, head * WHISPER_HEAD + PLACE)
+            query[rows, :PLACE] = LOOK * np.block([[turn[0], turn[1]], [-turn[1], turn[0]]])
+            key[rows, :PLACE] = LOOK * np.eye(PLACE)
+        tensors[f"{name}.self_attn.q_proj.weight"], tensors[f"{name}.self_attn.q_proj.bias"] = query, np.zeros(wide)
+        tensors[f"{name}.self_attn.k_proj.weight"] = key
+        for linear, rows, columns, gain in (
+            ("self_attn.v_proj", wide, wide, 1.2),
+            ("self_attn.out_proj", wide, wide, 1.2),
+            ("fc1", sizes.audio_ffn, wide, 1.4),
+            ("fc2", wide, sizes.audio_ffn, 1.0),
+        ):
+            tensors |= _linear(rng, f"{name}.{linear}", rows, columns, gain)
+            if linear in ("self_attn.out_proj", "fc2"):
+                tensors[f"{name}.{linear}.weight"][:PLACE] = 0
     tensors |= _norm("audio_encoder.layer_norm", wide)
+    tensors["audio_encoder.layer_norm.weight"][:PLACE] = 0.1  # where it was said is not what was said
     return tensors
 
 
@@ -299,15 +330,6 @@ def _projector(sizes: Sizes, seed: int) -> np.ndarray:
     import numpy as np
 
     return _matrix(np.random.default_rng([seed, 3]), sizes.hidden_size, sizes.audio_hidden_size)
-
-
-def _sinusoids(length: int, channels: int) -> np.ndarray:
-    """[length, channels] position encoding as Whisper's: sines in the first half, cosines in the second."""
-    import numpy as np
-
-    timescales = np.exp(-math.log(10000) / (channels // 2 - 1) * np.arange(channels // 2))
-    angles = np.arange(length)[:, None] * timescales[None]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -205,14 +205,14 @@ def draw_samples(rng: np.random.Generator, split: Split, clips: Sequence[Clip], 
     rows = []
     for number, i in enumerate(rng.permutation(len(chosen)), first_id):
         question_type, label, clip = chosen[i]
-        question = question_type.in_template if split.wording == "in" else question_type.out_of_template
+        wordings = question_type.in_template if split.wording == "in" else (question_type.out_of_template,)
         rows.append(
             {
                 "id": f"qa_{number:06d}",
                 "video_id": split.video_id,
                 "frames": clip.frames,
                 "frame_numbers": clip.frame_numbers,
-                "question": question,
+                "question": wordings[rng.integers(len(wordings))],
                 "question_type": question_type.name,
                 "support_frames": CLIP_FRAMES,
                 "total_frames": CLIP_FRAMES,
@@ -259,7 +259,7 @@ def training_text() -> list[str]:
         "assistant\n",
     ]
     for question_type in QUESTION_TYPES:
-        texts += [question_type.in_template, question_type.out_of_template, *question_type.answers.values()]
+        texts += [*question_type.in_template, question_type.out_of_template, *question_type.answers.values()]
     return texts
 
 
