@@ -1,0 +1,163 @@
+"""The doctor on machines that it has never seen: what torch, NVML and the disk say is put in its mouth."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from surgvqa import cli, config, doctor, gpu
+
+ROOMY = SimpleNamespace(free=500_000_000_000, total=1_000_000_000_000)
+HEALTHY = {
+    "torch": {
+        "version": "2.11.0+cu130",
+        "built_for": "13.0",
+        "cuda": True,
+        "gpus": [{"name": "NVIDIA H100", "capability": [9, 0], "memory": 85_000_000_000}],
+        "architectures": ["sm_80", "sm_90"],
+        "bf16": True,
+    },
+    "transformers": {"version": "5.17.0"},
+    "peft": {"version": "0.21.0"},
+    "attention": {"name": "sdpa", "why": "sdpa (torch's own flash kernel on a GPU): flash-attn cannot be imported."},
+    "bitsandbytes": {"version": "0.50.2"},
+}
+VERSIONS = dict.fromkeys(doctor.TRAIN_PACKAGES, "99.0") | {"torch": "2.11.0+cu130", "torchvision": "0.26.0"}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A healthy GPU host; the function changes parts of it and returns {name: finding}."""
+
+    def examine(probed=None, versions=None, devices=None, problem=None, disk=ROOMY):
+        facts = {**HEALTHY, **(probed or {})} if "crash" not in (probed or {}) else probed
+        installed = {**VERSIONS, **(versions or {})}
+        card = {"index": 0, "name": "NVIDIA H100", "memory_total_bytes": 85 * 10**9, "memory_used_bytes": 10**8}
+        monkeypatch.setattr(doctor, "probe", lambda: facts)
+        monkeypatch.setattr(doctor, "version", installed.get)
+        monkeypatch.setattr(gpu, "driver_problem", lambda: problem)
+        monkeypatch.setattr(gpu, "sample_devices", lambda: [card] if devices is None else devices)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+        found = {f.name: f for f in doctor.examine(config.load_workspace(tmp_path))}
+        assert all(f.mend for f in found.values() if f.status in ("warn", "bad")), "every fault has a way to mend it"
+        return found
+
+    return examine
+
+
+def bad(found):
+    return [name for name, finding in found.items() if finding.status == "bad"]
+
+
+def test_a_healthy_host_has_nothing_to_mend(machine):
+    found = machine()
+    assert bad(found) == []
+    assert {"torch", "cuda", "attention", "bitsandbytes", "disk", "gpu 0"} <= found.keys()
+    assert not [f for f in found.values() if f.status == "warn"]
+
+
+def test_a_laptop_without_torch_is_not_broken(machine):
+    found = machine(
+        versions=dict.fromkeys(VERSIONS), devices=[], problem="no NVIDIA driver (libnvidia-ml.so.1 not found)"
+    )
+    assert bad(found) == []
+    assert "pip install 'surgvqa[train]'" in found["train"].text
+
+
+def test_half_of_the_training_packages(machine):
+    found = machine(versions={"peft": None})
+    assert bad(found) == ["train"]
+    assert "peft" in found["train"].text
+
+
+@pytest.mark.parametrize(
+    ("probed", "name"),
+    [
+        ({"crash": "exit code -11: Segmentation fault"}, "torch"),
+        ({"torch": {"error": "OSError: libcudart.so.13: cannot open shared object file"}}, "torch"),
+        ({"torch": {**HEALTHY["torch"], "cuda": False}}, "torch"),
+        ({"torch": {**HEALTHY["torch"], "architectures": ["sm_70", "sm_80"]}}, "cuda"),
+        ({"transformers": {"error": "ImportError: cannot import name x"}}, "transformers"),
+    ],
+)
+def test_what_stops_training_is_bad(machine, probed, name):
+    assert bad(machine(probed)) == [name]
+
+
+def test_what_only_costs_is_a_warning(machine):
+    old = {**HEALTHY["torch"], "gpus": [{"name": "Tesla T4", "capability": [7, 5], "memory": 16 * 10**9}]}
+    old["architectures"] = ["sm_75"]
+    found = machine({"torch": old, "bitsandbytes": {"error": "RuntimeError: no CUDA setup"}})
+    assert bad(found) == []
+    assert found["cuda"].status == found["bitsandbytes"].status == "warn"
+
+
+def test_versions_are_held_against_our_own_metadata(machine):
+    assert doctor.lower_bounds()["transformers"] == "5.17"
+    found = machine(versions={"transformers": "4.57.1", "peft": "0.9.0"})
+    assert sorted(bad(found)) == ["peft", "transformers"]
+    assert "4.57.1" in found["transformers"].text
+    assert (
+        bad(machine(versions={"transformers": "5.17.0", "peft": "0.21.0", "torch": "2.6.0", "torchvision": None})) == []
+    )
+
+
+def test_a_torchvision_of_another_torch(machine):
+    assert machine(versions={"torchvision": "0.21.0"})["torchvision"].status == "warn"
+    assert "torchvision" not in machine(versions={"torchvision": None})
+
+
+def test_a_taken_card_names_who_takes_it(machine):
+    card = {
+        "index": 0,
+        "name": "A100",
+        "memory_total_bytes": 40 * 10**9,
+        "memory_used_bytes": 30 * 10**9,
+        "processes": [{"pid": 4242, "name": "python", "used_bytes": 29 * 10**9}],
+    }
+    finding = machine(devices=[card])["gpu 0"]
+    assert finding.status == "warn"
+    assert "4242" in finding.text
+
+
+@pytest.mark.parametrize(("free", "status"), [(10**8, "bad"), (20 * 10**9, "warn"), (10**12, "ok")])
+def test_disk(machine, free, status):
+    assert machine(disk=SimpleNamespace(free=free, total=10**12))["disk"].status == status
+
+
+def test_the_key_of_wandb_is_never_shown(machine, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret-0123")
+    found = machine()
+    doctor._show(Console(), list(found.values()))
+    assert found["W&B"].status == "ok"
+    assert "very-secret" not in capsys.readouterr().out + json.dumps([f.__dict__ for f in found.values()])
+
+
+def test_a_probe_that_crashes_is_reported_not_raised(monkeypatch):
+    monkeypatch.setattr(doctor, "PROBE", "import os; os.abort()")
+    assert "crash" in doctor.probe()
+    monkeypatch.setattr(doctor, "PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "PROBE_TIMEOUT_S", 0.5)
+    assert "no answer" in doctor.probe()["crash"]
+
+
+def test_the_probe_is_python_and_survives_missing_packages():
+    compile(doctor.PROBE, "probe", "exec")
+    empty = "import sys; sys.modules.update(dict.fromkeys(('torch','transformers','peft','bitsandbytes')))\n"
+    done = subprocess.run([sys.executable, "-c", empty + doctor.PROBE], capture_output=True, text=True, timeout=60)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert all("error" in found[name] for name in ("torch", "transformers", "peft", "attention", "bitsandbytes"))
+
+
+@pytest.mark.model
+def test_this_machine(capsys):
+    code = cli.main(["doctor", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] == (code == 0)
+    assert {"python", "torch", "attention", "disk"} <= {f["name"] for f in document["findings"]}
