@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tui.chart import Canvas, Chart, Column, Mark, Series, decimate, log_ticks, nice_ticks, tick_text
+from tui.facts import sparkline
 from tui.follow import Device, Progress, RunModel
 from tui.gauge import memory_bar
-from tui.monitor import sparkline
 from tui.words import bar, clip
 
 NAN = float("nan")

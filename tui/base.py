@@ -18,6 +18,7 @@ from textual.worker import Worker, WorkerState
 
 from surgvqa.errors import SurgvqaError
 from tui import words
+from tui.pane import Pane
 
 if TYPE_CHECKING:
     from tui.app import Panel
@@ -49,13 +50,13 @@ class Head(Horizontal):
         yield Static(" surgvqa ", id="program", markup=False)
         for number, mode in enumerate(MODES, 1):
             yield Tab(number, mode, mode == self.mode)
-        yield Static("", id="busy", markup=False)
+        yield Pane(id="busy")
 
 
-class Where(Static):
+class Where(Pane):
     """Host, workspace, preset and budget in one line."""
 
-    def show(self, host: str, workspace: Path, preset: str | None, budget_gb: float | None) -> None:
+    def show_place(self, host: str, workspace: Path, preset: str | None, budget_gb: float | None) -> None:
         parts = [("host", host), ("workspace", words.short_path(workspace)), ("preset", preset or "none")]
         if budget_gb:
             parts.append(("budget", f"{budget_gb:g} GB"))
@@ -68,7 +69,7 @@ class Where(Static):
             if long or name == "budget":
                 spans.append((f"{name} ", "$muted"))
             spans.append((text if long else words.clip(text, max(8, room // 3), keep_end=name == "workspace"), ""))
-        self.update(Content.assemble(*spans))
+        self.show(Content.assemble(*spans))
 
 
 class Notice(Static):
@@ -97,7 +98,7 @@ class PanelScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         yield Head(self.MODE)
-        yield Where("", id="where", markup=False)
+        yield Where(id="where")
         with Container(id="body"):
             yield from self.body()
         yield Notice()
@@ -145,12 +146,12 @@ class PanelScreen(Screen[None]):
             return
         workspace = self.app.target.workspace
         host = self.app.target.name
-        self.query_one(Where).show(host, workspace.root, self.app.preset, self.app.budget_gb)
+        self.query_one(Where).show_place(host, workspace.root, self.app.preset, self.app.budget_gb)
         running = [r for r in self.app.listed if r.state == "running"]
         text = f"● {running[0].command} running" if running else ""
         if len(running) > 1:
             text = f"● {len(running)} jobs running"
-        self.query_one("#busy", Static).update(Content(text))
+        self.query_one("#busy", Pane).show(Content(text))
 
     async def stop_run(self, run_id: str) -> str | None:
         """Ends a run in a thread; its state then, or None when that failed (said in place)."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from textual.content import Content
-from textual.widgets import Static
 
 from tui import words
 from tui.follow import Device
+from tui.pane import Pane
 
 BUDGET_STYLE = "bold $accent"
 CLOSE = 0.9  # of the budget: from here on the bar warns
@@ -50,22 +50,22 @@ def memory_bar(width: int, parts: list[tuple[float, str]], scale: float, budget:
     return Content.assemble(*cells)
 
 
-class Gauge(Static):
+class Gauge(Pane):
     """The live memory of a run against its budget, a block for each device."""
 
     def __init__(self, *, id: str | None = None) -> None:
-        super().__init__("", id=id, markup=False)
+        super().__init__(id=id)
         self.devices: dict[str, Device] = {}
         self.budget = 0.0
         self.compact = False
 
-    def show(self, devices: dict[str, Device], budget_bytes: float, compact: bool = False) -> None:
+    def show_devices(self, devices: dict[str, Device], budget_bytes: float, compact: bool = False) -> None:
         """New samples; drawn at the width that the widget has; `compact` takes two lines a device."""
         self.devices, self.budget, self.compact = devices, budget_bytes, compact
-        self.update(self._content())
+        self.show(self._content())
 
     def on_resize(self) -> None:
-        self.update(self._content())
+        self.show(self._content())
 
     def _content(self) -> Content:
         if not self.devices:

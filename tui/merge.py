@@ -12,7 +12,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
-from textual.widgets import Static
 
 from surgvqa.config import MergeOptions, settings_of
 from surgvqa.errors import SurgvqaError
@@ -20,6 +19,7 @@ from tui import report
 from tui.base import Confirm, PanelScreen
 from tui.follow import Follower
 from tui.form import Field, Form
+from tui.pane import Pane
 from tui.settings import Settings
 from tui.target import newest_running
 
@@ -64,7 +64,7 @@ class MergeScreen(PanelScreen):
                     is_path = known[name].type.__name__ == "Path_"
                     yield Field(name, label, width=22, is_path=is_path, help=known[name].help)
             with VerticalScroll(id="merge-result", classes="panel", can_focus=True):
-                yield Static("", id="merge-text", markup=False)
+                yield Pane(id="merge-text")
 
     async def on_mount(self) -> None:
         self.query_one("#merge-form").border_title = "what to merge"
@@ -139,7 +139,7 @@ class MergeScreen(PanelScreen):
     def draw(self) -> None:
         """The lower panel at its present width."""
         width = max(20, self.query_one("#merge-text").size.width)
-        self.query_one("#merge-text", Static).update(self.picture(width) if callable(self.picture) else self.picture)
+        self.query_one("#merge-text", Pane).show(self.picture(width) if callable(self.picture) else self.picture)
 
     # --- the job -----------------------------------------------------------------------------------------------------
 

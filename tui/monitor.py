@@ -10,7 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.widgets import ContentSwitcher, Input, Log, OptionList, Static
+from textual.widgets import ContentSwitcher, Input, Log, OptionList
 from textual.widgets.option_list import Option
 
 from surgvqa.errors import SurgvqaError
@@ -18,13 +18,14 @@ from surgvqa.runs import RunSummary
 from tui import report, words
 from tui.base import WIDE, Confirm, PanelScreen
 from tui.chart import Chart, Series, tick_text
+from tui.facts import facts, facts_in_two_lines
 from tui.follow import Follower, RunModel
 from tui.gauge import Gauge
+from tui.pane import Pane
 from tui.target import newest_running
 
 NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
 FIRST_LOSS = "The first loss comes with the first optimiser step."
-SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class MonitorScreen(PanelScreen):
@@ -55,7 +56,7 @@ class MonitorScreen(PanelScreen):
     def __init__(self) -> None:
         super().__init__()
         self.follower: Follower | None = None
-        self.shown_list: list[RunSummary] = []
+        self.shown_list: list[object] = []
         self.unseen = 0
         self.sought = ""
 
@@ -64,16 +65,16 @@ class MonitorScreen(PanelScreen):
         with Horizontal(id="monitor"):
             with Vertical(id="side"):
                 yield OptionList(id="runs", classes="panel", markup=False)
-                yield Static("", id="facts", classes="panel", markup=False)
+                yield Pane(id="facts", classes="panel")
                 with VerticalScroll(id="memory-panel", classes="panel", can_focus=False):
                     yield Gauge(id="gauge")
             with Vertical(id="main"):
                 with ContentSwitcher(initial="chart-panel", id="picture"):
                     with Vertical(id="chart-panel", classes="panel"):
-                        yield Static("", id="legend", markup=False)
+                        yield Pane(id="legend")
                         yield Chart(empty, empty=NO_RUNS, id="chart")
                     with VerticalScroll(id="text-panel", classes="panel", can_focus=True):
-                        yield Static("", id="text", markup=False)
+                        yield Pane(id="text")
                 with Vertical(id="log-panel", classes="panel"):
                     yield Log(id="log", max_lines=5000)
                     yield Input(placeholder="find in the log", compact=True, id="search")
@@ -111,6 +112,9 @@ class MonitorScreen(PanelScreen):
         chart.redraw()
         self.query_one(Log).clear()
         self.show_list()
+        options = self.query_one("#runs", OptionList)
+        if run_id in {option.id for option in options.options}:
+            options.highlighted = options.get_option_index(run_id)
         self.run_worker(partial(self.tick, first=True), group="attach", exclusive=True, exit_on_error=False)
 
     async def tick(self, first: bool = False) -> None:
@@ -140,7 +144,7 @@ class MonitorScreen(PanelScreen):
     def show_list(self) -> None:
         """The run list, when it changed; the highlight stays on its run."""
         attached = self.follower.run_id if self.follower else None
-        shown = (list(self.app.listed), attached)
+        shown = [attached, *((run.id, run.state, run.name) for run in self.app.listed)]
         if shown == self.shown_list:
             return
         self.shown_list = shown
@@ -170,66 +174,10 @@ class MonitorScreen(PanelScreen):
         follower = self.follower
         if follower is None:
             return
-        model, narrow = follower.model, self.app.size.width < WIDE
-        panel = self.query_one("#facts", Static)
-        panel.border_title = words.clip(model.option("run_name") or follower.run_id, 40)
-        width = max(20, panel.size.width)
-        progress = model.current
-        done, total = model.step, model.total_steps
-        if not total and progress:
-            done, total = progress.done, progress.total
-        share = done / total if total else None
-        head = Content.assemble(words.state(follower.state), "  ", (model.command, "bold"))
-        phase = Content.assemble(model.phase, (f"  {model.phase_text}" if model.phase_text else "", "$muted"))
-        unit = "step" if model.total_steps else (progress.unit if progress else "")
-        count = f"{unit} {words.amount(done, unit)}" + (f"/{words.amount(total, unit)}" if total else "")
-        left = f"took {words.seconds(model.elapsed_s)}"
-        if follower.active:
-            left = f"{words.seconds(model.left_s)} left" if model.left_s is not None else ""
-        speed = f"{model.samples_per_s:.3g} samples/s" if model.samples_per_s else ""
-        if not speed and progress and follower.active:
-            speed = words.rate(progress.rate, progress.unit)
-        rate = model.learning_rate.last()
-        lr = f"lr {rate:.2e}" if rate is not None else ""
-        if narrow:
-            bar = words.bar(12, share or 0.0, "$primary") if share is not None else Content("")
-            percent = f" {100 * share:.0f} %" if share is not None else ""
-            first = Content.assemble(head, "  ", bar, (percent, "bold"), "  ", phase if follower.active else "")
-            second = "  ·  ".join(part for part in (count if total else "", speed, left, lr) if part)
-            panel.update(report.lines(first, Content.assemble((second, "$muted")), *self._ending(follower)[:1]))
-            return
-        rows: list[Content | str] = [head]
-        if follower.active and model.phase:
-            rows.append(phase)
-        if share is not None:
-            rows.append(Content.assemble(words.bar(width - 8, share, "$primary"), (f" {100 * share:5.1f} %", "bold")))
-            rows.append(Content.assemble(count, (f"   {left}", "$muted")))
-        elif left:
-            rows.append(Content.assemble((left, "$muted")))
-        if speed:
-            rows.append(speed)
-        if lr:
-            rows.append(
-                Content.assemble(lr, "  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary"))
-            )
-        if model.preset:
-            rows.append(Content.assemble(("preset ", "$muted"), model.preset))
-        best = model.best_eval()
-        if best:
-            rows.append(
-                Content.assemble(("best eval ", "$muted"), f"{best[1]:.4g}", (f" at step {best[0]:,}", "$muted"))
-            )
-        panel.update(report.lines(*rows, *self._ending(follower)))
-
-    def _ending(self, follower: Follower) -> list[Content]:
-        """Why it ended badly and what to do, or what it warned of."""
-        if follower.state in ("failed", "died"):
-            said = follower.model.errors or [line for line in follower.log if line.strip()]
-            why = said[-1] if said else "no word in its log"
-            text = f"{why}" if follower.state == "failed" else f"its process is gone; last words: {why}"
-            then = "c continues from the last checkpoint" if self.resumable() else "the log says more; 3 starts anew"
-            return [Content.assemble((text, "$error")), Content.assemble((then, "$muted"))]
-        return [Content.assemble(("! ", "bold $warning"), (text, "$warning")) for text in follower.model.warnings[-2:]]
+        panel = self.query_one("#facts", Pane)
+        panel.border_title = words.clip(follower.model.option("run_name") or follower.run_id, 36)
+        draw = facts_in_two_lines if self.app.size.width < WIDE else facts
+        panel.show(draw(follower, max(20, panel.size.width), self.resumable()))
 
     def show_picture(self) -> None:
         """The loss curve; bars for an evaluation; phases and report for a merge."""
@@ -251,7 +199,7 @@ class MonitorScreen(PanelScreen):
             content = report.evaluation(model.result, width)
         else:
             content = report.job_end(follower)
-        self.query_one("#text", Static).update(content)
+        self.query_one("#text", Pane).show(content)
 
     def show_chart(self, model: RunModel) -> None:
         """Chart and legend."""
@@ -269,7 +217,7 @@ class MonitorScreen(PanelScreen):
         scale = "log" if chart.logarithmic else "linear"
         view = "zoomed · 0 whole run" if chart.window else "whole run"
         self.query_one("#chart-panel").border_subtitle = f"{scale} · {view}"
-        self.query_one("#legend", Static).update(Content("   ").join(parts))
+        self.query_one("#legend", Pane).show(Content("   ").join(parts))
 
     def show_memory(self) -> None:
         """The gauge against the run's own budget."""
@@ -279,7 +227,9 @@ class MonitorScreen(PanelScreen):
         budget = follower.model.option("budget_gb")
         has_budget = isinstance(budget, (int, float))
         compact = self.app.size.width < WIDE
-        self.query_one(Gauge).show(follower.model.devices, float(budget) * words.GB if has_budget else 0.0, compact)
+        self.query_one(Gauge).show_devices(
+            follower.model.devices, float(budget) * words.GB if has_budget else 0.0, compact
+        )
 
     def show_log(self, lines: list[str]) -> None:
         """Appends in one batch; who has scrolled up stays there and is told how much is new."""
@@ -418,17 +368,3 @@ class MonitorScreen(PanelScreen):
             return
         self.say("")
         await self.app.monitor(run_id)
-
-
-def sparkline(values: list[float], width: int) -> str:
-    """Values as a line of bars at most `width` long; the mean of each stretch."""
-    known = [v for v in values if v == v]
-    if not known or width < 4:
-        return ""
-    count = min(width, len(known))
-    means = []
-    for i in range(count):
-        part = known[i * len(known) // count : max(i * len(known) // count + 1, (i + 1) * len(known) // count)]
-        means.append(sum(part) / len(part))
-    low, high = min(0.0, *means), max(means)
-    return "".join(SPARKS[round((m - low) / (high - low) * 7)] if high > low else SPARKS[0] for m in means)

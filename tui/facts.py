@@ -1,0 +1,118 @@
+"""What is known of a run in a few lines: phase, step, pace, time left; or how it ended, why, and what to do."""
+
+from __future__ import annotations
+
+from textual.content import Content
+
+from tui import report, words
+from tui.follow import Follower
+from tui.report import MUTED
+
+SPARKS = "▁▂▃▄▅▆▇█"
+PERCENT_WIDTH = 8
+
+
+def facts(follower: Follower, width: int, resumable: bool) -> Content:
+    """For a narrow column: one thing a line."""
+    model = follower.model
+    share, count = how_far(follower)
+    left, speed, rate = time_left(follower), pace(follower), model.learning_rate.last()
+    best = model.best_eval()
+    lr = "" if rate is None else f"lr {rate:.2e}"
+    rows: list[Content | str | None] = [
+        Content.assemble(words.state(follower.state), "  ", (model.command, "bold")),
+        phase(follower, width) if follower.active and model.phase else None,
+    ]
+    if share is not None:
+        bar = words.bar(width - PERCENT_WIDTH, share, "$primary")
+        rows += [Content.assemble(bar, (f" {100 * share:5.1f} %", "bold"))]
+        rows += [Content.assemble(count, (f"   {left}", MUTED))]
+    elif left:
+        rows.append(report.waiting(left))
+    rows.append(speed or None)
+    if lr:
+        rows.append(Content.assemble(f"{lr}  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary")))
+    if model.preset:
+        rows.append(Content.assemble(("preset ", MUTED), model.preset))
+    if best:
+        rows.append(Content.assemble(("best eval ", MUTED), f"{best[1]:.4g}", (f" at step {best[0]:,}", MUTED)))
+    return report.lines(*rows, *ending(follower, resumable))
+
+
+def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Content:
+    """For a small terminal: state and bar, then the figures, then one line of trouble when there is some."""
+    model = follower.model
+    share, count = how_far(follower)
+    head = Content.assemble(words.state(follower.state), "  ", (model.command, "bold"))
+    if share is not None:
+        head = Content.assemble(head, "  ", words.bar(12, share, "$primary"), (f" {100 * share:.0f} %", "bold"))
+    if follower.active:
+        head = Content.assemble(head, "  ", phase(follower, max(8, width - head.cell_length - 2)))
+    rate = model.learning_rate.last()
+    figures = [count, pace(follower), time_left(follower), "" if rate is None else f"lr {rate:.2e}"]
+    second = report.waiting("  ·  ".join(figure for figure in figures if figure))
+    return report.lines(head, second, *ending(follower, resumable)[:1])
+
+
+def how_far(follower: Follower) -> tuple[float | None, str]:
+    """Share done (None: not known) and `step 120/1,040`."""
+    model, progress = follower.model, follower.model.current
+    if model.total_steps:
+        done, total, unit = float(model.step), float(model.total_steps), "step"
+    elif progress:
+        done, total, unit = progress.done, progress.total, progress.unit
+    else:
+        return None, ""
+    of_total = f"/{words.amount(total, unit)}" if total else ""
+    name = "" if unit == "bytes" else f"{unit} "
+    return (done / total if total else None), f"{name}{words.amount(done, unit)}{of_total}"
+
+
+def time_left(follower: Follower) -> str:
+    """`12 min 05 s left` while it runs, `took …` afterwards, '' when it is not known."""
+    if not follower.active:
+        return f"took {words.seconds(follower.model.elapsed_s)}"
+    left = follower.model.left_s
+    return "" if left is None else f"{words.seconds(left)} left"
+
+
+def pace(follower: Follower) -> str:
+    """Samples a second of a training, else the rate of the phase."""
+    model, progress = follower.model, follower.model.current
+    if model.samples_per_s:
+        return f"{model.samples_per_s:.3g} samples/s"
+    if progress and progress.rate and follower.active:
+        return words.rate(progress.rate, progress.unit)
+    return ""
+
+
+def phase(follower: Follower, width: int) -> Content:
+    """The phase and its text on one line."""
+    model = follower.model
+    text = words.clip(model.phase_text, max(0, width - len(model.phase) - 2))
+    return Content.assemble(model.phase, (f"  {text}" if text else "", MUTED))
+
+
+def ending(follower: Follower, resumable: bool) -> list[Content]:
+    """Why it ended badly and what to do, or what it warned of."""
+    if follower.state in ("failed", "died"):
+        said = follower.model.errors or [line for line in follower.log if line.strip()]
+        why = said[-1] if said else "no word in its log"
+        text = why if follower.state == "failed" else f"its process is gone; last words: {why}"
+        then = "c continues from the last checkpoint" if resumable else "the log says more; 3 starts anew"
+        return [Content.assemble((text, "$error")), report.waiting(then)]
+    return report.warnings(follower.model.warnings[-2:])
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Values as a line of bars at most `width` long; the mean of each stretch."""
+    known = [v for v in values if v == v]
+    if not known or width < 4:
+        return ""
+    count = min(width, len(known))
+    means = []
+    for i in range(count):
+        part = known[i * len(known) // count : max(i * len(known) // count + 1, (i + 1) * len(known) // count)]
+        means.append(sum(part) / len(part))
+    low, high = min(0.0, *means), max(means)
+    return "".join(SPARKS[round((m - low) / (high - low) * 7)] if high > low else SPARKS[0] for m in means)
