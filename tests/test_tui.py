@@ -197,12 +197,27 @@ async def test_a_failed_run_shows_its_error(root):
         await settle(pilot, lambda: "train.jsonl:17: no field video_id" in text(app, "#facts"))
 
 
+async def test_a_resumed_run_shows_the_whole_curve(root):
+    with training(root, steps=30, name="first") as first:
+        pass
+    checkpoint = first.folder / "checkpoints" / "checkpoint-20"
+    again = runs.Run.create(root / "runs", "train", options=options(resume=str(checkpoint)))
+    for step in (21, 22):
+        again.emit("metric", step=step, total_steps=100, loss=0.5)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: app.screen.follower.model.train.xs[-1:] == [22])
+        series = app.screen.follower.model.train
+        assert series.xs == list(range(1, 23)) and series.ys[20:] == [0.5, 0.5]
+
+
 async def test_an_evaluation_is_shown_by_question_type(root):
     run = runs.Run.create(root / "runs", "evaluate")
     with run:
         run.result = {
             "keyword_accuracy": 0.71,
-            "by_type": {"tool_presence": {"samples": 20, "keyword_accuracy": 0.9, "majority_accuracy": 0.5}},
+            "by_type": {"tool_presence": {"n": 20, "keyword_accuracy": 0.9, "majority_accuracy": 0.5}},
             "collapsed_types": ["tool_presence"],
         }
     app = panel(root)

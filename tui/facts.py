@@ -26,10 +26,8 @@ def facts(follower: Follower, width: int, resumable: bool) -> Content:
     if share is not None:
         bar = words.bar(width - PERCENT_WIDTH, share, "$primary")
         rows += [Content.assemble(bar, (f" {100 * share:5.1f} %", "bold"))]
-        rows += [Content.assemble(count, (f"   {left}", MUTED))]
-    elif left:
-        rows.append(report.waiting(left))
-    rows.append(speed or None)
+    figures = [figure for figure in (words.clip(count, width), left, speed) if figure]
+    rows += joined(figures, width)
     if lr:
         rows.append(Content.assemble(f"{lr}  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary")))
     if model.preset:
@@ -52,6 +50,18 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     figures = [count, pace(follower), time_left(follower), "" if rate is None else f"lr {rate:.2e}"]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
     return report.lines(head, second, *ending(follower, resumable)[:1])
+
+
+def joined(figures: list[str], width: int) -> list[str]:
+    """Figures on as few lines as they fit on."""
+    lines: list[str] = []
+    for figure in figures:
+        longer = f"{lines[-1]} · {figure}" if lines else figure
+        if lines and len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(figure)
+    return lines
 
 
 def how_far(follower: Follower) -> tuple[float | None, str]:
@@ -87,9 +97,12 @@ def pace(follower: Follower) -> str:
 
 
 def phase(follower: Follower, width: int) -> Content:
-    """The phase and its text on one line."""
+    """The phase and its text on one line; how far it is, when the bar shows the steps and not this."""
     model = follower.model
-    text = words.clip(model.phase_text, max(0, width - len(model.phase) - 2))
+    progress = model.progress.get(model.phase)
+    share = progress.fraction if progress and model.total_steps else None
+    done = f"{100 * share:.0f} %  " if share is not None and share < 1 else ""
+    text = done + words.clip(model.phase_text, max(0, width - len(model.phase) - 2 - len(done)))
     return Content.assemble(model.phase, (f"  {text}" if text else "", MUTED))
 
 
@@ -101,7 +114,9 @@ def ending(follower: Follower, resumable: bool) -> list[Content]:
         text = why if follower.state == "failed" else f"its process is gone; last words: {why}"
         then = "c continues from the last checkpoint" if resumable else "the log says more; 3 starts anew"
         return [Content.assemble((text, "$error")), report.waiting(then)]
-    return report.warnings(follower.model.warnings[-2:])
+    oom = follower.model.oom
+    told = [f"out of GPU memory at step {oom.get('step')}: {oom.get('text', '')}"] if oom else []
+    return report.warnings(told + follower.model.warnings[-2:])
 
 
 def sparkline(values: list[float], width: int) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from tui.chart import Mark, Series
@@ -166,6 +167,11 @@ class RunModel:
             if handler:
                 handler(event)
 
+    def feed_earlier(self, events: list[dict[str, Any]]) -> None:
+        """What the run that this one goes on from said of its steps: the curve is one, the pace begins anew."""
+        self.feed(events)
+        self.first_step = self.last_step = self.samples_per_s = None
+
     def _on_phase(self, event: dict[str, Any]) -> None:
         self.phase, self.phase_text = str(event.get("name", "")), str(event.get("text", ""))
 
@@ -235,6 +241,7 @@ class Follower:
         self.log: list[str] = []
         """The end of the log, as far as it was read."""
         self._reading = asyncio.Lock()
+        self._earlier_read = False
 
     @property
     def active(self) -> bool:
@@ -248,6 +255,9 @@ class Follower:
             info, state, (events, lines) = await asyncio.to_thread(self._read)
             self.model.info = info or self.model.info
             self.model.preset = self.model.preset or self.model.info.get("preset")
+            if not self._earlier_read and info.get("pid"):
+                self._earlier_read = True
+                self.model.feed_earlier(await asyncio.to_thread(earlier_curve, self.target, info))
             self.model.feed(events)
             self.state = state
             self.log += lines
@@ -258,6 +268,23 @@ class Follower:
         # The state first: whatever an ended job said is then surely in what is read after it.
         info, state = self.target.info(self.run_id), self.target.state(self.run_id)
         return info, state, self.feed.read()
+
+
+def earlier_curve(target: Target, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `metric` and `eval` events of the runs that this one goes on from, the oldest first."""
+    events: list[dict[str, Any]] = []
+    seen = {info.get("id")}
+    while info:
+        resumed = ((info.get("options") or {}).get("resume") or {}).get("value")
+        parts = reversed(PurePath(resumed).parts) if resumed else ()  # a run, or a checkpoint folder inside one
+        parent = next((part for part in parts if part not in seen and target.info(part)), None)
+        if parent is None:
+            break
+        seen.add(parent)
+        listed, _ = target.feed(parent).read()
+        events = [e for e in listed if e["kind"] in ("metric", "eval")] + events
+        info = target.info(parent)
+    return events
 
 
 def _number(value: Any) -> float:

@@ -239,7 +239,7 @@ def evaluation(result: dict[str, Any], width: int) -> Content:
     ]
     by_type = result.get("by_type") or {}
     label = min(28, max((len(t) for t in by_type), default=0))
-    bar = max(8, min(50, width - label - 26))
+    bar = max(8, min(50, width - label - 34))
     collapsed = set(result.get("collapsed_types") or [])
     for name, entry in sorted(by_type.items()):
         value = next(
@@ -252,7 +252,8 @@ def evaluation(result: dict[str, Any], width: int) -> Content:
                 (f"{words.clip(name, label):<{label}} ", "bold $warning" if name in collapsed else ""),
                 words.bar(bar, value, style),
                 f" {percent(value):>7}",
-                (f" of {entry['samples']}" if "samples" in entry else "", MUTED),
+                (f" of {entry['n']}" if "n" in entry else "", MUTED),
+                (f"  majority {percent(majority)}" if majority is not None else "", MUTED),
             )
         )
     if collapsed:

@@ -60,7 +60,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "device",
     ),
 }
-PRESET_KEYS = ("f5", "f6", "f7", "f8", "f9", "f10")
+PRESET_KEYS = tuple(f"f{number}" for number in range(5, 13))
 PRESETS = Binding.Group("presets")
 
 

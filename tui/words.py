@@ -69,7 +69,7 @@ def rate(value: float | None, unit: str) -> str:
         return "–"
     if unit == "bytes":
         return f"{amount(value, unit)}/s"
-    return f"{value:.3g} {unit}/s"
+    return f"{value:.3g} {unit}/s" if len(unit) <= 10 else f"{value:.3g}/s"
 
 
 def short_path(path: object, root: Path | None = None) -> str:

@@ -1,0 +1,52 @@
+"""Draws the panel as it is into an SVG, without a terminal: `python -m tui.screenshot demo docs/panel.svg`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from textual.pilot import Pilot
+
+from surgvqa.config import load_workspace
+from surgvqa.errors import SurgvqaError
+from tui.app import Panel
+from tui.base import MODES
+from tui.target import LocalTarget
+
+
+def screenshot(workspace: Path, out: Path, mode: str, size: tuple[int, int], wait_s: float) -> None:
+    """Opens the panel on `workspace`, waits until its figures are read, and saves what it shows."""
+    panel = Panel(LocalTarget(load_workspace(workspace)))
+
+    async def save(pilot: Pilot[None]) -> None:
+        await pilot.pause(wait_s)
+        await panel.action_go(mode)
+        await pilot.pause(wait_s)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(panel.export_screenshot(title="surgvqa-tui"), encoding="utf-8")
+        panel.exit()
+
+    panel.run(headless=True, size=size, auto_pilot=save)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 when the file is written."""
+    parser = argparse.ArgumentParser(prog="python -m tui.screenshot", description=__doc__)
+    parser.add_argument("workspace", type=Path, help="workspace folder, e.g. one made by surgvqa demo --run")
+    parser.add_argument("out", type=Path, help="SVG file to write")
+    parser.add_argument("--screen", choices=tuple(MODES), default="monitor")
+    parser.add_argument("--size", default="120x36", help="columns x rows (default: 120x36)")
+    parser.add_argument("--wait", type=float, default=3.0, help="seconds to let the screen fill (default: 3)")
+    arguments = parser.parse_args(argv)
+    columns, _, rows = arguments.size.partition("x")
+    try:
+        screenshot(arguments.workspace, arguments.out, arguments.screen, (int(columns), int(rows)), arguments.wait)
+    except (SurgvqaError, OSError) as error:
+        print(f"screenshot: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
