@@ -177,7 +177,7 @@ class Bench:
                 module.cast_input_dtype_enabled = True
         if not case.casts:
             layers.lora_without_casts(self.peft_model)
-        if fresh and case.compiled:
+        if fresh and case.compiled and self.device == "cuda":
             layers.compile_layers(self.peft_model, case.keep)
 
     def tidy(self) -> None:

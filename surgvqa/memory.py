@@ -259,13 +259,16 @@ def temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str,
     """The most that comes on top of what a layer keeps, bytes a token, by moment; all of them at down_proj, whose
     input is the widest.
 
-    Going forward: its input, and PEFT's float32 copies of it (before and after dropout). Recomputing stops at the last
-    tensor that is needed. Going backward: the gradients of silu(gate), of up and of their product, or dropout's in
-    float32; by then down_proj's own tensors are gone.
+    Going forward: its input and PEFT's float32 copies of it (before and after dropout), beside the layer's input, the
+    hidden state after attention, norm 2's output (where it is not kept) and down_proj's result. Recomputing stops at
+    the last tensor that is needed; instead of the input (a checkpoint) there are the output's gradient and LoRA's share
+    of it. Going backward: the gradients of silu(gate), of up and of their product, or dropout's in float32; by then
+    down_proj's own tensors are gone.
     """
     h, m = sizes.hidden_size, sizes.intermediate_size
     lora, dropout, casts = "mlp.down_proj" in targeted, c.lora.lora_dropout > 0, _casts(c)
     hidden = BF16 * h
+    normed = hidden if dropout or casts else 0
     copies = (BF16 * m + FP32 * m if casts else BF16 * m if dropout else 0) if lora else BF16 * m
     in_dropout = copies + FP32 * m if lora and casts and dropout else 0
     kept_by_down = ((BF16 * m) + (m if dropout else 0)) if lora else 0
@@ -273,8 +276,8 @@ def temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str,
     if lora and casts and dropout:
         gradients = max(gradients, 2 * FP32 * m - BF16 * m)
     return {
-        "forward": max(in_dropout + hidden, copies + 3 * hidden) + hidden,
-        "recompute": max(max(in_dropout, copies) + 2 * hidden, gradients) + hidden,
+        "forward": max(in_dropout + hidden, copies + 3 * hidden) + 2 * hidden + normed,
+        "recompute": max(max(in_dropout, copies) + 4 * hidden + normed, gradients + hidden + normed),
         "backward": gradients + hidden,
     }
 

@@ -1,0 +1,422 @@
+"""The memory prediction: sizes against headers, grids against upstream, activations against a trace of upstream's own
+layers (no weights: fake tensors), totals against what was measured on an H100, and the budget command."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgvqa import cli, memory
+from surgvqa.architecture import (
+    MAX_PIXELS,
+    MIN_PIXELS,
+    Clip,
+    Sizes,
+    checkpoint_sizes,
+    clip_of,
+    patch_grid,
+    thumbnail_size,
+)
+from surgvqa.config import BudgetOptions, DataOptions, LoraOptions, TrainOptions
+from surgvqa.errors import UsageError
+
+REAL = Sizes()
+
+
+def plain(**overrides):
+    """The old way of running: encoders in each step, no compilation, PEFT's casts; 8 frames at 512 px."""
+    old = dict(cached_features=False, encoders_resident=True, compiled=False, casts_lora_inputs=True)
+    return memory.configuration(REAL, DataOptions(), **(old | overrides))
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_real_model_has_8_93_billion_parameters():
+    assert sum(map(sum, REAL.weights().values())) == 8_932_932_096  # counted on the GPU: 8.933 B
+    assert sum(memory.adapter_tensors(REAL, LoraOptions())) == 166_068_224  # counted by PEFT: 166.1 M
+
+
+@pytest.mark.parametrize(
+    ("frames", "px", "grid", "tokens_a_frame"),
+    [(8, 512, (32, 36), 288), (6, 384, (24, 28), 168), (8, 768, (48, 54), 648)],
+)
+def test_a_clip_of_the_real_dataset(frames, px, grid, tokens_a_frame):
+    clip = clip_of(REAL, DataOptions(num_frames=frames, image_size=px))
+    assert clip.grid == grid
+    assert clip.image_tokens == frames * tokens_a_frame
+    assert clip.audio_tokens == 1500
+
+
+def test_a_written_question_takes_tokens():
+    assert clip_of(REAL, DataOptions(input_mode="audio_text")).tokens > clip_of(REAL, DataOptions()).tokens
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 3000), st.integers(2, 3000), st.integers(28, 1500))
+def test_thumbnail_size_is_pillows(width, height, longest):
+    image = pytest.importorskip("PIL.Image").new("1", (width, height))
+    image.thumbnail((longest, longest))
+    assert image.size == thumbnail_size(width, height, longest)
+
+
+@pytest.mark.model
+@settings(deadline=None, max_examples=50)
+@given(st.integers(28, 3000), st.integers(28, 3000))
+def test_patch_grid_is_upstreams(width, height):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    if max(width, height) / min(width, height) > 200:
+        return
+    rows, columns = smart_resize(height, width, 28, MIN_PIXELS, MAX_PIXELS)
+    assert patch_grid(width, height, REAL) == (rows // 14, columns // 14)
+
+
+def write_checkpoint(folder, sizes, without=""):
+    """A checkpoint's headers and config with holes for the data."""
+    h, e, d, kv = sizes.hidden_size, sizes.vision_embed_dim, sizes.d_model, sizes.kv_size
+    shapes = {
+        "model.embed_tokens.weight": (sizes.vocab_size, h),
+        "lm_head.weight": (sizes.vocab_size, h),
+        "model.norm.weight": (h,),
+        "visual.patch_embed.proj.weight": (e, 3, 2, 14, 14),
+        "visual.blocks.0.mlp.fc1.weight": (4 * e, e),
+        "audio_encoder.conv1.weight": (d, sizes.num_mel_bins, 3),
+        "audio_encoder.embed_positions.weight": (sizes.max_source_positions, d),
+        "audio_encoder.layers.0.fc1.weight": (sizes.encoder_ffn_dim, d),
+        "audio_projector.weight": (h, d),
+    }
+    for layer in range(sizes.num_hidden_layers):
+        for name, (inputs, outputs) in sizes.projections().items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = (outputs, inputs)
+        shapes[f"model.layers.{layer}.self_attn.k_proj.bias"] = (kv,)
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        if without and name.startswith(without):
+            continue
+        count = 2
+        for n in shape:
+            count *= n
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + count]}
+        offset += count
+    text = json.dumps(header).encode()
+    folder.mkdir(exist_ok=True)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)  # sparse
+    config = {"num_attention_heads": sizes.num_attention_heads, "num_key_value_heads": sizes.num_key_value_heads}
+    config["vision_config"] = {"num_heads": sizes.vision_heads}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+SMALL = replace(REAL, num_hidden_layers=2, vision_depth=1, encoder_layers=1, vocab_size=2048, hidden_size=256,
+                num_attention_heads=4, num_key_value_heads=2, intermediate_size=512, vision_embed_dim=160,
+                max_source_positions=100)  # fmt: skip
+
+
+def test_sizes_come_from_the_headers(tmp_path):
+    sizes, weights = checkpoint_sizes(write_checkpoint(tmp_path / "c", SMALL))
+    assert sizes == SMALL
+    assert sum(weights["embeddings"]) == 2 * 2048 * 256
+    assert sum(weights["projector"]) == 256 * SMALL.d_model
+
+
+@pytest.mark.parametrize("without", ["audio_encoder", "visual", "model.embed_tokens"])
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, without, capsys):
+    folder = write_checkpoint(tmp_path / "c", SMALL, without)
+    assert cli.main(["budget", "--model_name_or_path", str(folder)]) == 2
+    assert str(folder) in capsys.readouterr().err
+
+
+# --- the sum ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "measured_gb"),
+    [  # /work: design/measured.md, H100, torch 2.11: 8 frames, 512 px, logits of the answer only
+        ({}, 22.7),
+        ({"cached_features": True, "encoders_resident": False, "compiled": True, "casts_lora_inputs": False}, 19.5),
+    ],
+)
+def test_the_peak_is_within_three_percent_of_an_earlier_measurement(overrides, measured_gb):
+    predicted = memory.predict(REAL, plain(**overrides)).predicted_peak_gb
+    assert -0.02 < predicted / measured_gb - 1 < 0.03
+
+
+def test_the_components_add_up_to_the_fullest_phase():
+    for count in (None, 14, 0):
+        found = memory.predict(REAL, plain(checkpointed_layers=count))
+        assert found.peak_bytes == pytest.approx(max(found.phases.values()))
+        assert found.phases[found.phase] == max(found.phases.values())
+        assert found.predicted_peak_gb < found.predicted_reserved_gb < found.predicted_driver_gb
+
+
+def test_more_of_anything_takes_more_memory():
+    def peak(options=None, **overrides):
+        return memory.predict(REAL, memory.configuration(REAL, options or DataOptions(), **overrides)).peak_bytes
+
+    assert peak(DataOptions(num_frames=4)) < peak(DataOptions(num_frames=6)) < peak(DataOptions(num_frames=8))
+    assert peak(DataOptions(image_size=384)) < peak(DataOptions(image_size=512)) < peak(DataOptions(image_size=768))
+    assert peak() < peak(batch=2) < peak(batch=4)
+    assert peak() < peak(cached_features=False, encoders_resident=True)
+    assert peak() < peak(eight_bit=False)
+    assert peak(accumulation=1) < peak(accumulation=4)
+    assert peak() < peak(supervised_tokens=3000)
+    counts = [peak(checkpointed_layers=n) for n in range(27, -1, -1)]  # the first one kept costs nothing
+    assert counts == sorted(counts)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(1, 16), st.integers(56, 1024), st.integers(1, 4), st.integers(0, 28), st.booleans(), st.booleans(),
+    st.sampled_from((2, 4)), st.sampled_from((0.0, 0.05)), st.integers(1, 4),
+)  # fmt: skip
+def test_no_configuration_breaks_it(frames, px, batch, kept, casts, compiled, adapter_bytes, dropout, accumulation):
+    options = TrainOptions(
+        model_name_or_path="", train_data_path="", frames_dir="", audio_dir="", num_frames=frames, image_size=px,
+        lora_dropout=dropout,
+    )  # fmt: skip
+    c = memory.configuration(
+        REAL, options, batch=batch, checkpointed_layers=kept, casts_lora_inputs=casts, compiled=compiled,
+        adapter_bytes=adapter_bytes, accumulation=accumulation,
+    )  # fmt: skip
+    found = memory.predict(REAL, c)
+    assert all(x.bytes >= 0 and x.peak_bytes >= x.bytes for x in found.components)
+    assert found.peak_bytes > 15e9
+
+
+def test_fit_takes_the_fewest_recomputing_layers_with_a_margin():
+    found = memory.fit(REAL, plain(), 28.5)
+    count = found.configuration.checkpointed_layers
+    assert 0 < count < 28
+    assert found.predicted_peak_gb <= 28.5 * (1 - memory.MARGIN)
+    assert memory.predict(REAL, plain(checkpointed_layers=count - 1)).predicted_peak_gb > 28.5 * (1 - memory.MARGIN)
+    assert memory.fit(REAL, plain(), 20) is None
+
+
+@pytest.mark.parametrize("pattern", ["(", "model.layers.0.nothing"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern):
+    with pytest.raises(UsageError, match="lora_target_modules"):
+        memory.predict_options(BudgetOptions(lora_target_modules=pattern))
+
+
+def test_allocator_blocks():
+    mib = 2**20
+    assert memory.block(1) == 512
+    assert memory.block(3 * mib) == 3 * mib
+    assert memory.block(129.5 * mib) == 130 * mib  # the rest of the segment is too small to be split off
+    assert memory.block(128.5 * mib) == 128.5 * mib
+    assert memory.block(129.5 * mib, expandable=True) == 129.5 * mib
+
+
+# --- the activations, traced -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def traced():
+    """Counts the bytes of live storages, in torch's fake-tensor mode: shapes and dtypes are real, data is not."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    class Tracer(TorchDispatchMode):
+        live = peak = 0
+
+        def __init__(self):
+            super().__init__()
+            self.seen = WeakIdKeyDictionary()
+
+        def count(self, tensor):
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen[storage] = True
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.free, storage.nbytes())
+
+        def free(self, nbytes):
+            self.live -= nbytes
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            torch.utils._pytree.tree_map_only(torch.Tensor, self.count, result)
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Tracer() as tracer:
+        yield tracer
+
+
+def trace_step(sizes, c, monkeypatch):
+    """Most bytes of activations in a micro step of upstream's text model with PEFT's LoRA, after a first micro step."""
+    import torch
+    import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+    from transformers import Qwen2VLTextConfig
+    from transformers.initialization import no_init_weights
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        assert attn_mask is None
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return torch.ops.aten.native_dropout(x, p, training)[0] if training and p else x
+
+    # What a GPU runs, on the CPU's fake tensors: the flash kernel, and dropout with a mask of one byte.
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(F, "dropout", dropout)
+    monkeypatch.setattr(nn.Module, "to", lambda self, *a, **k: self)  # fake parameters cannot be swapped
+    config = Qwen2VLTextConfig(
+        hidden_size=sizes.hidden_size, intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_hidden_layers, num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_key_value_heads, vocab_size=sizes.vocab_size,
+        rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        layer_types=["full_attention"] * sizes.num_hidden_layers,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    tokens = c.clip.tokens
+    labels = c.clip.answer_tokens if c.supervised_tokens is None else c.supervised_tokens
+    default = torch.get_default_dtype()
+    try:
+        with traced() as tracer:
+            torch.set_default_dtype(torch.bfloat16)
+            with no_init_weights():
+                lm, head = Qwen2VLTextModel(config), nn.Linear(sizes.hidden_size, sizes.vocab_size, bias=False)
+            lm.requires_grad_(False)
+            head.requires_grad_(False)
+            torch.set_default_dtype(torch.float32 if c.adapter_bytes == 4 else torch.bfloat16)
+            wrapped = get_peft_model(
+                lm,
+                LoraConfig(r=c.lora.lora_r, lora_dropout=c.lora.lora_dropout, target_modules=r".*_proj"),
+                autocast_adapter_dtype=False,
+            )
+            torch.set_default_dtype(torch.float32)
+            for module in wrapped.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    module.cast_input_dtype_enabled = c.casts_lora_inputs
+            if c.recomputing(sizes):
+                lm.gradient_checkpointing_enable({"use_reentrant": False})
+            for number, layer in enumerate(lm.layers):
+                layer.gradient_checkpointing = number < c.recomputing(sizes)
+            wrapped.train()
+            base = torch.empty(c.batch, tokens, sizes.hidden_size, dtype=torch.bfloat16)
+            projector = torch.zeros((), dtype=torch.bfloat16, requires_grad=True)
+            positions = torch.zeros(3, c.batch, tokens, dtype=torch.long)
+            targets = torch.zeros(c.batch * labels, dtype=torch.long)
+
+            def micro_step():
+                with torch.autocast("cpu", torch.bfloat16):
+                    hidden = lm(inputs_embeds=base + projector, position_ids=positions).last_hidden_state
+                    logits = head(hidden[:, -labels:].flatten(0, 1))
+                    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+                return loss
+
+            micro_step().backward()
+            start = tracer.peak = tracer.live
+            micro_step().backward()
+            return tracer.peak - start
+    finally:
+        torch.set_default_dtype(default)
+
+
+ACTIVATIONS = {"checkpoints", "activations kept", "recomputed layer", "layer temporaries", "logits and loss",
+               "bf16 copies of adapters"}  # fmt: skip
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("recomputing", "dropout", "casts", "adapter_bytes", "labels", "batch"),
+    [
+        (3, 0.05, True, 4, 12, 1),
+        (3, 0.05, False, 4, 12, 1),
+        (3, 0.05, True, 2, 12, 1),
+        (3, 0.0, True, 4, 12, 1),
+        (3, 0.0, False, 4, 12, 1),
+        (3, 0.05, True, 4, 1000, 1),
+        (3, 0.05, False, 4, 12, 2),
+        (1, 0.05, True, 4, 12, 1),
+        (1, 0.05, False, 4, 12, 1),
+        (1, 0.0, False, 2, 12, 1),
+        (0, 0.05, True, 4, 12, 1),
+        (0, 0.05, False, 4, 12, 2),
+        (0, 0.0, False, 4, 12, 1),
+    ],
+)
+def test_activations_are_those_of_upstreams_layers(
+    recomputing, dropout, casts, adapter_bytes, labels, batch, monkeypatch
+):
+    sizes = replace(REAL, num_hidden_layers=3)
+    c = memory.Configuration(
+        clip=Clip(0, (0, 0), 0, 1400, 588, 12),
+        batch=batch,
+        lora=LoraOptions(lora_dropout=dropout),
+        adapter_bytes=adapter_bytes,
+        casts_lora_inputs=casts,
+        checkpointed_layers=recomputing,
+        supervised_tokens=labels,
+        cached_features=True,
+        expandable_segments=True,
+    )
+    found = memory.predict(sizes, c)
+    predicted = sum(x.bytes for x in found.components if x.name in ACTIVATIONS)
+    measured = trace_step(sizes, c, monkeypatch)
+    assert predicted / measured == pytest.approx(1, abs=0.015), (
+        f"{predicted / 1e6:.0f} MB, traced {measured / 1e6:.0f} MB"
+    )
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_budget_says_yes_and_no(capsys):
+    assert cli.main(["budget", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"] is True
+    assert document["predicted_peak_gb"] < document["budget_gb"] == 28.5
+    allocated = [c["gb"] for c in document["components"] if c["group"] in ("weights", "training", "activations")]
+    assert sum(allocated) == pytest.approx(document["predicted_peak_gb"])
+    assert document["sequence_tokens"] == 3886
+    assert cli.main(["budget", "--json", "--budget_gb", "19", "--gradient_checkpointing", "false"]) == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+
+
+def test_budget_drawn_fits_80_columns_and_says_what_to_change(capsys):
+    assert cli.main(["budget", "--gradient_checkpointing", "false"]) == 1
+    drawn = capsys.readouterr().out
+    assert max(map(len, drawn.splitlines())) <= 80
+    assert "does not fit" in drawn
+    assert "recompute" in drawn
+    assert "language model" in drawn
+    assert "…" not in drawn
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--num_frames", "0"], ["--budget_gb", "0"], ["--image_size", "5"], ["--lora_dropout", "1"]]
+)
+def test_budget_refuses_numbers_that_mean_nothing(arguments, capsys):
+    assert cli.main(["budget", *arguments]) == 2
+    assert arguments[0].strip("-") in capsys.readouterr().err
+
+
+def test_presets_show_their_peaks(capsys):
+    assert cli.main(["presets", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["presets"]
+    peaks = [p["predicted_peak_gb"] for p in listed if p["rung"] is not None]
+    assert peaks == sorted(peaks, reverse=True)
+    assert all(p["fits"] for p in listed)
+
+
+@pytest.mark.model
+def test_rows_are_padded_as_the_trainer_pads():
+    from surgvqa import training
+
+    assert training.LENGTH_BUCKET == memory.LENGTH_BUCKET
