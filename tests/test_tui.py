@@ -103,10 +103,21 @@ async def test_help_lists_the_keys_and_q_in_it_does_not_quit(root):
         await pilot.press("1", "question_mark")
         await pilot.pause()
         assert isinstance(app.screen, Help)
-        assert {"m", "p", "q", "4"} <= {key for key, _ in app.screen.keys}
+        keys = dict(app.screen.rows)
+        assert keys["m"] == "merge" and keys["4"] == "Monitor" and {"p", "q"} <= set(keys)
         await pilot.press("q")
         await pilot.pause()
         assert not isinstance(app.screen, Help) and app.is_running
+
+
+async def test_the_palette_offers_what_the_screen_can_do_now(root):
+    app = panel(root)
+    async with app.run_test() as pilot:
+        await pilot.press("1")
+        await pilot.pause()
+        titles = [command.title for command in app.get_system_commands(app.screen)]
+        assert {"Merge", "Monitor", "merge", "audit", "Quit"} <= set(titles)
+        assert "stop" not in titles and "Copy selected text" not in titles
 
 
 async def test_empty_workspace_says_what_to_do(tmp_path):

@@ -7,6 +7,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from presets import PresetError, load_presets
 from surgvqa import config
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import RunSummary
-from tui.base import MODES, WIDE, Help, PanelScreen
+from tui.base import TITLES, WIDE, Help, PanelScreen
 from tui.form import Field
 from tui.merge import MergeScreen
 from tui.monitor import MonitorScreen
@@ -69,7 +70,7 @@ class Panel(App[None]):
     HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
     VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (30, "-tall")]
     BINDINGS: ClassVar[list[BindingType]] = [
-        *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(MODES.items(), 1)),
+        *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(TITLES.items(), 1)),
         Binding("question_mark", "help", "help", key_display="?"),
         Binding("ctrl+p", "command_palette", "commands", show=False),
         Binding("q", "quit", "quit"),
@@ -150,14 +151,11 @@ class Panel(App[None]):
         if screen is None:
             return
         keys = [
-            (
-                self.get_key_display(active.binding),
-                active.tooltip or active.binding.tooltip or active.binding.description,
-            )
-            for active in screen.active_bindings.values()
-            if isinstance(active.node, (PanelScreen, Panel, Field)) and not active.binding.system
+            (self.get_key_display(active.binding), active.binding.tooltip or active.binding.description)
+            for active in screen.working_keys()
+            if isinstance(active.node, (PanelScreen, Panel, Field)) and active.binding.key != "ctrl+q"
         ]
-        self.push_screen(Help(MODES[screen.MODE], screen.ABOUT, keys))
+        self.push_screen(Help(TITLES[screen.MODE], screen.ABOUT, keys))
 
     async def monitor(self, run_id: str) -> None:
         """Goes to Monitor and follows this run."""
@@ -168,16 +166,14 @@ class Panel(App[None]):
 
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
         """The palette: the screens, what this screen can do now, and Textual's own."""
-        for mode, name in MODES.items():
-            yield SystemCommand(name, f"Go to {name}", lambda mode=mode: self.call_later(self.action_go, mode))
-        for active in screen.active_bindings.values():
+        for mode, name in TITLES.items():
+            yield SystemCommand(name, f"Go to {name}", partial(self.call_later, self.action_go, mode))
+        for active in screen.working_keys() if isinstance(screen, PanelScreen) else ():
             binding = active.binding
-            if isinstance(active.node, PanelScreen) and active.enabled and binding.description:
-                about = active.tooltip or binding.tooltip or binding.description
-                action = binding.action
-                yield SystemCommand(
-                    binding.description, about, lambda action=action: self.call_later(screen.run_action, action)
-                )
+            if isinstance(active.node, PanelScreen) and active.enabled:
+                about = binding.tooltip or binding.description
+                run = partial(self.call_later, screen.run_action, binding.action)
+                yield SystemCommand(binding.description, about, run)
         yield SystemCommand("Quit", "Close the panel; running jobs go on", self.action_quit)
         yield SystemCommand("Theme", "Change the colours", self.action_change_theme)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import psutil
 from textual.actions import parse
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import ActiveBinding, Binding, BindingsMap, BindingType
 from textual.containers import Container, Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.screen import ModalScreen, Screen
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from tui.app import Panel
 
 WIDE = 108  # columns from which there is room for two panels side by side
-MODES = {"merge": "Merge", "upload": "Upload", "train": "Train", "monitor": "Monitor"}
+TITLES = {"merge": "Merge", "upload": "Upload", "train": "Train", "monitor": "Monitor"}
 
 
 class Tab(Static):
     """One of the four tabs; a click goes there."""
 
     def __init__(self, number: int, mode: str, active: bool) -> None:
-        label = Content.assemble((f"{number} ", "$muted"), MODES[mode])
+        label = Content.assemble((f"{number} ", "$muted"), TITLES[mode])
         super().__init__(label, classes="tab -active" if active else "tab")
         self.mode = mode
 
@@ -48,7 +48,7 @@ class Head(Horizontal):
 
     def compose(self) -> ComposeResult:
         yield Static(" surgvqa ", id="program", markup=False)
-        for number, mode in enumerate(MODES, 1):
+        for number, mode in enumerate(TITLES, 1):
             yield Tab(number, mode, mode == self.mode)
         yield Pane(id="busy")
 
@@ -125,6 +125,15 @@ class PanelScreen(Screen[None]):
         """Shows a line above the footer."""
         self.query_one(Notice).say(text, kind)
 
+    def working_keys(self) -> list[ActiveBinding]:
+        """The keys that work now, without those that Textual gives to every screen."""
+        every_screen = {binding.action for _, binding in BindingsMap(Screen.BINDINGS)}
+        return [
+            active
+            for active in self.active_bindings.values()
+            if active.binding.action not in every_screen and not active.binding.system
+        ]
+
     def keys_changed(self) -> None:
         """Draws the footer anew, if other keys work now than before."""
         actions = [parse(binding.action) for _, binding in self._bindings]
@@ -190,13 +199,13 @@ class Help(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter", "dismiss", "close")]
 
-    def __init__(self, title: str, about: str, keys: list[tuple[str, str]]) -> None:
+    def __init__(self, title: str, about: str, rows: list[tuple[str, str]]) -> None:
         super().__init__()
-        self.heading, self.about, self.keys = title, about, keys
+        self.heading, self.about, self.rows = title, about, rows
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog wide"):
             yield Static(self.heading, classes="question", markup=False)
             yield Static(self.about, classes="detail", markup=False)
-            rows = [Content.assemble((f"{key:>12}  ", "bold $footer-key-foreground"), text) for key, text in self.keys]
+            rows = [Content.assemble((f"{key:>12}  ", "bold $footer-key-foreground"), text) for key, text in self.rows]
             yield Static(Content("\n").join(rows))

@@ -100,7 +100,7 @@ def phase(follower: Follower, width: int) -> Content:
     """The phase and its text on one line; how far it is, when the bar shows the steps and not this."""
     model = follower.model
     progress = model.progress.get(model.phase)
-    share = progress.fraction if progress and model.total_steps else None
+    share = progress.fraction if progress and model.total_steps and progress.unit != "steps" else None
     done = f"{100 * share:.0f} %  " if share is not None and share < 1 else ""
     text = done + words.clip(model.phase_text, max(0, width - len(model.phase) - 2 - len(done)))
     return Content.assemble(model.phase, (f"  {text}" if text else "", MUTED))

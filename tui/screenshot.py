@@ -11,7 +11,7 @@ from textual.pilot import Pilot
 from surgvqa.config import load_workspace
 from surgvqa.errors import SurgvqaError
 from tui.app import Panel
-from tui.base import MODES
+from tui.base import TITLES
 from tui.target import LocalTarget
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tui.screenshot", description=__doc__)
     parser.add_argument("workspace", type=Path, help="workspace folder, e.g. one made by surgvqa demo --run")
     parser.add_argument("out", type=Path, help="SVG file to write")
-    parser.add_argument("--screen", choices=tuple(MODES), default="monitor")
+    parser.add_argument("--screen", choices=tuple(TITLES), default="monitor")
     parser.add_argument("--size", default="120x36", help="columns x rows (default: 120x36)")
     parser.add_argument("--wait", type=float, default=3.0, help="seconds to let the screen fill (default: 3)")
     arguments = parser.parse_args(argv)
