@@ -1,4 +1,4 @@
-"""Draws the panel as it is into an SVG, without a terminal: `python -m tui.screenshot demo docs/panel.svg`."""
+"""Draws the panel over a workspace into an SVG, without a terminal: `make screenshot`, after a `make demo`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from surgvqa.errors import SurgvqaError
 from tui.app import Panel
 from tui.base import TITLES
 from tui.target import LocalTarget
+
+OUT = Path(__file__).with_name("panel.svg")
 
 
 def screenshot(workspace: Path, out: Path, mode: str, size: tuple[int, int], wait_s: float) -> None:
@@ -32,13 +34,17 @@ def screenshot(workspace: Path, out: Path, mode: str, size: tuple[int, int], wai
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0 when the file is written."""
-    parser = argparse.ArgumentParser(prog="python -m tui.screenshot", description=__doc__)
-    parser.add_argument("workspace", type=Path, help="workspace folder, e.g. one made by surgvqa demo --run")
-    parser.add_argument("out", type=Path, help="SVG file to write")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "workspace", type=Path, nargs="?", default=Path("demo"), help="workspace folder (default: demo)"
+    )
+    parser.add_argument("out", type=Path, nargs="?", default=OUT, help="SVG file to write (default: docs/panel.svg)")
     parser.add_argument("--screen", choices=tuple(TITLES), default="monitor")
     parser.add_argument("--size", default="120x36", help="columns x rows (default: 120x36)")
     parser.add_argument("--wait", type=float, default=3.0, help="seconds to let the screen fill (default: 3)")
     arguments = parser.parse_args(argv)
+    if not arguments.workspace.is_dir():
+        parser.error(f"{arguments.workspace}: no such folder; make demo makes one")
     columns, _, rows = arguments.size.partition("x")
     try:
         screenshot(arguments.workspace, arguments.out, arguments.screen, (int(columns), int(rows)), arguments.wait)
