@@ -36,7 +36,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -382,23 +382,30 @@ class RunSummary:
 
 def list_runs(runs_dir: Path) -> list[RunSummary]:
     """Every run of a workspace, newest first."""
-    found = []
-    for folder in Path(runs_dir).iterdir() if Path(runs_dir).is_dir() else []:
-        info = read_run_json(folder)
-        if info:
-            found.append(
-                RunSummary(
-                    info.get("id", folder.name),
-                    info.get("command", "?"),
-                    state_of(folder),
-                    info.get("started", 0.0),
-                    last_step(folder),
-                    info.get("host", "?"),
-                    run_name(info),
-                    folder,
-                )
-            )
-    return sorted(found, key=lambda r: (r.started, r.id), reverse=True)
+    found = [summary(folder) for folder in (Path(runs_dir).iterdir() if Path(runs_dir).is_dir() else [])]
+    return newest_first(run for run in found if run)
+
+
+def newest_first(found: Iterable[RunSummary]) -> list[RunSummary]:
+    """The order of every run list."""
+    return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
+
+
+def summary(folder: Path) -> RunSummary | None:
+    """One run's row; None for a folder that is no run."""
+    info = read_run_json(folder)
+    if not info:
+        return None
+    return RunSummary(
+        info.get("id", folder.name),
+        info.get("command", "?"),
+        state_of(folder),
+        info.get("started", 0.0),
+        last_step(folder),
+        info.get("host", "?"),
+        run_name(info),
+        folder,
+    )
 
 
 def run_name(info: dict[str, Any]) -> str:

@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surgvqa import runs
+from surgvqa.config import Workspace
 from tui.chart import Canvas, Chart, Column, Mark, Series, decimate, log_ticks, nice_ticks, tick_text
 from tui.facts import sparkline
 from tui.follow import Device, Progress, RunModel
 from tui.gauge import memory_bar
+from tui.target import LocalTarget
 from tui.words import bar, clip
 
 NAN = float("nan")
@@ -173,3 +176,23 @@ def test_the_model_of_a_run():
     assert model.preset == "oom-6f-512px"
     device = model.devices["0"]
     assert isinstance(device, Device) and device.used_bytes == 5e9 and device.peak_bytes == 9e9 and not device.is_host
+
+
+# --- the run list ------------------------------------------------------------------------------------------------------
+
+
+def test_ended_runs_are_read_once_and_again_when_their_files_change(tmp_path, monkeypatch):
+    target = LocalTarget(Workspace(tmp_path, {}, {}))
+    with runs.Run.create(tmp_path / "runs", "train", run_id="a"):
+        pass
+    live = runs.Run.create(tmp_path / "runs", "train", run_id="b")
+    assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "running"}
+    read = []
+    summary = runs.summary
+    monkeypatch.setattr(runs, "summary", lambda folder: read.append(folder.name) or summary(folder))
+    assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "running"} and read == ["b"]
+    live.emit("finished", state="stopped", exit_code=0, result={})
+    assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "stopped"}
+    read.clear()
+    target.runs()
+    assert read == []

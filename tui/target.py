@@ -120,13 +120,24 @@ class LocalTarget:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        self._ended: dict[tuple[str, object], RunSummary] = {}
+        """Runs that are over, by name and the stamps of their files: they are not read again each second."""
 
     def folder(self, run_id: str) -> Path:
         """A run's folder."""
         return self.workspace.runs_dir / run_id
 
     def runs(self) -> list[RunSummary]:
-        return runs.list_runs(self.workspace.runs_dir)
+        known, self._ended = self._ended, {}
+        found = []
+        for folder in self.workspace.runs_dir.iterdir() if self.workspace.runs_dir.is_dir() else []:
+            stamp = (_stamp(folder / "run.json"), _stamp(folder / "events.jsonl"))
+            run = known.get((folder.name, stamp)) or runs.summary(folder)
+            if run:
+                found.append(run)
+                if run.state not in ACTIVE:
+                    self._ended[folder.name, stamp] = run
+        return runs.newest_first(found)
 
     def info(self, run_id: str) -> dict[str, Any]:
         return runs.read_run_json(self.folder(run_id))
@@ -175,6 +186,14 @@ class LocalTarget:
         if not answer.ok or "run" not in answer.data:
             raise SurgvqaError(answer.error or f"surgvqa {argv[0]} did not start and did not say why")
         return str(answer.data["run"])
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 def newest_running(listed: list[RunSummary], command: str | None = None) -> RunSummary | None:
