@@ -355,9 +355,11 @@ class Workspace:
         return self.values.get("preset")
 
     def value(self, name: str, command: str | None = None) -> Any:
-        """A key of surgvqa.toml (paths made absolute), or None."""
-        table = self.by_command.get(command or "", {})
-        return table.get(name, self.values.get(name))
+        """A key of surgvqa.toml (paths made absolute), or None. A budget is the budget of what [train] describes."""
+        for table in (command, "train") if command == "budget" else (command,):
+            if name in self.by_command.get(table or "", {}):
+                return self.by_command[table][name]
+        return self.values.get(name)
 
 
 def find_workspace(start: Path | None = None) -> Path:
@@ -484,6 +486,8 @@ def resolve(
                 values[key], sources[key] = convert(known[key], value, f"preset {name}"), f"preset {name}"
     for key in known:
         value = workspace.value(key, command)
+        if command == "budget" and key == "model_name_or_path" and value and not Path(value).exists():
+            value = workspace.value("stage1_model_path", "merge")  # not merged yet: the sizes are the same
         if value is not None:
             values[key], sources[key] = value, WORKSPACE_FILE
     for key, value in inherited.values.items():

@@ -45,9 +45,10 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
     }
 
     def show(console) -> None:
-        table = Table("run", "command", "state", "started", "steps", "name")
+        table = Table("run", "command", "state", "started", "steps", "name", box=None)
+        table.columns[0].no_wrap = True  # it is there to be copied
         for r in listed:
-            started = time.strftime("%Y-%m-%d %H:%M", time.localtime(r.started))
+            started = time.strftime("%m-%d %H:%M", time.localtime(r.started))
             table.add_row(r.id, r.command, r.state, started, str(r.steps or ""), r.name)
         console.print(table if listed else f"no runs in {', '.join(map(str, runs_dirs(workspace)))}")
 

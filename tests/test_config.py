@@ -59,6 +59,17 @@ def test_what_is_missing_is_named_at_once(tmp_path):
         config.resolve("merge", {}, workspace(tmp_path))
 
 
+def test_a_budget_is_that_of_the_training_described(tmp_path):
+    (tmp_path / "stage1").mkdir()
+    text = '[merge]\nstage1_model_path = "stage1"\n[train]\nmodel_name_or_path = "merged"\nlora_r = 8\n'
+    space = workspace(tmp_path, text)
+    options = config.resolve("budget", {}, space).options
+    assert options.lora_r == 8
+    assert options.model_name_or_path == str(tmp_path / "stage1"), "before the merge the sizes are the base's"
+    (tmp_path / "merged").mkdir()
+    assert config.resolve("budget", {}, space).options.model_name_or_path == str(tmp_path / "merged")
+
+
 def test_an_unknown_preset_names_the_nearest(tmp_path):
     with pytest.raises(UsageError, match="did you mean oom-6f-512px"):
         config.resolve("train", TRAIN, workspace(tmp_path), preset="oom-6f-513px")
