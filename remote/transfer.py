@@ -11,6 +11,7 @@ spread one file over streams, and its resume modes either re-send everything or 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -31,10 +32,11 @@ from remote.plan import Item
 from surgvqa.errors import SurgvqaError
 
 FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's files.FRAME
-CHUNK = 8 << 20
+CHUNK = 2 << 20
 """Bytes that a broken stream may have to send again, and the unit that streams share a file by."""
 UNACKNOWLEDGED = 32 << 20  # bytes on the way in one stream; more than any link here holds
-BLOCK = 1 << 18
+BLOCK = 1 << 20
+PIPE = 1 << 20  # the largest pipe that an ordinary user may have
 MAX_STREAMS = 16
 GAIN = 1.15  # more streams are kept when they bring at least this
 PROBE_AGAIN_S = 30.0
@@ -78,6 +80,8 @@ class AgentProcess:
             bufsize=0,
             start_new_session=True,
         )
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, PIPE)
         self._on_message, self._on_end = on_message, on_end
         self._lock = threading.Lock()
         with contextlib.suppress(OSError):
@@ -91,6 +95,13 @@ class AgentProcess:
         with self._lock:
             while view:
                 view = view[os.write(self.process.stdin.fileno(), view) :]
+
+    def copy(self, source: int, offset: int, count: int) -> int:
+        """Up to `count` bytes of an open file, without copying them through this process where the kernel can."""
+        with self._lock:
+            if hasattr(os, "splice"):
+                return os.splice(source, self.process.stdin.fileno(), count, offset_src=offset)
+            return os.write(self.process.stdin.fileno(), os.pread(source, count, offset))
 
     def finish(self) -> None:
         """No more input: the agent will end."""
@@ -212,17 +223,15 @@ class Stream:
             self.agent.finish()
 
     def _write(self, source: int, chunk: Chunk) -> None:
-        header = FRAME.pack(chunk.index, chunk.offset, chunk.length)
+        self.agent.write(FRAME.pack(chunk.index, chunk.offset, chunk.length))
         at, end = chunk.offset, chunk.offset + chunk.length
-        while at < end or header:
-            block = os.pread(source, min(BLOCK, end - at), at)
-            if not block and at < end:
+        while at < end:
+            count = self.agent.copy(source, at, min(BLOCK, end - at))
+            if not count:  # the file became shorter
                 self.transfer.fatal = changed(self.transfer.item.entries[chunk.index].source)
                 self.agent.kill()
                 return
-            self.agent.write(header + block if header else block)
-            header = b""
-            at += len(block)
+            at += count
 
     def _heard(self, message: dict[str, Any]) -> None:
         with self.transfer.changed:
@@ -257,6 +266,7 @@ class Transfer:
         *,
         ciphers: str | None,
         rtt_s: float,
+        cores: int = 2,
         streams: int = 0,
         patience_s: float = 300.0,
         on_progress: Callable[[Transfer], None] | None = None,
@@ -276,7 +286,10 @@ class Transfer:
         self.fatal: SurgvqaError | None = None
         self.last_error: SurgvqaError | None = None
         self.streams: list[Stream] = []
-        self.wanted = streams or (1 if rtt_s < 0.04 else 4)
+        # On a short link only the cipher counts, and a stream keeps a core busy at each end; on a long one, windows and
+        # lost packets bound each stream, so it starts with more.
+        self.most = max(2, cores) if rtt_s < 0.005 else MAX_STREAMS
+        self.wanted = streams or (2 if rtt_s < 0.04 else 8)
         self.history: list[tuple[int, float]] = []
         """(streams, bytes/s) as measured."""
         self._prefix = [0] * len(item.entries)
@@ -415,7 +428,7 @@ class Tuner:
         if self.base and rate < GAIN * self.base[1]:
             transfer.wanted = self.base[0]
             self.base, self.rest_until = None, now + PROBE_AGAIN_S
-        elif transfer.wanted * 2 <= MAX_STREAMS:
+        elif transfer.wanted * 2 <= transfer.most:
             self.base = transfer.wanted, rate
             transfer.wanted *= 2
         else:

@@ -244,6 +244,7 @@ def send_item(
                 done,
                 ciphers=ciphers,
                 rtt_s=rtt_s,
+                cores=min(os.cpu_count() or 1, facts["cpus"] or 1),
                 streams=streams,
                 patience_s=patience_s,
                 on_progress=progress,

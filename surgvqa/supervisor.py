@@ -100,16 +100,8 @@ def end_all(pids: list[int], grace_s: float) -> int:
             signal_exactly(pid, identity, number)
         deadline = time.monotonic() + patience
         while any(process_identity(p) == i for p, i in known.items()) and time.monotonic() < deadline:
-            reap()
             time.sleep(0.02)
     return len(known)
-
-
-def reap() -> None:
-    """Takes the exit status of orphans that ended; the job itself is waited for by its own handle."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -242,7 +234,6 @@ def supervise(folder: Path) -> int:
         if not left:
             break
         swept += end_all(left, SWEEP_GRACE_S)
-        reap()
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     code = None if killed_by else os.WEXITSTATUS(status)
     close_events(folder, code, killed_by, stopped=kill_at is not None)

@@ -82,7 +82,8 @@ class Sshd:
         """Puts the host's key into known_hosts."""
         self.known_hosts.write_text(f"{self.name} {(self.root / 'host_key.pub').read_text()}")
 
-    def start(self) -> Sshd:
+    def start(self, within: tuple[str, ...] | list[str] = ()) -> Sshd:
+        """`within`: words before the command, e.g. to start it in another network namespace."""
         if os.getuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)
         file = self.root / "sshd_config"
@@ -90,19 +91,21 @@ class Sshd:
             f"ListenAddress {self.address}:{self.port}\nHostKey {self.root / 'host_key'}\n"
             f"AuthorizedKeysFile {self.root / 'authorized_keys'}\nPidFile none\nUsePAM no\nStrictModes no\n"
             "PermitRootLogin yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            f"SetEnv HOME={self.home} TMPDIR={self.root} {self.environment}\nMaxStartups 100\n{self.extra}\n"
+            f"SetEnv HOME={self.home} TMPDIR={self.root} {self.environment}\nMaxStartups 100\nSubsystem sftp internal-sftp\n{self.extra}\n"
         )
         self.log = open(self.root / "sshd.log", "ab")  # noqa: SIM115
+        seen = self.log.tell()
         self.process = subprocess.Popen(
-            [sshd_path(), "-D", "-e", "-f", str(file)],
+            [*within, sshd_path(), "-D", "-e", "-f", str(file)],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
             start_new_session=True,
         )
-        for _ in range(200):
-            with socket.socket() as probe:
-                if probe.connect_ex((self.address, self.port)) == 0:
+        for _ in range(500):
+            with open(self.root / "sshd.log", "rb") as log:
+                log.seek(seen)
+                if b"Server listening" in log.read():
                     return self
             if self.process.poll() is not None:
                 raise RuntimeError((self.root / "sshd.log").read_text())

@@ -24,6 +24,7 @@ from surgvqa.supervisor import close_events, descendants, end_all, process_ident
 
 POLL_S = 0.2
 STATE_EVERY_S = 1.0
+EXIT_PATIENCE_S = 10.0
 READ_AT_ONCE = 1 << 18
 FOLLOWED = ("events.jsonl", "log.txt")
 
@@ -288,6 +289,12 @@ def _exit_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def _supervisor_of(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "supervisor.json").read_text())
+    return {}
+
+
 def runs(channel: Any, workspace: str, run: str | None = None) -> dict[str, Any]:
     """Every run of the workspace, newest first, whoever started it; or one of them with its run.json."""
     if run is not None:
@@ -346,6 +353,8 @@ def follow(channel: Any, workspace: str, run: str, offsets: dict[str, int]) -> d
                     channel.say({"file": name, "at": at[name], "text": data.decode("utf-8", "surrogateescape")})
                     at[name] += len(data)
         if ended and not news:
+            supervisor = _supervisor_of(folder)
+            _wait_gone(supervisor.get("pid"), supervisor.get("identity"), EXIT_PATIENCE_S)  # it sweeps up, then notes
             finished = run_folders.finished_event(folder) or {}
             return {"run": folder.name, "state": state, "finished": finished, "exit": _exit_of(folder)}
         if not news:
@@ -359,9 +368,7 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
     """
     folder = _find(workspace, run)
     before, began = run_folders.state_of(folder), time.monotonic()
-    supervisor: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        supervisor = json.loads((folder / "supervisor.json").read_text())
+    supervisor = _supervisor_of(folder)
     if before in ("running", "starting"):
         write_json(folder / "stop.json", {"grace_s": grace_s})
     pid, identity = supervisor.get("pid"), supervisor.get("identity")
@@ -390,9 +397,9 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
     }
 
 
-def _wait_gone(pid: int, identity: str, patience_s: float) -> None:
+def _wait_gone(pid: int | None, identity: str | None, patience_s: float) -> None:
     deadline = time.monotonic() + patience_s
-    while process_identity(pid) == identity and time.monotonic() < deadline:
+    while pid and identity and process_identity(pid) == identity and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
