@@ -11,6 +11,7 @@ from surgvqa.config import Workspace
 from tui.chart import Canvas, Chart, Column, Mark, Series, decimate, log_ticks, nice_ticks, tick_text
 from tui.facts import sparkline
 from tui.follow import Device, Progress, RunModel
+from tui.form import PathSuggester
 from tui.gauge import memory_bar
 from tui.target import LocalTarget
 from tui.words import bar, clip
@@ -178,7 +179,7 @@ def test_the_model_of_a_run():
     assert isinstance(device, Device) and device.used_bytes == 5e9 and device.peak_bytes == 9e9 and not device.is_host
 
 
-# --- the run list ------------------------------------------------------------------------------------------------------
+# --- the run list ------------------------------------------------------------------------------------------------
 
 
 def test_ended_runs_are_read_once_and_again_when_their_files_change(tmp_path, monkeypatch):
@@ -196,3 +197,13 @@ def test_ended_runs_are_read_once_and_again_when_their_files_change(tmp_path, mo
     read.clear()
     target.runs()
     assert read == []
+
+
+async def test_paths_are_completed_as_they_are_typed(tmp_path):
+    (tmp_path / "checkpoints" / "stage1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "notes.txt").touch()
+    suggester = PathSuggester(tmp_path)
+    assert await suggester.get_suggestion("che") == "checkpoints/"
+    assert await suggester.get_suggestion("checkpoints/s") == "checkpoints/stage1/"
+    assert await suggester.get_suggestion(f"{tmp_path}/checkpoints/n") == f"{tmp_path}/checkpoints/notes.txt"
+    assert await suggester.get_suggestion("nowhere/x") is None

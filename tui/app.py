@@ -68,7 +68,6 @@ class Panel(App[None]):
     CSS_PATH = "panel.tcss"
     MODES = {"merge": MergeScreen, "upload": UploadScreen, "train": TrainScreen, "monitor": MonitorScreen}  # noqa: RUF012
     HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
-    VERTICAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-short"), (30, "-tall")]
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(TITLES.items(), 1)),
         Binding("question_mark", "help", "help", key_display="?"),

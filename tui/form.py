@@ -28,22 +28,15 @@ class PathSuggester(Suggester):
         self.root = root
 
     async def get_suggestion(self, value: str) -> str | None:
-        folder, _, start = value.rpartition("/")
-        base = Path(self.root, os.path.expanduser(folder + "/" if folder or value.startswith("/") else "."))
+        folder, slash, start = value.rpartition("/")
+        folder += slash
         try:
-            with os.scandir(base) as entries:
-                names = sorted(
-                    e.name + ("/" if e.is_dir() else "")
-                    for e in entries
-                    if e.name.startswith(start) and (start or not e.name.startswith("."))
-                )
+            with os.scandir(Path(self.root, os.path.expanduser(folder))) as entries:
+                names = [entry.name + "/" * entry.is_dir() for entry in entries if entry.name.startswith(start)]
         except OSError:
             return None
-        return (
-            f"{folder}/{names[0]}"
-            if names and folder
-            else (("/" if value.startswith("/") else "") + names[0] if names else None)
-        )
+        shown = sorted(name for name in names if start or not name.startswith("."))
+        return folder + shown[0] if shown else None
 
 
 class Editor(Input):
