@@ -28,21 +28,7 @@ def runs_dirs(workspace: Workspace) -> list[Path]:
 def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
     """The run list, newest first."""
     listed = sorted((r for d in runs_dirs(workspace) for r in run_folders.list_runs(d)), key=lambda r: -r.started)
-    data = {
-        "runs": [
-            {
-                "id": r.id,
-                "command": r.command,
-                "state": r.state,
-                "started": r.started,
-                "steps": r.steps,
-                "host": r.host,
-                "name": r.name,
-                "folder": str(r.folder),
-            }
-            for r in listed
-        ]
-    }
+    data = {"runs": [r.data() for r in listed]}
 
     def show(console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)

@@ -337,33 +337,36 @@ def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:
     if finished:
         return str(finished.get("state", "finished"))
     info = read_run_json(folder)
-    if not info:
-        return "unknown"
-    if info.get("host") not in (None, platform.node()):
+    if not info or info.get("host") not in (None, platform.node()):
         return "unknown"
     if info.get("pid"):
-        return "running" if process_identity(info["pid"]) == info.get("identity") else "died"
+        if process_identity(info["pid"]) == info.get("identity"):
+            return "running"
+        finished = finished_event(folder)  # again: it may have ended between the two looks
+        return str(finished.get("state", "finished")) if finished else "died"
     return "starting" if time.time() - info.get("started", 0) < STARTING_GRACE_S else "died"
 
 
 def finished_event(folder: Path) -> dict[str, Any] | None:
-    """The `finished` event, looked for in the last 64 KiB."""
+    """How the run ended; None while it has not."""
+    return next((e for e in _last_events(folder, b'"finished"') if e.get("kind") == "finished"), None)
+
+
+def _last_events(folder: Path, holding: bytes) -> Iterator[dict[str, Any]]:
+    """Events of the last 64 KiB whose line holds some text, the newest first."""
     try:
         with open(folder / "events.jsonl", "rb") as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - 65536))
             lines = file.read().split(b"\n")
     except OSError:
-        return None
+        return
     for line in reversed(lines):
-        if b'"finished"' in line:
-            try:
+        if holding in line:
+            with contextlib.suppress(ValueError):
                 event = json.loads(line)
-            except ValueError:
-                continue
-            if event.get("kind") == "finished":
-                return event
-    return None
+                if isinstance(event, dict):
+                    yield event
 
 
 @dataclass(frozen=True)
@@ -378,6 +381,10 @@ class RunSummary:
     host: str
     name: str
     folder: Path
+
+    def data(self) -> dict[str, Any]:
+        """The row as JSON keys."""
+        return {**vars(self), "folder": str(self.folder)}
 
 
 def list_runs(runs_dir: Path) -> list[RunSummary]:
@@ -416,20 +423,7 @@ def run_name(info: dict[str, Any]) -> str:
 
 def last_step(folder: Path) -> int:
     """The last optimiser step that the run reported, 0 for a job that has none; read from the end of the file."""
-    try:
-        with open(folder / "events.jsonl", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - 65536))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        if b'"step"' in line:
-            try:
-                return int(json.loads(line).get("step") or 0)
-            except (ValueError, TypeError):
-                continue
-    return 0
+    return next((e["step"] for e in _last_events(folder, b'"step"') if isinstance(e.get("step"), int)), 0)
 
 
 def find_run(name: str, runs_dirs: list[Path]) -> Path:

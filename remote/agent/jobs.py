@@ -295,28 +295,33 @@ def _supervisor_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def _folders_of(workspace: str, folder: Path, info: dict[str, Any]) -> list[str]:
+    """What belongs to a run, relative to the workspace: its folder, and its output_dir where that lies elsewhere in
+    the workspace (a resumed run writes into the folder of the run that it goes on with)."""
+    found = ["runs/" + folder.name]
+    output = ((info.get("options") or {}).get("output_dir") or {}).get("value")
+    if output:
+        path = Path(os.path.realpath(os.path.join(info.get("cwd") or workspace, output)))
+        inside = path.is_dir() and Path(workspace) in path.parents and folder not in (path, *path.parents)
+        found += [path.relative_to(workspace).as_posix()] if inside else []
+    return found
+
+
 def runs(channel: Any, workspace: str, run: str | None = None) -> dict[str, Any]:
     """Every run of the workspace, newest first, whoever started it; or one of them with its run.json."""
     if run is not None:
         folder = _find(workspace, run)
         info = run_folders.read_run_json(folder)
-        return {"id": folder.name, "state": run_folders.state_of(folder), "run": info, "exit": _exit_of(folder)}
+        return {
+            "id": folder.name,
+            "state": run_folders.state_of(folder),
+            "run": info,
+            "exit": _exit_of(folder),
+            "folders": _folders_of(workspace, folder, info),
+        }
     listed = run_folders.list_runs(Path(workspace, "runs"))
     return {
-        "runs": [
-            {
-                "id": r.id,
-                "command": r.command,
-                "state": r.state,
-                "started": r.started,
-                "steps": r.steps,
-                "host": r.host,
-                "name": r.name,
-                "folder": str(r.folder),
-                "exit": _exit_of(r.folder),
-            }
-            for r in listed
-        ],
+        "runs": [{**r.data(), "exit": _exit_of(r.folder)} for r in listed],
         "time": time.time(),
     }
 
