@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--size", default="3GB", choices=SIZES)
     parser.add_argument("--methods", default=None, help="comma-separated: cp,cp+fsync,ours,ours-cuda,peft")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="unmeasured rounds first")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--max_shard_size", default="5GB")
     parser.add_argument("--dir", default=None, help="where to make the temporary folder")
@@ -49,7 +50,7 @@ def main() -> int:
     default = "cp,cp+fsync,ours,peft" if arguments.device == "cpu" else "cp,ours,ours-cuda"
     methods = (arguments.methods or default).split(",")
     with tempfile.TemporaryDirectory(prefix="surgvqa-merge-", dir=arguments.dir) as folder:
-        result = measure(Path(folder), arguments.size, methods, arguments.repeats, arguments.max_shard_size)
+        result = measure(Path(folder), arguments.size, methods, arguments)
     if arguments.json:
         print(json.dumps(result, indent=1))
     else:
@@ -208,12 +209,13 @@ def once(method: str, base: Path, adapter: Path, output: Path, max_shard_size: s
     return {**json.loads(done.stdout.splitlines()[-1]), "process": time.perf_counter() - began}
 
 
-def measure(folder: Path, size: str, methods: list[str], repeats: int, max_shard_size: str) -> dict[str, Any]:
-    """Rounds of all methods in turn; one unmeasured round first warms the page cache and the guest's memory."""
+def measure(folder: Path, size: str, methods: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of all methods in turn; an unmeasured round first warms the page cache and the guest's memory."""
+    repeats, warmup, max_shard_size = arguments.repeats, arguments.warmup, arguments.max_shard_size
     base, adapter, total = make_inputs(folder, size)
     rows: dict[str, list[dict[str, Any]]] = {m: [] for m in methods}
     compared: list[dict[str, Any]] = []
-    for number in range(repeats + 1):
+    for number in range(1 - warmup, repeats + 1):
         outputs = {}
         last = number == repeats
         for method in methods:
@@ -222,7 +224,7 @@ def measure(folder: Path, size: str, methods: list[str], repeats: int, max_shard
             output = folder / f"out-{method}"
             load = os.getloadavg()[0]
             row = once(method, base, adapter, output, max_shard_size)
-            if number:
+            if number > 0:
                 rows[method].append({**row, "load": load})
             if last and method not in ("cp", "cp+fsync"):
                 outputs[method] = output

@@ -34,7 +34,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TILE = (256, 512)  # rows × columns in float32: two such tiles are 1 MB
+TILE_ROWS, TILE_NUMEL = 128, 1 << 18  # a float32 tile of this size is 1 MB
 SAMPLED_TILES = 8  # rounding loss is measured on one tile in this many
 
 
@@ -187,6 +187,17 @@ class AddedBias(_Rows):
         return {"what": "bias"}
 
 
+_local = threading.local()
+
+
+def _scratch(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float32 buffers of at least `size` elements; each thread keeps its own from block to block."""
+    held = getattr(_local, "scratch", None)
+    if held is None or held[0].numel() < size or held[0].device.type != device.type:
+        held = _local.scratch = tuple(torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+    return held
+
+
 class Merged(_Rows):
     """W + s·BA, or DoRA's. `base` is the tensor under it: the base's own, or one laid over it."""
 
@@ -260,7 +271,10 @@ class Merged(_Rows):
         return delta.t() if self.transposed else delta
 
     def _tiles(self, rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-        tall, wide = TILE if self.device.type == "cpu" else (rows, columns)
+        tall, wide = rows, columns
+        if self.device.type == "cpu":
+            tall = min(rows, TILE_ROWS)
+            wide = TILE_NUMEL // tall
         for row, height in split_rows((rows,), 1, tall):
             for column, width in split_rows((columns,), 1, wide):
                 yield row, height, column, width
@@ -268,16 +282,14 @@ class Merged(_Rows):
     def _lora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
         sums = dict.fromkeys(self._sums, 0.0)
         tiles = list(self._tiles(*weight.shape))
-        size = max(t[1] * t[3] for t in tiles)
-        product, scratch = (torch.empty(size, dtype=torch.float32, device=self.device) for _ in range(2))
+        product, scratch = _scratch(max(t[1] * t[3] for t in tiles), self.device)
         for number, (row, height, column, width) in enumerate(tiles):
             w = weight[row : row + height, column : column + width]
             delta = self._delta(first + row, height, column, width, product)
             total = scratch[: height * width].view(height, width)
             total.copy_(w)
-            flat = total.view(-1)
+            flat, used = total.view(-1), product[: height * width]
             sums["w2"] += float(torch.dot(flat, flat))
-            used = product[: height * width]
             delta2 = float(torch.dot(used, used))
             sums["delta2"] += delta2
             if self.lora.embedding:  # PEFT rounds an embedding's delta before it adds it; to be equal, so do we
@@ -286,7 +298,8 @@ class Merged(_Rows):
             new = result[row : row + height, column : column + width]
             new.copy_(total.to(weight.dtype))
             if number % SAMPLED_TILES == 0:
-                total.sub_(new)  # what rounding took from W + Δ
+                used.view(height, width).copy_(new)
+                flat.sub_(used)  # what rounding took from W + Δ
                 sums["error2"] += float(torch.dot(flat, flat))
                 sums["sampled_delta2"] += delta2
         return sums

@@ -2,7 +2,7 @@
 
 A plan is made from the headers alone: for each tensor of the output, where its bytes come from (copied, cast, merged,
 replaced). `checkpoint_writer` then streams it to disk; `lora_math` has the arithmetic. Memory does not grow with the
-checkpoint: a few blocks of 8 MB and the factors of the modules at hand.
+checkpoint: a few blocks of 2 MB and the factors of the modules at hand.
 """
 
 from __future__ import annotations
