@@ -390,11 +390,10 @@ def _stop(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
 def _fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     from remote.fetch import fetch
+    from remote.shell import inside
 
     with _connect(arguments, workspace) as remote:
         found = remote.call("runs", run=arguments.run)
-        target = Path(arguments.to or workspace.runs_dir) / found["id"]
-        target.mkdir(parents=True, exist_ok=True)
         view = JobView()
 
         class Progress:
@@ -409,11 +408,20 @@ def _fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
             def warning(self, text: str) -> None:
                 view.show({"kind": "warning", "text": text})
 
+        root = Path(arguments.to or workspace.runs_dir)
+        parts = []
         try:
-            data = fetch(remote, found["id"], target, Progress(), everything=arguments.all)
+            for folder in found["folders"]:
+                target = root / (folder.removeprefix("runs/") if folder.startswith("runs/") else inside(folder))
+                target.mkdir(parents=True, exist_ok=True)
+                parts.append(fetch(remote, folder, target, Progress(), everything=arguments.all))
         finally:
             view.close()
-    return Outcome(data, show=lambda console: console.print(f"{data['folder']}: {data['files']} files, verified"))
+    sums = {key: sum(part[key] for part in parts) for key in ("files", "bytes", "received_bytes", "seconds")}
+    data = {"run": found["id"], "folder": parts[0]["folder"], "folders": [p["folder"] for p in parts], **sums}
+    return Outcome(
+        data, show=lambda console: console.print(f"{', '.join(data['folders'])}: {data['files']} files, verified")
+    )
 
 
 def _gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:

@@ -31,16 +31,19 @@ def wanted_files(listed: list[list[Any]], everything: bool) -> list[tuple[str, i
     return [f for f in files if f[0].rsplit("/", 1)[-1] not in OPTIMISER_FILES and f[0] != "start.json"]
 
 
-def fetch(remote: Remote, run_id: str, target: Path, run: Run, everything: bool = False) -> dict[str, Any]:
-    """Brings the run's files into `target`. A file appears under its name only when its hash is right."""
-    listing = remote.call("listing", folder=f"runs/{run_id}")
+def fetch(remote: Remote, folder: str, target: Path, run: Run, everything: bool = False) -> dict[str, Any]:
+    """Brings the files below `folder` of the host's workspace into `target`.
+
+    A file appears under its name only when its hash is right.
+    """
+    listing = remote.call("listing", folder=folder)
     files = wanted_files(listing["files"], everything)
     total = sum(size for _, size, _ in files)
     times = {path: mtime for path, _, mtime in files}
     todo = [f for f in files if not _here(target / f[0], f[1], f[2])]
     here = total - sum(size for _, size, _ in todo)
     began, received = time.monotonic(), 0
-    run.phase("fetch", f"{run_id}: {len(todo)} of {len(files)} files")
+    run.phase("fetch", f"{folder}: {len(todo)} of {len(files)} files")
     for attempt in range(ATTEMPTS):
         if not todo:
             break
@@ -48,7 +51,7 @@ def fetch(remote: Remote, run_id: str, target: Path, run: Run, everything: bool 
         for path, _, _ in todo:
             part = _part(target, path)
             wanted.append([path, part.stat().st_size if part.exists() else 0])
-        request = {"op": "send", "folder": f"runs/{run_id}", "wanted": wanted, "beat": False}
+        request = {"op": "send", "folder": folder, "wanted": wanted, "beat": False}
         process = subprocess.Popen(
             ssh_command(remote.host, bootstrap(remote.host.entry.python)),
             stdin=subprocess.PIPE,
@@ -81,7 +84,6 @@ def fetch(remote: Remote, run_id: str, target: Path, run: Run, everything: bool 
     if todo:
         raise SurgvqaError(f"{todo[0][0]}: arrived damaged {ATTEMPTS} times; is the disk well?")
     return {
-        "run": run_id,
         "folder": str(target),
         "files": len(files),
         "bytes": total,

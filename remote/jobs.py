@@ -33,14 +33,14 @@ def paths_for_host(command: str, argv: list[str], workspace: Workspace) -> tuple
             name, equals, value = word[2:].partition("=")
             option = settings.get(name)
             if equals and option is not None and option.type is Path_:
-                word = f"--{name}={remote_name(value, workspace)}"
+                word = f"--{name}={remote_name(value, workspace, made_there=True)}"
                 value = word.partition("=")[2]
                 needs += [] if name in made_there else [value]
         elif option is not None and option.type is Path_:
             if option.name == "checkpoint" and not os.path.exists(word):
                 turned.append(word)  # a run id of the host
                 continue
-            word = remote_name(word, workspace)
+            word = remote_name(word, workspace, made_there=True)
             needs += [] if option.name in made_there else [word]
         turned.append(word)
     return turned, needs

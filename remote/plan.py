@@ -56,12 +56,16 @@ class Item:
         return {"name": self.name, "kind": self.kind, "digest": self.digest, "files": files}
 
 
-def remote_name(path: str | os.PathLike[str], workspace: Workspace) -> str:
-    """The name on the host of a local path: as it is inside the workspace; its last part when it lies elsewhere."""
+def remote_name(path: str | os.PathLike[str], workspace: Workspace, made_there: bool = False) -> str:
+    """The name on the host of a local path: as it is inside the workspace; its last part when it lies elsewhere.
+
+    `made_there`: it may lie below runs/, which belongs to the host's own jobs.
+    """
     absolute = Path(os.path.abspath(os.path.expanduser(path)))
     root = Path(os.path.abspath(workspace.root))
     name = absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.name
-    if name in ("", ".") or name.split("/")[0] in (".surgvqa", "runs", "venv"):
+    reserved = (".surgvqa", "venv") if made_there else (".surgvqa", "venv", "runs")
+    if name in ("", ".") or name.split("/")[0] in reserved:
         raise UsageError(f"{path}: cannot have the name {name or '.'!r} in the host's workspace; move or rename it")
     return inside(name)
 

@@ -139,13 +139,14 @@ def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]
     items = [item for way in ways for item in way.items] + data
     answer = remote.call("known", items=[item.wire() for item in items])
     stands = dict(zip((id(i) for i in items), answer["items"]))
-    for item in items:
-        if stands[id(item)]["state"] == "foreign":
-            names = ", ".join(stands[id(item)]["foreign"])
-            raise SurgvqaError(
-                f"{remote.host.name}: {names} exists in the workspace there and was not made by upload; "
-                "move it away or give yours another name"
-            )
+    foreign = [name for item in items for name in stands[id(item)]["foreign"] if stands[id(item)]["state"] == "foreign"]
+    open_ways = [way for way in ways if all(stands[id(item)]["state"] != "foreign" for item in way.items)]
+    if foreign and (len(open_ways) < min(1, len(ways)) or any(stands[id(i)]["state"] == "foreign" for i in data)):
+        raise SurgvqaError(
+            f"{remote.host.name}: {', '.join(foreign[:3])} exists in the workspace there and was not made by upload; "
+            "move it away or give yours another name"
+        )
+    ways = open_ways
 
     def missing(item: Item) -> int:
         state = stands[id(item)]

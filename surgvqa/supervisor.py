@@ -216,7 +216,8 @@ def supervise(folder: Path) -> int:
         got = signal.sigtimedwait(watched, 0.5)
         if got and got.si_signo in (signal.SIGTERM, signal.SIGINT) and kill_at is None:
             kill_at = time.monotonic() + stop_grace_s(folder)
-            job.send_signal(signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(job.pid, signal.SIGTERM)  # not job.send_signal, which would take the exit status from us
         if kill_at and time.monotonic() > kill_at:
             end_all(descendants(os.getpid()), 0.0)
         while True:  # our job, and orphans that became our children

@@ -91,7 +91,8 @@ class Sshd:
             f"ListenAddress {self.address}:{self.port}\nHostKey {self.root / 'host_key'}\n"
             f"AuthorizedKeysFile {self.root / 'authorized_keys'}\nPidFile none\nUsePAM no\nStrictModes no\n"
             "PermitRootLogin yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-            f"SetEnv HOME={self.home} TMPDIR={self.root} {self.environment}\nMaxStartups 100\nSubsystem sftp internal-sftp\n{self.extra}\n"
+            f"SetEnv HOME={self.home} TMPDIR={self.root} {self.environment}\n"
+            f"MaxStartups 100\nSubsystem sftp internal-sftp\n{self.extra}\n"
         )
         self.log = open(self.root / "sshd.log", "ab")  # noqa: SIM115
         seen = self.log.tell()

@@ -283,7 +283,7 @@ def test_a_run_comes_home_verified_and_resumed(laptop):  # noqa: F811
                 relay.cut()
 
         progress.progress = cut
-        answer = fetch(remote, run, target / run, progress)
+        answer = fetch(remote, f"runs/{run}", target / run, progress)
     assert cuts and answer["received_bytes"] < 31_000_000 + 2_000_000
     assert (target / run / "adapter" / big.name).read_bytes() == big.read_bytes()
     assert not (target / run / ".partial").exists() and not (target / run / "adapter" / "optimizer.pt").exists()
