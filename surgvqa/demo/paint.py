@@ -304,7 +304,7 @@ class Painter:
         x, y, _ = screen()
         foot, tip = np.array([0.18, 1.1]), np.array(self.lumen[i]) * 0.5 - 0.05
         along, across, length = _axis(x, y, foot, tip)
-        width = 0.05 + 0.16 * np.clip(along / length, 0, 1.2)
+        width = 0.10 + 0.26 * np.clip(along / length, 0, 1.2)
         columns = (np.clip(across / width, -2, 2) * 60 + self.offset[0]).astype(np.int32) % TEXTURE
         rows = (along * 50 + i * 71).astype(np.int32) % TEXTURE
         streak = textures()["fine"][rows, columns]
@@ -312,7 +312,7 @@ class Painter:
         amount = np.clip(inside * (0.25 + 1.0 * streak), 0, 0.92)[..., None]
         picture += amount * (np.array((226, 240, 250), np.float32) - picture)
         rng = np.random.default_rng([self.shot.number, i])
-        for dx, dy, size in zip(rng.normal(0, 0.22, 26), rng.normal(0, 0.16, 26), rng.uniform(0.012, 0.045, 26)):
+        for dx, dy, size in zip(rng.normal(0, 0.32, 50), rng.normal(0, 0.22, 50), rng.uniform(0.015, 0.06, 50)):
             self._bubble(picture, float(tip[0] + dx), float(tip[1] + dy), float(size))
 
     def _tool(self, picture: np.ndarray, i: int) -> None:
@@ -320,16 +320,16 @@ class Painter:
         foot = np.array([self.tool_side * 1.0, 1.15])
         tip = self.tool_tip + 0.03 * np.array([np.sin(5 * self.steps[i]), np.cos(4 * self.steps[i])])
         if self.shot.tool == "catheter":
-            _tube(picture, foot, tip, 0.085, (64, 126, 226), bands=0.0)
-            _tube(picture, tip + 0.10 * _unit(foot - tip), tip, 0.087, (24, 30, 44), bands=0.0)
+            _tube(picture, foot, tip, 0.12, (64, 126, 226), bands=0.0)
+            _tube(picture, tip + 0.10 * _unit(foot - tip), tip, 0.122, (24, 30, 44), bands=0.0)
             return
-        _tube(picture, foot, tip, 0.075, (186, 190, 196), bands=60.0)
+        _tube(picture, foot, tip, 0.115, (186, 190, 196), bands=45.0)
         ahead = _unit(tip - foot)
         side = np.array([-ahead[1], ahead[0]])
         for way in (-1, 1):
-            knee = tip + 0.10 * ahead + way * 0.085 * side
-            _tube(picture, tip, knee, 0.032, (214, 216, 220), bands=0.0)
-            _tube(picture, knee, knee + 0.13 * ahead - way * 0.03 * side, 0.04, (226, 228, 232), bands=0.0)
+            knee = tip + 0.14 * ahead + way * 0.12 * side
+            _tube(picture, tip, knee, 0.042, (214, 216, 220), bands=0.0)
+            _tube(picture, knee, knee + 0.18 * ahead - way * 0.04 * side, 0.052, (226, 228, 232), bands=0.0)
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

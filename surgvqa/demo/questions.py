@@ -48,7 +48,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         (
             "Which lighting mode is used in this sequence?",
             "What lighting mode is on in these frames?",
-            "Which kind of lighting illuminates the scene?",
+            "Which lighting illuminates the scene?",
         ),
         "What lighting modality illuminates this sequence?",
         {"NBI": "NBI light is on in this sequence.", "WL": "WL light is on in this sequence."},
@@ -58,8 +58,8 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         "nbi_status",
         (
             "Is the NBI light on?",
-            "Is NBI mode on in this sequence?",
-            "Are the frames taken in NBI?",
+            "Is this clip captured in NBI mode?",
+            "Are the frames using NBI?",
         ),
         "Are these frames captured using NBI mode?",
         {"yes": "Yes, NBI light is on in these frames.", "no": "No, WL light is on instead."},
@@ -69,8 +69,8 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         "blue_dye_presence",
         (
             "Is blue dye present on the mucosa?",
-            "Can blue dye be seen on the surface?",
-            "Is there contrast dye on the mucosa?",
+            "Is dye visible on the mucosal surface?",
+            "Is there any contrast dye on it?",
         ),
         "Is contrast dye visible on the mucosal surface?",
         {"yes": "Yes, blue dye is visible on the mucosa.", "no": "No, no dye is visible on the mucosa."},
@@ -96,7 +96,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         (
             "Is there a close-up occlusion blocking the view?",
             "Is the view blocked by a close-up obstruction?",
-            "Does something close-up block the view?",
+            "Does an obstruction block the view?",
         ),
         "Does a close-up obstruction block the field of view?",
         {
@@ -109,8 +109,8 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         "mucosa_visibility",
         (
             "Is clean mucosa visible in this sequence?",
-            "Can clean mucosa be observed here?",
-            "Do you see clean mucosa in the frames?",
+            "Can you observe clean mucosa here?",
+            "Do you clearly see clean mucosa?",
         ),
         "Can you clearly observe clean mucosa in these frames?",
         {"yes": "Yes, clean mucosa is visible across frames.", "no": "No, clean mucosa is not consistently visible."},
@@ -131,8 +131,8 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         "flush_action",
         (
             "Is the endoscopist flushing the scene?",
-            "Is the scene being flushed?",
-            "Does the endoscopist flush in this clip?",
+            "Is the endoscopist flushing?",
+            "Is he flushing the scene in this clip?",
         ),
         "Is the endoscopist flushing the scene in these frames?",
         {"yes": "Yes, the endoscopist is flushing the scene.", "no": "No, there is no flushing observed."},
@@ -142,7 +142,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         "tool_catheter_check",
         (
             "Is the visible tool a catheter?",
-            "Is a catheter the tool on screen?",
+            "Is the tool on screen a catheter?",
             "Is the instrument in view a catheter?",
         ),
         "Is the instrument on screen a catheter?",
@@ -175,7 +175,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
         "lesion_motion_direction",
         (
             "In which direction does the lesion move in this sequence?",
-            "Which way does the lesion drift?",
+            "In which direction does it drift?",
             "In what direction is the lesion moving?",
         ),
         "In which direction does the lesion drift over the frames?",

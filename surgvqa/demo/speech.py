@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgvqa.errors import SurgvqaError
 
@@ -26,8 +27,26 @@ RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
 LONGEST_DATA_PATH = 150
 """eSpeak NG keeps the path of its data in a fixed buffer of 160 bytes."""
 
-LANGUAGES = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland")
-VARIANTS = ("m1", "m2", "m3", "m4", "m7", "f1", "f2", "f3", "f4", "f5", "Alex", "Andy", "Annie", "ed", "linda", "steph")
+EVENT_WORD = 1
+
+
+class _Event(ctypes.Structure):
+    """espeak_EVENT."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", ctypes.c_char * 8),
+    )
+
+
+LANGUAGES = ("en-us", "en")
+VARIANTS = ("m1", "m3", "m7", "f1", "f2", "f4", "Andy", "linda")
 
 
 @dataclass(frozen=True)
@@ -47,8 +66,8 @@ def draw_voice(rng: np.random.Generator) -> Voice:
     """One of the many ways to speak."""
     return Voice(
         f"{rng.choice(LANGUAGES)}+{rng.choice(VARIANTS)}",
-        int(rng.integers(190, 226)),
-        int(rng.integers(35, 66)),
+        int(rng.integers(200, 231)),
+        int(rng.integers(40, 61)),
         int(rng.integers(30, 71)),
     )
 
@@ -56,7 +75,9 @@ def draw_voice(rng: np.random.Generator) -> Voice:
 class Synthesiser:
     """eSpeak NG, opened once. `with Synthesiser() as espeak: espeak.speak(text, voice)`."""
 
-    _callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+    _callback_type = ctypes.CFUNCTYPE(
+        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+    )
 
     def __enter__(self) -> Synthesiser:
         try:
@@ -78,9 +99,13 @@ class Synthesiser:
         if self.sample_rate <= 0:
             raise SurgvqaError(f"eSpeak NG does not start with its voices in {data}; reinstall espeakng-loader")
         self._pieces: list[bytes] = []
+        self._words: list[tuple[int, int]] = []
 
         @self._callback_type
-        def keep(samples, count: int, _events) -> int:  # 0 = go on
+        def keep(samples, count: int, events) -> int:  # 0 = go on
+            for event in _until_terminated(events):
+                if event.type == EVENT_WORD:
+                    self._words.append((event.text_position - 1, event.sample))
             if samples and count > 0:
                 self._pieces.append(ctypes.string_at(samples, count * 2))
             return 0
@@ -98,6 +123,10 @@ class Synthesiser:
 
     def speak(self, text: str, voice: Voice) -> np.ndarray:
         """The spoken text, float32 in -1..1 at `sample_rate`, silence at both ends cut to 30 ms."""
+        return self.speak_words(text, voice)[0]
+
+    def speak_words(self, text: str, voice: Voice) -> tuple[np.ndarray, list[tuple[int, float]]]:
+        """As `speak`, and for each word where it begins in `text` (characters) and in the sound (seconds)."""
         import numpy as np
 
         if self._library.espeak_SetVoiceByName(voice.name.encode()):
@@ -105,6 +134,7 @@ class Synthesiser:
         for parameter, value in ((RATE, voice.words_per_minute), (PITCH, voice.pitch), (RANGE, voice.pitch_range)):
             self._library.espeak_SetParameter(parameter, value, 0)
         self._pieces.clear()
+        self._words.clear()
         spoken = text.encode()
         status = self._library.espeak_Synth(
             spoken, ctypes.c_size_t(len(spoken) + 1), 0, POSITION_CHARACTER, 0, TEXT_UTF8, None, None
@@ -114,4 +144,14 @@ class Synthesiser:
         wave = np.frombuffer(b"".join(self._pieces), np.int16).astype(np.float32) / 32768
         loud = np.flatnonzero(np.abs(wave) > 0.01)
         margin = int(0.03 * self.sample_rate)
-        return wave[max(loud[0] - margin, 0) : loud[-1] + margin]
+        first = max(int(loud[0]) - margin, 0)
+        words = [(place, max(sample - first, 0) / self.sample_rate) for place, sample in self._words]
+        return wave[first : int(loud[-1]) + margin], words
+
+
+def _until_terminated(events: Any) -> Iterator[_Event]:
+    """The events of one callback; a list in C ends with one of type 0."""
+    i = 0
+    while events and events[i].type:
+        yield events[i]
+        i += 1

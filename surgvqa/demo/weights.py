@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgvqa.checkpoint import header_bytes
+from surgvqa.checkpoint import header_bytes, open_checkpoint
 from surgvqa.config import LORA_TARGETS
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Sizes:
     """Sizes of the demo model; names as in config.json where it has them."""
 
     hidden_size: int = 128
-    num_hidden_layers: int = 3
+    num_hidden_layers: int = 2
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     intermediate_size: int = 256
@@ -38,10 +38,10 @@ class Sizes:
     vision_embed_dim: int = 64
     vision_depth: int = 2
     vision_heads: int = 2
-    audio_hidden_size: int = 256
+    audio_hidden_size: int = 512
     """Whisper's d_model; its heads are always 64 wide."""
     audio_layers: int = 2
-    audio_ffn: int = 512
+    audio_ffn: int = 1024
     audio_positions: int = 160
     """3.2 s of sound; the real encoder has 1,500 for 30 s."""
     mel_bins: int = 128
@@ -56,6 +56,7 @@ LORA_R, LORA_ALPHA = 64, 16
 WHISPER_HEAD = 64
 PLACE = 32
 """Channels of the audio encoder that hold the position."""
+EMBED, SEEK, POOL = 0.5, 1.0, 1.5
 LOOK = 2.4
 """Gain of queries and keys: how sharply a head looks where it looks."""
 
@@ -73,7 +74,7 @@ def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: 
         **_vision(rng, sizes),
         **_language(rng, sizes, vocab_size),
         **_audio(rng, sizes),
-        "audio_projector.weight": _projector(sizes, seed),
+        "audio_projector.weight": _matrix(rng, sizes.hidden_size, sizes.audio_hidden_size),
     }
     _write_shards(folder, tensors)
     ids = {"bos_token_id": special_ids["<|endoftext|>"], "eos_token_id": special_ids["<|im_end|>"]}
@@ -139,8 +140,8 @@ def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: 
     )
 
 
-def write_adapter(folder: Path, sizes: Sizes, stage1: Path, seed: int) -> None:
-    """Stage-2 PEFT adapters as the author's LoraConfig saves them: small non-zero lora_B, a changed projector."""
+def write_adapter(folder: Path, sizes: Sizes, projector: np.ndarray, seed: int) -> None:
+    """Stage-2 PEFT adapters as the author's LoraConfig saves them: small lora_B, Stage 1's `projector` changed."""
     import numpy as np
 
     rng = np.random.default_rng([seed, 2])
@@ -161,16 +162,15 @@ def write_adapter(folder: Path, sizes: Sizes, stage1: Path, seed: int) -> None:
             bound = 1 / math.sqrt(columns)
             tensors[f"{name}.lora_A.weight"] = rng.uniform(-bound, bound, (LORA_R, columns))
             tensors[f"{name}.lora_B.weight"] = rng.normal(0, 0.01, (rows, LORA_R))
-    projector = "audio_projector.weight"
-    moved = rng.normal(0, 0.005, (wide, sizes.audio_hidden_size))
-    tensors[f"base_model.model.{projector}"] = _projector(sizes, seed) + moved
+    moved = rng.normal(0, 0.02 * projector.std(), projector.shape)
+    tensors["base_model.model.audio_projector.weight"] = projector + moved
     _write_tensors(folder / "adapter_model.safetensors", tensors)
     _write_json(
         folder / "adapter_config.json",
         {
             "alpha_pattern": {},
             "auto_mapping": None,
-            "base_model_name_or_path": stage1.name,
+            "base_model_name_or_path": "stage1",
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -257,7 +257,7 @@ def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensor
 
     wide, kv, middle = sizes.hidden_size, sizes.num_key_value_heads * sizes.head_dim, sizes.intermediate_size
     tensors = {
-        "model.embed_tokens.weight": rng.standard_normal((vocab_size, wide)),
+        "model.embed_tokens.weight": EMBED * rng.standard_normal((vocab_size, wide)),
         "model.norm.weight": np.ones(wide),
         "lm_head.weight": _matrix(rng, vocab_size, wide, 1.5),
     }
@@ -265,9 +265,9 @@ def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensor
         name = f"model.layers.{layer}"
         tensors[f"{name}.input_layernorm.weight"] = np.ones(wide)
         tensors[f"{name}.post_attention_layernorm.weight"] = np.ones(wide)
-        for part, rows in (("q", wide), ("k", kv), ("v", kv)):
-            tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", rows, wide)
-        tensors[f"{name}.self_attn.o_proj.weight"] = _matrix(rng, wide, wide, 0.5)
+        for part, rows, gain in (("q", wide, SEEK), ("k", kv, SEEK), ("v", kv, POOL)):
+            tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", rows, wide, gain)
+        tensors[f"{name}.self_attn.o_proj.weight"] = _matrix(rng, wide, wide, POOL)
         tensors[f"{name}.mlp.gate_proj.weight"] = _matrix(rng, middle, wide)
         tensors[f"{name}.mlp.up_proj.weight"] = _matrix(rng, middle, wide)
         tensors[f"{name}.mlp.down_proj.weight"] = _matrix(rng, wide, middle, 0.5)
@@ -325,13 +325,6 @@ def _audio(rng: np.random.Generator, sizes: Sizes) -> Tensors:
     return tensors
 
 
-def _projector(sizes: Sizes, seed: int) -> np.ndarray:
-    """Stage 1's projector; Stage 2's is this one, moved."""
-    import numpy as np
-
-    return _matrix(np.random.default_rng([seed, 3]), sizes.hidden_size, sizes.audio_hidden_size)
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +348,14 @@ def _write_shards(folder: Path, tensors: Tensors, largest_bytes: int = 800_000) 
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def overwrite(folder: Path, changed: Tensors) -> None:
+    """Puts tensors in the place of a checkpoint's tensors of the same names."""
+    for info in (open_checkpoint(folder).tensors[name] for name in changed):
+        with open(info.file, "r+b") as file:
+            file.seek(info.offset)
+            file.write(bfloat16_bits(changed[info.name].reshape(info.shape)).tobytes())
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -28,10 +29,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST = "demo.json"
-VERSION = 1
+VERSION = 2
 """Of the generator: raise it when the same seed gives other files."""
 TRAIN_VIDEO, EVAL_VIDEO = "101-001", "101-002"
 JPEG_QUALITY = 82
+IMAGE_SIZE = 112
+"""Longest side of the frames that the demo's first preset shows, in pixels."""
+WORD_LISTS = 400
+"""Lists of spoken words that Stage 1 hears."""
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -171,12 +176,13 @@ def _write_all(folder: Path, seed: int, observe: Observer) -> dict[str, list[dic
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / split.file).write_text(lines, encoding="utf-8")
             samples[split.file] = rows
-        _write_checkpoints(folder, seed)
         _write_settings(folder)
         drawn, total = 0, sum(shot.length for shot in all_shots)
         for future in as_completed(drawing):
             drawn += future.result()
             observe({"kind": "progress", "phase": "demo", "done": drawn, "total": total, "unit": "frames"})
+    observe({"kind": "phase", "name": "stage 1", "text": "fitting the encoders' outputs to the language model"})
+    _write_checkpoints(folder, seed, samples)
     return samples
 
 
@@ -237,7 +243,8 @@ def speak_questions(rng: np.random.Generator, rows: Iterable[dict[str, Any]], fo
             soundfile.write(folder / f"{row['id']}.mp3", wave, synthesiser.sample_rate)
 
 
-def _write_checkpoints(folder: Path, seed: int) -> None:
+def _write_checkpoints(folder: Path, seed: int, samples: dict[str, list[dict[str, Any]]]) -> None:
+    from surgvqa.demo import stage1 as fitting
     from surgvqa.demo.tokenizer import write_tokenizer
     from surgvqa.demo.weights import Sizes, write_adapter, write_stage1
 
@@ -246,7 +253,16 @@ def _write_checkpoints(folder: Path, seed: int) -> None:
     stage2.mkdir(exist_ok=True)
     special_ids = write_tokenizer(stage1, training_text())
     write_stage1(stage1, Sizes(), special_ids, seed)
-    write_adapter(stage2, Sizes(), stage1, seed)
+    rows = samples[SPLITS[0].file]
+    frames = sorted({folder / "frames" / row["video_id"] / f"{row['frames'][0]}.jpg" for row in rows})
+    projector = fitting.fit(stage1, frames[::4], IMAGE_SIZE, spoken_words(), WORD_LISTS, seed)
+    write_adapter(stage2, Sizes(), projector, seed)
+
+
+def spoken_words() -> list[str]:
+    """Every word of every question, once."""
+    questions = " ".join(" ".join((*q.in_template, q.out_of_template)) for q in QUESTION_TYPES)
+    return sorted(set(re.findall(r"[\w-]+", questions)))
 
 
 def training_text() -> list[str]:
@@ -267,7 +283,7 @@ def training_text() -> list[str]:
 
 SETTINGS = f"""\
 # The demo's own settings; a command line goes before them, they go before a preset. `surgvqa train` needs no more.
-preset = "demo-8f-168px"
+preset = "demo-8f-112px"
 budget_gb = 4.0  # of host memory here; {BUDGET_GB} on the real GPU
 
 train_data_path = "{SPLITS[0].file}"
@@ -286,12 +302,13 @@ model_name_or_path = "merged"
 per_device_train_batch_size = 8
 per_device_eval_batch_size = 16
 gradient_accumulation_steps = 1
-learning_rate = 2e-3
+learning_rate = 4e-3
 warmup_ratio = 0.05
-num_train_epochs = 6
+num_train_epochs = 8
 eval_strategy = "epoch"
 save_strategy = "epoch"
 save_total_limit = 2
+load_best_model_at_end = false
 gradient_checkpointing = false  # the model is small; recomputing would only cost time
 
 [evaluate]
@@ -299,16 +316,10 @@ batch_size = 16
 """
 
 PRESETS = {
-    "demo-8f-168px": (0, 8, 168, "The demo's first choice: every frame, 6x5 tokens each.", "nothing"),
-    "demo-6f-168px": (1, 6, 168, "Two frames fewer; detail in each frame stays.", "a quarter of the clip"),
-    "demo-8f-112px": (2, 8, 112, "Smaller frames; the whole clip stays.", "56 % of the pixels: thin tools blur"),
-    "demo-6f-112px": (
-        3,
-        6,
-        112,
-        "Fewer and smaller frames: the last retreat.",
-        "a quarter of the clip, 56 % of the pixels",
-    ),
+    "demo-8f-112px": (0, 8, 112, "The demo's first choice: every frame, 4x4 tokens each.", "nothing"),
+    "demo-6f-112px": (1, 6, 112, "Two frames fewer; detail in each frame stays.", "a quarter of the clip"),
+    "demo-8f-84px": (2, 8, 84, "Smaller frames; the whole clip stays.", "44 % of the pixels: thin tools blur"),
+    "demo-6f-84px": (3, 6, 84, "Fewer, smaller frames: the last retreat.", "a quarter of the clip, 44 % of the pixels"),
 }
 
 

@@ -1,0 +1,76 @@
+"""The whole job in the demo workspace, headless: merge, audit, train, evaluate, each as the command line runs it.
+
+A merge that stands there whole already is left as it is (merge.py sees that); training and evaluation are new runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+
+from surgvqa import cli, config
+from surgvqa.console import JobView, human_seconds
+from surgvqa.demo.workspace import Made
+from surgvqa.errors import SurgvqaError
+from surgvqa.outcome import Outcome
+
+
+def run_job(made: Made) -> Outcome:
+    """Exit 1 when the audit finds fault. `data`: merge, audit, train, evaluate (their own keys) and `seconds`."""
+    began = time.monotonic()
+    workspace = config.load_workspace(made.folder)
+    merged = Path(workspace.value("output_path", "merge"))
+    view = JobView()
+    outcomes: dict[str, Outcome] = {}
+
+    outcomes["merge"] = _step("merge", workspace, {})
+    audit = config.resolve("audit", {"checkpoint": str(merged)}, workspace)
+    outcomes["audit"] = importlib.import_module("surgvqa.audit").run(audit.options, workspace)
+    view.show({"kind": "phase", "name": "audit", "text": f"{merged}: {'ok' if outcomes['audit'].ok else 'not ok'}"})
+    if outcomes["audit"].ok:
+        outcomes["train"] = _step("train", workspace, {})
+        trained = str(workspace.runs_dir / outcomes["train"].data["run"])
+        outcomes["evaluate"] = _step("evaluate", workspace, {"checkpoint": trained})
+    seconds = made.seconds + time.monotonic() - began
+    data = {name: outcome.data for name, outcome in outcomes.items()}
+
+    def show(console: Any) -> None:
+        made.show(console)
+        for name, outcome in outcomes.items():
+            console.rule(name, align="left")
+            if outcome.show:
+                outcome.show(console)
+        if "evaluate" in data:
+            console.print(verdict(data["evaluate"]))
+        console.print(f"everything in {human_seconds(seconds)}")
+
+    return Outcome(
+        {"workspace": made.data(), **data, "seconds": round(seconds, 2)},
+        ok=all(outcome.ok for outcome in outcomes.values()),
+        show=show,
+    )
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """What the evaluation says about learning, in one sentence; no more than the figures."""
+    learnt, majority = report["keyword_accuracy"], report["majority_accuracy"]
+    more = 100 * (learnt - majority)
+    than = f"{more:+.1f} points against always naming each type's most frequent label ({100 * majority:.1f} %)"
+    return (
+        f"keyword accuracy {100 * learnt:.1f} % on {report['samples']} spoken questions, out-of-template, "
+        f"about clips that training never showed: {than}"
+    )
+
+
+def _step(name: str, workspace: config.Workspace, given: dict[str, Any]) -> Outcome:
+    """One command with the workspace's settings, as a run of its own."""
+    room = importlib.import_module(cli.COMMANDS[name].room)
+    resolved = config.resolve(name, given, workspace)
+    if hasattr(room, "check"):
+        room.check(resolved.options)
+    outcome = cli.run_job(name, room.run, resolved, workspace, argv=["demo", "--run"])
+    if name == "train" and outcome.data.get("state") != "finished":
+        raise SurgvqaError(f"the training run {outcome.data['run']} is {outcome.data.get('state')}, not finished")
+    return outcome

@@ -1,0 +1,210 @@
+"""The demo workspace: labels that are true, formats that are the real ones, a folder that is never somebody else's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("espeakng_loader")
+
+from presets import ladder  # noqa: E402
+from surgvqa import config  # noqa: E402
+from surgvqa.cli import main  # noqa: E402
+from surgvqa.demo import workspace  # noqa: E402
+from surgvqa.demo.questions import QUESTION_TYPES  # noqa: E402
+from surgvqa.demo.shots import CLIP_FRAMES, Shot, clips_of, draw_shots  # noqa: E402
+from surgvqa.errors import UsageError  # noqa: E402
+
+REAL = Path(__file__).parents[2] / "shared/data/real-colon-vqa"
+SIZES = (1240, 1080)
+
+
+# --- shots, questions, samples ---------------------------------------------------------------------------------------
+
+
+def rows_of(split: workspace.Split, seed: int = 0) -> list[dict]:
+    rng = np.random.default_rng(seed)
+    return workspace.draw_samples(rng, split, clips_of(draw_shots(rng, split.video_id, split.groups)), 1)
+
+
+@pytest.mark.parametrize("split", workspace.SPLITS, ids=lambda split: split.file)
+def test_labels_are_balanced_and_no_sample_is_asked_twice(split):
+    rows = rows_of(split)
+    by_type = defaultdict(Counter)
+    for row in rows:
+        by_type[row["question_type"]][row["short_answer"]] += 1
+    assert len(by_type) == len(QUESTION_TYPES) >= 8
+    for labels in by_type.values():
+        assert len(labels) >= 2 and len(set(labels.values())) == 1
+    assert len({(row["question_type"], row["frames"][0]) for row in rows}) == len(rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_the_answer_contains_its_label_and_no_rival():
+    for question_type in QUESTION_TYPES:
+        for label, answer in question_type.answers.items():
+            said = {other for other in question_type.answers if other.lower() in answer.lower()}
+            assert said == {label}, (question_type.name, answer)
+
+
+def test_consecutive_clips_share_frames_and_stay_in_one_shot():
+    clips = clips_of([Shot("101-001", 0, "tunnel"), Shot("101-001", 1, "fluid")])
+    assert len(set(clips[0].frames) & set(clips[1].frames)) == CLIP_FRAMES // 2
+    assert not set(clips[0].frames) & set(clips[-1].frames)
+    shots = draw_shots(np.random.default_rng(0), "101-001", 3)
+    names = [shot.frame_name(i) for shot in shots for i in range(shot.length)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data is not here")
+def test_lines_have_the_real_files_keys_in_their_order_and_their_wordings():
+    real = [json.loads(line) for f in ("in", "out") for line in (REAL / f"{f}_002-001.jsonl").open(encoding="utf-8")]
+    ours = rows_of(workspace.SPLITS[0])[0]
+    assert list(ours) == list(real[0])
+    assert [type(v) for v in ours.values()] == [type(v) for v in real[0].values()]
+    known = {q.name: q for q in QUESTION_TYPES}
+    for row in real:
+        if (q := known.get(row["question_type"])) is not None:
+            assert row["question"] in (*q.in_template, q.out_of_template)
+            assert q.answers[row["short_answer"]] == row["answer"]
+
+
+# --- pictures, speech, files -----------------------------------------------------------------------------------------
+
+
+def test_pictures_show_what_the_shot_says():
+    from surgvqa.demo.paint import Painter
+
+    def middle(shot: Shot, i: int = 0) -> np.ndarray:
+        picture = Painter(shot, 0).frame(i)
+        assert picture.size == SIZES
+        return np.asarray(picture, np.float32)[200:880, 300:940]
+
+    white, narrow_band = (middle(Shot("v", 1, "tunnel", lighting=light)) for light in ("WL", "NBI"))
+    assert white[..., 0].mean() > 1.3 * white[..., 1].mean()  # red
+    assert narrow_band[..., 1].mean() > 1.3 * narrow_band[..., 0].mean()  # green
+    dyed = middle(Shot("v", 1, "tunnel", dye=True))
+    assert dyed[..., 2].mean() > 1.15 * white[..., 2].mean()
+    assert np.abs(middle(Shot("v", 1, "tunnel"), 11) - white).mean() < 4  # still: nothing but grain
+    assert np.abs(middle(Shot("v", 1, "tunnel", travel="advancing"), 11) - white).mean() > 10
+
+
+@pytest.mark.parametrize(
+    ("lesion", "axis", "sign"), [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1), ("stable", 0, 0)]
+)
+def test_the_lesion_moves_as_labelled(lesion, axis, sign):
+    from surgvqa.demo.paint import Painter
+
+    path = np.array(Painter(Shot("v", 3, "tunnel", lesion=lesion), 0).lesion)
+    moved = path[-1] - path[0]
+    assert moved[axis] == pytest.approx(1.05 * sign) and moved[1 - axis] == pytest.approx(0)
+
+
+def test_every_question_fits_into_the_audio_window():
+    from surgvqa.demo.speech import Synthesiser, draw_voice
+    from surgvqa.demo.weights import Sizes
+
+    rng = np.random.default_rng(1)
+    window = Sizes().audio_positions / 50
+    longest = max((w for q in QUESTION_TYPES for w in (*q.in_template, q.out_of_template)), key=len)
+    with Synthesiser() as espeak:
+        waves = [espeak.speak(longest, draw_voice(rng)) for _ in range(20)]
+        assert espeak.sample_rate == 22050
+        _, words = espeak.speak_words("blue dye", draw_voice(rng))
+    assert all(0.1 < np.abs(wave).max() <= 1 and len(wave) / 22050 < window for wave in waves)
+    assert len({len(wave) for wave in waves}) > 10, "the voices should differ"
+    assert [place for place, _ in words] == [0, 5] and words[0][1] < words[1][1]
+
+
+@given(st.floats(-(2.0**100), 2.0**100, width=32))
+def test_bfloat16_is_rounded_to_nearest_even(value):
+    from surgvqa.demo.weights import bfloat16_bits
+
+    bits = int(bfloat16_bits(np.array([value]))[0])
+    near = [np.array([b << 16], np.uint32).view(np.float32)[0] for b in (max(bits - 1, 0), bits, bits + 1)]
+    errors = [abs(float(n) - value) for n in near]
+    assert errors[1] <= min(e for e in errors if not math.isnan(e))
+
+
+def test_checkpoint_is_whole_bf16_and_of_the_known_architecture(tmp_path):
+    from surgvqa.audit import audit
+    from surgvqa.checkpoint import open_checkpoint
+    from surgvqa.demo.tokenizer import write_tokenizer
+    from surgvqa.demo.weights import Sizes, write_stage1
+
+    ids = write_tokenizer(tmp_path, workspace.training_text())
+    write_stage1(tmp_path, Sizes(), ids, 0)
+    report = audit(open_checkpoint(tmp_path))
+    assert report["ok"], report["problems"]
+    assert set(report["dtypes"]) == {"BF16"}
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert sorted(ids.values()) == list(range(min(ids.values()), min(ids.values()) + len(ids)))
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["demo", str(tmp_path)]) == 2
+    assert "not made by surgvqa demo" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_another_seed_does_not_overwrite(tmp_path):
+    (tmp_path / workspace.MANIFEST).write_text(
+        json.dumps({"made_by": "surgvqa demo", "version": workspace.VERSION, "seed": 0})
+    )
+    workspace.require_ours(tmp_path, 0)
+    with pytest.raises(UsageError, match="seed 0"):
+        workspace.require_ours(tmp_path, 1)
+
+
+def test_settings_and_presets_are_valid_and_the_presets_are_the_ladder(tmp_path):
+    workspace._write_settings(tmp_path)
+    loaded = config.load_workspace(tmp_path)
+    train = config.resolve("train", {}, loaded)
+    assert train.preset == "demo-8f-112px" and train.options.image_size == workspace.IMAGE_SIZE
+    assert [p.name for p in ladder(tmp_path)] == list(workspace.PRESETS)
+    config.resolve("merge", {}, loaded)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A demo of 17 + 17 shots and a few samples."""
+    splits = [workspace.Split(s.file, s.video_id, s.wording, 1, 4) for s in workspace.SPLITS]
+    monkeypatch.setattr(workspace, "SPLITS", tuple(splits))
+    monkeypatch.setattr(workspace, "WORD_LISTS", 20)
+
+
+@pytest.mark.model
+def test_workspace_is_made_whole_reused_and_mended(tmp_path, small):
+    from surgvqa.data.processors import load_processors
+    from surgvqa.data.samples import AudioIndex, FrameIndex, read_samples
+
+    folder = tmp_path / "demo"
+    made = workspace.make_workspace(folder, 0)
+    assert not made.reused
+    for split in workspace.SPLITS:
+        samples = read_samples(folder / split.file)
+        frames, audio = FrameIndex(folder / "frames"), AudioIndex(folder / "audio", samples)
+        for sample in samples:
+            assert all(frames.find(frame).is_file() for frame in sample.frames)
+            assert audio.find(sample).parent.name == f"{split.wording}_{split.video_id}"
+    assert load_processors(folder / "stage1").num_audio_tokens == 160
+    first = {p: p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+    assert workspace.make_workspace(folder, 0).reused
+    frame = next((folder / "frames").rglob("*.jpg"))
+    content = frame.read_bytes()
+    frame.write_bytes(content[:100])
+    assert not workspace.make_workspace(folder, 0).reused
+    assert frame.read_bytes() == content
+    assert first == {p: p.read_bytes() for p in folder.rglob("*.safetensors")}, "the same seed, other weights"
