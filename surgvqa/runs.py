@@ -9,6 +9,9 @@ Event kinds and their fields:
 
     phase       name, text
     progress    phase, done, total, unit            (rate and time left are the reader's to derive)
+                                                    (merge adds shard, shard_done, shard_total)
+    plan        output, output_bytes, free_bytes, shards, modules_merged, …     (merge, before it writes)
+    shard       file, bytes, sha256, done, total    (merge, each shard that is on the disk)
     metric      step, total_steps, epoch, loss, learning_rate, grad_norm, samples_per_s, …
     eval        step, eval_loss, …
     gpu         device, backend ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
