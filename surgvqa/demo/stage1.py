@@ -19,7 +19,7 @@ from surgvqa.data.audio import SAMPLE_RATE, audio_features
 from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.demo.speech import Synthesiser, draw_voice
-from surgvqa.demo.weights import overwrite
+from surgvqa.demo.weights import MARK, marks, overwrite
 from surgvqa.model import AudioQwen2VLForConditionalGeneration, load_model
 
 POSITIONS_A_SECOND = 50
@@ -61,7 +61,10 @@ def fit_vision(
     strength, directions = np.linalg.eigh(np.cov(features - mean, rowvar=False))
     strength, directions = strength[::-1][: last.out_features], directions[:, ::-1][:, : last.out_features]
     matrix = (directions / np.sqrt(np.maximum(strength, 0) + FLOOR * strength[0])).T
-    return {"visual.merger.mlp.2.weight": matrix, "visual.merger.mlp.2.bias": -matrix @ mean}
+    return {
+        "visual.merger.mlp.2.weight": matrix,
+        "visual.merger.mlp.2.bias": -matrix @ mean + MARK * marks(len(matrix))[1],
+    }
 
 
 def fit_hearing(
@@ -73,12 +76,13 @@ def fit_hearing(
 ) -> dict[str, np.ndarray]:
     """Ridge regression from the audio encoder's outputs [positions, d_model] to the embeddings of the spoken words.
 
-    The normalisation's bias takes the mean away, so that the projector needs none.
+    The normalisation's bias takes the inputs' mean away and brings the targets' in, so that the projector needs none.
     """
     import soxr
 
     embeddings = model.get_input_embeddings().weight.numpy()
-    of_word = {w: embeddings[processors.tokenizer(" " + w)["input_ids"]].mean(0) for w in words}
+    mark = MARK * marks(embeddings.shape[1])[0]
+    of_word = {w: mark + embeddings[processors.tokenizer(" " + w)["input_ids"]].mean(0) for w in words}
     silence = embeddings[processors.tokenizer.convert_tokens_to_ids(SILENCE)]
     mels, meant = [], []
     with Synthesiser() as synthesiser:
@@ -97,8 +101,8 @@ def fit_hearing(
     batches = (torch.from_numpy(np.stack(mels[i : i + BATCH])) for i in range(0, len(mels), BATCH))
     x = torch.cat([model.encode_audio(batch).flatten(0, 1) for batch in batches]).numpy().astype(np.float64)
     y = np.concatenate(meant).astype(np.float64)
-    mean = x.mean(0)
+    mean, common = x.mean(0), y.mean(0)
     x -= mean
     gram = x.T @ x
-    matrix = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ y).T
-    return {"audio_encoder.layer_norm.bias": -mean, "audio_projector.weight": matrix}
+    matrix = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ (y - common)).T
+    return {"audio_encoder.layer_norm.bias": np.linalg.pinv(matrix) @ common - mean, "audio_projector.weight": matrix}

@@ -56,7 +56,10 @@ LORA_R, LORA_ALPHA = 64, 16
 WHISPER_HEAD = 64
 PLACE = 32
 """Channels of the audio encoder that hold the position."""
-EMBED, SEEK, POOL = 0.5, 1.0, 1.5
+EMBED, POOL = 0.5, 2.0
+"""Scale of the token embeddings, and gain of what attention brings to them."""
+MARK, HEED = 0.5, 2.2
+"""How strongly a spoken word or a piece of a frame is marked as such, and how strongly the marked heads heed it."""
 LOOK = 2.4
 """Gain of queries and keys: how sharply a head looks where it looks."""
 
@@ -197,6 +200,13 @@ def write_adapter(folder: Path, sizes: Sizes, projector: np.ndarray, seed: int) 
     )
 
 
+def marks(size: int) -> np.ndarray:
+    """[2, size]: two orthogonal patterns of +-1 in the hidden states: a word is spoken here, a frame is seen here."""
+    import numpy as np
+
+    return np.stack([np.resize([1.0, 1.0, -1.0, -1.0], size), np.resize([1.0, -1.0], size)])
+
+
 # --- the three parts -------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +262,12 @@ def _vision(rng: np.random.Generator, sizes: Sizes) -> Tensors:
 
 
 def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensors:
-    """The language model: Qwen2's decoder with biases on q, k and v, and an output matrix of its own."""
+    """The language model: Qwen2's decoder with biases on q, k and v, and an output matrix of its own.
+
+    In the first layer the heads of one half look for spoken words and those of the other for frames, as heads of a
+    trained model come to do: their keys read the mark (`marks`) in a dimension that rotary positions hardly turn, and
+    the queries' bias asks for it. The values do not carry the mark on.
+    """
     import numpy as np
 
     wide, kv, middle = sizes.hidden_size, sizes.num_key_value_heads * sizes.head_dim, sizes.intermediate_size
@@ -265,9 +280,20 @@ def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensor
         name = f"model.layers.{layer}"
         tensors[f"{name}.input_layernorm.weight"] = np.ones(wide)
         tensors[f"{name}.post_attention_layernorm.weight"] = np.ones(wide)
-        for part, rows, gain in (("q", wide, SEEK), ("k", kv, SEEK), ("v", kv, POOL)):
+        for part, rows, gain in (("q", wide, 1.0), ("k", kv, 1.0), ("v", kv, POOL)):
             tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", rows, wide, gain)
         tensors[f"{name}.self_attn.o_proj.weight"] = _matrix(rng, wide, wide, POOL)
+        if layer == 0:
+            slow, head = sizes.head_dim // 2 - 1, sizes.head_dim
+            query, key = (tensors[f"{name}.self_attn.{part}_proj.weight"] for part in "qk")
+            for matrix in (query, key):
+                matrix[slow::head] = 0
+            tensors[f"{name}.self_attn.q_proj.bias"][slow::head] = HEED
+            for group, mark in enumerate(np.array_split(np.arange(kv // head), 2)):
+                for g in mark:
+                    key[g * head + slow] = HEED * marks(wide)[group] / math.sqrt(wide)
+            value = tensors[f"{name}.self_attn.v_proj.weight"]
+            value -= value @ marks(wide).T @ marks(wide) / wide
         tensors[f"{name}.mlp.gate_proj.weight"] = _matrix(rng, middle, wide)
         tensors[f"{name}.mlp.up_proj.weight"] = _matrix(rng, middle, wide)
         tensors[f"{name}.mlp.down_proj.weight"] = _matrix(rng, wide, middle, 0.5)
