@@ -112,6 +112,31 @@ def release_encoders(model: AudioQwen2VLForConditionalGeneration) -> None:
         torch.cuda.empty_cache()
 
 
+def encode_again(
+    model: AudioQwen2VLForConditionalGeneration,
+    datasets: Sequence[ClipDataset],
+    options: CacheOptions,
+    run: Run,
+    workers: int = 0,
+) -> None:
+    """After datasets with a cache have changed what they show: the encoders come back to the GPU for the new frames.
+
+    Where the new frames do not fit into the cache, the encoders stay and run in every step.
+    """
+    store = datasets[0].store
+    if store is None:
+        return
+    for encoder in (model.model.visual, model.audio_encoder):
+        encoder.to(model.lm_head.weight.device)
+    model.eval()  # the next step or evaluation sets the mode that it needs
+    store.release()  # frames that are no longer shown may make room
+    if fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run, workers):
+        release_encoders(model)
+        return
+    for dataset in datasets:
+        dataset.store = None
+
+
 class _Frames(Dataset):
     """Decoded frames as patches, for worker processes."""
 

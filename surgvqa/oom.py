@@ -1,71 +1,265 @@
-"""When the GPU's memory runs out: say what happened, save what was learned, name the way on."""
+"""When the GPU's memory runs out in training: say what happened, need less, go on at the same step; or save and stop.
+
+What is given up is decided in retreat.py. Who ran out of memory (trainer.py) does its work again afterwards.
+"""
 
 from __future__ import annotations
 
 import gc
 import re
 import traceback
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from presets import Preset, ladder
+from presets import Preset
+from surgvqa import layers, trained
 from surgvqa.config import TrainOptions
+from surgvqa.data.dataset import ClipDataset
+from surgvqa.encode import encode_again
 from surgvqa.errors import SurgvqaError
+from surgvqa.retreat import SHOWN, Forecast, Retreat, changed, next_retreat
+from surgvqa.runs import Run, write_json_atomic
 
 if TYPE_CHECKING:
     from surgvqa.trainer import EventTrainer
 
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+OWNERS_SHOWN = 6
+"""Rows of the predicted table in an `oom` event, the largest ones."""
 
-def out_of_memory(error: torch.OutOfMemoryError, trainer: EventTrainer, options: TrainOptions) -> SurgvqaError:
-    """Emits the `oom` event, saves the last whole step, and returns the error that names the preset to go on with.
 
-    An optimiser step or a save that was cut short is not saved: the weights may be half updated.
-    """
-    step, activity = trainer.state.global_step, trainer.activity
+@dataclass(frozen=True)
+class Lack:
+    """An out-of-memory error: what was asked for, and who held what when it came."""
+
+    step: int
+    activity: str
+    text: str
+    requested_bytes: int | None
+    allocated_bytes: int
+    reserved_bytes: int
+    memory: dict[str, int]
+    """Bytes by owner, as measured."""
+
+    @property
+    def is_fragmentation(self) -> bool:
+        """The allocator holds enough free memory, but in no piece that is large enough."""
+        free = self.reserved_bytes - self.allocated_bytes
+        return self.requested_bytes is not None and free >= self.requested_bytes
+
+
+class StepDown:
+    """The way down from a configuration that needs too much memory. `options` are what holds now."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        *,
+        run: Run,
+        record: trained.Trained,
+        model: Any,
+        datasets: Sequence[ClipDataset],
+        presets: Sequence[Preset],
+        recomputing: int,
+        forecast: Forecast | None = None,
+        limit_gb: float = float("inf"),
+        workers: int = 0,
+    ):
+        """`model`: below PEFT's wrapper. `recomputing`: how many of its layers recompute now. `workers`: for encoding
+        frames anew. Without a `forecast` every retreat is taken for one that helps."""
+        self.options = changed(options)
+        self.run = run
+        self.record = record
+        self.model = model
+        self.datasets = datasets
+        self.presets = presets
+        self.recomputing = recomputing
+        self.forecast = forecast
+        self.limit_gb = limit_gb
+        self.workers = workers
+        self.defragmented = False
+        """Whether this step was already tried again with nothing given up."""
+
+    @property
+    def allowed(self) -> bool:
+        """--on_oom step_down."""
+        return self.options.on_oom == "step_down"
+
+    def meet(self, lack: Lack, trainer: EventTrainer, evaluating: bool = False) -> None:
+        """Makes room for another try. Raises SurgvqaError, the last step saved, when there is no way left.
+
+        Fragmentation is met with an emptied cache at first, everything else with the next retreat.
+        """
+        if self.allowed and lack.is_fragmentation and not self.defragmented:
+            self.defragmented = True
+            self.say(lack, "free memory lies in pieces: trying again with an emptied cache")
+            return
+        retreat = self._next(evaluating) if self.allowed else None
+        if retreat is None:
+            raise self.stop(lack, trainer)
+        self.say(lack, f"going on with {retreat.text}", settings=retreat.settings)
+        self._apply(retreat, lack)
+
+    def stop(self, lack: Lack, trainer: EventTrainer, intact: bool = True) -> SurgvqaError:
+        """Saves the last whole step and returns the error that names the way on.
+
+        Not `intact`: an optimiser step or a save was cut short, and the weights may be half updated; nothing is saved.
+        """
+        retreat = self._next(lack.activity == "evaluate")
+        self.say(
+            lack,
+            "stopping",
+            next_preset=retreat.preset if retreat else None,
+            next_settings=retreat.settings if retreat else None,
+        )
+        if intact:
+            trainer.save_last_step()
+        if retreat:
+            settings = " ".join(f"--{name} {value}" for name, value in retreat.settings.items())
+            way_on = f"go on with {retreat.text}: surgvqa train --resume {self.run.id} {settings}"
+        elif self.forecast:
+            way_on = (
+                f"this is the end of the ladder: nothing smaller is predicted to fit into {self.limit_gb:.1f} GB; "
+                "take a smaller --image_size or a larger GPU"
+            )
+        else:
+            way_on = "this is already the smallest preset; take a smaller --image_size or a larger GPU"
+        return SurgvqaError(f"out of GPU memory at step {lack.step} ({lack.activity}): {lack.text}; {way_on}")
+
+    def say(self, lack: Lack, action: str, **fields: Any) -> None:
+        """The `oom` event."""
+        now = self.forecast.of(changed(self.options, checkpointed_layers=self.recomputing)) if self.forecast else None
+        predicted = sorted(now.components, key=lambda c: c.bytes, reverse=True)[:OWNERS_SHOWN] if now else []
+        self.run.emit(
+            "oom",
+            step=lack.step,
+            phase=lack.activity,
+            text=f"{lack.text}: {action}",
+            requested_bytes=lack.requested_bytes,
+            allocated_bytes=lack.allocated_bytes,
+            reserved_bytes=lack.reserved_bytes,
+            memory=lack.memory,
+            predicted={c.name: round(c.bytes) for c in predicted},
+            predicted_peak_gb=now.predicted_peak_gb if now else None,
+            action=action,
+            **fields,
+        )
+
+    def _next(self, evaluating: bool) -> Retreat | None:
+        return next_retreat(
+            self.options,
+            self.recomputing,
+            len(layers.decoder_layers(self.model)),
+            self.presets,
+            self.forecast,
+            self.limit_gb,
+            evaluating,
+        )
+
+    def _apply(self, retreat: Retreat, lack: Lack) -> None:
+        """Changes layers and datasets, and writes down what holds from now on: for checkpoints, for --resume, and for
+        whoever evaluates the result."""
+        self.options = changed(self.options, **retreat.settings)
+        self.record.options |= retreat.settings
+        self.record.preset = retreat.preset or self.record.preset
+        write_json_atomic(self.record.folder / trained.RECORD, self.record.document())
+        if retreat.preset:
+            self.run.emit("preset", name=retreat.preset, settings=retreat.settings, step=lack.step)
+        else:
+            self.run.emit("retreat", settings=retreat.settings, step=lack.step)
+        if "checkpointed_layers" in retreat.settings:
+            self.recomputing = layers.checkpoint_layers(self.model, retreat.settings["checkpointed_layers"])
+        if retreat.settings.keys() & set(SHOWN):
+            for dataset in self.datasets:
+                dataset.show(self.options.num_frames, self.options.image_size)
+            encode_again(self.model, self.datasets, self.options, self.run, self.workers)
+            evaluating = lack.activity == "evaluate"
+            self.run.phase("evaluate" if evaluating else "train", f"again at step {lack.step}, {retreat.text}")
+
+
+def take(error: torch.OutOfMemoryError, trainer: EventTrainer) -> Lack:
+    """Reads what the error says and who holds the memory, then lets go of what the cut-off work held."""
     text = " ".join(str(error).split("\n")[0].split())
-    smaller = next_preset(options)
+    allocated, reserved = allocator_bytes()
+    lack = Lack(
+        trainer.state.global_step,
+        trainer.activity,
+        text,
+        requested_bytes(text),
+        allocated,
+        reserved,
+        owners(trainer, allocated),
+    )
     traceback.clear_frames(error.__traceback__)  # they hold the activations
-    trainer.model.zero_grad(set_to_none=True)
+    empty_cache()
+    return lack
+
+
+def allocator_bytes() -> tuple[int, int]:
+    """(allocated, reserved) by torch's CUDA allocator; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0, 0
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def empty_cache() -> None:
+    """Gives everything back that nothing refers to."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trainer.events.emit(
-        "oom",
-        step=step,
-        phase=activity,
-        text=text,
-        requested=requested_size(text),
-        next_preset=smaller.name if smaller else None,
-        next_settings=smaller.settings if smaller else None,
-    )
-    if activity in ("forward and backward", "evaluate"):
-        trainer.save_last_step()
-    way_on = (
-        f"go on as in preset {smaller.name}: surgvqa train --resume {trainer.events.id} "
-        + " ".join(f"--{name} {value}" for name, value in smaller.settings.items())
-        if smaller
-        else "this is already the smallest preset; take a smaller --image_size or a larger GPU"
-    )
-    return SurgvqaError(f"out of GPU memory at step {step} ({activity}): {text}; {way_on}")
 
 
-def next_preset(options: TrainOptions) -> Preset | None:
-    """The first preset of the ladder that shows the model fewer pixels than `options` do."""
+def owners(trainer: EventTrainer, allocated: int) -> dict[str, int]:
+    """Bytes by owner: what the model and the optimiser hold on the training device, and the rest of the allocated."""
+    device = trainer.args.device.type
 
-    def pixels(frames: int, size: int) -> int:
-        return frames * size**2
+    def size(tensors: Any) -> int:
+        return sum(t.nbytes for t in tensors if torch.is_tensor(t) and t.device.type == device)
 
-    now = pixels(options.num_frames, options.image_size)
-    for preset in ladder():
-        frames = preset.settings.get("num_frames", options.num_frames)
-        size = preset.settings.get("image_size", options.image_size)
-        if pixels(frames, size) < now:
-            return preset
-    return None
+    parameters = list(trainer.model.parameters())
+    states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
+    held = {
+        "frozen weights": size(p for p in parameters if not p.requires_grad),
+        "adapters": size(p for p in parameters if p.requires_grad),
+        "gradients": size(p.grad for p in parameters),
+        "optimiser states": size(value for state in states for value in state.values()),
+    }
+    return held | {"activations and temporaries": max(0, allocated - sum(held.values()))}
 
 
-def requested_size(text: str) -> str | None:
-    """What torch says that it tried to allocate, such as 2.00 GiB."""
-    found = re.search(r"allocate ([\d.]+ [KMG]iB)", text)
-    return found.group(1) if found else None
+def requested_bytes(text: str) -> int | None:
+    """What torch says that it tried to allocate (`Tried to allocate 2.00 GiB`)."""
+    found = re.search(r"allocate ([\d.]+) (bytes|[KMGT]iB)", text)
+    return round(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+class OptimizerSnapshot:
+    """Trained parameters and the optimiser's states, on the CPU: an optimiser step that runs out of memory has changed
+    some of them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        def copy(value: Any) -> Any:
+            return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
+
+        self.optimizer = optimizer
+        self.parameters = [(p, copy(p)) for group in optimizer.param_groups for p in group["params"]]
+        self.states = {p: {name: copy(value) for name, value in held.items()} for p, held in optimizer.state.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """As it was; states that were not there are gone."""
+        for parameter, before in self.parameters:
+            parameter.copy_(before)
+        for parameter in list(self.optimizer.state):
+            if parameter not in self.states:
+                del self.optimizer.state[parameter]
+                continue
+            held = self.optimizer.state[parameter]
+            for name, before in self.states[parameter].items():
+                if torch.is_tensor(before):
+                    held[name].copy_(before)
+                else:
+                    held[name] = before

@@ -17,8 +17,10 @@ Event kinds and their fields:
     gpu         device, backend ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
                 total_bytes, utilization_percent, temperature_c, power_w      (what is unknown is absent)
     checkpoint  step, path
-    preset      name, settings
-    oom         step, phase, …
+    preset      name, settings, step
+    oom         step, phase, text, requested_bytes, allocated_bytes, reserved_bytes, memory, predicted, action, …
+    retreat     step, settings                      (memory for time: nothing that the model sees changes)
+    memory      phase, peak_allocated_bytes, peak_reserved_bytes, budget_gb  (a phase that is over)
     warning     text
     error       text
     finished    state ("finished" | "failed" | "stopped"), result, exit_code

@@ -26,6 +26,8 @@ from surgvqa.listing import runs_dirs
 
 RECORD = "surgvqa.json"
 ADAPTER = "adapter_model.safetensors"
+RETREATED = ("num_frames", "image_size", "gradient_checkpointing", "checkpointed_layers")
+"""Options that a run changes when it runs out of memory; surgvqa.json has what they became, run.json what was asked."""
 RESUME_FILES = (ADAPTER, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 """What a checkpoint must have to be resumed from."""
 
@@ -99,7 +101,12 @@ def find(name: str, workspace: Workspace) -> Trained:
     extra = {key: str(row.get("value")) for key, row in record.items() if key not in known}
     options = _absolute(options, Path(info.get("cwd") or "."))
     options["output_dir"] = options.get("output_dir") or str(run / "checkpoints")
-    return Trained(Path(options["output_dir"]), options, run.name, info.get("preset"), extra)
+    folder, preset = Path(options["output_dir"]), info.get("preset")
+    written = read(folder)
+    if written:
+        options |= {name: written.options[name] for name in RETREATED if name in written.options}
+        preset = written.preset
+    return Trained(folder, options, run.name, preset, extra)
 
 
 def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inherited | None:

@@ -11,8 +11,10 @@ import os
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,13 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_utils import rotate_checkpoints
 
 from surgvqa import trained
+from surgvqa.data.numbered import Batch, Numbered
+from surgvqa.data.prompt import IGNORED
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.lora import adapter_parameters, save_adapter
+from surgvqa.oom import OptimizerSnapshot, StepDown, take
 from surgvqa.runs import Run
+from surgvqa.sampling import MemorySampler
 from surgvqa.stopping import StopRequested
 
 MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is not finite, before the run gives up
@@ -33,14 +39,17 @@ MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is not finite,
 
 @dataclass
 class Window:
-    """One optimiser step in the making: its micro steps' sums."""
+    """One optimiser step in the making."""
 
     began: float
     waited_s: float = 0.0
-    loss: Any = 0.0
-    """Sum of the micro steps' losses, each already divided by the window's supervised tokens."""
-    samples: int = 0
-    tokens: Any = 0
+    batches: list[Batch] = field(default_factory=list)
+    """Of the micro steps so far."""
+    losses: list[torch.Tensor] = field(default_factory=list)
+    """The micro steps' losses, each already divided by the window's supervised tokens."""
+    random_state: dict[str, Any] | None = None
+    """Before the first micro step."""
+    loss: float = math.nan
     grad_norm: float | None = None
     learning_rate: float | None = None
 
@@ -52,14 +61,18 @@ class EventTrainer(Trainer):
     4 micro steps of 1 sample are 1 of 4 samples (Trainer counts `num_items_in_batch`, the model divides by it).
     """
 
-    def __init__(self, *, run: Run, record: trained.Trained, **arguments: Any):
+    def __init__(
+        self, *, run: Run, record: trained.Trained, step_down: StepDown, sampler: MemorySampler, **arguments: Any
+    ):
         super().__init__(**arguments)
         if not self.model_accepts_loss_kwargs:
             raise SurgvqaError("the model does not take num_items_in_batch: gradients would be scaled wrongly")
         self.events = run
         self.record = record
+        self.step_down = step_down
+        self.sampler = sampler
         self.activity = "start"
-        """What is being done, for an out-of-memory report: forward, optimizer, evaluate or save."""
+        """For an out-of-memory report: load batch, forward and backward, optimizer, evaluate or save."""
         self.window = Window(time.monotonic())
         self.stopping = False
         self._rng: dict[str, Any] | None = None
@@ -72,6 +85,8 @@ class EventTrainer(Trainer):
         self._is_best_of: tuple[int, float] | None = None
         """(step, evaluation loss) of the weights, once the best ones are back in the model."""
         self._staging: str | None = None
+        self._rows_at_once: int | None = None
+        """Samples of an evaluation batch that go through the model at once, after one did not fit."""
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -85,6 +100,7 @@ class EventTrainer(Trainer):
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
         self.window = Window(time.monotonic())
+        self.activity = "load batch"
         found = super().get_batch_samples(*arguments, **keywords)
         self.window.waited_s = time.monotonic() - self.window.began
         return found
@@ -93,23 +109,55 @@ class EventTrainer(Trainer):
         """Without the padding mask: rows are padded on the right, where causal attention never looks, and a mask would
         cost the flash kernel."""
         prepared = super()._prepare_inputs(inputs)
-        prepared.pop("attention_mask", None)
+        for name in ("attention_mask", "sample_indices", "shown"):
+            prepared.pop(name, None)
         return prepared
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> torch.Tensor:
+    def _encoded(self, dataset: Numbered, indices: list[int]) -> Batch:
+        """These samples as they are shown now, on the training device."""
+        return super()._prepare_inputs(self.data_collator([dataset[index] for index in indices]))
+
+    def _bring_up_to_date(self, batch: Batch, dataset: Numbered) -> None:
+        """Encodes a batch again that comes from before a retreat; in place, Trainer holds it too."""
+        if not dataset.is_current(batch):
+            current = self._encoded(dataset, batch["sample_indices"])
+            batch.clear()
+            batch.update(current)
+
+    def training_step(self, model: Any, inputs: Batch, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """A micro step. Out of memory: the window's micro steps so far are done again, from the random state of its
+        start and with the same samples, after the retreat."""
         self._stop_if_asked()
         self.activity = "forward and backward"
-        self.window.samples += len(inputs["input_ids"])
-        self.window.tokens += inputs["attention_mask"].sum()
-        loss = super().training_step(model, inputs, *arguments, **keywords)
-        self.window.loss += loss
-        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))  # Trainer's own running mean stays finite
+        window = self.window
+        self._bring_up_to_date(inputs, self.train_dataset)
+        if not window.batches:
+            window.random_state = random_state()
+        window.batches.append(inputs)
+        returned = list(window.losses)
+        while len(window.losses) < len(window.batches):
+            try:
+                batch = window.batches[len(window.losses)]
+                window.losses.append(super().training_step(model, batch, *arguments, **keywords))
+            except torch.OutOfMemoryError as error:
+                lack = take(error, self)
+                model.zero_grad(set_to_none=True)
+                self.step_down.meet(lack, self)
+                window.losses.clear()
+                set_random_state(window.random_state)
+                for batch in window.batches:
+                    self._bring_up_to_date(batch, self.train_dataset)
+        loss = _finite(window.losses[-1])  # Trainer's own running mean stays finite
+        for old, new in zip(returned, window.losses):
+            if new is not old:  # done again: Trainer has added the old one
+                loss = loss + (_finite(new) - _finite(old))
+        return loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The hook between the last backward pass and the optimiser: a step that is not finite changes nothing."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.window.grad_norm = float(norm)
-        self.window.loss = float(self.window.loss)
+        self.window.loss = float(sum(self.window.losses))
         self.window.learning_rate = self._get_learning_rate()
         if math.isfinite(self.window.grad_norm) and math.isfinite(self.window.loss):
             self._non_finite = 0
@@ -120,6 +168,38 @@ class EventTrainer(Trainer):
             self._complain(self.state.global_step + 1)
         self.activity = "optimizer"
         return norm
+
+    def create_optimizer(self, *arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
+        """As Trainer's; its first step, which makes the moments, can be tried twice."""
+        super().create_optimizer(*arguments, **keywords)
+        step, tried = self.optimizer.step, False
+
+        def guarded(optimizer: torch.optim.Optimizer, *arguments: Any, **keywords: Any) -> Any:
+            nonlocal tried
+            if tried:
+                return step(*arguments, **keywords)
+            tried = True
+            return self._first_optimizer_step(optimizer, lambda: step(*arguments, **keywords))
+
+        self.optimizer.step = MethodType(guarded, self.optimizer)  # a method: schedulers wrap it
+        return self.optimizer
+
+    def _first_optimizer_step(self, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> Any:
+        before = OptimizerSnapshot(optimizer)
+        try:
+            return step()
+        except torch.OutOfMemoryError as error:
+            lack = take(error, self)
+            before.restore()
+        if not self.step_down.allowed:
+            raise self.step_down.stop(lack, self)
+        self.step_down.say(lack, "trying again with an emptied cache")
+        try:
+            return step()
+        except torch.OutOfMemoryError as error:
+            lack = take(error, self)
+            before.restore()
+        raise self.step_down.stop(lack, self)
 
     def _complain(self, step: int) -> None:
         what = f"loss {self.window.loss:g}, gradient norm {self.window.grad_norm:g}"
@@ -137,7 +217,11 @@ class EventTrainer(Trainer):
         window, state = self.window, self.state
         elapsed = max(time.monotonic() - window.began, 1e-9)
         self._seconds += elapsed
-        self._samples += window.samples
+        samples = sum(len(batch["input_ids"]) for batch in window.batches)
+        tokens = int(sum(batch["attention_mask"].sum() for batch in window.batches))
+        window.batches.clear()
+        self.step_down.defragmented = False
+        self._samples += samples
         self._rng = random_state()
         self.events.emit(
             "metric",
@@ -147,8 +231,8 @@ class EventTrainer(Trainer):
             loss=window.loss,
             learning_rate=window.learning_rate,
             grad_norm=window.grad_norm,
-            samples_per_s=window.samples / elapsed,
-            tokens_per_s=int(window.tokens) / elapsed,
+            samples_per_s=samples / elapsed,
+            tokens_per_s=tokens / elapsed,
             data_wait=window.waited_s / elapsed,
         )
         self.events.progress("train", state.global_step, state.max_steps, "steps")
@@ -165,24 +249,59 @@ class EventTrainer(Trainer):
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """As Trainer's, leaving the random state alone: training goes on the same with or without an evaluation."""
-        self.activity, self._evaluated = "evaluate", 0
+        """As Trainer's, leaving the random state alone: training goes on the same with or without an evaluation.
+
+        After a retreat it begins again, so that one loss is of one way of showing the samples.
+        """
+        self.sampler.measure("train")
+        self.activity = "evaluate"
         self.events.phase("evaluate", f"at step {self.state.global_step}")
-        state = random_state()
+        state, metrics = random_state(), None
         try:
-            metrics = super().evaluate(*arguments, **keywords)
+            while metrics is None:
+                self._evaluated = 0
+                try:
+                    metrics = super().evaluate(*arguments, **keywords)
+                except torch.OutOfMemoryError as error:
+                    self.step_down.meet(take(error, self), self, evaluating=True)
         finally:
             set_random_state(state)
+        self.sampler.measure("evaluate")
         self._last_eval_loss = metrics.get("eval_loss")
         self.events.phase("train", f"{self.state.global_step} of {self.state.max_steps} steps done")
         return metrics
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+    def prediction_step(self, model: Any, inputs: Batch, *arguments: Any, **keywords: Any) -> Any:
+        """Out of memory: half as many samples at once from now on, down to one. The batch's loss stays the mean over
+        all its supervised tokens."""
         self._stop_if_asked()
-        found = super().prediction_step(model, inputs, *arguments, **keywords)
-        self._evaluated += len(inputs["input_ids"])
+        found = None
+        while found is None:
+            self._bring_up_to_date(inputs, self.eval_dataset)
+            rows = len(inputs["input_ids"])
+            at_once = min(rows, self._rows_at_once or rows)
+            try:
+                if at_once == rows:
+                    found = super().prediction_step(model, inputs, *arguments, **keywords)
+                else:
+                    found = self._predict_in_parts(model, inputs, at_once, *arguments, **keywords)
+            except torch.OutOfMemoryError as error:
+                if at_once == 1 or not self.step_down.allowed:
+                    raise
+                self._rows_at_once = at_once // 2
+                self.step_down.say(take(error, self), f"evaluating {self._rows_at_once} at once")
+        self._evaluated += rows
         self.events.progress("evaluate", self._evaluated, len(self.eval_dataset), "samples")
         return found
+
+    def _predict_in_parts(self, model: Any, inputs: Batch, at_once: int, *arguments: Any, **keywords: Any) -> Any:
+        indices, total, tokens = inputs["sample_indices"], 0.0, 0
+        for start in range(0, len(indices), at_once):
+            part = self._encoded(self.eval_dataset, indices[start : start + at_once])
+            count = int((part["labels"] != IGNORED).sum())
+            loss, *_ = super().prediction_step(model, part, *arguments, **keywords)
+            total, tokens = total + loss * count, tokens + count
+        return total / tokens, None, None
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """A new best is saved at once: with save_steps above eval_steps Trainer would keep an older state as best."""
@@ -206,8 +325,19 @@ class EventTrainer(Trainer):
         return self._staging or self.args.output_dir
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written to a folder of its own and renamed when it is whole."""
         self.activity = "save"
+        try:
+            return self._write_checkpoint(model, trial)
+        except torch.OutOfMemoryError as error:
+            self.step_down.say(take(error, self), "trying again with an emptied cache")
+        try:
+            return self._write_checkpoint(model, trial)
+        except torch.OutOfMemoryError as error:
+            lack = take(error, self)
+        raise self.step_down.stop(lack, self, intact=False)
+
+    def _write_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written to a folder of its own and renamed when it is whole."""
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         staging = Path(self.args.output_dir) / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
@@ -297,6 +427,10 @@ class EventCallback(TrainerCallback):
         self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
         self.trainer.events.emit("eval", step=state.global_step, **metrics)
+
+
+def _finite(loss: torch.Tensor) -> torch.Tensor:
+    return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
 
 
 # --- random state ----------------------------------------------------------------------------------------------------

@@ -14,18 +14,22 @@ import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 
-from surgvqa import layers, trained
+from presets import ladder
+from surgvqa import layers, retreat, trained
 from surgvqa.config import TrainOptions, nearest, settings_of
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset
+from surgvqa.data.frames import largest_frame
+from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
 from surgvqa.device import choose_device, choose_dtype
 from surgvqa.encode import use_cache
 from surgvqa.errors import UsageError
 from surgvqa.lora import adapter_parameters, add_lora
+from surgvqa.memory import CUDA_CONTEXT
 from surgvqa.model import choose_attention, load_model
-from surgvqa.oom import out_of_memory
+from surgvqa.oom import StepDown, take
 from surgvqa.runs import Run, write_json_atomic
 from surgvqa.sampling import MemorySampler
 from surgvqa.stopping import StopRequested, stop_on_signals
@@ -98,11 +102,6 @@ def parse_extra(extra: dict[str, str]) -> dict[str, Any]:
     return {name: getattr(namespace, name) for name in extra}
 
 
-def checkpointed_layers(options: TrainOptions) -> int | None:
-    """How many layers recompute; None = all."""
-    return options.checkpointed_layers if options.gradient_checkpointing else 0
-
-
 def choose_optimiser(requested: str, device: torch.device) -> str:
     """auto = 8-bit AdamW where bitsandbytes can run, else torch's."""
     if requested != "auto":
@@ -136,49 +135,16 @@ def train(options: TrainOptions, run: Run) -> dict[str, Any]:
     run.phase("read data", f"{options.train_data_path}")
     processors = load_processors(options.model_name_or_path)
     train_set, eval_set = _datasets(options, processors, run)
-    run.phase("load model", f"{options.model_name_or_path}")
-    attention, why = choose_attention(options.attn_implementation, device)
-    if options.enforce_budget and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
-    set_seed(options.seed)
-    base = load_model(
-        options.model_name_or_path,
-        dtype=choose_dtype(device, options.bf16),
-        device=device,
-        attn_implementation=attention,
-    )
-    model = add_lora(base, options)
-    layers.checkpoint_layers(base, checkpointed_layers(options))
-    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
-    if arguments.bf16:
-        layers.lora_without_casts(model)
-    if compiled:
-        layers.compile_layers(model, options.keep_activations)
-    shown = [train_set, *([eval_set] if eval_set else [])]
-    use_cache(base, options.model_name_or_path, shown, options, run, arguments.dataloader_num_workers)
-    trainer = EventTrainer(
-        run=run,
-        record=record,
-        model=model,
-        args=arguments,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=Collator(processors, multiple_of=LENGTH_BUCKET if compiled else 1),
-    )
-    trainer.add_callback(EventCallback(trainer))
-    if options.early_stopping_patience and eval_set:
-        trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
-    total_steps = _total_steps(arguments, len(train_set))
-    _announce_plan(run, options, arguments, model, train_set, total_steps, why)
-
-    began = time.monotonic()
-    with MemorySampler(run, device) as sampler, wandb_environment(options.report_to, run):
-        stopped = _run_trainer(trainer, options, resumed, total_steps)
-        if stopped is None:
-            run.phase("save", str(output_dir))
-            trainer.save_model(str(output_dir))
-            run.emit("checkpoint", step=trainer.state.global_step, path=str(output_dir), final=True)
+    with MemorySampler(run, device, budget_gb=options.budget_gb) as sampler:
+        trainer, total_steps = _prepare(options, run, record, arguments, processors, train_set, eval_set, sampler)
+        began = time.monotonic()
+        with wandb_environment(options.report_to, run):
+            stopped = _run_trainer(trainer, resumed, total_steps)
+            if stopped is None:
+                run.phase("save", str(output_dir))
+                trainer.save_model(str(output_dir))
+                run.emit("checkpoint", step=trainer.state.global_step, path=str(output_dir), final=True)
+        sampler.measure("save")
     result = {
         "state": "finished" if stopped is None else "stopped",
         "steps": trainer.state.global_step,
@@ -190,13 +156,118 @@ def train(options: TrainOptions, run: Run) -> dict[str, Any]:
         "adapter": str(output_dir) if stopped is None else None,
         "resume": None if stopped is None else f"surgvqa train --resume {run.id}",
         "resumed_from": str(resumed) if resumed else None,
-        "trained_parameters": sum(p.numel() for p in adapter_parameters(model).values()),
+        "trained_parameters": sum(p.numel() for p in adapter_parameters(trainer.model).values()),
         "seconds": time.monotonic() - began,
         "samples_per_s": trainer.samples_per_s(),
         **sampler.peaks(),
     }
     run.result.update(result)
     return result
+
+
+def _prepare(
+    options: TrainOptions,
+    run: Run,
+    record: trained.Trained,
+    arguments: TrainingArguments,
+    processors: Processors,
+    train_set: ClipDataset,
+    eval_set: ClipDataset | None,
+    sampler: MemorySampler,
+) -> tuple[EventTrainer, int]:
+    """The trainer, its model loaded, the frozen encoders' work done, the layers set up; and how many steps it takes."""
+    device = arguments.device
+    run.phase("load model", f"{options.model_name_or_path}")
+    attention, why_attention = choose_attention(options.attn_implementation, device)
+    if options.enforce_budget and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
+    set_seed(options.seed)
+    base = load_model(
+        options.model_name_or_path,
+        dtype=choose_dtype(device, options.bf16),
+        device=device,
+        attn_implementation=attention,
+    )
+    model = add_lora(base, options)
+    sampler.measure("load model")
+    shown = [train_set, *([eval_set] if eval_set else [])]
+    workers = arguments.dataloader_num_workers
+    cached = use_cache(base, options.model_name_or_path, shown, options, run, workers)
+    sampler.measure("encode")
+
+    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+    forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=attention)
+    limit_gb, presets = limit(options, device), ladder(run.folder.parents[1])
+    fit = retreat.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
+    if fit.warning:
+        run.warning(fit.warning)
+    layers.checkpoint_layers(base, fit.recomputing)
+    if arguments.bf16:
+        layers.lora_without_casts(model)
+    if compiled:
+        layers.compile_layers(model, options.keep_activations)
+    trainer = EventTrainer(
+        run=run,
+        record=record,
+        step_down=StepDown(
+            options,
+            run=run,
+            record=record,
+            model=base,
+            datasets=shown,
+            presets=presets,
+            recomputing=fit.recomputing,
+            forecast=forecast,
+            limit_gb=limit_gb,
+            workers=workers,
+        ),
+        sampler=sampler,
+        model=model,
+        args=arguments,
+        train_dataset=Numbered(train_set),
+        eval_dataset=Numbered(eval_set) if eval_set else None,
+        data_collator=NumberedCollator(Collator(processors, multiple_of=LENGTH_BUCKET if compiled else 1)),
+    )
+    trainer.add_callback(EventCallback(trainer))
+    if options.early_stopping_patience and eval_set:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
+    total_steps = _total_steps(arguments, len(train_set))
+    _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit)
+    return trainer, total_steps
+
+
+def limit(options: TrainOptions, device: torch.device) -> float:
+    """What the run may allocate, GB: the budget, or what the card has beside the driver's own if that is less."""
+    if device.type != "cuda":
+        return options.budget_gb
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(options.budget_gb, (total - CUDA_CONTEXT) / 1e9)
+
+
+def _forecast(
+    options: TrainOptions,
+    arguments: TrainingArguments,
+    train_set: ClipDataset,
+    *,
+    cached: bool,
+    compiled: bool,
+    attention: str,
+) -> retreat.Forecast | None:
+    """Predictions of this run; None where they do not hold: on a CPU, and for weights in float32."""
+    if arguments.device.type != "cuda" or not arguments.bf16:
+        return None
+    return retreat.Forecast(
+        options,
+        largest_frame(train_set.frame_paths),
+        batch=arguments.train_batch_size,
+        eight_bit="8bit" in arguments.optim.value,
+        cached_features=cached,
+        encoders_resident=not cached,
+        compiled=compiled,
+        eager_attention=attention == "eager",
+        expandable_segments="expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+    )
 
 
 def _find_checkpoint(options: TrainOptions, run: Run) -> Path | None:
@@ -250,6 +321,7 @@ def _announce_plan(
     train_set: ClipDataset,
     total_steps: int,
     attention: str,
+    fit: retreat.Fit,
 ) -> None:
     """What will run and why, as one phase event with its figures as fields."""
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -257,12 +329,12 @@ def _announce_plan(
     tokens = len(train_set[0]["input_ids"])
     dtype = str(next(p for p in model.parameters() if not p.requires_grad).dtype).removeprefix("torch.")
     window = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    recompute = "layers recomputed in the backward pass" if options.gradient_checkpointing else "activations kept"
+    peak = fit.prediction.predicted_peak_gb if fit.prediction else None
     run.emit(
         "phase",
         name="plan",
         text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample; {trained_parameters:,} of "
-        f"{all_parameters:,} parameters trained; {dtype} on {arguments.device}, {recompute}; optimiser "
+        f"{all_parameters:,} parameters trained; {dtype} on {arguments.device}; {fit.text}; optimiser "
         f"{arguments.optim.value}; attention {attention}",
         attention=attention,
         optimiser=arguments.optim.value,
@@ -273,12 +345,14 @@ def _announce_plan(
         sequence_tokens=tokens,
         total_steps=total_steps,
         samples=len(train_set),
+        checkpointed_layers=fit.recomputing,
+        layers=fit.layers,
+        predicted_peak_gb=peak,
+        budget_gb=options.budget_gb,
     )
 
 
-def _run_trainer(
-    trainer: EventTrainer, options: TrainOptions, checkpoint: Path | None, total_steps: int
-) -> StopRequested | None:
+def _run_trainer(trainer: EventTrainer, checkpoint: Path | None, total_steps: int) -> StopRequested | None:
     """Trains to the end; returns the stop that cut it short. A full card becomes an error that says how to go on."""
     if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= total_steps:
         trainer.events.warning(f"{checkpoint.name} is already at the last of {total_steps} steps: nothing to train")
@@ -288,12 +362,16 @@ def _run_trainer(
     try:
         with stop_on_signals(trainer.request_stop):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.sampler.measure("train")
         return None
     except StopRequested as stop:
         trainer.events.phase("stop", f"asked to stop at step {trainer.state.global_step}: saving")
         trainer.save_last_step()
         return stop
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, trainer, options) from None
+        lack = take(error, trainer)  # where nothing can be tried again
+        trainer.model.zero_grad(set_to_none=True)
+        intact = trainer.activity not in ("optimizer", "save")
+        raise trainer.step_down.stop(lack, trainer, intact) from None
     except UsageError as error:  # from a data loader's worker: its traceback is in the text
         raise UsageError(str(error).strip().splitlines()[-1].removeprefix("surgvqa.errors.UsageError: ")) from error

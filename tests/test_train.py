@@ -16,7 +16,6 @@ import small
 from surgvqa import cli, runs, train, trained
 from surgvqa.config import TrainOptions, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.oom import next_preset
 from surgvqa.runs import Run
 
 
@@ -161,16 +160,6 @@ def test_check_wants_room_on_the_disk(world, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     with pytest.raises(UsageError, match="GB free"):
         train.check(world.train_options())
-
-
-def test_next_preset_goes_down_the_ladder():
-    path = []
-    options = options_for()
-    while preset := next_preset(options):
-        path.append(preset.name)
-        options = options_for(**preset.settings)
-    assert path == ["oom-6f-512px", "oom-8f-384px", "oom-6f-384px"]
-    assert next_preset(options_for(num_frames=6, image_size=448)).name == "oom-8f-384px"
 
 
 def test_a_checkpoint_that_is_not_whole_is_told(tmp_path):
@@ -443,7 +432,7 @@ def test_out_of_memory_is_saved_and_says_how_to_go_on(world, tmp_path, monkeypat
     run = Watched(options, tmp_path)
     assert "out of GPU memory at step 2" in str(run.error)
     (event,) = run.of("oom")
-    assert event["step"] == 2 and event["requested"] == "2.00 GiB"
+    assert event["step"] == 2 and event["requested_bytes"] == 2 * 2**30
     assert event["next_preset"] is None and "smallest preset" in str(run.error)  # 84 px are fewer than any preset's
     assert trained.newest_whole_checkpoint(run.output)[0].name == "checkpoint-2"
 

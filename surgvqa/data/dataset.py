@@ -41,22 +41,35 @@ class ClipDataset:
     ):
         self.samples = list(samples)
         self.processors = processors
-        self.image_size = options.image_size
+        self.frames_dir = frames_dir
         self.input_mode = options.input_mode
         self.with_answer = with_answer
-        frames, audio = FrameIndex(frames_dir), AudioIndex(audio_dir, self.samples)
-        self.frame_paths: list[list[str]] = []
-        self.audio_paths: list[str] = []
-        for sample in self.samples:
-            try:
-                chosen = select_frames(sample.frames, options.num_frames)
-                self.frame_paths.append([str(frames.find(frame)) for frame in chosen])
-            except UsageError as error:
-                raise UsageError(f"{sample.place}: {error}") from None
-            self.audio_paths.append(str(audio.find(sample)))
+        self.show(options.num_frames, options.image_size)
+        audio = AudioIndex(audio_dir, self.samples)
+        self.audio_paths = [str(audio.find(sample)) for sample in self.samples]
         self.warnings = self._cut_audio()
         self.store: FeatureStore | None = None
         """Once `encode.fill_cache` has set it, samples carry the encoders' outputs instead of pixels and mels."""
+
+    def show(self, num_frames: int, image_size: int) -> None:
+        """From now on so many frames of each clip, at most so many pixels wide or high.
+
+        With a feature cache, `encode.fill_cache` has to encode them before the next sample is taken.
+        """
+        frames = FrameIndex(self.frames_dir)
+        self.frame_paths: list[list[str]] = []
+        for sample in self.samples:
+            try:
+                chosen = select_frames(sample.frames, num_frames)
+                self.frame_paths.append([str(frames.find(frame)) for frame in chosen])
+            except UsageError as error:
+                raise UsageError(f"{sample.place}: {error}") from None
+        self.shown = num_frames, image_size
+
+    @property
+    def image_size(self) -> int:
+        """Longest side of a frame in pixels."""
+        return self.shown[1]
 
     def _cut_audio(self) -> list[str]:
         window = self.processors.audio_window_s

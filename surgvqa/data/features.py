@@ -146,6 +146,10 @@ class FeatureStore:
         self._lock = open(self.folder / "in_use.lock", "a")  # noqa: SIM115  (held for the life of the process)
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
+    def release(self) -> None:
+        """Ends `hold`: entries may be removed again."""
+        self._lock.close()
+
     def make_room(self, needed: int, capacity: int, keep: set[str]) -> bool:
         """Removes the least recently used entries until `needed` bytes more fit into `capacity`; False if they cannot.
 

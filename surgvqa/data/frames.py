@@ -6,7 +6,7 @@ Each step is a pure function of one frame, so that a cache can be laid between a
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -25,6 +25,16 @@ def select_frames(frames: Sequence[T], count: int) -> list[T]:
     if len(frames) <= count:
         return list(frames)
     return [frames[int(i * len(frames) / count)] for i in range(count)]
+
+
+def largest_frame(frame_paths: Iterable[Sequence[str]]) -> tuple[int, int]:
+    """Width and height in pixels of the largest of the clips' first frames, one of each folder, from their headers."""
+    one_each = {os.path.dirname(paths[0]): paths[0] for paths in frame_paths}
+    sizes = []
+    for path in one_each.values():
+        with Image.open(path) as file:
+            sizes.append(file.size)
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def load_frame(path: str | os.PathLike[str], image_size: int) -> Image.Image:
