@@ -469,6 +469,10 @@ class Writer:
             _Pipeline(self, todo).run()
         except OSError as error:
             raise self._explain(error) from error
+        except KeyboardInterrupt:
+            kept = f"{len(self.record['shards'])} of {len(self.job.shards)} shards"
+            self.run.warning(f"stopped: {kept} are kept in {self.job.partial}; run it again to go on")
+            raise
 
     def publish(self, report: dict[str, Any]) -> None:
         """Side files, index, the manifest turned report; then the rename."""

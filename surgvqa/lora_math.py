@@ -8,7 +8,7 @@
 Everything is computed in float32 and rounded once to the base's own dtype, then to bfloat16 (for a BF16 base one
 rounding; for an F16 base two, as PEFT's `merge_and_unload().to(bfloat16)` does).
 
-A plain LoRA block is made in tiles that stay in the core's L2 cache: product, upcast, sum, downcast touch memory once.
+A plain LoRA block is made in tiles that stay in the processor's cache: product, upcast, sum, downcast touch memory once.
 Tiles are near-equal and never thin: BLAS takes other paths, with other roundings, for a handful of rows.
 A scale that is a power of two is folded into B beforehand, which is exact.
 """
@@ -244,9 +244,10 @@ class Merged(_Rows):
         else:
             weight = _read_rows(self.base, self.files, first * self.row_numel, count * self.row_numel)
             weight = weight.view(count, self.row_numel)
+        result = target
         if self.device.type != "cpu":
             weight = weight.to(self.device)
-        result = weight if weight.dtype == torch.bfloat16 else torch.empty_like(weight, dtype=torch.bfloat16)
+            result = torch.empty_like(weight, dtype=torch.bfloat16)
         if self.lora.magnitude is not None:
             sums = self._dora(first, weight, result)
         else:

@@ -168,15 +168,15 @@ def _projector(file: Path, base: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def _device(asked: str) -> str:
-    if asked == "cpu":
+    """`auto` is the CPU: the disk and the hashing bound a merge, a CUDA context alone takes more memory than all of it,
+    and the card may be training."""
+    if asked != "cuda":
         return "cpu"
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    if asked == "cuda":
+    if not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA GPU here")
-    return "cpu"
+    return "cuda"
 
 
 def _sources(
