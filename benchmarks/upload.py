@@ -33,7 +33,7 @@ from remote.plan import Hashes, folder_sources  # noqa: E402
 LINKS = {  # name: (text, round trip ms, Mbit/s, loss %, MB to send, target)
     "loopback": ("loopback", None, None, None, 3000, 1.7),
     "lan": ("20 ms, 1 Gbit/s", 20, 1000, 0, 2000, 1.3),
-    "wan": ("80 ms, 200 Mbit/s", 80, 200, 0, 200, None),
+    "wan": ("80 ms, 200 Mbit/s", 80, 200, 0, 400, None),
     "lossy": ("80 ms, 200 Mbit/s, 0.1 % loss", 80, 200, 0.1, 100, 4.0),
 }
 SPACES = ("surgvqa-laptop", "surgvqa-host")

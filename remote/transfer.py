@@ -34,7 +34,7 @@ from surgvqa.errors import SurgvqaError
 FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's files.FRAME
 CHUNK = 2 << 20
 """Bytes that a broken stream may have to send again, and the unit that streams share a file by."""
-UNACKNOWLEDGED = 32 << 20  # bytes on the way in one stream; more than any link here holds
+UNACKNOWLEDGED = 6 << 20  # bytes on the way in one stream; OpenSSH's own window is 2 MiB
 BLOCK = 1 << 20
 PIPE = 1 << 20  # the largest pipe that an ordinary user may have
 MAX_STREAMS = 16
@@ -143,7 +143,8 @@ class AgentProcess:
             error = explain_ssh(self.host, text.decode(errors="replace"), self.process.wait())
         except SurgvqaError as failure:
             status = self.process.wait()
-            error = explain_ssh(self.host, text.decode(errors="replace"), status) if status == 255 else failure
+            broken = status == 255 or status < 0
+            error = explain_ssh(self.host, text.decode(errors="replace"), status) if broken else failure
         except (OSError, ValueError) as failure:
             error = Unreachable(f"{self.host.name}: the stream broke: {failure}")
         finally:
@@ -202,7 +203,7 @@ class Stream:
                 self._ended,
             )
         except OSError as error:
-            transfer.fatal = SurgvqaError(f"ssh: {error.strerror}")
+            transfer.fail(SurgvqaError(f"ssh: {error.strerror}"))
             self.live = False
             return
         opened, source = -1, -1
@@ -216,7 +217,7 @@ class Stream:
                 self._write(source, chunk)
         except OSError as error:
             if error.filename:  # the source, not the pipe
-                transfer.fatal = SurgvqaError(f"{error.filename}: {error.strerror}")
+                transfer.fail(SurgvqaError(f"{error.filename}: {error.strerror}"))
         finally:
             if source >= 0:
                 os.close(source)
@@ -228,7 +229,7 @@ class Stream:
         while at < end:
             count = self.agent.copy(source, at, min(BLOCK, end - at))
             if not count:  # the file became shorter
-                self.transfer.fatal = changed(self.transfer.item.entries[chunk.index].source)
+                self.transfer.fail(changed(self.transfer.item.entries[chunk.index].source))
                 self.agent.kill()
                 return
             at += count
@@ -328,7 +329,13 @@ class Transfer:
         if error is not None:
             self.last_error = error
             if not isinstance(error, Unreachable):
-                self.fatal = error
+                self.fail(error)
+
+    def fail(self, error: SurgvqaError) -> None:
+        """Ends the transfer for good; the first reason counts."""
+        with self.changed:
+            self.fatal = self.fatal or error
+            self.changed.notify_all()
 
     def _advance(self, index: int) -> bool:
         """Moves the contiguous beginning of a file on; whether it moved."""
