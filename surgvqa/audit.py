@@ -207,8 +207,8 @@ def scan(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """[{name, nan, inf, shard}] of every float tensor with a value that is not finite; streams, with progress."""
     import torch
 
-    from surgvqa.checkpoint_writer import BLOCK_BYTES, Files
     from surgvqa.lora_math import DTYPES
+    from surgvqa.shards import BLOCK_BYTES, Files
 
     floats = {n: t for n, t in checkpoint.tensors.items() if t.dtype in FLOAT_DTYPES}
     blocks = [
@@ -294,9 +294,10 @@ def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
 
     UsageError for a checkpoint that is damaged, incomplete in its index or quantised: rounding cannot mend that.
     """
-    from surgvqa.checkpoint_writer import Copy, Files, Job, Writer, file_identity, plan_shards
+    from surgvqa.checkpoint_writer import Job, Writer, file_identity
     from surgvqa.lora_math import Cast
     from surgvqa.merge import output_config, side_files
+    from surgvqa.shards import Copy, Files, plan_shards
 
     quantised = quantisation(checkpoint)
     if quantised:

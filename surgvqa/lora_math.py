@@ -8,7 +8,7 @@
 Everything is computed in float32 and rounded once to the base's own dtype, then to bfloat16 (for a BF16 base one
 rounding; for an F16 base two, as PEFT's `merge_and_unload().to(bfloat16)` does).
 
-A plain LoRA block is made in tiles that stay in the processor's cache: product, upcast, sum, downcast touch memory once.
+A plain LoRA block is made in tiles that stay in the processor's cache: product, casts and sum touch memory once.
 Tiles are near-equal and never thin: BLAS takes other paths, with other roundings, for a handful of rows.
 A scale that is a power of two is folded into B beforehand, which is exact.
 """
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from surgvqa.checkpoint import TensorInfo
-from surgvqa.checkpoint_writer import Files, split_rows
 from surgvqa.errors import UsageError
 from surgvqa.merge_adapter import LoraModule
+from surgvqa.shards import Files, split_rows
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,

@@ -27,13 +27,14 @@ from surgvqa.checkpoint import (
     quantisation,
     whisper_config,
 )
-from surgvqa.checkpoint_writer import Copy, Files, Job, Source, Writer, file_identity, free_bytes, plan_shards
+from surgvqa.checkpoint_writer import Job, Writer, file_identity, free_bytes
 from surgvqa.config import MergeOptions
 from surgvqa.errors import UsageError
 from surgvqa.merge_adapter import Adapter, read_adapter
 from surgvqa.merge_report import make_report, show_report
 from surgvqa.outcome import Outcome
 from surgvqa.runs import Run
+from surgvqa.shards import Copy, Files, Source, plan_shards
 
 REPORT_FILE = "merge_report.json"
 ARITHMETIC = 1  # counts up when a change of the arithmetic changes bits: a half-made merge then starts again

@@ -34,8 +34,9 @@ from surgvqa.checkpoint import (
     to_old_name,
     whisper_config,
 )
-from surgvqa.checkpoint_writer import MANIFEST_FILE, Copy, Files, Job, Writer, file_identity, plan_shards, split_rows
+from surgvqa.checkpoint_writer import MANIFEST_FILE, Job, Writer, file_identity
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.shards import Copy, Files, plan_shards, split_rows, tensor_bytes
 
 SHARDS = [{f"layer.{k}.{i}": ("BF16", (30, 7 + i)) for i in range(4)} for k in range(5)]
 
@@ -228,7 +229,7 @@ def test_shards_hold_everything_once_in_order(tensors: list[tuple[str, int]], mo
     ]
     for shard in shards:
         size = shard.nbytes - len(shard.head)
-        assert size <= most or len([s for s in shard.sources if checkpoint_writer.tensor_bytes(s)]) == 1
+        assert size <= most or len([s for s in shard.sources if tensor_bytes(s)]) == 1
         assert len(shard.head) % 8 == 0
     names = [s.file for s in shards]
     assert names == sorted(names) and len(set(names)) == len(names)
