@@ -270,7 +270,7 @@ async def test_the_log_counts_what_came_while_one_reads_above(root):
             file.write("one more\nand one\nhalf a li")
         await settle(pilot, lambda: app.screen.unseen == 2)
         assert log.scroll_offset.y == 0
-        await pilot.press("f")
+        await pilot.press("t")
         await settle(pilot, lambda: log.is_vertical_scroll_end)
         assert app.screen.unseen == 0
 

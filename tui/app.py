@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -23,9 +22,12 @@ from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import RunSummary
 from tui.base import TITLES, WIDE, Help, PanelScreen
 from tui.form import Field
+from tui.host import HostTarget
+from tui.link import Light
 from tui.merge import MergeScreen
 from tui.monitor import MonitorScreen
-from tui.target import LocalTarget, Target, newest_running
+from tui.picker import HostKey, HostPicker
+from tui.target import LocalTarget, Target, apart, newest_running
 from tui.train import TrainScreen
 from tui.upload import UploadScreen
 
@@ -62,7 +64,7 @@ THEME = Theme(
 
 
 class Panel(App[None]):
-    """Four screens over one target."""
+    """Four screens over one target: this machine, or one of the hosts. Merging and uploading are always done here."""
 
     TITLE = "surgvqa"
     CSS_PATH = "panel.tcss"
@@ -70,19 +72,27 @@ class Panel(App[None]):
     HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(TITLES.items(), 1)),
+        Binding("h", "hosts", "host", tooltip="Choose where work is done: this machine or a GPU host"),
         Binding("question_mark", "help", "help", key_display="?"),
         Binding("ctrl+p", "command_palette", "commands", show=False),
         Binding("q", "quit", "quit"),
         Binding("ctrl+q", "quit", "quit", show=False, priority=True),
     ]
 
-    def __init__(self, target: Target, host: str | None = None) -> None:
+    def __init__(self, here: LocalTarget, host: str | None = None) -> None:
         super().__init__()
-        self.target = target
-        self.host = host
-        """The GPU host that is set, if any; Upload names it."""
+        self.here = here
+        self.hosts: dict[str, HostTarget] = {}
+        """Those that were chosen once; their connections are kept."""
+        self.target: Target = here
         self.listed: list[RunSummary] = []
-        workspace = target.workspace
+        """The target's runs, newest first."""
+        self.listed_here: list[RunSummary] = []
+        self._seen: dict[str, Light] = {}
+        """What was said of each connection."""
+        if host:
+            self.target = self.hosts[host] = HostTarget(host, here.workspace)
+        workspace = here.workspace
         names = [p.name for p in load_presets(workspace.root)]
         self.preset: str | None = workspace.preset or (names[0] if names else None)
         self.register_theme(THEME)
@@ -91,8 +101,13 @@ class Panel(App[None]):
     @property
     def budget_gb(self) -> float | None:
         """The budget that training would have: surgvqa.toml's or the default."""
-        value = self.target.workspace.value("budget_gb", "train")
+        value = self.here.workspace.value("budget_gb", "train")
         return config.BUDGET_GB if value is None else float(value)
+
+    @property
+    def host(self) -> HostTarget | None:
+        """The host that is chosen; None while this machine is."""
+        return self.target if isinstance(self.target, HostTarget) else None
 
     @property
     def front(self) -> PanelScreen | None:
@@ -108,10 +123,10 @@ class Panel(App[None]):
         self.set_interval(REFRESH_S, self._tick)
 
     def _first_mode(self) -> str:
-        """Where one would go on: a running job, else the first step that is not done."""
-        if newest_running(self.listed):
+        """Where one would go on: a running job, else the first step not done. Of a host neither is known yet."""
+        if self.host or newest_running(self.listed):
             return "monitor"
-        workspace = self.target.workspace
+        workspace = self.here.workspace
         merged = workspace.value("output_path", "merge") or workspace.value("model_name_or_path", "train")
         return "train" if merged and (Path(merged) / "config.json").is_file() else "merge"
 
@@ -120,6 +135,7 @@ class Panel(App[None]):
 
     async def _refresh(self) -> None:
         await self.refresh_runs()
+        self.show_light()
         if self.front:
             await self.front.tick()
 
@@ -129,13 +145,36 @@ class Panel(App[None]):
             self.front.on_worker_state_changed(event)
 
     async def refresh_runs(self) -> None:
-        """Reads the run list anew."""
-        listed = await asyncio.to_thread(self.target.runs)
-        if listed != self.listed:
-            self.listed = listed
+        """Reads the run lists anew."""
+        here = await apart(self.here.runs)
+        listed = here if self.host is None else self.host.runs()
+        if (here, listed) != (self.listed_here, self.listed):
+            self.listed_here, self.listed = here, listed
             if self.front:
                 self.front.show_where()
                 self.front.keys_changed()
+
+    def show_light(self) -> None:
+        """Says once what became of the chosen host's connection; an unknown key asks."""
+        host, front = self.host, self.front
+        if host is None or front is None or self._seen.get(host.name) == host.light:
+            return
+        before, light = self._seen.get(host.name), host.light
+        self._seen[host.name] = light
+        front.show_where()
+        front.keys_changed()
+        if light.kind == "unknown key" and light.key:
+            self.push_screen(HostKey(light.key), lambda yes: host.link.accept() if yes else host.link.refuse())
+        elif light.kind == "refused":
+            front.say(light.text, "error")
+        elif light.kind == "unreachable" and (before is None or before.kind != "unreachable"):
+            front.say(light.text, "warning")
+        elif light.kind == "connected" and host.skew:
+            front.say(f"{host.name}: {host.skew}; v sets it up", "warning")
+        elif light.kind == "connected" and before and before.kind != "connecting":
+            front.say(f"{host.name}: connected again", "success")
+        elif light.kind in ("connecting", "connected"):
+            front.say("")
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 
@@ -143,6 +182,41 @@ class Panel(App[None]):
         """One of the four screens."""
         if self.front:
             await self.switch_mode(mode)
+
+    def action_hosts(self) -> None:
+        """The list of hosts; the chosen one becomes the target."""
+        if self.front:
+            self.push_screen(HostPicker(), self._choose)
+
+    async def _choose(self, name: str | None) -> None:
+        if name is None:
+            return
+        if name == self.here.name:
+            self.target = self.here
+        else:
+            if name not in self.hosts:
+                self.hosts[name] = HostTarget(name, self.here.workspace)
+            self.target = host = self.hosts[name]
+            if host.light.kind in ("refused", "unreachable"):
+                host.link.again()
+            self._seen.pop(name, None)
+        if self.front:
+            self.front.say("")
+        await self.refresh_runs()
+        if self.front:
+            self.front.show_where()
+            self.front.keys_changed()
+        self._tick()
+
+    async def set_up_host(self) -> None:
+        """Installs this version of surgvqa on the host: on Upload, where its output is shown."""
+        await self.switch_mode("upload")
+        if isinstance(self.screen, UploadScreen):
+            self.screen.set_up_host()
+
+    def on_unmount(self) -> None:
+        for host in self.hosts.values():
+            host.end()
 
     def action_help(self) -> None:
         """All keys of this screen."""
@@ -162,6 +236,9 @@ class Panel(App[None]):
         await self.switch_mode("monitor")
         if isinstance(self.screen, MonitorScreen):
             self.screen.attach(run_id)
+            if self.host and self.host.warning:
+                self.screen.say(self.host.warning, "warning")
+                self.host.warning = ""
 
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
         """The palette: the screens, what this screen can do now, and Textual's own."""

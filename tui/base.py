@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,6 +18,7 @@ from textual.worker import Worker, WorkerState
 from surgvqa.errors import SurgvqaError
 from tui import words
 from tui.pane import Pane
+from tui.target import Target, apart
 
 if TYPE_CHECKING:
     from tui.app import Panel
@@ -56,16 +56,16 @@ class Head(Horizontal):
 class Where(Pane):
     """Host, workspace, preset and budget in one line."""
 
-    def show_place(self, host: str, workspace: Path, preset: str | None, budget_gb: float | None) -> None:
-        parts = [("host", host), ("workspace", words.short_path(workspace)), ("preset", preset or "none")]
+    def show_place(self, place: Content, workspace: Path, preset: str | None, budget_gb: float | None) -> None:
+        parts = [("workspace", words.short_path(workspace)), ("preset", preset or "none")]
         if budget_gb:
             parts.append(("budget", f"{budget_gb:g} GB"))
         room = self.app.size.width - 2
-        long = sum(len(k) + len(v) + 3 for k, v in parts) <= room
-        spans: list[str | tuple[str, str]] = []
+        long = place.cell_length + 5 + sum(len(k) + len(v) + 3 for k, v in parts) <= room
+        spans: list[Content | str | tuple[str, str]] = [("host ", "$muted")] if long else []
+        spans.append(place)
         for name, text in parts:
-            if spans:
-                spans.append(("  ", ""))
+            spans.append("  ")
             if long or name == "budget":
                 spans.append((f"{name} ", "$muted"))
             spans.append((text if long else words.clip(text, max(8, room // 3), keep_end=name == "workspace"), ""))
@@ -94,6 +94,9 @@ class PanelScreen(Screen[None]):
     ABOUT: ClassVar[str] = ""
     """What the screen is for, in the help."""
     AUTO_FOCUS = None
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("v", "set_up", "set up host", tooltip="Install this version of surgvqa on the host")
+    ]
     _possible: list[bool | None] | None = None
 
     def compose(self) -> ComposeResult:
@@ -114,7 +117,7 @@ class PanelScreen(Screen[None]):
     @property
     def workspace_root(self) -> Path:
         """Relative paths on this screen start here."""
-        return self.app.target.workspace.root
+        return self.app.here.workspace.root
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
         """What nobody foresaw is said in place; the panel goes on."""
@@ -133,6 +136,12 @@ class PanelScreen(Screen[None]):
             for active in self.active_bindings.values()
             if active.binding.action not in every_screen and not active.binding.system
         ]
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action == "set_up":
+            host = self.app.host
+            return host is not None and host.light.kind == "connected" and (bool(host.skew) or self.MODE == "upload")
+        return True
 
     def keys_changed(self) -> None:
         """Draws the footer anew, if other keys work now than before."""
@@ -153,19 +162,22 @@ class PanelScreen(Screen[None]):
         """Draws the head."""
         if not self.is_mounted:
             return
-        workspace = self.app.target.workspace
-        host = self.app.target.name
-        self.query_one(Where).show_place(host, workspace.root, self.app.preset, self.app.budget_gb)
+        host = self.app.host
+        place = Content(self.app.here.name) if host is None else words.light(host.name, host.light)
+        self.query_one(Where).show_place(place, self.workspace_root, self.app.preset, self.app.budget_gb)
         running = [r for r in self.app.listed if r.state == "running"]
         text = f"● {running[0].command} running" if running else ""
         if len(running) > 1:
             text = f"● {len(running)} jobs running"
         self.query_one("#busy", Pane).show(Content(text))
 
-    async def stop_run(self, run_id: str) -> str | None:
+    async def action_set_up(self) -> None:
+        await self.app.set_up_host()
+
+    async def stop_run(self, run_id: str, target: Target | None = None) -> str | None:
         """Ends a run in a thread; its state then, or None when that failed (said in place)."""
         try:
-            return await asyncio.to_thread(self.app.target.stop, run_id)
+            return await apart((target or self.app.target).stop, run_id)
         except (OSError, SurgvqaError, psutil.Error) as error:
             self.say(f"{run_id} could not be stopped: {error}", "error")
             return None

@@ -20,7 +20,7 @@ def facts(follower: Follower, width: int, resumable: bool) -> Content:
     best = model.best_eval()
     lr = "" if rate is None else f"lr {rate:.2e}"
     rows: list[Content | str | None] = [
-        Content.assemble(words.state(follower.state), "  ", (model.command, "bold")),
+        Content.assemble(standing(follower), "  ", (model.command, "bold")),
         phase(follower, width) if follower.active and model.phase else None,
     ]
     if share is not None:
@@ -41,7 +41,7 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     """For a small terminal: state and bar, then the figures, then one line of trouble when there is some."""
     model = follower.model
     share, count = how_far(follower)
-    head = Content.assemble(words.state(follower.state), "  ", (model.command, "bold"))
+    head = Content.assemble(standing(follower), "  ", (model.command, "bold"))
     if share is not None:
         head = Content.assemble(head, "  ", words.bar(12, share, "$primary"), (f" {100 * share:.0f} %", "bold"))
     if follower.active:
@@ -50,6 +50,15 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     figures = [count, pace(follower), time_left(follower), "" if rate is None else f"lr {rate:.2e}"]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
     return report.lines(head, second, *ending(follower, resumable)[:1])
+
+
+def standing(follower: Follower) -> Content:
+    """The run's state; of a host that is not reached, since when. Whether the job lives only the host can say."""
+    light = follower.target.light
+    if light is None or light.kind in ("connected", "connecting") or not follower.active:
+        return words.state(follower.state)
+    since = f" since {words.ago(light.since)}" if light.kind == "unreachable" else ""
+    return Content.assemble((f"○ {light.kind}{since}", "bold $warning"))
 
 
 def joined(figures: list[str], width: int) -> list[str]:
@@ -113,6 +122,9 @@ def ending(follower: Follower, resumable: bool) -> list[Content]:
         why = said[-1] if said else "no word in its log"
         text = why if follower.state == "failed" else f"its process is gone; last words: {why}"
         then = "c continues from the last checkpoint" if resumable else "the log says more; 3 starts anew"
+        way_on = follower.model.way_on
+        if way_on:
+            then = f"o goes on from the last checkpoint as in preset {way_on[0]}"
         return [Content.assemble((text, "$error")), report.waiting(then)]
     oom = follower.model.oom
     told = [f"out of GPU memory at step {oom.get('step')}: {oom.get('text', '')}"] if oom else []

@@ -6,15 +6,12 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tui import words
 from tui.chart import Mark, Series
+from tui.target import ACTIVE, News, Target, apart
 
-if TYPE_CHECKING:
-    from tui.target import Target
-
-ACTIVE = ("starting", "running")
 LOG_LINES = 5000  # kept in memory; the file has all of them
 
 
@@ -26,12 +23,15 @@ class Progress:
     unit: str = ""
     done: float = 0.0
     total: float | None = None
+    first: float | None = None
+    """What was done when it began: of an upload, what the host had already."""
     recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=200))
     """(time, done), newest last."""
 
     def update(self, event: dict[str, Any]) -> None:
         """Takes in one `progress` event."""
         done = event.get("done") or 0
+        self.first = done if self.first is None else self.first
         if done < self.done:
             self.recent.clear()
         self.done, self.total, self.unit = done, event.get("total"), event.get("unit", "")
@@ -93,6 +93,13 @@ class RunModel:
         self.progress: dict[str, Progress] = {}
         self.shards: dict[str, Progress] = {}
         """Of a merge: each shard that was begun."""
+        self.items: dict[str, Progress] = {}
+        """Of an upload: each checkpoint folder, and the data."""
+        self.plan: dict[str, Any] = {}
+        self.sending: dict[str, Any] = {}
+        """Of an upload: its newest progress."""
+        self.output: deque[str] = deque(maxlen=200)
+        """Of a setup: what the programs on the host said last."""
         self.step = 0
         self.total_steps: int | None = None
         self.metric: dict[str, Any] = {}
@@ -108,6 +115,8 @@ class RunModel:
         self.warnings: list[str] = []
         self.errors: list[str] = []
         self.oom: dict[str, Any] | None = None
+        self.oom_survived = True
+        """Whether steps were done after the last out-of-memory error."""
         self.finished: dict[str, Any] | None = None
         self.events = 0
         self.first_step: tuple[int, float] | None = None
@@ -157,6 +166,15 @@ class RunModel:
         known = [(y, x) for x, y in zip(self.eval.xs, self.eval.ys) if y == y]
         return (round(min(known)[1]), min(known)[0]) if known else None
 
+    @property
+    def way_on(self) -> tuple[str, list[str]] | None:
+        """What an out-of-memory error that ended the run proposes: the preset's name, and its settings as arguments."""
+        oom = self.oom or {}
+        if self.oom_survived or not oom.get("next_settings"):
+            return None
+        settings = [f"--{name}={words.value(value)}" for name, value in oom["next_settings"].items()]
+        return str(oom.get("next_preset") or "smaller"), settings
+
     # --- events ------------------------------------------------------------------------------------------------------
 
     def feed(self, events: list[dict[str, Any]]) -> None:
@@ -174,10 +192,22 @@ class RunModel:
 
     def _on_phase(self, event: dict[str, Any]) -> None:
         self.phase, self.phase_text = str(event.get("name", "")), str(event.get("text", ""))
+        if self.phase == "upload":
+            item = self.phase_text.rpartition(": ")[0]
+            self.items[item] = Progress(item)
+
+    def _on_plan(self, event: dict[str, Any]) -> None:
+        self.plan = event
+
+    def _on_output(self, event: dict[str, Any]) -> None:
+        self.output.append(str(event.get("text", "")))
 
     def _on_progress(self, event: dict[str, Any]) -> None:
         phase = str(event.get("phase", ""))
         self.progress.setdefault(phase, Progress(phase)).update(event)
+        if phase == "upload" and self.items:
+            self.sending = event
+            self.items[list(self.items)[-1]].update(event)
         shard = event.get("shard")
         if shard:
             part = {**event, "done": event.get("shard_done"), "total": event.get("shard_total")}
@@ -185,6 +215,7 @@ class RunModel:
 
     def _on_metric(self, event: dict[str, Any]) -> None:
         step = int(event.get("step") or 0)
+        self.oom_survived = True
         if step < self.step:  # resumed, or redone after an out-of-memory error
             self.first_step = None
         self.step = step
@@ -217,7 +248,7 @@ class RunModel:
             self.marks.append(Mark(self.step, str(event.get("name", "preset"))))
 
     def _on_oom(self, event: dict[str, Any]) -> None:
-        self.oom = event
+        self.oom, self.oom_survived = event, False
         self.marks.append(Mark(int(event.get("step") or self.step), "OOM", "chart--oom"))
 
     def _on_warning(self, event: dict[str, Any]) -> None:
@@ -240,8 +271,7 @@ class Follower:
         self.state = "starting"
         self.log: list[str] = []
         """The end of the log, as far as it was read."""
-        self._reading = asyncio.Lock()
-        self._earlier_read = False
+        self._reading: asyncio.Task[News] | None = None
 
     @property
     def active(self) -> bool:
@@ -250,41 +280,24 @@ class Follower:
 
     async def poll(self) -> list[str] | None:
         """Reads what is new and returns the new log lines; None when nothing at all changed."""
-        async with self._reading:
-            before = (self.state, self.model.events)
-            info, state, (events, lines) = await asyncio.to_thread(self._read)
-            self.model.info = info or self.model.info
-            self.model.preset = self.model.preset or self.model.info.get("preset")
-            if not self._earlier_read and info.get("pid"):
-                self._earlier_read = True
-                self.model.feed_earlier(await asyncio.to_thread(earlier_curve, self.target, info))
-            self.model.feed(events)
-            self.state = state
-            self.log += lines
-            del self.log[:-LOG_LINES]
-            return lines if lines or (self.state, self.model.events) != before else None
-
-    def _read(self) -> tuple[dict[str, Any], str, tuple[list[dict[str, Any]], list[str]]]:
-        # The state first: whatever an ended job said is then surely in what is read after it.
-        info, state = self.target.info(self.run_id), self.target.state(self.run_id)
-        return info, state, self.feed.read()
-
-
-def earlier_curve(target: Target, info: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `metric` and `eval` events of the runs that this one goes on from, the oldest first."""
-    events: list[dict[str, Any]] = []
-    seen = {info.get("id")}
-    while info:
-        resumed = ((info.get("options") or {}).get("resume") or {}).get("value")
-        parts = reversed(PurePath(resumed).parts) if resumed else ()  # a run, or a checkpoint folder inside one
-        parent = next((part for part in parts if part not in seen and target.info(part)), None)
-        if parent is None:
-            break
-        seen.add(parent)
-        listed, _ = target.feed(parent).read()
-        events = [e for e in listed if e["kind"] in ("metric", "eval")] + events
-        info = target.info(parent)
-    return events
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(apart(self.feed.read))
+        reading = self._reading
+        await asyncio.wait({reading})  # who polls may be cancelled by the next second's look; what was read is not lost
+        if self._reading is not reading:  # another look has taken it in
+            return None
+        self._reading = None
+        news = reading.result()
+        before = (self.state, self.model.events)
+        self.model.info = news.info or self.model.info
+        self.model.preset = self.model.preset or self.model.info.get("preset")
+        if news.earlier:
+            self.model.feed_earlier(news.earlier)
+        self.model.feed(news.events)
+        self.state = news.state
+        self.log += news.lines
+        del self.log[:-LOG_LINES]
+        return news.lines if news.lines or (self.state, self.model.events) != before else None
 
 
 def _number(value: Any) -> float:

@@ -51,7 +51,7 @@ class MergeScreen(PanelScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.settings = Settings("merge", self.app.target.workspace)
+        self.settings = Settings("merge", self.app.here.workspace)
         self.follower: Follower | None = None
         self.planning = False
         self.picture: Content | Callable[[int], Content] = Content("")
@@ -70,9 +70,9 @@ class MergeScreen(PanelScreen):
         self.query_one("#merge-form").border_title = "what to merge"
         self.settings.fill(self.query_one(Form), None)
         self.query_one(Form).field("stage1_model_path").focus()
-        running = newest_running(self.app.listed, "merge")
+        running = newest_running(self.app.listed_here, "merge")
         if running:
-            self.follower = Follower(self.app.target, running.id)
+            self.follower = Follower(self.app.here, running.id)
         elif not self.show_finished():
             self.action_plan()
 
@@ -111,7 +111,7 @@ class MergeScreen(PanelScreen):
             self.show("plan", report.waiting(f"Choose the {labels}: move there with ↑ ↓ and press Enter."))
             return
         try:
-            answer = await self.app.target.command(*self.settings.argv(), "--dry_run")
+            answer = await self.app.here.command(*self.settings.argv(), "--dry_run")
         except OSError as error:
             self.show("plan", report.problem(f"the dry run did not start: {error}"))
             return
@@ -121,7 +121,7 @@ class MergeScreen(PanelScreen):
 
     def show_finished(self) -> bool:
         """Shows the report of the checkpoint that stands at the output path, when one does."""
-        document = self.app.target.document(str(self.output() / "merge_report.json"))
+        document = self.app.here.document(str(self.output() / "merge_report.json"))
         if document:
             self.show("merged", partial(report.merge_report, document))
         return bool(document)
@@ -147,25 +147,25 @@ class MergeScreen(PanelScreen):
         merging = self.follower is not None and self.follower.active
         if action in ("merge", "plan", "audit", "revert"):
             return not merging
-        return merging if action == "stop" else True
+        return merging if action == "stop" else super().check_action(action, parameters)
 
     @work(group="launch", exclusive=True, exit_on_error=False)
     async def action_merge(self) -> None:
         """Starts the merge as a job."""
         self.say("")
         try:
-            run_id = await self.app.target.launch(*self.settings.argv())
+            run_id = await self.app.here.launch(*self.settings.argv())
         except (SurgvqaError, OSError) as error:
             self.say(str(error), "error")
             return
-        self.follower = Follower(self.app.target, run_id)
+        self.follower = Follower(self.app.here, run_id)
         self.keys_changed()
         await self.tick()
 
     async def tick(self) -> None:
-        running = newest_running(self.app.listed, "merge")
+        running = newest_running(self.app.listed_here, "merge")
         if running and self.follower is None and not self.planning:
-            self.follower = Follower(self.app.target, running.id)
+            self.follower = Follower(self.app.here, running.id)
         follower = self.follower
         if follower is None:
             return
@@ -195,11 +195,11 @@ class MergeScreen(PanelScreen):
 
     @work(group="stop", exit_on_error=False)
     async def _stop(self, follower: Follower) -> None:
-        await self.stop_run(follower.run_id)
+        await self.stop_run(follower.run_id, self.app.here)
 
     @work(group="plan", exclusive=True, exit_on_error=False)
     async def action_audit(self) -> None:
         """Audits the merged checkpoint from its headers."""
         self.show("audit", report.waiting("reading the headers …"))
-        answer = await self.app.target.command("audit", str(self.output()))
+        answer = await self.app.here.command("audit", str(self.output()))
         self.show("audit", report.audit(answer.data) if answer.data else report.problem(answer.error))

@@ -1,9 +1,10 @@
-"""Monitor: the runs of the workspace, and one of them live: loss, memory, pace, log."""
+"""Monitor: the runs of this machine or of a host, and one of them live: loss, memory, pace, log."""
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
@@ -21,10 +22,12 @@ from tui.chart import Chart, Series, tick_text
 from tui.facts import facts, facts_in_two_lines
 from tui.follow import Follower, RunModel
 from tui.gauge import Gauge
+from tui.host import watched
 from tui.pane import Pane
 from tui.target import newest_running
 
 NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
+NO_RUNS_THERE = "No runs on {host} yet.\nSend checkpoint and data with 2, then start training with 3."
 FIRST_LOSS = "The first loss comes with the first optimiser step."
 
 
@@ -48,7 +51,9 @@ class MonitorScreen(PanelScreen):
         Binding("left", "pan(-0.25)", "earlier", show=False),
         Binding("right", "pan(0.25)", "later", show=False),
         Binding("0", "whole", "whole run", show=False),
-        Binding("f", "follow_log", "follow log", tooltip="Jump to the end of the log and stay there"),
+        Binding("o", "way_on", "smaller preset", tooltip="Out of memory: go on from the last checkpoint as proposed"),
+        Binding("f", "fetch", "fetch", tooltip="Bring the run's adapters, checkpoints and logs here, verified"),
+        Binding("t", "follow_log", "follow log", tooltip="Jump to the end of the log and stay there"),
         Binding("slash", "search", "search log", key_display="/"),
         Binding("n", "search_again", "next match", show=False),
     ]
@@ -56,6 +61,9 @@ class MonitorScreen(PanelScreen):
     def __init__(self) -> None:
         super().__init__()
         self.follower: Follower | None = None
+        self.shown_target = self.app.target
+        self.kept: dict[str, Follower] = {}
+        """What is followed on the other machines, by their names."""
         self.shown_list: list[object] = []
         self.unseen = 0
         self.sought = ""
@@ -85,44 +93,78 @@ class MonitorScreen(PanelScreen):
             self.query_one(f"#{id}").border_title = title
         self.query_one("#search").display = False
         self.query_one(Log).anchor()
-        if self.follower is None and self.app.listed:
-            newest = newest_running(self.app.listed) or self.app.listed[0]
-            self.attach(newest.id)
+        if self.follower is None:
+            self.attach_newest()
         self.show_list()
         self.query_one(OptionList).focus()
 
     # --- attaching and following -------------------------------------------------------------------------------------
 
+    def attach_newest(self) -> None:
+        """The newest run that is going, else the newest; without any, what to do."""
+        if self.app.listed:
+            self.attach((newest_running(self.app.listed) or self.app.listed[0]).id)
+        else:
+            self.query_one(Chart).empty = self.no_runs()
+            self.query_one(Chart).redraw()
+
+    def no_runs(self) -> str:
+        """What an empty list means."""
+        host = self.app.host
+        if host is None:
+            return NO_RUNS
+        if host.link.listed is None:
+            return f"{host.name}: {host.light.kind}\n{host.light.text.removeprefix(f'{host.name}: ')}"
+        return NO_RUNS_THERE.format(host=host.name)
+
     def attach(self, run_id: str) -> None:
         """Follows this run from its first event."""
-        if self.follower is not None and self.follower.run_id == run_id:
+        old, target = self.follower, self.app.target
+        if old is not None and (old.target, old.run_id) == (target, run_id):
             return
-        self.follower = follower = Follower(self.app.target, run_id)
+        if old is not None and old.target is target:
+            old.feed.close()
+        self.show_follower(Follower(target, run_id))
+
+    def show_follower(self, follower: Follower | None) -> None:
+        """Puts a run on the screen; None: there is none."""
+        self.follower = follower
         self.unseen = 0
         self.say("")
         if not self.is_mounted:
             return
+        model = follower.model if follower else RunModel()
         chart = self.query_one(Chart)
-        chart.empty = FIRST_LOSS
-        chart.series, chart.marks, chart.window = (
-            [follower.model.train, follower.model.eval],
-            follower.model.marks,
-            None,
-        )
+        chart.empty = FIRST_LOSS if follower else self.no_runs()
+        chart.series, chart.marks, chart.window = [model.train, model.eval], model.marks, None
         chart.redraw()
         self.query_one(Log).clear()
+        if follower is None:
+            self.query_one("#picture", ContentSwitcher).current = "chart-panel"
+            for pane in ("#facts", "#legend", "#gauge"):
+                self.query_one(pane, Pane).show(Content(""))
+            self.query_one("#facts").border_title = "run"
         self.show_list()
         options = self.query_one("#runs", OptionList)
-        if run_id in {option.id for option in options.options}:
-            options.highlighted = options.get_option_index(run_id)
+        if follower and follower.run_id in {option.id for option in options.options}:
+            options.highlighted = options.get_option_index(follower.run_id)
         self.run_worker(partial(self.tick, first=True), group="attach", exclusive=True, exit_on_error=False)
 
+    def change_target(self) -> None:
+        """Another machine was chosen: what was followed there goes on, and this is kept meanwhile."""
+        if self.follower is not None:
+            self.kept[self.shown_target.name] = self.follower
+        self.shown_target = self.app.target
+        self.show_follower(self.kept.pop(self.app.target.name, None))
+
     async def tick(self, first: bool = False) -> None:
+        if self.shown_target is not self.app.target:
+            self.change_target()
+            return
         self.show_list()
         follower = self.follower
         if follower is None:
-            if self.app.listed:
-                self.attach(self.app.listed[0].id)
+            self.attach_newest()
             return
         lines = await follower.poll()
         if self.follower is not follower:
@@ -238,7 +280,7 @@ class MonitorScreen(PanelScreen):
             following = not self.unseen and (log.is_vertical_scroll_end or not log.size.height)
             log.write_lines(lines)
             self.unseen = 0 if following else self.unseen + len(lines)
-        self.query_one("#log-panel").border_subtitle = f"+{self.unseen:,} lines · f follows" if self.unseen else ""
+        self.query_one("#log-panel").border_subtitle = f"+{self.unseen:,} lines · t follows" if self.unseen else ""
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 
@@ -252,12 +294,22 @@ class MonitorScreen(PanelScreen):
             and follower.model.checkpoints
         )
 
+    def way_on(self) -> tuple[str, list[str]] | None:
+        """What to go on with after an out-of-memory error that ended the training."""
+        follower = self.follower
+        ended = follower and follower.model.command == "train" and follower.state in ("failed", "died")
+        return follower.model.way_on if follower and ended else None
+
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         follower = self.follower
         if action == "stop":
             return follower is not None and follower.active
         if action == "resume":
             return self.resumable()
+        if action == "way_on":
+            return self.way_on() is not None
+        if action == "fetch":
+            return bool(follower and not follower.active and self.app.host)
         if action == "evaluate":
             return bool(follower and follower.model.command == "train" and follower.state in ("finished", "stopped"))
         if action == "attach":
@@ -267,7 +319,7 @@ class MonitorScreen(PanelScreen):
             return bool(follower and follower.model.train.xs)
         if action in ("follow_log", "search", "search_again"):
             return bool(follower and follower.log) and (action != "follow_log" or self.unseen > 0)
-        return True
+        return super().check_action(action, parameters)
 
     @on(OptionList.OptionHighlighted)
     def _highlighted(self) -> None:
@@ -352,19 +404,38 @@ class MonitorScreen(PanelScreen):
 
     def action_resume(self) -> None:
         assert self.follower
-        self._launch("train", "--resume", self.follower.run_id)
+        self._launch(self.app.target.resume(self.follower.run_id))
+
+    def action_way_on(self) -> None:
+        """Applies what the out-of-memory error proposed."""
+        way_on = self.way_on()
+        assert self.follower and way_on
+        self._launch(self.app.target.resume(self.follower.run_id, *way_on[1]))
 
     def action_evaluate(self) -> None:
         assert self.follower
-        self._launch("evaluate", "--checkpoint", self.follower.run_id)
+        self._launch(self.app.target.launch("evaluate", "--checkpoint", self.follower.run_id))
 
     @work(group="launch", exclusive=True, exit_on_error=False)
-    async def _launch(self, *argv: str) -> None:
+    async def _launch(self, starting: Coroutine[Any, Any, str]) -> None:
         self.say("checking the input …")
         try:
-            run_id = await self.app.target.launch(*argv)
+            run_id = await starting
         except (SurgvqaError, OSError) as error:
             self.say(str(error), "error")
             return
         self.say("")
         await self.app.monitor(run_id)
+
+    @work(group="fetch", exclusive=True, exit_on_error=False)
+    async def action_fetch(self) -> None:
+        """Brings the run home; what has arrived stays when the panel is closed, and the next fetch goes on there."""
+        host, follower = self.app.host, self.follower
+        assert host and follower
+        try:
+            done = await watched(partial(host.fetch, follower.run_id), self.say)
+        except (SurgvqaError, OSError) as error:
+            self.say(str(error), "error")
+            return
+        folders = ", ".join(words.short_path(folder, self.workspace_root) for folder in done["folders"])
+        self.say(f"fetched {done['files']} files, verified: {folders}", "success")

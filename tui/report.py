@@ -269,3 +269,112 @@ def evaluation(result: dict[str, Any], width: int) -> Content:
 def percent(share: float) -> str:
     """0.3604 as `36.0 %`."""
     return f"{100 * share:.1f} %"
+
+
+# --- upload and setup ------------------------------------------------------------------------------------------------
+
+WAYS = {
+    "merged": "the merged checkpoint",
+    "adapter": "Stage 1 + adapter, merged there",
+    "data": "only the data",
+}
+
+
+def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
+    """The ways to have everything on the host: what each would send, what is there, how long; then the data."""
+    rate, data = plan["bytes_per_s"], plan["data"]
+    name = max(18, min(36, width - 46))
+    head = f"  {'what':<{name}}{'to send':>10}{'there already':>15}  {'about':<18}"
+    rows: list[Content] = [Content.assemble((words.clip(head, width), MUTED))]
+    chosen = plan["chosen"]
+    for way in plan["ways"]:
+        there = way["total_bytes"] - way["send_bytes"]
+        rows.append(
+            _way(
+                WAYS[way["name"]],
+                way["send_bytes"],
+                there,
+                way["seconds"],
+                name,
+                marked == way["name"],
+                chosen == way["name"],
+            )
+        )
+    if not plan["ways"]:
+        rows.append(_way(WAYS["data"], 0, None, 0.0, name, marked == "data", False))
+    elif marked == "data":
+        rows.append(_way("no checkpoint", 0, None, 0.0, name, True, False))
+    if data["files"]:
+        label = f"+ data, {data['files']:,} files"
+        rows.append(_way(label, data["send_bytes"], None, data["send_bytes"] / rate, name, False, False))
+    way = next((w for w in plan["ways"] if w["name"] == marked), {"send_bytes": 0, "seconds": 0.0})
+    sent, seconds = way["send_bytes"] + data["send_bytes"], way["seconds"] + data["send_bytes"] / rate
+    enough = (
+        ("", "")
+        if sent <= plan["free_bytes"]
+        else (f"  {words.size(sent - plan['free_bytes'])} too little", "bold $error")
+    )
+    rows += [
+        Content(""),
+        Content.assemble(
+            ("u", "bold $footer-key-foreground"), f" sends {words.size(sent)} in about {words.seconds(seconds)}"
+        )
+        if sent
+        else Content.assemble(("✓ ", "$success"), "all of it is there"),
+        Content.assemble(
+            (f"times at {words.size(rate)}/s, {words.size(plan['free_bytes'])} free there", MUTED), enough
+        ),
+    ]
+    return lines(*rows)
+
+
+def _way(
+    label: str, send: float, there: float | None, seconds: float, name: int, marked: bool, cheapest: bool
+) -> Content:
+    style = "bold" if marked else ""
+    figures = f"{words.size(send) if send else '–':>10}{words.size(there) if there else '–':>15}"
+    return Content.assemble(
+        ("▸ " if marked else "  ", "bold $accent"),
+        (f"{words.clip(label, name - 1):<{name}}", style),
+        (figures, style),
+        (f"  {words.seconds(seconds) if seconds else '':<10}", MUTED),
+        ("cheapest" if cheapest else "", "$success"),
+    )
+
+
+def upload_progress(follower: Follower, width: int) -> Content:
+    """An upload at work: all of it, each item, and the file at hand."""
+    model = follower.model
+    if not model.items:
+        return job_progress(follower, width)
+    way = next((w for w in model.plan.get("ways", []) if w["name"] == model.plan.get("chosen")), {"send_bytes": 0})
+    total = way["send_bytes"] + (model.plan.get("data") or {}).get("send_bytes", 0)
+    sent = sum(item.done - (item.first or 0) for item in model.items.values())
+    now = list(model.items.values())[-1]
+    whole = Progress("all", "bytes", min(sent, total), total or None, recent=now.recent)
+    label = max(8, *(len(name) for name in model.items))
+    text = f"{words.size(sent)} of {words.size(total)} sent"
+    if now.rate:
+        text += f"  {words.rate(now.rate, 'bytes')}  {words.seconds(max(0.0, total - sent) / now.rate)} left"
+    bar = max(8, min(40, width - label - 44))
+    share = whole.fraction or 0.0
+    head = Content.assemble(words.state(follower.state), "  ", (model.phase, "bold"), (f"  {model.phase_text}", MUTED))
+    all_of_it = Content.assemble(
+        (f"{'all':<{label}} ", "bold"),
+        words.bar(bar, share, "$success"),
+        (f" {100 * share:4.0f} % ", "bold"),
+        (text, MUTED),
+    )
+    parts = [progress_line(item, width, label) for item in model.items.values() if item.total]
+    streams = model.sending.get("streams")
+    file = words.clip(str(model.sending.get("file", "")), max(10, width - 24), keep_end=True)
+    at_hand = waiting(f"{file}  over {streams} stream{'s' if streams != 1 else ''}") if streams else None
+    return lines(*warnings(model.warnings[-2:]), head, "", all_of_it, *parts, at_hand)
+
+
+def setup_progress(follower: Follower, width: int) -> Content:
+    """A setup at work: its phase, and the last lines of what runs there."""
+    model = follower.model
+    said = [waiting(words.clip(line, width)) for line in list(model.output)[-SHARDS_SHOWN:]]
+    head = Content.assemble(words.state(follower.state), "  ", (model.phase, "bold"), (f"  {model.phase_text}", MUTED))
+    return lines(*warnings(model.warnings[-2:]), head, "", *said)

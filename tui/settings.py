@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from presets import PresetError, load_presets
@@ -45,13 +47,30 @@ class Settings:
         """Forgets what was typed; whether there was anything."""
         return self.edited.pop(name, None) is not None
 
-    def argv(self, preset: str | None = None) -> list[str]:
-        """The command line that starts this: the command, the preset, and what was edited."""
+    def argv(self, preset: str | None = None, everything: bool = False) -> list[str]:
+        """The command line that starts this: the command, the preset, and what was edited.
+
+        `everything`: also what surgvqa.toml sets, with absolute paths, so that another machine does what is shown here.
+        """
+        given = dict(self.edited)
+        if everything:
+            resolved = self.resolve(preset)[0]
+            given = {
+                name: self._word(name, getattr(resolved.options, name))
+                for name, source in resolved.sources.items()
+                if source in (config.WORKSPACE_FILE, "command line")
+                and getattr(resolved.options, name) not in (None, "")
+            }
         return [
             self.command,
             *(["--preset", preset] if preset else []),
-            *(f"--{name}={text}" for name, text in self.edited.items()),
+            *(f"--{name}={text}" for name, text in given.items()),
         ]
+
+    def _word(self, name: str, value: Any) -> str:
+        if self.known[name].type is Path_:
+            return str(Path(self.workspace.root, os.path.expanduser(value)))
+        return words.value(value)
 
     def fill(self, form: Form, preset: str | None) -> None:
         """Shows every field's value and where it comes from."""

@@ -1,4 +1,4 @@
-"""Where work is done: this machine now, a GPU host later. The screens know a `Target` and nothing of what is behind it.
+"""Where work is done: this machine, or a GPU host (tui/host.py). The screens know a `Target`, not what is behind it.
 
 Jobs are started by the command line itself (`surgvqa train … --detach`), so that the panel and a terminal refuse the
 same input with the same words, and a job is never the panel's child.
@@ -7,20 +7,30 @@ same input with the same words, and a job is never the panel's child.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from surgvqa import runs
 from surgvqa.config import Workspace
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs import RunSummary
-from tui.follow import ACTIVE
 
+if TYPE_CHECKING:
+    from tui.link import Light
+
+ACTIVE = ("starting", "running")
 LOG_TAIL_BYTES = 256 * 1024
+PROGRAMS = {"surgvqa": "surgvqa", "remote": "surgvqa-remote"}
+"""The name of a module's command line, with which its errors begin."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -33,51 +43,106 @@ class Answer:
     """Its one line on stderr, without the program's name; '' when there was none."""
 
 
-class Feed(Protocol):
-    """What is new in a run since the last call. May block on a file or a network: call it in a thread."""
+@dataclass(frozen=True)
+class News:
+    """What is known of a run, and what is new in it since the last look."""
 
-    def read(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """New events and new lines of the log."""
+    info: dict[str, Any]
+    """run.json."""
+    state: str
+    """starting, running, finished, failed, stopped, died or unknown."""
+    earlier: list[dict[str, Any]]
+    """Once, before the first events: `metric` and `eval` of the runs that this one goes on from, the oldest first."""
+    events: list[dict[str, Any]]
+    lines: list[str]
+    """Of the log."""
+
+
+class Feed(Protocol):
+    """One run, followed from its first event and the end of its log."""
+
+    def read(self) -> News:
+        """What is new since the last call. May read files: call it in a thread."""
+        ...
+
+    def close(self) -> None:
+        """Nobody reads any more."""
         ...
 
 
 class Target(Protocol):
-    """A machine with a workspace. Methods that are not async may block: call them in a thread."""
+    """A machine on which jobs run. Methods that are not async may block: call them in a thread.
+
+    `workspace` is always the one here; a host has its own folder that `surgvqa-remote upload` fills from it.
+    """
 
     name: str
     workspace: Workspace
+
+    @property
+    def light(self) -> Light | None:
+        """How it stands with the connection; None for this machine."""
+        ...
 
     def runs(self) -> list[RunSummary]:
         """All runs, newest first."""
         ...
 
-    def info(self, run_id: str) -> dict[str, Any]:
-        """run.json of a run."""
-        ...
-
-    def state(self, run_id: str) -> str:
-        """starting, running, finished, failed, stopped, died or unknown."""
-        ...
-
     def feed(self, run_id: str) -> Feed:
-        """Follows a run from its first event and the end of its log."""
+        """Follows a run."""
         ...
 
     def stop(self, run_id: str) -> str:
         """Ends a run (up to 30 s) and returns its state."""
         ...
 
-    def document(self, path: str) -> dict[str, Any]:
-        """A JSON file that a job wrote; {} when it is not there."""
+    async def launch(self, *argv: str, share: bool = False) -> str:
+        """Starts a job and returns its run id; raises SurgvqaError with the command's own line.
+
+        `share`: also when another job has the GPU.
+        """
         ...
 
-    async def command(self, *argv: str) -> Answer:
-        """Runs a short command with --json."""
+    async def resume(self, run_id: str, *changes: str) -> str:
+        """Goes on with a training from its last checkpoint, with other settings where `changes` names them."""
         ...
 
-    async def launch(self, *argv: str) -> str:
-        """Starts a job and returns its run id; raises SurgvqaError with the command's own line."""
-        ...
+
+async def apart(work: Callable[..., Result], *arguments: Any) -> Result:
+    """Runs blocking work in a thread of its own.
+
+    Unlike `asyncio.to_thread` it takes no place in a pool that others wait for, and never holds up the panel's end.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(put: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            put(value)
+
+    def run() -> None:
+        try:
+            done = future.set_result, work(*arguments)
+        except BaseException as error:
+            done = future.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the panel was closed meanwhile
+            loop.call_soon_threadsafe(settle, *done)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future
+
+
+@dataclass
+class LogLines:
+    """Bytes of a log in, whole lines out."""
+
+    _partial: bytes = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that these bytes complete."""
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        # A progress bar redraws its line with \r: what stands there in the end is the line.
+        return [line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace") for line in lines]
 
 
 @dataclass
@@ -87,20 +152,43 @@ class LocalFeed:
     folder: Path
     events: runs.EventTail = field(init=False)
     log_offset: int | None = None
-    _partial: bytes = b""
+    _log: LogLines = field(default_factory=LogLines)
+    _earlier_read: bool = False
 
     def __post_init__(self) -> None:
         self.events = runs.EventTail(self.folder / "events.jsonl")
 
-    def read(self) -> tuple[list[dict[str, Any]], list[str]]:
-        return self.events.read(), self._read_log()
+    def read(self) -> News:
+        # The state first: whatever an ended job said is then surely in what is read after it.
+        info, state = runs.read_run_json(self.folder), runs.state_of(self.folder)
+        earlier: list[dict[str, Any]] = []
+        if not self._earlier_read and info.get("pid"):
+            self._earlier_read, earlier = True, self._read_earlier(info)
+        return News(info, state, earlier, self.events.read(), self._read_log())
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _read_earlier(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        seen = {info.get("id")}
+        while info:
+            known = (part for part in resumed_from(info) if part not in seen)
+            parent = next((p for p in known if runs.read_run_json(self.folder.parent / p)), None)
+            if parent is None:
+                break
+            seen.add(parent)
+            folder = self.folder.parent / parent
+            events = curve_events(runs.EventTail(folder / "events.jsonl").read()) + events
+            info = runs.read_run_json(folder)
+        return events
 
     def _read_log(self) -> list[str]:
         try:
             with open(self.folder / "log.txt", "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if self.log_offset is None or size < self.log_offset:
-                    self.log_offset, self._partial = max(0, size - LOG_TAIL_BYTES), b""
+                    self.log_offset, self._log = max(0, size - LOG_TAIL_BYTES), LogLines()
                 if size == self.log_offset:
                     return []
                 file.seek(self.log_offset)
@@ -108,15 +196,25 @@ class LocalFeed:
         except OSError:
             return []
         self.log_offset += len(data)
-        *lines, self._partial = (self._partial + data).split(b"\n")
-        # A progress bar redraws its line with \r: what stands there in the end is the line.
-        return [line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace") for line in lines]
+        return self._log.feed(data)
+
+
+def resumed_from(info: dict[str, Any]) -> list[str]:
+    """What may be the run that this one goes on from: its name, or the parts of a path to it, innermost first."""
+    resumed = ((info.get("options") or {}).get("resume") or {}).get("value")
+    return list(reversed(PurePath(resumed).parts)) if resumed else []
+
+
+def curve_events(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that draw the curve."""
+    return [event for event in events if event["kind"] in ("metric", "eval")]
 
 
 class LocalTarget:
     """This machine."""
 
     name = "this machine"
+    light = None
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -139,12 +237,6 @@ class LocalTarget:
                     self._ended[folder.name, stamp] = run
         return runs.newest_first(found)
 
-    def info(self, run_id: str) -> dict[str, Any]:
-        return runs.read_run_json(self.folder(run_id))
-
-    def state(self, run_id: str) -> str:
-        return runs.state_of(self.folder(run_id))
-
     def feed(self, run_id: str) -> LocalFeed:
         return LocalFeed(self.folder(run_id))
 
@@ -152,17 +244,19 @@ class LocalTarget:
         return runs.stop(self.folder(run_id))
 
     def document(self, path: str) -> dict[str, Any]:
+        """A JSON file that a job wrote; {} when it is not there."""
         try:
             document = json.loads(Path(self.workspace.root, path).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return document if isinstance(document, dict) else {}
 
-    async def command(self, *argv: str) -> Answer:
+    async def command(self, *argv: str, module: str = "surgvqa") -> Answer:
+        """Runs a short command with --json."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "surgvqa",
+            module,
             *argv,
             "--json",
             "--workspace",
@@ -178,14 +272,17 @@ class LocalTarget:
         except ValueError:
             data = {}
         lines = [line for line in err.decode("utf-8", "replace").splitlines() if line.strip()]
-        error = lines[-1].removeprefix(f"surgvqa {argv[0]}: ") if lines and process.returncode else ""
+        error = lines[-1].removeprefix(f"{PROGRAMS[module]} {argv[0]}: ") if lines and process.returncode else ""
         return Answer(process.returncode == 0, data if isinstance(data, dict) else {}, error)
 
-    async def launch(self, *argv: str) -> str:
-        answer = await self.command(*argv, "--detach")
+    async def launch(self, *argv: str, share: bool = False, module: str = "surgvqa") -> str:
+        answer = await self.command(*argv, "--detach", module=module)
         if not answer.ok or "run" not in answer.data:
-            raise SurgvqaError(answer.error or f"surgvqa {argv[0]} did not start and did not say why")
+            raise SurgvqaError(answer.error or f"{PROGRAMS[module]} {argv[0]} did not start and did not say why")
         return str(answer.data["run"])
+
+    async def resume(self, run_id: str, *changes: str) -> str:
+        return await self.launch("train", "--resume", run_id, *changes)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

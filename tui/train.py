@@ -86,7 +86,7 @@ class TrainScreen(PanelScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.settings = Settings("train", self.app.target.workspace)
+        self.settings = Settings("train", self.app.here.workspace)
         self.presets: list[Preset] = []
         self.previewed: str | None = None
         self.predictions: dict[str, Prediction] = {}
@@ -251,7 +251,7 @@ class TrainScreen(PanelScreen):
             return self.previewed is not None
         if action == "preview":
             return len(self.presets) > int(str(parameters[0]))
-        return True
+        return super().check_action(action, parameters)
 
     def action_preview(self, index: int) -> None:
         """Looks at a preset; the same key again, or the one in use, leaves it."""
@@ -292,21 +292,24 @@ class TrainScreen(PanelScreen):
             self.show_all()
 
     def action_launch(self) -> None:
-        """Starts training; asks first while another training runs here."""
+        """Starts training; asks first while another training runs there."""
         running = newest_running(self.app.listed, "train")
         if running is None:
-            self._launch()
+            self._launch(share=False)
             return
-        detail = f"{running.id} is running. Both would share this machine's memory."
+        detail = f"{running.id} is running. Both would share the memory of {self.app.target.name}."
         self.app.push_screen(
-            Confirm("Start a second training?", detail, "start it"), lambda yes: self._launch() if yes else None
+            Confirm("Start a second training?", detail, "start it"),
+            lambda yes: self._launch(share=True) if yes else None,
         )
 
     @work(group="launch", exclusive=True, exit_on_error=False)
-    async def _launch(self) -> None:
+    async def _launch(self, share: bool) -> None:
         self.say("checking the input …")
+        target = self.app.target
         try:
-            run_id = await self.app.target.launch(*self.settings.argv(self.app.preset))
+            argv = self.settings.argv(self.app.preset, everything=self.app.host is not None)
+            run_id = await target.launch(*argv, share=share)
         except (SurgvqaError, OSError) as error:
             self.say(str(error), "error")
             return

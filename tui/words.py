@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from textual.content import Content
 
 from surgvqa.console import amount, human_seconds
+
+if TYPE_CHECKING:
+    from tui.link import Light
 
 GB = 1e9
 
@@ -34,6 +38,23 @@ STATE_MARKS = {
 def state(name: str) -> Content:
     """A run's state with its mark, coloured."""
     return Content.assemble((f"{STATE_MARKS.get(name, '?')} {name}", STATE_STYLES.get(name, "")))
+
+
+LIGHTS = {
+    "connecting": ("◌", "$secondary"),
+    "connected": ("●", "$success"),
+    "unreachable": ("○", "bold $warning"),
+    "unknown key": ("?", "bold $warning"),
+    "refused": ("✗", "bold $error"),
+}
+
+
+def light(name: str, light: Light, width: int = 60) -> Content:
+    """A host with its connection light: `gpuhost ● connected`, `gpuhost ○ unreachable since 12:04`."""
+    mark, style = LIGHTS[light.kind]
+    since = f" since {ago(light.since)}" if light.kind == "unreachable" else ""
+    why = f": {light.text.removeprefix(f'{name}: ')}" if light.kind == "refused" else ""
+    return Content.assemble(f"{name} ", (clip(f"{mark} {light.kind}{since}{why}", width), style))
 
 
 def gb(value: float | None, unit: bool = True) -> str:
