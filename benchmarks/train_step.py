@@ -31,7 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "+ no LoRA casts": dict(logits="answer", cached=True, casts=False),
     "+ compiled": dict(logits="answer", cached=True, casts=False, compiled=True),
     "+ 14 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=14),
-    "+ keep 0.5, 8 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=8, keep=0.5),
+    "+ keep 0.5, 8 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=8,
+                                       keep=0.5),
     "+ keep 0.5, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0, keep=0.5),
     "+ keep 0.4, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0, keep=0.4),
     "+ keep 0.3, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0, keep=0.3),
@@ -78,8 +79,8 @@ def measure(variant: dict[str, Any], steps: int = 4) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from surgvqa import layers
-    from surgvqa.lora import add_lora
     from surgvqa.config import LORA_TARGETS
+    from surgvqa.lora import add_lora
 
     v = {**OLD, **variant}
     model = real_size.build(v["attention"])
@@ -172,7 +173,9 @@ def main() -> None:
         return
     chosen = {n: VARIANTS[n.strip()] for n in arguments.only.split(";")} if arguments.only else VARIANTS
     results: dict[str, Any] = {}
-    print(f"{'variant':32} {'s/sample':>9} {'vs old':>7} {'peak GB':>8} {'resvd':>6} {'MFU':>6} {'loss':>8} graphs warm")
+    print(
+        f"{'variant':32} {'s/sample':>9} {'vs old':>7} {'peak GB':>8} {'resvd':>6} {'MFU':>6} {'loss':>8} graphs warm"
+    )
     for name, variant in chosen.items():
         run = subprocess.run([sys.executable, __file__, "--one", json.dumps(variant)], capture_output=True, text=True)
         if run.returncode:

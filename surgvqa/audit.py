@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import Counter
@@ -14,7 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo, flat_config, open_checkpoint, quantisation
+from surgvqa.checkpoint import (
+    FLOAT_DTYPES,
+    Checkpoint,
+    TensorInfo,
+    flat_config,
+    open_checkpoint,
+    quantisation,
+    usable_cores,
+)
 from surgvqa.config import AuditOptions, Workspace
 from surgvqa.errors import UsageError
 from surgvqa.outcome import Outcome
@@ -233,7 +240,7 @@ def scan(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     inf: Counter[str] = Counter()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, _Terminal() as terminal:
+        with ThreadPoolExecutor(usable_cores()) as pool, _Terminal() as terminal:
             done, total = 0, sum(length for *_, length in blocks)
             terminal.phase("scan", f"{total / 1e9:.2f} GB for NaN and infinity")
             # A window at a time: map() would read everything ahead.

@@ -72,6 +72,11 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on; macOS only tells how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # --- one file --------------------------------------------------------------------------------------------------------
 
 

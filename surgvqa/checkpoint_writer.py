@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint import INDEX_FILE
+from surgvqa.checkpoint import INDEX_FILE, usable_cores
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs import Run, write_json_atomic
 from surgvqa.shards import BLOCK_BYTES, Shard, Source, index_of, tensor_bytes
@@ -144,7 +144,7 @@ class Writer:
 
     def __init__(self, job: Job, run: Run, workers: int | None = None):
         self.job, self.run = job, run
-        self.workers = min(workers or len(os.sched_getaffinity(0)), MAX_WORKERS)
+        self.workers = min(workers or usable_cores(), MAX_WORKERS)
         self.record: dict[str, Any] = {}
         self.reused: list[str] = []
         self._lock_fd: int | None = None

@@ -113,6 +113,7 @@ def test_what_cannot_be_asked(room, arguments, told):
     assert error.count("\n") == 1
 
 
+@pytest.mark.model  # no model, but librosa, which takes seconds to import
 def test_deep_decodes_everything(room):
     image, soundfile, numpy = (pytest.importorskip(m) for m in ("PIL.Image", "soundfile", "numpy"))
     image.new("RGB", (64, 48), "red").save("frames/v1/v1_1.jpg")

@@ -133,7 +133,7 @@ LINES = st.one_of(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no bug
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no bug
 @given(st.lists(LINES).map(b"\n".join))
 def test_any_bytes_are_samples_or_one_clear_line(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "any.jsonl"
