@@ -185,7 +185,7 @@ def main() -> None:
         r = results[name] = json.loads(run.stdout.strip().splitlines()[-1])
         ratio = results["old"]["s_per_sample"] / r["s_per_sample"] if "s_per_sample" in results.get("old", {}) else 0
         print(f"{name:32} {r['s_per_sample']:9.4f} {ratio:6.2f}x {r['peak_gb']:8.2f} {r['reserved_gb']:6.1f} "
-              f"{r['mfu']:6.3f} {r['loss']:8.4f} {r['graphs']:6d} {r['first_step_s']}", flush=True)  # fmt: skip
+              f"{r['mfu']:6.3f} {r['loss']:8.4f} {r['graphs']:6d}", flush=True)  # fmt: skip
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1))
 
