@@ -334,9 +334,9 @@ names = st.one_of(
 ).filter(lambda n: n not in (".", "..") and len(n.encode()) < 200)
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    found=st.lists(names, min_size=1, max_size=12, unique=True),
+    found=st.lists(names, min_size=1, max_size=8, unique=True),
     words=st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=20)),
 )
 @example(found=NASTY, words=NASTY)
