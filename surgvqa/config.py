@@ -145,7 +145,9 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     seed: int = option(42, "seed of shuffling, dropout and initialisation")
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
     checkpointed_layers: int | None = option(
-        None, "how many of the language model's layers recompute (default: all, or none without gradient_checkpointing)"
+        None,
+        "how many of the language model's layers recompute (default: on a GPU as few as fit the budget, on a CPU all; "
+        "none without gradient_checkpointing)",
     )
     compile: str = option(
         "auto", "compile the language model's layers: auto = on a CUDA GPU", choices=("auto", "on", "off")

@@ -30,6 +30,7 @@ from surgvqa.data.prompt import IGNORED
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.lora import adapter_parameters, save_adapter
 from surgvqa.oom import OptimizerSnapshot, StepDown, take
+from surgvqa.retreat import SHOWN
 from surgvqa.runs import Run
 from surgvqa.sampling import MemorySampler
 from surgvqa.stopping import StopRequested
@@ -404,6 +405,10 @@ class EventTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.restore(self.state.best_model_checkpoint)
+        written = trained.read(Path(self.state.best_model_checkpoint))
+        if written:  # it may be from before a retreat, and is to be evaluated as it was trained
+            self.record.options |= {name: written.options[name] for name in SHOWN if name in written.options}
+            self.record.preset = written.preset
         self._is_best_of = self.state.best_global_step, self.state.best_metric
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
