@@ -21,7 +21,7 @@ from rich.table import Table
 
 from remote.options import UploadOptions
 from surgvqa import __version__, config, runs
-from surgvqa.cli import Parser, _add_option, normalise
+from surgvqa.cli import Parser, add_option, normalise
 from surgvqa.config import Workspace
 from surgvqa.console import JobView, human_seconds
 from surgvqa.errors import SurgvqaError, UsageError
@@ -94,7 +94,7 @@ def build_parser() -> Parser:
     setup.add_argument("--force", action="store_true", help="install again even when nothing changed")
     upload = subs["upload"]
     for setting in config.settings_of(UploadOptions).values():
-        _add_option(upload, setting, positional=False)
+        add_option(upload, setting, positional=False)
     upload.add_argument(
         "--detach", action="store_true", default=False, help="go on in the background; print the run id and return"
     )

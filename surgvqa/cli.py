@@ -172,11 +172,12 @@ def build_parser() -> Parser:
             )
             sub.add_argument("--run_id", default=None, help=argparse.SUPPRESS)
         for setting in config.settings_of(options_class).values():
-            _add_option(sub, setting, positional=setting.name in command.positional)
+            add_option(sub, setting, positional=setting.name in command.positional)
     return parser
 
 
-def _add_option(parser: argparse.ArgumentParser, setting: config.Setting, positional: bool) -> None:
+def add_option(parser: argparse.ArgumentParser, setting: config.Setting, positional: bool) -> None:
+    """One setting as an argument of a command."""
     default = "" if setting.required or setting.default in (None, "") else f" (default: {setting.default})"
     arguments: dict[str, Any] = {"help": (setting.help + default).replace("%", "%%")}
     if setting.metavar or not setting.choices:
