@@ -435,11 +435,16 @@ class Tuner:
         if self.base and rate < GAIN * self.base[1]:
             transfer.wanted = self.base[0]
             self.base, self.rest_until = None, now + PROBE_AGAIN_S
-        elif transfer.wanted * 2 <= transfer.most:
+        elif transfer.wanted * 2 <= transfer.most and self._worth_it(rate):
             self.base = transfer.wanted, rate
             transfer.wanted *= 2
         else:
             self.base, self.rest_until = None, now + PROBE_AGAIN_S
+
+    def _worth_it(self, rate: float) -> bool:
+        """Whether enough is left to measure more streams, and to gain by them."""
+        left = sum(chunk.length for chunk in self.transfer.queue)
+        return left > 3 * rate * (self.settle_s + self.window_s)
 
 
 class Verifier:
