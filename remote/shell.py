@@ -1,4 +1,4 @@
-"""What may reach a remote shell or a remote path: quoted words, and paths that stay inside the workspace.
+"""What may become a remote path: only what stays inside the workspace.
 
 Parameters never travel on a command line at all: they are JSON on the agent's standard input (see agent/). The only
 words that a remote shell sees are the host's Python and the constant bootstrap.
@@ -6,15 +6,9 @@ words that a remote shell sees are the host's Python and the constant bootstrap.
 
 from __future__ import annotations
 
-import shlex
 from pathlib import PurePosixPath
 
 from surgvqa.errors import UsageError
-
-
-def command(words: list[str]) -> str:
-    """One POSIX shell command of these words, each quoted."""
-    return " ".join(shlex.quote(word) for word in words)
 
 
 def inside(path: str, what: str = "path") -> str:
