@@ -108,7 +108,7 @@ class StepDown:
 
         Not `intact`: an optimiser step or a save was cut short, and the weights may be half updated; nothing is saved.
         """
-        retreat = self._next(lack.activity == "evaluate")
+        retreat = self._next(lack.activity == "evaluate") if lack.activity != "optimizer" else None
         self.say(
             lack,
             "stopping",
@@ -120,6 +120,8 @@ class StepDown:
         if retreat:
             settings = " ".join(f"--{name} {value}" for name, value in retreat.settings.items())
             way_on = f"go on with {retreat.text}: surgvqa train --resume {self.run.id} {settings}"
+        elif lack.activity == "optimizer":
+            way_on = "fewer frames would not help: take a smaller --lora_r, --optim adamw_bnb_8bit or a larger GPU"
         elif self.forecast:
             way_on = (
                 f"this is the end of the ladder: nothing smaller is predicted to fit into {self.limit_gb:.1f} GB; "
@@ -176,11 +178,13 @@ class StepDown:
             for dataset in self.datasets:
                 dataset.show(self.options.num_frames, self.options.image_size)
             encode_again(self.model, self.datasets, self.options, self.run, self.workers)
+            if self.forecast and self.datasets[0].store is None:
+                self.forecast.overrides |= {"cached_features": False, "encoders_resident": True}
             evaluating = lack.activity == "evaluate"
             self.run.phase("evaluate" if evaluating else "train", f"again at step {lack.step}, {retreat.text}")
 
 
-def take(error: torch.OutOfMemoryError, trainer: EventTrainer) -> Lack:
+def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: bool = False) -> Lack:
     """Reads what the error says and who holds the memory, then lets go of what the cut-off work held."""
     text = " ".join(str(error).split("\n")[0].split())
     allocated, reserved = allocator_bytes()
@@ -194,6 +198,8 @@ def take(error: torch.OutOfMemoryError, trainer: EventTrainer) -> Lack:
         owners(trainer, allocated),
     )
     traceback.clear_frames(error.__traceback__)  # they hold the activations
+    if drop_gradients:
+        trainer.model.zero_grad(set_to_none=True)
     empty_cache()
     return lack
 

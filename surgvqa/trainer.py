@@ -141,9 +141,7 @@ class EventTrainer(Trainer):
                 batch = window.batches[len(window.losses)]
                 window.losses.append(super().training_step(model, batch, *arguments, **keywords))
             except torch.OutOfMemoryError as error:
-                lack = take(error, self)
-                model.zero_grad(set_to_none=True)
-                self.step_down.meet(lack, self)
+                self.step_down.meet(take(error, self, drop_gradients=True), self)
                 window.losses.clear()
                 set_random_state(window.random_state)
                 for batch in window.batches:

@@ -369,8 +369,7 @@ def _run_trainer(trainer: EventTrainer, checkpoint: Path | None, total_steps: in
         trainer.save_last_step()
         return stop
     except torch.OutOfMemoryError as error:
-        lack = take(error, trainer)  # where nothing can be tried again
-        trainer.model.zero_grad(set_to_none=True)
+        lack = take(error, trainer, drop_gradients=True)  # where nothing can be tried again
         intact = trainer.activity not in ("optimizer", "save")
         raise trainer.step_down.stop(lack, trainer, intact) from None
     except UsageError as error:  # from a data loader's worker: its traceback is in the text

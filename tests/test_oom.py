@@ -349,7 +349,8 @@ def test_the_optimisers_first_step_is_taken_back_and_tried_again(
     monkeypatch.undo()
     out_of_memory(torch.optim.AdamW, "step", lambda count, _: count <= 2)
     twice = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
-    assert "out of GPU memory at step 0 (optimizer)" in twice.error and len(twice.of("oom")) == 2
+    assert "out of GPU memory at step 0 (optimizer)" in twice.error and "--lora_r" in twice.error
+    assert len(twice.of("oom")) == 2
 
 
 @model
