@@ -16,6 +16,7 @@ from surgvqa import config, runs
 from tui.app import Panel, main
 from tui.base import Confirm, Help
 from tui.chart import Chart
+from tui.follow import RunModel
 from tui.form import Field
 from tui.monitor import MonitorScreen
 from tui.settings import Settings, preset_changes
@@ -206,6 +207,49 @@ async def test_a_failed_run_shows_its_error(root):
         await pilot.press("4")
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
         await settle(pilot, lambda: "train.jsonl:17: no field video_id" in text(app, "#facts"))
+
+
+async def test_one_key_goes_on_as_an_out_of_memory_error_proposes(root, monkeypatch):
+    run = training(root)
+    run.emit("oom", step=30, phase="evaluate", text="tried to allocate", next_preset="small",
+             next_settings={"num_frames": 6, "gradient_checkpointing": True})  # fmt: skip
+    with pytest.raises(config.UsageError), run:
+        raise config.UsageError("out of GPU memory at step 30")
+    launched = []
+
+    async def launch(*argv, **_):
+        launched.append(argv)
+        return run.id
+
+    app = panel(root)
+    monkeypatch.setattr(app.here, "launch", launch)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: "o goes on from the last checkpoint as in preset small" in text(app, "#facts"))
+        await pilot.press("o")
+        await settle(pilot, lambda: launched)
+        assert launched == [("train", "--resume", run.id, "--num_frames=6", "--gradient_checkpointing=true")]
+
+
+def test_a_way_on_that_only_costs_time_has_no_preset():
+    model = RunModel()
+    model.feed([{"kind": "oom", "step": 3, "next_preset": None, "next_settings": {"checkpointed_layers": 28}}])
+    assert model.way_on == ("with checkpointed_layers 28", ["--checkpointed_layers=28"])
+
+
+async def test_an_out_of_memory_error_that_was_survived_proposes_nothing(root):
+    run = training(root)
+    run.emit("oom", step=30, text="tried to allocate", next_preset="small", next_settings={"num_frames": 6})
+    run.emit("metric", step=31, total_steps=100, loss=0.1)
+    with pytest.raises(config.UsageError), run:
+        raise config.UsageError("disk full")
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: "disk full" in text(app, "#facts"))
+        assert not app.screen.check_action("way_on", ())
 
 
 async def test_a_resumed_run_shows_the_whole_curve(root):

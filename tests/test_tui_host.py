@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from pathlib import Path
 
 import pytest
 from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
@@ -50,7 +48,7 @@ def test_many_threads_ask_over_one_connection(laptop, link):  # noqa: F811
         answers = list(pool.map(lambda _: link.call("probe", venv="venv")["workspace"], range(24)))
     assert set(answers) == {str(laptop.there)}
     assert len(laptop.server.sessions()) <= 3  # listener's child, its session: one connection
-    with pytest.raises(SurgvqaError, match="no such run|no runs"):
+    with pytest.raises(SurgvqaError, match=r"no such run|no runs"):
         link.call("runs", run="none")
     assert link.light.kind == "connected"
 
@@ -67,3 +65,199 @@ def test_a_lost_connection_is_unreachable_since_and_comes_back(laptop, link):  #
     laptop.server.start()
     wait_for(lambda: link.light.kind == "connected")
     assert link.call("runs")["runs"] == []
+
+
+def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop):  # noqa: F811
+    relay = Relay(laptop.server.port)
+    laptop.server.write_config(port=relay.port)
+    run = remote_run(laptop)
+    target = HostTarget("gpuhost", config.load_workspace(laptop.workspace))
+    try:
+        wait_for(lambda: target.light.kind == "connected")
+        feed = target.feed(run.id)
+        seen: list = []
+        wait_for(lambda: seen.extend(feed.read().events) or len(seen) == 4)
+        relay.freeze()  # nothing is said any more, nothing is closed
+        run.emit("metric", step=4, total_steps=100, loss=0.25)
+        wait_for(lambda: target.light.kind == "unreachable", 40)
+        assert feed.read().state == "running"
+        relay.cut()
+        relay.thaw()
+        wait_for(lambda: seen.extend(feed.read().events) or len(seen) == 5, 60)
+        assert [e.get("step") for e in seen] == [None, 1, 2, 3, 4]
+        feed.close()
+        with pytest.raises(Detached):
+            feed._port.call("probe", venv="venv")
+    finally:
+        target.end()
+        relay.close()
+
+
+def test_a_hosts_clock_that_is_an_hour_ahead_is_allowed_for(laptop, link):  # noqa: F811
+    wait_for(lambda: link.light.kind == "connected")
+    assert link.ahead_s == 0
+    link.ahead_s = 3600.0
+    run = remote_run(laptop)
+    link.look()
+    wait_for(lambda: link.listed)
+    assert abs(link.listed[0].started - (time.time() - 3600)) < 60
+    assert link.listed[0].id == run.id
+
+
+# --- the panel -------------------------------------------------------------------------------------------------------
+
+
+def remote_run(laptop, steps: int = 3) -> runs.Run:  # noqa: F811
+    """A run folder on the host of a training that this very process seems to do."""
+    run = runs.Run.create(laptop.there / "runs", "train", options={"budget_gb": {"value": 28.5}})
+    run.phase("train", "steps")
+    for step in range(1, steps + 1):
+        run.emit("metric", step=step, total_steps=100, loss=1.0 / step)
+    (run.folder / "log.txt").write_text("loading\n")
+    return run
+
+
+async def open_picker(app, pilot) -> None:
+    await pilot.press("h")
+    await settle(pilot, lambda: isinstance(app.screen, HostPicker) and isinstance(app.focused, OptionList))
+
+
+async def test_the_picker_lists_this_machine_first_and_keeps_both_connections(laptop):  # noqa: F811
+    run = remote_run(laptop)
+    here = runs.Run.create(laptop.workspace / "runs", "train")
+    app = panel(laptop.workspace)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        assert app.screen.follower.run_id == here.id
+        await open_picker(app, pilot)
+        assert [o.id for o in app.screen.query_one(OptionList).options] == ["this machine", "gpuhost"]
+        await pilot.press("down", "enter")
+        await settle(pilot, lambda: "gpuhost ● connected" in text(app, "#where"))
+        await settle(pilot, lambda: app.screen.follower and app.screen.follower.run_id == run.id)
+        await settle(pilot, lambda: app.screen.query_one(Chart).series[0].xs == [1, 2, 3])
+        assert "running" in text(app, "#facts") and "loading" in app.screen.query_one(Log).lines
+        run.emit("gpu", device=0, backend="cuda", process_bytes=20e9, total_bytes=80e9)
+        await settle(pilot, lambda: "20.0 GB of 28.5 GB" in text(app, "#gauge"))
+        await open_picker(app, pilot)
+        await pilot.press("home", "enter")
+        await settle(pilot, lambda: app.screen.follower and app.screen.follower.run_id == here.id)
+        assert app.hosts["gpuhost"].light.kind == "connected"
+        run.emit("metric", step=4, total_steps=100, loss=0.2)  # heard meanwhile
+        await open_picker(app, pilot)
+        await pilot.press("end", "enter")
+        await settle(pilot, lambda: app.screen.query_one(Chart).series[0].xs == [1, 2, 3, 4])
+
+
+async def test_a_lost_host_is_unreachable_and_its_run_is_not_dead(laptop):  # noqa: F811
+    run = remote_run(laptop)
+    app = panel(laptop.workspace, "gpuhost")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await settle(pilot, lambda: app.screen.query(Chart) and app.screen.query_one(Chart).series[0].xs == [1, 2, 3])
+        laptop.server.stop()
+        await settle(pilot, lambda: "unreachable since" in text(app, "#where"))
+        await settle(pilot, lambda: "unreachable since" in text(app, "#facts"))
+        await pilot.press("s")
+        await pilot.press("y")
+        await settle(pilot, lambda: "could not be stopped" in text(app, "#notice"))
+        run.emit("metric", step=4, total_steps=100, loss=0.2)
+        laptop.server.start()
+        await settle(pilot, lambda: app.screen.query_one(Chart).series[0].xs == [1, 2, 3, 4], 40)
+        await settle(pilot, lambda: "running" in text(app, "#facts"))
+        assert app.screen.follower.state == "running"
+
+
+async def test_an_unknown_host_key_is_shown_and_asked_once(laptop):  # noqa: F811
+    laptop.server.known_hosts.write_text("")
+    app = panel(laptop.workspace, "gpuhost")
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, HostKey))
+        assert app.screen.key.fingerprint.startswith("SHA256:")
+        await pilot.press("enter")  # is no answer
+        await pilot.press("n")
+        await settle(pilot, lambda: "refused" in text(app, "#where"))
+        assert laptop.server.known_hosts.read_text() == ""
+        await open_picker(app, pilot)
+        await pilot.press("enter")
+        await settle(pilot, lambda: isinstance(app.screen, HostKey))
+        await pilot.press("y")
+        await settle(pilot, lambda: "connected" in text(app, "#where"))
+        assert "ssh-ed25519" in laptop.server.known_hosts.read_text()
+
+
+async def test_a_changed_host_key_is_refused_with_the_reason(laptop):  # noqa: F811
+    laptop.server.stop()
+    laptop.server.new_host_key()
+    laptop.server.start()
+    app = panel(laptop.workspace, "gpuhost")
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: "refused" in text(app, "#where"))
+        await settle(pilot, lambda: "THE HOST KEY HAS CHANGED" in text(app, "#notice"))
+        assert not isinstance(app.screen, HostKey)
+
+
+async def test_launch_stop_continue_and_fetch_on_the_host(laptop):  # noqa: F811
+    stub_train(laptop)
+    for folder in ("merged", "frames", "audio"):
+        (laptop.workspace / folder).mkdir()
+    (laptop.workspace / "train.jsonl").write_text("")
+    settings = [f'{name[2:]} = "{value}"' for name, value in zip(TRAIN[1::2], TRAIN[2::2])]
+    (laptop.workspace / "surgvqa.toml").write_text("\n".join(settings) + "\n")
+    app = panel(laptop.workspace, "gpuhost")
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: app.host and app.host.light.kind == "connected")
+        await pilot.press("3")
+        await pilot.pause()
+        app.screen.settings.edit("run_name", "it's $(id) here")
+        await pilot.press("l")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None, 60)
+        run = app.screen.follower.run_id
+        await settle(pilot, lambda: app.screen.follower.model.train.xs, 60)
+        argv = runs.read_run_json(laptop.there / "runs" / run)["argv"]
+        assert "--model_name_or_path=merged" in argv and "--run_name=it's $(id) here" in argv
+        await pilot.press("s", "y")
+        await settle(pilot, lambda: app.screen.follower.state == "stopped", 60)
+        await settle(pilot, lambda: app.screen.check_action("fetch", ()))
+        await pilot.press("f")
+        await settle(pilot, lambda: "verified" in text(app, "#notice"), 60)
+        assert (laptop.workspace / "runs" / run / "events.jsonl").is_file()
+        again = await app.host.resume(run, "--image_size=384")
+        assert runs.read_run_json(laptop.there / "runs" / again)["argv"][-3:] == ["--image_size=384", "--resume", run]
+
+
+async def test_the_plan_and_the_upload_that_outlives_the_panel(laptop):  # noqa: F811
+    root = laptop.workspace
+    (root / "merged").mkdir()
+    (root / "merged" / "config.json").write_text("{}")
+    (root / "merged" / "model.safetensors").write_bytes(os.urandom(30_000_000))
+    (root / "surgvqa.toml").write_text('[train]\nmodel_name_or_path = "merged"\n')
+    app = panel(root, "gpuhost")
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("2")
+        await settle(pilot, lambda: "the merged checkpoint" in text(app, "#plan-text"), 60)
+        shown = text(app, "#plan-text")
+        assert "30.0 MB" in shown and "cheapest" in shown and "u sends" in shown
+        await pilot.press("u")
+        await settle(pilot, lambda: list((root / "runs").glob("*-upload-*/run.json")), 60)
+    folder = next((root / "runs").glob("*-upload-*"))
+    wait_for(lambda: runs.state_of(folder) not in ("starting", "running"), 60)
+    assert runs.state_of(folder) == "finished"
+    assert (laptop.there / "merged" / "model.safetensors").stat().st_size == 30_000_000
+    app = panel(root, "gpuhost")
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("2")
+        await settle(pilot, lambda: "all of it is there" in text(app, "#plan-text"), 60)
+
+
+async def test_a_host_without_us_is_set_up_by_one_key(laptop):  # noqa: F811
+    laptop.host(venv="venv")
+    app = panel(laptop.workspace, "gpuhost")
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: "v sets it up" in text(app, "#notice"))
+        with pytest.raises(SurgvqaError, match="not installed there; v sets it up"):
+            await app.host.launch("train")
+        await pilot.press("v")
+        await settle(pilot, lambda: app.current_mode == "upload" and app.screen.query_one("#job-text").display, 60)
+        folder = next((laptop.workspace / "runs").glob("*-setup-*"))
+        await settle(pilot, lambda: "wheel" in text(app, "#job-text") or "venv" in text(app, "#job-text"), 60)
+        await pilot.press("s", "y")
+        await settle(pilot, lambda: runs.state_of(folder) not in ("starting", "running"), 60)

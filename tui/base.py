@@ -61,14 +61,18 @@ class Where(Pane):
         if budget_gb:
             parts.append(("budget", f"{budget_gb:g} GB"))
         room = self.app.size.width - 2
-        long = place.cell_length + 5 + sum(len(k) + len(v) + 3 for k, v in parts) <= room
-        spans: list[Content | str | tuple[str, str]] = [("host ", "$muted")] if long else []
-        spans.append(place)
-        for name, text in parts:
-            spans.append("  ")
-            if long or name == "budget":
-                spans.append((f"{name} ", "$muted"))
-            spans.append((text if long else words.clip(text, max(8, room // 3), keep_end=name == "workspace"), ""))
+        if place.cell_length + 5 + sum(len(k) + len(v) + 3 for k, v in parts) <= room:
+            spans: list[Content | str | tuple[str, str]] = [("host ", "$muted"), place]
+            for name, text in parts:
+                spans += ["  ", (f"{name} ", "$muted"), text]
+        else:  # no room for every name, perhaps not even for every part
+            spans, left = [place], room - place.cell_length
+            for name, text in parts:
+                shown = words.clip(text, max(8, room // 3), keep_end=name == "workspace")
+                label = "budget " if name == "budget" else ""
+                if len(shown) + len(label) + 2 <= left:
+                    left -= len(shown) + len(label) + 2
+                    spans += ["  ", (label, "$muted"), shown]
         self.show(Content.assemble(*spans))
 
 
@@ -140,7 +144,7 @@ class PanelScreen(Screen[None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "set_up":
             host = self.app.host
-            return host is not None and host.light.kind == "connected" and (bool(host.skew) or self.MODE == "upload")
+            return host is not None and host.light.kind == "connected" and bool(host.skew)
         return True
 
     def keys_changed(self) -> None:
@@ -165,7 +169,8 @@ class PanelScreen(Screen[None]):
         host = self.app.host
         place = Content(self.app.here.name) if host is None else words.light(host.name, host.light)
         self.query_one(Where).show_place(place, self.workspace_root, self.app.preset, self.app.budget_gb)
-        running = [r for r in self.app.listed if r.state == "running"]
+        heard = host is None or host.light.kind == "connected"
+        running = [r for r in self.app.listed if r.state == "running" and heard]
         text = f"● {running[0].command} running" if running else ""
         if len(running) > 1:
             text = f"● {len(running)} jobs running"

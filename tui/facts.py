@@ -124,7 +124,7 @@ def ending(follower: Follower, resumable: bool) -> list[Content]:
         then = "c continues from the last checkpoint" if resumable else "the log says more; 3 starts anew"
         way_on = follower.model.way_on
         if way_on:
-            then = f"o goes on from the last checkpoint as in preset {way_on[0]}"
+            then = f"o goes on from the last checkpoint {way_on[0]}"
         return [Content.assemble((text, "$error")), report.waiting(then)]
     oom = follower.model.oom
     told = [f"out of GPU memory at step {oom.get('step')}: {oom.get('text', '')}"] if oom else []

@@ -168,12 +168,14 @@ class RunModel:
 
     @property
     def way_on(self) -> tuple[str, list[str]] | None:
-        """What an out-of-memory error that ended the run proposes: the preset's name, and its settings as arguments."""
+        """What an out-of-memory error that ended the run proposes: in words, and as arguments."""
         oom = self.oom or {}
-        if self.oom_survived or not oom.get("next_settings"):
+        settings, preset = oom.get("next_settings"), oom.get("next_preset")
+        if self.oom_survived or not settings:
             return None
-        settings = [f"--{name}={words.value(value)}" for name, value in oom["next_settings"].items()]
-        return str(oom.get("next_preset") or "smaller"), settings
+        named = ", ".join(f"{name} {words.value(value)}" for name, value in settings.items())
+        text = f"as in preset {preset}" if preset else f"with {named}"
+        return text, [f"--{name}={words.value(value)}" for name, value in settings.items()]
 
     # --- events ------------------------------------------------------------------------------------------------------
 

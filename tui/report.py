@@ -283,8 +283,8 @@ WAYS = {
 def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
     """The ways to have everything on the host: what each would send, what is there, how long; then the data."""
     rate, data = plan["bytes_per_s"], plan["data"]
-    name = max(18, min(36, width - 46))
-    head = f"  {'what':<{name}}{'to send':>10}{'there already':>15}  {'about':<18}"
+    name = max(18, min(36, width - 48))
+    head = f"  {'what':<{name}}{'to send':>10}{'there already':>15}  about"
     rows: list[Content] = [Content.assemble((words.clip(head, width), MUTED))]
     chosen = plan["chosen"]
     for way in plan["ways"]:
@@ -370,6 +370,21 @@ def upload_progress(follower: Follower, width: int) -> Content:
     file = words.clip(str(model.sending.get("file", "")), max(10, width - 24), keep_end=True)
     at_hand = waiting(f"{file}  over {streams} stream{'s' if streams != 1 else ''}") if streams else None
     return lines(*warnings(model.warnings[-2:]), head, "", all_of_it, *parts, at_hand)
+
+
+def remote_end(follower: Follower) -> Content:
+    """How an upload or a setup ended."""
+    result = follower.model.result
+    done = Content.assemble(
+        words.state(follower.state), (f"  after {words.seconds(follower.model.elapsed_s)}  ", MUTED)
+    )
+    if follower.state != "finished":
+        return job_end(follower)
+    if "sent_bytes" not in result:
+        changed = "installed" if result.get("changed") else "was there already"
+        return Content.assemble(done, f"surgvqa {result.get('version', '')} {changed}")
+    merged = "; merged there" if result.get("merged_on_host") else ""
+    return Content.assemble(done, f"{words.size(result['sent_bytes'])} sent, all files verified{merged}")
 
 
 def setup_progress(follower: Follower, width: int) -> Content:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -161,6 +162,8 @@ class LocalFeed:
     def read(self) -> News:
         # The state first: whatever an ended job said is then surely in what is read after it.
         info, state = runs.read_run_json(self.folder), runs.state_of(self.folder)
+        if not info and self.folder.is_dir():  # a detached upload makes its folder first
+            state = "starting" if time.time() - self.folder.stat().st_mtime < runs.STARTING_GRACE_S else "died"
         earlier: list[dict[str, Any]] = []
         if not self._earlier_read and info.get("pid"):
             self._earlier_read, earlier = True, self._read_earlier(info)

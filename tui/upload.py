@@ -54,6 +54,8 @@ class UploadScreen(PanelScreen):
         self.plan: dict[str, Any] | None = None
         self.planning = self.planned = False
         self.follower: Follower | None = None
+        self.stopped = ""
+        """The run that was stopped from here."""
 
     def body(self) -> ComposeResult:
         with VerticalScroll(id="upload", can_focus=True):
@@ -160,7 +162,8 @@ class UploadScreen(PanelScreen):
                 return
             await self._plan_for(host, panel)
         except (OSError, SurgvqaError) as error:
-            panel.update(report.problem(str(error)))
+            hint = "w plans without a checkpoint, p reads the files again" if asked and self.what != "data" else ""
+            panel.update(report.lines(report.problem(str(error)), report.waiting(hint)))
         finally:
             self.planning = False
             self.keys_changed()
@@ -215,8 +218,10 @@ class UploadScreen(PanelScreen):
             return
         panel.border_title = "upload" if follower.model.command == "upload" else follower.model.command or "job"
         width = max(40, panel.size.width)
-        if not follower.active:
-            panel.show(report.job_end(follower))
+        if not follower.active and follower.run_id == self.stopped:  # it ends without a word of its own
+            panel.show(words.state("stopped"))
+        elif not follower.active:
+            panel.show(report.remote_end(follower))
         elif follower.model.command == "upload":
             panel.show(report.upload_progress(follower, width))
         else:
@@ -284,7 +289,9 @@ class UploadScreen(PanelScreen):
 
     @work(group="stop", exit_on_error=False)
     async def _stop(self, follower: Follower) -> None:
-        await self.stop_run(follower.run_id, self.app.here)
+        self.stopped = follower.run_id
+        if await self.stop_run(follower.run_id, self.app.here):
+            self.say(f"{follower.model.command} stopped; the next one goes on there")
 
 
 NOTHING = "Nothing to send: surgvqa.toml names no checkpoint and no data."
