@@ -411,6 +411,16 @@ def test_preset_changes_name_what_holds_a_value(root):
     assert changes["image_size"].pinned_by == "surgvqa.toml"
 
 
+def test_a_host_is_told_everything_that_is_shown(root):
+    (root / "surgvqa.toml").write_text('frames_dir = "frames"\n[train]\nlearning_rate = 1.23456789e-5\n')
+    settings = Settings("train", config.load_workspace(root))
+    settings.edit("audio_dir", "audio")
+    assert settings.argv("baseline-8f-512px", everything=True)[:3] == ["train", "--preset", "baseline-8f-512px"]
+    assert set(settings.argv(everything=True)[1:]) == {
+        f"--frames_dir={root}/frames", f"--audio_dir={root}/audio", "--learning_rate=1.23456789e-05"
+    }  # fmt: skip
+
+
 async def test_the_predicted_peak_stands_against_the_budget(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:

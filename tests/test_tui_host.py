@@ -104,6 +104,24 @@ def test_a_hosts_clock_that_is_an_hour_ahead_is_allowed_for(laptop, link):  # no
     assert link.listed[0].id == run.id
 
 
+def test_a_resumed_run_brings_the_curve_of_the_first(laptop):  # noqa: F811
+    with remote_run(laptop) as first:
+        pass
+    resumed = {"resume": {"value": str(first.folder / "checkpoints")}}
+    again = runs.Run.create(laptop.there / "runs", "train", options=resumed)
+    again.emit("metric", step=4, total_steps=100, loss=0.2)
+    target = HostTarget("gpuhost", config.load_workspace(laptop.workspace))
+    try:
+        wait_for(lambda: len(target.runs()) == 2)
+        feed = target.feed(again.id)
+        heard = [feed.read()]
+        wait_for(lambda: heard.append(feed.read()) or any(news.events for news in heard))
+        steps = [e.get("step") for news in heard for e in [*news.earlier, *news.events]]
+        assert steps == [1, 2, 3, 4] and heard[-1].info["id"] == again.id
+    finally:
+        target.end()
+
+
 # --- the panel -------------------------------------------------------------------------------------------------------
 
 

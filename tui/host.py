@@ -101,6 +101,7 @@ class HostTarget:
 
     def plan(self, what: str, progress: Progress) -> dict[str, Any]:
         """What `surgvqa-remote upload --dry-run` would say: each way, its bytes and time, and what is there."""
+        self.link.probe()
         options = UploadOptions(what=what)
         check(options, self.workspace)
         hashes = Hashes()

@@ -70,7 +70,7 @@ class Settings:
     def _word(self, name: str, value: Any) -> str:
         if self.known[name].type is Path_:
             return str(Path(self.workspace.root, os.path.expanduser(value)))
-        return words.value(value)
+        return repr(value) if isinstance(value, float) else words.value(value)
 
     def fill(self, form: Form, preset: str | None) -> None:
         """Shows every field's value and where it comes from."""

@@ -296,6 +296,6 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
-def newest_running(listed: list[RunSummary], command: str | None = None) -> RunSummary | None:
-    """The newest run that is still going, of one command or of any."""
-    return next((r for r in listed if r.state in ACTIVE and command in (None, r.command)), None)
+def newest_running(listed: list[RunSummary], *commands: str) -> RunSummary | None:
+    """The newest run that is still going, of these commands or of any."""
+    return next((r for r in listed if r.state in ACTIVE and (not commands or r.command in commands)), None)

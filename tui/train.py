@@ -12,6 +12,7 @@ from textual.content import Content
 from textual.widgets import Static
 
 from presets import Preset, PresetError, load_presets
+from remote.jobs import EXCLUSIVE
 from surgvqa.config import TrainOptions, settings_of
 from surgvqa.errors import SurgvqaError
 from tui import report, words
@@ -292,14 +293,14 @@ class TrainScreen(PanelScreen):
             self.show_all()
 
     def action_launch(self) -> None:
-        """Starts training; asks first while another training runs there."""
-        running = newest_running(self.app.listed, "train")
+        """Starts training; asks first while another job has the GPU there."""
+        running = newest_running(self.app.listed, *EXCLUSIVE)
         if running is None:
             self._launch(share=False)
             return
         detail = f"{running.id} is running. Both would share the memory of {self.app.target.name}."
         self.app.push_screen(
-            Confirm("Start a second training?", detail, "start it"),
+            Confirm("Start training beside it?", detail, "start it"),
             lambda yes: self._launch(share=True) if yes else None,
         )
 

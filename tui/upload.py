@@ -106,8 +106,9 @@ class UploadScreen(PanelScreen):
         self.show_job()
         if was_active and not follower.active:
             self.keys_changed()
-            await self._job_ended(follower)
+            self._job_ended(follower)
 
+    @work(group="ended", exit_on_error=False)
     async def _job_ended(self, follower: Follower) -> None:
         if self.host and follower.model.command == "setup":
             try:
