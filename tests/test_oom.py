@@ -294,6 +294,7 @@ def test_a_retreat_in_the_middle_goes_on_with_the_same_samples_and_can_be_resume
     run = Watched(constant_rate(world.train_options(**shared)), tmp_path / "run", FEWER)
     assert run.losses() == first.losses() | reference.losses()
     assert_same_adapter(run, reference)
+    assert run.logged() == pytest.approx(list(run.losses().values()), rel=1e-5)  # W&B's curve is the same
     order = [index for index, _ in run.seen]
     assert order == [i for i, _ in first.seen] + [i for i, _ in reference.seen]
     assert sorted(order[:8]) == list(range(8))  # an epoch: none left out, none twice
