@@ -4,6 +4,8 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 # On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares several GB of CUDA packages.
 TORCH_INDEX ?=
+# A test file a process; more threads than cores would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-fast lint install screenshot constraints clean
@@ -16,10 +18,10 @@ demo: $(VENV)/.installed ## the embedded workspace: in the panel, or headless wi
 	fi
 
 test: $(VENV)/.installed $(VENV)/.sshd lint ## everything
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed ## what needs no model and no sshd: under a minute
-	$(BIN)/python -m pytest -m "not model and not slow"
+	$(PYTEST) -m "not model and not slow"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --quiet .
