@@ -232,7 +232,7 @@ def test_a_dead_link_is_unreachable_and_not_dead(host):
         run = start(remote)
         follower = jobs.Follower(remote, run)
         seen = iter(follower)
-        until(lambda: next(seen)["kind"] == "metric")
+        until(lambda: next(seen)["kind"] == "metric" and follower.state == "running")
         relay.freeze()
         frozen = time.monotonic()
         event = next(e for e in seen if e["kind"] == "connection")
