@@ -31,8 +31,7 @@ def run_job(made: Made) -> Outcome:
     view.show({"kind": "phase", "name": "audit", "text": f"{merged}: {'ok' if outcomes['audit'].ok else 'not ok'}"})
     if outcomes["audit"].ok:
         outcomes["train"] = _step("train", workspace, {})
-        trained = str(workspace.runs_dir / outcomes["train"].data["run"])
-        outcomes["evaluate"] = _step("evaluate", workspace, {"checkpoint": trained})
+        outcomes["evaluate"] = _step("evaluate", workspace, {"checkpoint": outcomes["train"].data["adapter"]})
     seconds = made.seconds + time.monotonic() - began
     data = {name: outcome.data for name, outcome in outcomes.items()}
 

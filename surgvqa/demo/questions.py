@@ -19,7 +19,8 @@ class QuestionType:
     name: str
     in_template: tuple[str, ...]
     """What training samples speak: the real set's wording, and others that share its key words, so that a model which
-    hears a few hundred questions in all can tell what matters in them."""
+    hears a few hundred questions in all can tell what matters in them; short and long ones, so that length tells
+    nothing."""
     out_of_template: str
     """What evaluation samples speak: a wording that training never does (but where the real set has one for both)."""
     answers: dict[str, str]
@@ -49,6 +50,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Which lighting mode is used in this sequence?",
             "What lighting mode is on in these frames?",
             "Which lighting illuminates the scene?",
+            "What lighting mode illuminates the frames of this clip?",
         ),
         "What lighting modality illuminates this sequence?",
         {"NBI": "NBI light is on in this sequence.", "WL": "WL light is on in this sequence."},
@@ -60,6 +62,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Is the NBI light on?",
             "Is this clip captured in NBI mode?",
             "Are the frames using NBI?",
+            "Are the frames of this clip captured using NBI?",
         ),
         "Are these frames captured using NBI mode?",
         {"yes": "Yes, NBI light is on in these frames.", "no": "No, WL light is on instead."},
@@ -71,6 +74,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Is blue dye present on the mucosa?",
             "Is dye visible on the mucosal surface?",
             "Is there any contrast dye on it?",
+            "Is contrast dye visible anywhere on the surface?",
         ),
         "Is contrast dye visible on the mucosal surface?",
         {"yes": "Yes, blue dye is visible on the mucosa.", "no": "No, no dye is visible on the mucosa."},
@@ -83,6 +87,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "How severe is the fluid occlusion in this clip?",
             "How much fluid occlusion is there?",
             "How severely does fluid occlude the view?",
+            "How severe is the occlusion by fluid?",
         ),
         "How severe is the fluid-based occlusion?",
         {
@@ -97,6 +102,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Is there a close-up occlusion blocking the view?",
             "Is the view blocked by a close-up obstruction?",
             "Does an obstruction block the view?",
+            "Does a close-up occlusion block the field of view?",
         ),
         "Does a close-up obstruction block the field of view?",
         {
@@ -111,6 +117,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Is clean mucosa visible in this sequence?",
             "Can you observe clean mucosa here?",
             "Do you clearly see clean mucosa?",
+            "Can you observe clean mucosa in the frames of this clip?",
         ),
         "Can you clearly observe clean mucosa in these frames?",
         {"yes": "Yes, clean mucosa is visible across frames.", "no": "No, clean mucosa is not consistently visible."},
@@ -122,6 +129,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Is the scope outside the patient in this sequence?",
             "Is the scope positioned outside the body?",
             "Does the scope lie outside the patient?",
+            "Is it outside the patient?",
         ),
         "Is the scope positioned outside the patient here?",
         {"yes": "Yes, the scope is outside the patient.", "no": "No, the scope stays within the patient."},
@@ -133,6 +141,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Is the endoscopist flushing the scene?",
             "Is the endoscopist flushing?",
             "Is he flushing the scene in this clip?",
+            "Is the endoscopist flushing the scene during this sequence?",
         ),
         "Is the endoscopist flushing the scene in these frames?",
         {"yes": "Yes, the endoscopist is flushing the scene.", "no": "No, there is no flushing observed."},
@@ -144,28 +153,18 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "Is the visible tool a catheter?",
             "Is the tool on screen a catheter?",
             "Is the instrument in view a catheter?",
+            "Is the instrument on the screen here a catheter?",
         ),
         "Is the instrument on screen a catheter?",
         {"yes": "Yes, the visible tool is a catheter.", "no": "No, the visible tool is not a catheter."},
         _inside(lambda shot: _yes(shot.tool == "catheter") if shot.tool else None),
     ),
     QuestionType(
-        "scope_motion",
-        (
-            "Is the scope moving during this sequence?",
-            "Does the scope move throughout the frames?",
-            "Is the scope actively in motion?",
-        ),
-        "Is the scope actively moving throughout this clip?",
-        {"yes": "Yes, the scope is moving across the frames.", "no": "No, the scope is not moving in these frames."},
-        _inside(lambda shot: _yes(shot.travel != "still") if shot.lesion in (None, "stable") else None),
-    ),
-    QuestionType(
         "scope_motion_type",
         (
             "Is the scope primarily advancing or withdrawing in this sequence?",
             "Is the scope mostly advancing or withdrawing?",
-            "Is it advancing or withdrawing, primarily?",
+            "Is it advancing or withdrawing?",
         ),
         "Is the scope primarily advancing or withdrawing in this sequence?",
         {"advancing": "The scope is primarily advancing.", "withdrawing": "The scope is primarily withdrawing."},
@@ -177,6 +176,7 @@ QUESTION_TYPES: tuple[QuestionType, ...] = (
             "In which direction does the lesion move in this sequence?",
             "In which direction does it drift?",
             "In what direction is the lesion moving?",
+            "In which direction does the lesion drift in this clip?",
         ),
         "In which direction does the lesion drift over the frames?",
         {

@@ -29,6 +29,8 @@ RIDGE = 0.003
 """Of the mean eigenvalue of the Gram matrix."""
 FLOOR = 0.003
 """Directions weaker than this share of the strongest are not brought up to its scale."""
+LOUD = 3.0
+"""Scale of a spoken word's embedding beside a written one's: regression shrinks what it is not sure of."""
 SILENCE = "<|audio_end|>"
 """Whose embedding stands for no word."""
 
@@ -76,13 +78,13 @@ def fit_hearing(
 ) -> dict[str, np.ndarray]:
     """Ridge regression from the audio encoder's outputs [positions, d_model] to the embeddings of the spoken words.
 
-    The normalisation's bias takes the inputs' mean away and brings the targets' in, so that the projector needs none.
+    The normalisation's bias takes the inputs' mean away, and the targets' is left out: the projector has no bias.
     """
     import soxr
 
     embeddings = model.get_input_embeddings().weight.numpy()
-    mark = MARK * marks(embeddings.shape[1])[0]
-    of_word = {w: mark + embeddings[processors.tokenizer(" " + w)["input_ids"]].mean(0) for w in words}
+    mark = LOUD * MARK * marks(embeddings.shape[1])[0]
+    of_word = {w: mark + LOUD * embeddings[processors.tokenizer(" " + w)["input_ids"]].mean(0) for w in words}
     silence = embeddings[processors.tokenizer.convert_tokens_to_ids(SILENCE)]
     mels, meant = [], []
     with Synthesiser() as synthesiser:
@@ -105,4 +107,4 @@ def fit_hearing(
     x -= mean
     gram = x.T @ x
     matrix = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ (y - common)).T
-    return {"audio_encoder.layer_norm.bias": np.linalg.pinv(matrix) @ common - mean, "audio_projector.weight": matrix}
+    return {"audio_encoder.layer_norm.bias": -mean, "audio_projector.weight": matrix}

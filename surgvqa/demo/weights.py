@@ -29,10 +29,10 @@ class Sizes:
 
     hidden_size: int = 128
     num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
     intermediate_size: int = 256
-    mrope_section: tuple[int, int, int] = (4, 6, 6)
+    mrope_section: tuple[int, int, int] = (2, 3, 3)
     rope_theta: float = 1000.0
     """The real model's is 1,000,000: its positions run into the thousands, these into the hundreds."""
     vision_embed_dim: int = 64
@@ -56,9 +56,14 @@ LORA_R, LORA_ALPHA = 64, 16
 WHISPER_HEAD = 64
 PLACE = 32
 """Channels of the audio encoder that hold the position."""
-EMBED, POOL = 0.5, 2.0
+EMBED, POOL = 0.5, 1.2
 """Scale of the token embeddings, and gain of what attention brings to them."""
-MARK, HEED = 0.5, 2.2
+SPOKEN, SEEN = 0, 1
+LOOKING_FOR = ((SPOKEN, SPOKEN, SEEN), (SEEN,))
+"""What the first key-value groups of the first layers look for; the others are left to chance."""
+FOUND = 2.5
+"""Further gain of what the heads that look for words or frames find: a key word is few of all positions."""
+MARK, HEED = 0.5, 1.6
 """How strongly a spoken word or a piece of a frame is marked as such, and how strongly the marked heads heed it."""
 LOOK = 2.4
 """Gain of queries and keys: how sharply a head looks where it looks."""
@@ -264,9 +269,9 @@ def _vision(rng: np.random.Generator, sizes: Sizes) -> Tensors:
 def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensors:
     """The language model: Qwen2's decoder with biases on q, k and v, and an output matrix of its own.
 
-    In the first layer the heads of one half look for spoken words and those of the other for frames, as heads of a
-    trained model come to do: their keys read the mark (`marks`) in a dimension that rotary positions hardly turn, and
-    the queries' bias asks for it. The values do not carry the mark on.
+    Some heads of the first layers look for spoken words or for frames, as heads of a trained model come to do: their
+    keys read the mark (`marks`) in a dimension that rotary positions hardly turn, and the queries' bias asks for it.
+    The values do not carry the mark on.
     """
     import numpy as np
 
@@ -283,17 +288,19 @@ def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensor
         for part, rows, gain in (("q", wide, 1.0), ("k", kv, 1.0), ("v", kv, POOL)):
             tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", rows, wide, gain)
         tensors[f"{name}.self_attn.o_proj.weight"] = _matrix(rng, wide, wide, POOL)
-        if layer == 0:
-            slow, head = sizes.head_dim // 2 - 1, sizes.head_dim
-            query, key = (tensors[f"{name}.self_attn.{part}_proj.weight"] for part in "qk")
-            for matrix in (query, key):
-                matrix[slow::head] = 0
-            tensors[f"{name}.self_attn.q_proj.bias"][slow::head] = HEED
-            for group, mark in enumerate(np.array_split(np.arange(kv // head), 2)):
-                for g in mark:
-                    key[g * head + slow] = HEED * marks(wide)[group] / math.sqrt(wide)
-            value = tensors[f"{name}.self_attn.v_proj.weight"]
-            value -= value @ marks(wide).T @ marks(wide) / wide
+        slow, head = sizes.head_dim // 2 - 1, sizes.head_dim
+        queries_a_key = sizes.num_attention_heads // sizes.num_key_value_heads
+        looking_for = [marks(wide)[m] for m in LOOKING_FOR[layer]] if layer < len(LOOKING_FOR) else []
+        looking_for = looking_for[: sizes.num_key_value_heads]
+        for group, mark in enumerate(looking_for):
+            first = group * queries_a_key * head + slow
+            asking = slice(first, first + queries_a_key * head, head)
+            tensors[f"{name}.self_attn.q_proj.weight"][asking] = 0
+            tensors[f"{name}.self_attn.q_proj.bias"][asking] = HEED
+            tensors[f"{name}.self_attn.k_proj.weight"][group * head + slow] = HEED * mark / math.sqrt(wide)
+        value = tensors[f"{name}.self_attn.v_proj.weight"]
+        value -= value @ marks(wide).T @ marks(wide) / wide
+        value[: len(looking_for) * head] *= FOUND
         tensors[f"{name}.mlp.gate_proj.weight"] = _matrix(rng, middle, wide)
         tensors[f"{name}.mlp.up_proj.weight"] = _matrix(rng, middle, wide)
         tensors[f"{name}.mlp.down_proj.weight"] = _matrix(rng, wide, middle, 0.5)

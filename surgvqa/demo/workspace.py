@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 MANIFEST = "demo.json"
-VERSION = 2
+VERSION = 4
 """Of the generator: raise it when the same seed gives other files."""
 TRAIN_VIDEO, EVAL_VIDEO = "101-001", "101-002"
 JPEG_QUALITY = 82
@@ -302,9 +302,9 @@ model_name_or_path = "merged"
 per_device_train_batch_size = 8
 per_device_eval_batch_size = 16
 gradient_accumulation_steps = 1
-learning_rate = 4e-3
+learning_rate = 5e-3
 warmup_ratio = 0.05
-num_train_epochs = 8
+num_train_epochs = 10
 eval_strategy = "epoch"
 save_strategy = "epoch"
 save_total_limit = 2
