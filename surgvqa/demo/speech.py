@@ -135,6 +135,7 @@ class Synthesiser:
             self._library.espeak_SetParameter(parameter, value, 0)
         self._pieces.clear()
         self._words.clear()
+        ctypes.CDLL(None).srand(0)  # eSpeak draws its breath from C's rand(): the same text is the same sound
         spoken = text.encode()
         status = self._library.espeak_Synth(
             spoken, ctypes.c_size_t(len(spoken) + 1), 0, POSITION_CHARACTER, 0, TEXT_UTF8, None, None

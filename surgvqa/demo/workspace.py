@@ -299,12 +299,12 @@ max_shard_size = "1MB"
 
 [train]
 model_name_or_path = "merged"
-per_device_train_batch_size = 8
+per_device_train_batch_size = 2  # a model that starts from nothing needs many small steps more than large ones
 per_device_eval_batch_size = 16
 gradient_accumulation_steps = 1
-learning_rate = 5e-3
+learning_rate = 2e-3
 warmup_ratio = 0.05
-num_train_epochs = 10
+num_train_epochs = 6
 eval_strategy = "epoch"
 save_strategy = "epoch"
 save_total_limit = 2
