@@ -6,6 +6,7 @@ The synthesiser works in this process, hands its samples to a callback and plays
 from __future__ import annotations
 
 import ctypes
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,19 +81,20 @@ class Synthesiser:
     )
 
     def __enter__(self) -> Synthesiser:
+        self._folder = tempfile.TemporaryDirectory(prefix="espeak-")
         try:
             import espeakng_loader
 
-            self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+            # A copy of its own: the library keeps state over espeak_Terminate, and the next one would speak otherwise.
+            self._library = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), self._folder.name))
             data = espeakng_loader.get_data_path()
         except (ImportError, OSError, RuntimeError) as error:
+            self._folder.cleanup()
             raise SurgvqaError(
                 f"eSpeak NG cannot be loaded ({error}); pip install 'surgvqa[train]' brings it"
             ) from None
-        self._short = None
         if len(data.encode()) > LONGEST_DATA_PATH:
-            self._short = tempfile.TemporaryDirectory(prefix="espeak-")
-            short = Path(self._short.name) / "espeak-ng-data"
+            short = Path(self._folder.name) / "espeak-ng-data"
             short.symlink_to(data)
             data = str(short)
         self.sample_rate = self._library.espeak_Initialize(SYNCHRONOUS, 0, data.encode(), DONT_EXIT)
@@ -118,8 +120,7 @@ class Synthesiser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._library.espeak_Terminate()
-        if self._short:
-            self._short.cleanup()
+        self._folder.cleanup()
 
     def speak(self, text: str, voice: Voice) -> np.ndarray:
         """The spoken text, float32 in -1..1 at `sample_rate`, silence at both ends cut to 30 ms."""
@@ -135,7 +136,6 @@ class Synthesiser:
             self._library.espeak_SetParameter(parameter, value, 0)
         self._pieces.clear()
         self._words.clear()
-        ctypes.CDLL(None).srand(0)  # eSpeak draws its breath from C's rand(): the same text is the same sound
         spoken = text.encode()
         status = self._library.espeak_Synth(
             spoken, ctypes.c_size_t(len(spoken) + 1), 0, POSITION_CHARACTER, 0, TEXT_UTF8, None, None
