@@ -27,7 +27,7 @@ WORDS_A_LIST = 5
 BATCH = 16
 RIDGE = 0.003
 """Of the mean eigenvalue of the Gram matrix."""
-FLOOR = 0.003
+FLOOR = 0.05
 """Directions weaker than this share of the strongest are not brought up to its scale."""
 LOUD = 3.0
 """Scale of a spoken word's embedding beside a written one's: regression shrinks what it is not sure of."""
