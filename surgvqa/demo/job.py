@@ -19,7 +19,10 @@ from surgvqa.outcome import Outcome
 
 def run_job(made: Made) -> Outcome:
     """Exit 1 when the audit finds fault. `data`: merge, audit, train, evaluate (their own keys) and `seconds`."""
+    import torch
+
     began = time.monotonic()
+    torch.set_num_threads(1)  # the model is so small that threads wait for each other longer than they work
     workspace = config.load_workspace(made.folder)
     merged = Path(workspace.value("output_path", "merge"))
     view = JobView()
