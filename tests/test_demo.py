@@ -107,6 +107,15 @@ def test_the_lesion_moves_as_labelled(lesion, axis, sign):
     assert moved[axis] == pytest.approx(1.05 * sign) and moved[1 - axis] == pytest.approx(0)
 
 
+@pytest.mark.parametrize("way", ["left", "right", "up", "down"])
+def test_a_lumen_that_leaves_the_screen_is_drawn(way):
+    from surgvqa.demo.paint import Painter
+
+    painter = Painter(Shot("v", 3, "tunnel", lesion=way), 0)
+    painter.lumen[-1] = [1.3, -1.3] if way in ("right", "up") else [-1.3, 1.3]
+    assert painter.frame(11).size == SIZES
+
+
 def test_every_question_fits_into_the_audio_window():
     from surgvqa.demo.speech import Synthesiser, draw_voice
     from surgvqa.demo.weights import Sizes

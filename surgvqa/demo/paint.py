@@ -195,7 +195,9 @@ class Painter:
 
     def _tunnel(self, i: int) -> np.ndarray:
         shot, (cx, cy) = self.shot, self.lumen[i]
-        left, top = round(HALF_W / 2 - cx * UNIT), round(HALF_H / 2 - cy * UNIT)
+        # A lumen that has left the screen far behind stays at the edge of the canvas.
+        left = min(max(round(HALF_W / 2 - cx * UNIT), 0), HALF_W)
+        top = min(max(round(HALF_H / 2 - cy * UNIT), 0), HALF_H)
         window = np.s_[top : top + HALF_H, left : left + HALF_W]
         ahead = self.reach[window] * self.opening[i]
         along = ahead + self.depth[i]
