@@ -21,6 +21,7 @@ SIZES = Sizes(
     intermediate_size=96,
     num_attention_heads=2,
     num_key_value_heads=1,
+    mrope_section=(4, 6, 6),
     vision_embed_dim=32,
     vision_depth=1,
     audio_hidden_size=64,
