@@ -61,8 +61,8 @@ def verdict(report: dict[str, Any]) -> str:
     more = 100 * (learnt - majority)
     than = f"{more:+.1f} points against always naming each type's most frequent label ({100 * majority:.1f} %)"
     return (
-        f"keyword accuracy {100 * learnt:.1f} % on {report['samples']} spoken questions, out-of-template, "
-        f"about clips that training never showed: {than}"
+        f"keyword accuracy {100 * learnt:.1f} % on {report['samples']} spoken questions in the evaluation's own "
+        f"wordings, about clips that training never showed: {than}"
     )
 
 
