@@ -223,12 +223,12 @@ class Panel(App[None]):
         screen = self.front
         if screen is None:
             return
-        keys = [
+        keys = dict.fromkeys(  # keys that share a row name it once
             (self.get_key_display(active.binding), active.binding.tooltip or active.binding.description)
             for active in screen.working_keys()
             if isinstance(active.node, (PanelScreen, Panel, Field)) and active.binding.key != "ctrl+q"
-        ]
-        self.push_screen(Help(TITLES[screen.MODE], screen.ABOUT, keys))
+        )
+        self.push_screen(Help(TITLES[screen.MODE], screen.ABOUT, list(keys)))
 
     async def monitor(self, run_id: str) -> None:
         """Goes to Monitor and follows this run."""

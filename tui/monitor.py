@@ -28,6 +28,7 @@ from tui.target import newest_running
 
 NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
 NO_RUNS_THERE = "No runs on {host} yet.\nSend checkpoint and data with 2, then start training with 3."
+ZOOM = "Zoom into the newest part, and out"
 FIRST_LOSS = "The first loss comes with the first optimiser step."
 
 
@@ -46,8 +47,8 @@ class MonitorScreen(PanelScreen):
         Binding("a", "attach", "attach", tooltip="Follow the run chosen in the list"),
         Binding("r", "runs", "runs", tooltip="The run list"),
         Binding("g", "log_scale", "scale", tooltip="Loss on a logarithmic or a linear axis"),
-        Binding("plus,equals_sign", "zoom(0.5)", "zoom", key_display="+ −", tooltip="Zoom into the newest part"),
-        Binding("minus", "zoom(2.0)", "zoom out", show=False),
+        Binding("plus,equals_sign", "zoom(0.5)", "zoom", key_display="+ −", tooltip=ZOOM),
+        Binding("minus", "zoom(2.0)", "zoom", show=False, key_display="+ −", tooltip=ZOOM),
         Binding("left", "pan(-0.25)", "earlier", show=False),
         Binding("right", "pan(0.25)", "later", show=False),
         Binding("0", "whole", "whole run", show=False),
