@@ -14,6 +14,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 
+NOT_SHOWN = ("v", "t", "kind", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
+"""Fields of an `eval` event that say nothing of the model."""
+
+
 def human_seconds(seconds: float) -> str:
     """3 s, 4 min 05 s, 2 h 10 min."""
     seconds = round(seconds)
@@ -47,7 +51,8 @@ class JobView:
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.phase = ""
-        self.phase_started = time.monotonic()
+        self.began: tuple[float, float] | None = None
+        """When the phase first told its progress, and what was done then: a phase may go on from the middle."""
         self.last_line = 0.0
 
     def show(self, event: dict[str, Any]) -> None:
@@ -64,19 +69,23 @@ class JobView:
             self.task = None
 
     def _say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, soft_wrap=not self.live)  # a file or pipe has no width
 
     def _phase(self, event: dict[str, Any]) -> None:
         self.close()
-        self.phase, self.phase_started = event["name"], time.monotonic()
+        self.phase, self.began = event["name"], None
         self._say(f"[bold]{escape(event['name'])}[/bold] {escape(event.get('text', ''))}".rstrip())
 
     def _progress(self, event: dict[str, Any]) -> None:
         done, total, unit = event["done"], event.get("total"), event.get("unit", "")
-        elapsed = max(time.monotonic() - self.phase_started, 1e-6)
+        now = event.get("t") or time.time()
+        self.began = self.began or (now, done)
+        elapsed, since = now - self.began[0], done - self.began[1]
+        per_s = since / elapsed if since > 0 and elapsed > 0 else None
         of_total = f" of {amount(total, unit)}" if total else ""
         text = f"{amount(done, unit)}{of_total} {'' if unit == 'bytes' else unit}".strip()
-        rate = f"{amount(done / elapsed, unit)}/s" if unit == "bytes" else f"{done / elapsed:.2f}/s"
+        if per_s:
+            text += f", {amount(per_s, unit)}/s" if unit == "bytes" else f", {per_s:.2f}/s"
         if self.live:
             if not self.progress:
                 self.progress = Progress(
@@ -88,12 +97,12 @@ class JobView:
                     transient=True,
                 )
                 self.progress.start()
-                self.task = self.progress.add_task(event["phase"], total=total, text="")
-            self.progress.update(self.task, completed=done, total=total, text=f"{text}  {rate}")
+                self.task = self.progress.add_task(event["phase"], total=total, completed=done, text="")
+            self.progress.update(self.task, completed=done, total=total, text=text)
         elif time.monotonic() - self.last_line > 10 or done == total:
             self.last_line = time.monotonic()
-            left = f", {human_seconds((total - done) * elapsed / done)} left" if total and done and done < total else ""
-            self._say(f"  {escape(event['phase'])}: {text}, {rate}{left}")
+            left = f", {human_seconds((total - done) / per_s)} left" if per_s and total and done < total else ""
+            self._say(f"  {escape(event['phase'])}: {text}{left}")
 
     def _metric(self, event: dict[str, Any]) -> None:
         if event.get("loss") is None or (not self.live and time.monotonic() - self.last_line < 10):
@@ -110,7 +119,7 @@ class JobView:
         self._say("  " + "  ".join(parts))
 
     def _eval(self, event: dict[str, Any]) -> None:
-        shown = {k: v for k, v in event.items() if k not in ("v", "t", "kind", "step") and isinstance(v, (int, float))}
+        shown = {k: v for k, v in event.items() if k not in NOT_SHOWN and isinstance(v, (int, float))}
         self._say(
             f"  [cyan]evaluation at step {event.get('step')}[/cyan]  "
             + "  ".join(f"{k} {v:.4g}" for k, v in shown.items())
