@@ -94,12 +94,13 @@ def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
     }
 
     def show(console) -> None:
-        table = Table("preset", "rung", "sets", f"GB of {options.budget_gb:g}", "why", "gives up", box=None)
-        table.columns[0].no_wrap = table.columns[3].no_wrap = True
+        table = Table("preset", f"GB of {options.budget_gb:g}", "why it is, and what it gives up", box=None)
+        table.columns[0].no_wrap = table.columns[1].no_wrap = True
         for p in listed:
-            sets = "\n".join(f"{k}={v}" for k, v in p.settings.items())
-            peak = Text.assemble(bar(peaks[p.name] / options.budget_gb, 6), f" {peaks[p.name]:.1f}")
-            table.add_row(p.name, "" if p.rung is None else str(p.rung), sets, peak, p.reason, p.gives_up)
+            sets = Text("\n".join(f"  {k}={v}" for k, v in p.settings.items()), "dim")
+            name = Text.assemble((p.name, "bold"), "" if p.rung is None else f"  rung {p.rung}", "\n", sets)
+            peak = Text.assemble(bar(peaks[p.name] / options.budget_gb, 10), f" {peaks[p.name]:.1f}")
+            table.add_row(name, peak, Text.assemble(p.reason, ("\ngives up: ", "dim"), p.gives_up))
         console.print(table)
 
     return Outcome(data, show=show)
