@@ -200,6 +200,7 @@ class Panel(App[None]):
             if host.light.kind in ("refused", "unreachable"):
                 host.link.again()
             self._seen.pop(name, None)
+        self.listed = self.listed_here if self.host is None else self.host.runs()  # never another machine's, for a tick
         if self.front:
             self.front.say("")
         await self.refresh_runs()
