@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from surgvqa import runs
 from surgvqa.config import Workspace
-from tui.chart import Canvas, Chart, Column, Mark, Series, decimate, log_ticks, nice_ticks, tick_text
+from tui.chart import Canvas, Chart, Column, Mark, Series, decimate, log_ticks, nice_ticks, running_mean, tick_text
 from tui.facts import sparkline
 from tui.follow import Device, Progress, RunModel
 from tui.form import PathSuggester
@@ -51,6 +51,29 @@ def test_decimation_keeps_the_extremes(ys, columns):
     assert all(0 <= c.index < columns for c in found)
 
 
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=200), st.integers(2, 60), st.integers(0, 8))
+def test_the_running_mean_is_the_mean_of_the_points_about_it(ys, columns, reach):
+    found = decimate(list(range(len(ys))), ys, 0, max(1, len(ys) - 1), columns)
+    scale = (columns - 1) / max(1, len(ys) - 1)
+    for column in running_mean(found, reach):
+        about = [y for x, y in enumerate(ys) if abs(round(x * scale) - column.index) <= reach]
+        assert column.low == column.high == pytest.approx(sum(about) / len(about), abs=1e-6)
+
+
+def test_the_mean_of_a_noisy_series_has_its_cells_for_itself():
+    chart = Chart([Series("train", "chart--train", noisy=True)])
+    for step in range(2_000):
+        chart.series[0].add(step, 1.0 + (step % 2))
+    (noise, points), (mean, line) = chart._lines(chart.series[0], 0, 1_999, 100)
+    assert (noise, mean) == ("chart--noise", "chart--train")
+    assert {(c.low, c.high) for c in points} == {(1.0, 2.0)} and all(1.4 < c.low < 1.6 for c in line)
+    canvas = Canvas(50, 6)
+    canvas.line(points, (0.9, 2.1), noise, dots=False)
+    canvas.line(line, (0.9, 2.1), mean, dots=False)
+    most = {name: max(b.bit_count() for b, o in zip(canvas.bits, canvas.owner) if o == name) for name in (noise, mean)}
+    assert most == {noise: 8, mean: 2}
+
+
 def test_steps_that_are_done_again_replace_what_was_there():
     series = Series("train", "chart--train")
     for step in (1, 2, 3, 4, 5):
@@ -91,7 +114,7 @@ def drawn(canvas):
 
 def test_a_flat_line_is_one_row_of_dots():
     canvas = Canvas(5, 3)
-    columns = [Column(i, 0.5, 0.5, 0.5, 0.5, i > 0) for i in range(10)]
+    columns = [Column(i, 0.5, 0.5, 0.5, 0.5, i > 0, 0.5, 1) for i in range(10)]
     canvas.line(columns, (0.0, 1.0), "chart--train", dots=False)
     rows = drawn(canvas)
     assert rows[0].strip() == "" and rows[2].strip() == ""
@@ -100,8 +123,8 @@ def test_a_flat_line_is_one_row_of_dots():
 
 def test_a_gap_stays_empty():
     canvas = Canvas(5, 3)
-    left = Column(0, 0.5, 0.5, 0.5, 0.5, False)
-    right = Column(9, 0.5, 0.5, 0.5, 0.5, False)
+    left = Column(0, 0.5, 0.5, 0.5, 0.5, False, 0.5, 1)
+    right = Column(9, 0.5, 0.5, 0.5, 0.5, False, 0.5, 1)
     canvas.line([left, right], (0.0, 1.0), "chart--train", dots=False)
     assert drawn(canvas)[1][1:4] == "   "
     right.joined = True

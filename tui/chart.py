@@ -19,6 +19,10 @@ from textual.widget import Widget
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Braille bit of a dot, by row (0..3) and column (0..1) in its cell: Unicode chapter 21.1."""
 LABEL_WIDTH = 8
+MEAN_FROM = 60
+"""Points in view from which a noisy series is drawn with its mean."""
+MEAN_PART = 40
+"""The mean reaches this part of the view to either side."""
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Series:
     """The component class that colours it."""
     dots: bool = False
     """Whether each point is marked: for series with few points."""
+    noisy: bool = False
+    """Whether its running mean is drawn over it: for what jumps from step to step."""
     xs: list[float] = field(default_factory=list)
     ys: list[float] = field(default_factory=list)
 
@@ -66,6 +72,9 @@ class Column:
     last: float
     joined: bool
     """Whether a line leads here from the column before (no gap between)."""
+    total: float
+    count: int
+    """Sum and number of the points."""
 
 
 def decimate(xs: list[float], ys: list[float], x0: float, x1: float, columns: int) -> list[Column]:
@@ -85,9 +94,24 @@ def decimate(xs: list[float], ys: list[float], x0: float, x1: float, columns: in
         known = part if sum(part) == sum(part) else [y for y in part if y == y]
         if known:
             joined = joined and part[0] == part[0]
-            found.append(Column(index, min(known), max(known), known[0], known[-1], joined))
+            found.append(Column(index, min(known), max(known), known[0], known[-1], joined, sum(known), len(known)))
         joined = part[-1] == part[-1]
         start = end
+    return found
+
+
+def running_mean(columns: list[Column], reach: int) -> list[Column]:
+    """The mean of all points at most `reach` dot columns away, at each column."""
+    found: list[Column] = []
+    start = stop = count = 0
+    total = 0.0
+    for column in columns:
+        while stop < len(columns) and columns[stop].index <= column.index + reach:
+            total, count, stop = total + columns[stop].total, count + columns[stop].count, stop + 1
+        while columns[start].index < column.index - reach:
+            total, count, start = total - columns[start].total, count - columns[start].count, start + 1
+        mean = total / count
+        found.append(Column(column.index, mean, mean, mean, mean, column.joined, mean, 1))
     return found
 
 
@@ -131,6 +155,7 @@ class Chart(Widget):
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "chart--train",
+        "chart--noise",
         "chart--eval",
         "chart--rate",
         "chart--axis",
@@ -223,8 +248,12 @@ class Chart(Widget):
         x0, x1 = self.window or whole
         if x1 <= x0:
             x0, x1 = x0 - 0.5, x0 + 0.5
-        drawn = [(s, self._columns(s, x0, x1, plot_width * 2)) for s in self.series]
-        bounds = self._bounds([c for _, columns in drawn for c in columns if 0 <= c.index < plot_width * 2])
+        drawn = [
+            (component, columns, series.dots or len(columns) == 1)
+            for series in self.series
+            for component, columns in self._lines(series, x0, x1, plot_width * 2)
+        ]
+        bounds = self._bounds([c for _, columns, _ in drawn for c in columns if 0 <= c.index < plot_width * 2])
         canvas = Canvas(plot_width, plot_height)
         ticks = self._y_ticks(bounds, plot_height)
         for row in ticks:
@@ -232,8 +261,8 @@ class Chart(Widget):
         for level, mark in enumerate(m for m in self.marks if x0 <= m.x <= x1):
             column = round((mark.x - x0) / (x1 - x0) * (plot_width - 1))
             canvas.vertical(column, mark.text, level % min(4, plot_height), mark.component)
-        for series, columns in drawn:
-            canvas.line(columns, bounds, series.component, series.dots or len(columns) == 1)
+        for component, columns, dots in drawn:
+            canvas.line(columns, bounds, component, dots)
         rows = canvas.strips(self._style, self.rich_style)
         axis, blank = self._style("chart--axis"), self.rich_style
         strips = []
@@ -253,18 +282,13 @@ class Chart(Widget):
         ]
         return [blank] * top + shown + [blank] * (height - top - len(shown))
 
-    def _columns(self, series: Series, x0: float, x1: float, columns: int) -> list[Column]:
+    def _lines(self, series: Series, x0: float, x1: float, columns: int) -> list[tuple[str, list[Column]]]:
+        """What is drawn of a series, by component: the points, and over a noisy one's the mean of those about it."""
         found = decimate(series.xs, series.ys, x0, x1, columns)
-        if not self.logarithmic:
-            return found
-        kept = []
-        for c in found:
-            if c.high <= 0:
-                continue
-            floor = min(v for v in (c.low, c.first, c.last, c.high) if v > 0)
-            log = [math.log10(v if v > 0 else floor) for v in (c.low, c.high, c.first, c.last)]
-            kept.append(Column(c.index, *log, c.joined and c.low > 0))
-        return kept
+        lines = [(series.component, found)]
+        if series.noisy and sum(c.count for c in found) >= MEAN_FROM:
+            lines = [("chart--noise", found), (series.component, running_mean(found, columns // MEAN_PART))]
+        return [(component, _logarithms(c) if self.logarithmic else c) for component, c in lines]
 
     @staticmethod
     def _bounds(columns: list[Column]) -> tuple[float, float]:
@@ -305,6 +329,17 @@ class Chart(Widget):
         if all(c == " " for c in line[: LABEL_WIDTH - 1]):
             line[LABEL_WIDTH - 2 - len(step) : LABEL_WIDTH - 2] = step
         return "".join(line)
+
+
+def _logarithms(columns: list[Column]) -> list[Column]:
+    kept = []
+    for c in columns:
+        if c.high <= 0:
+            continue
+        floor = min(v for v in (c.low, c.first, c.last, c.high) if v > 0)
+        log = [math.log10(v if v > 0 else floor) for v in (c.low, c.high, c.first, c.last)]
+        kept.append(Column(c.index, *log, c.joined and c.low > 0, c.total, c.count))
+    return kept
 
 
 class Canvas:
@@ -366,8 +401,9 @@ class Canvas:
         x, side = column >> 1, column & 1
         for row in range(top, bottom + 1):
             cell = (row >> 2) * self.width + x
+            if self.owner[cell] != component:  # a cell has one colour: the line on top has it for itself
+                self.owner[cell], self.bits[cell] = component, 0
             self.bits[cell] |= DOTS[row & 3][side]
-            self.owner[cell] = component
 
     def strips(self, style_of, blank: Style) -> list[list[Segment]]:
         """The rows as segments, neighbours of one style joined."""

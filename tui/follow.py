@@ -105,7 +105,7 @@ class RunModel:
         self.metric: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.samples_per_s: float | None = None
-        self.train = Series("train", "chart--train")
+        self.train = Series("train", "chart--train", noisy=True)
         self.eval = Series("eval", "chart--eval", dots=True)
         self.learning_rate = Series("learning rate", "chart--rate")
         self.marks: list[Mark] = []
