@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -27,6 +28,9 @@ from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 
 
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "librosa")
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the command table."""
@@ -37,6 +41,8 @@ class Command:
     """The module whose run() does it."""
     job: bool = False
     """Whether it has a run folder."""
+    needs_train: bool = False
+    """Whether it needs what pip install 'surgvqa[train]' brings."""
     positional: tuple[str, ...] = ()
     extras: bool = False
     """Whether unknown options are passed on (TrainingArguments)."""
@@ -63,12 +69,14 @@ COMMANDS: dict[str, Command] = {
         "make the embedded workspace: small model, small data, all real formats",
         "surgvqa demo demo --run",
         "surgvqa.demo",
+        needs_train=True,
         positional=("directory",),
     ),
     "merge": Command(
         "LoRA adapters + checkpoint -> one full BF16 checkpoint",
         "surgvqa merge --stage1_model_path stage1 --stage2_adapter_path stage2 --output_path merged",
         "surgvqa.merge",
+        needs_train=True,
         job=True,
     ),
     "audit": Command(
@@ -92,6 +100,7 @@ COMMANDS: dict[str, Command] = {
         "LoRA training in BF16, inside the budget",
         "surgvqa train --model_name_or_path merged --train_data_path train.jsonl --frames_dir frames --audio_dir audio",
         "surgvqa.train",
+        needs_train=True,
         job=True,
         extras=True,
     ),
@@ -99,12 +108,14 @@ COMMANDS: dict[str, Command] = {
         "greedy answers to every sample, scored by question type",
         "surgvqa evaluate --checkpoint runs/…/adapter --eval_data_path eval.jsonl",
         "surgvqa.evaluate",
+        needs_train=True,
         job=True,
     ),
     "ask": Command(
         "one answer to one spoken question",
         "surgvqa ask --checkpoint merged --frames f1.jpg f2.jpg --audio question.wav",
         "surgvqa.ask",
+        needs_train=True,
     ),
     "presets": Command("the presets with their predicted peaks", "surgvqa presets", "surgvqa.listing:presets"),
     "runs": Command("the runs of this workspace", "surgvqa runs", "surgvqa.listing:runs"),
@@ -275,6 +286,10 @@ def record_failure(argv: list[str], error: SurgvqaError) -> None:
 def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], argv: list[str]) -> Outcome:
     """Resolves the options and runs the command's room."""
     command = COMMANDS[name]
+    if command.needs_train:
+        missing = [package for package in TRAIN_PACKAGES if importlib.util.find_spec(package) is None]
+        if missing:
+            raise SurgvqaError(f"{', '.join(missing)} not installed here; {name} needs: pip install 'surgvqa[train]'")
     given_root = arguments.workspace
     if given_root and not Path(given_root).is_dir():
         raise UsageError(f"--workspace {given_root}: no such folder")

@@ -1,5 +1,6 @@
 """The command line's contract: exit codes, one-line errors, JSON alone on stdout, nothing heavy imported."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -75,3 +76,12 @@ def test_no_room_imports_the_heavy_libraries(module):
     check = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "merge", "train", "evaluate", "ask"])
+def test_what_needs_torch_says_so_in_one_line(monkeypatch, capsys, command):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+    assert cli.main([command]) == 1
+    shown = capsys.readouterr().err
+    assert shown == f"surgvqa {command}: torch not installed here; {command} needs: pip install 'surgvqa[train]'\n"
