@@ -27,7 +27,6 @@ from surgvqa.console import JobView, OutputToLog
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 
-
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "librosa")
 
 
