@@ -154,7 +154,7 @@ def measure(variant: dict[str, Any], steps: int = 4) -> dict[str, Any]:
         "tokens": tokens,
         "first_loss": round(first, 4),
         "loss": round(float(loss), 4),
-        "graphs": layers.recompilations(),
+        **layers.compilations(),
         "first_step_s": round(warm_up, 1),
         "spread": round((max(times) - min(times)) / statistics.median(times), 3),
         "versions": {"torch": torch.__version__, "card": torch.cuda.get_device_name()},

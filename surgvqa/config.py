@@ -155,6 +155,12 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     keep_activations: float = option(
         1.0, "share of its activations, 0..1, that a compiled layer without checkpointing keeps; the rest is recomputed"
     )
+    packing: str = option(
+        "auto",
+        "the samples of a micro step in one row, without padding between them: auto = with flash-attn, whose kernel "
+        "keeps them apart for nothing; the others need a mask",
+        choices=("auto", "on", "off"),
+    )
     attn_implementation: str = option(
         "auto", "attention kernel", choices=("auto", "flash_attention_2", "sdpa", "eager")
     )

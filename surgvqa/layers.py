@@ -5,8 +5,6 @@ None of it changes what is computed beyond rounding; each buys time with memory 
 
 from __future__ import annotations
 
-from typing import Any
-
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -66,9 +64,19 @@ def compile_layers(model: nn.Module, keep: float = 1.0) -> None:
         layer.compile()
 
 
-def recompilations() -> int:
-    """How often torch has compiled so far in this process."""
-    import torch._dynamo.utils
+def compilations() -> dict[str, int]:
+    """What torch.compile has done so far in this process.
 
-    stats: dict[str, Any] = torch._dynamo.utils.counters["stats"]
-    return int(stats.get("unique_graphs", 0))
+    graphs: compiled; recompiles: those of them that were needed because an earlier one did not fit what came, another
+    length for instance; graph_breaks: places within a layer where it goes on in plain Python; compile_failures: what it
+    gave up, after an error or at torch._dynamo.config.recompile_limit, and now runs uncompiled.
+    """
+    import torch._dynamo.utils as dynamo
+
+    attempts = dynamo.get_compilation_metrics()
+    return {
+        "graphs": dynamo.counters["stats"]["unique_graphs"],
+        "recompiles": sum(bool(attempt.recompile_reason) and not attempt.fail_type for attempt in attempts),
+        "graph_breaks": sum(dynamo.counters["graph_break"].values()),
+        "compile_failures": sum(bool(attempt.fail_type) for attempt in attempts),
+    }

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.logging import disable_progress_bar
 
 from surgvqa.checkpoint import Checkpoint, open_checkpoint, to_old_name, whisper_config
@@ -107,6 +108,8 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens: Tensor | None = None,
+        max_length: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and with labels the loss.
@@ -114,9 +117,12 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Shapes: `input_ids`, `attention_mask`, `labels` [B, L]; `pixel_values` [P, 1176] with `image_grid_thw` [F, 3];
         `input_features` [B, mels, T]. Instead of pixels and mels, what `encode_images` and `encode_audio` make of
         them: `image_features` [image tokens, hidden], `audio_features` [B, N, d_model].
-        `position_ids` [3, B, L], or [4, B, L] with the text positions first (packed rows), default: M-RoPE computed
-        here. `mm_token_type_ids` need not be given. `inputs_embeds` [B, L, hidden] replaces the token embeddings of
-        `input_ids`, which is needed all the same.
+        `position_ids` [3, B, L], default: M-RoPE computed here. `mm_token_type_ids` need not be given.
+        `inputs_embeds` [B, L, hidden] replaces the token embeddings of `input_ids`, which is needed all the same.
+
+        Packed, samples that do not see each other one after another in one row: `cu_seq_lens` int32 [samples + 1] says
+        where each begins and the last one ends, `max_length` at least how long the longest is (a plain number: a tensor
+        would make every layer wait for the GPU), and `position_ids` must be given, from 0 for each sample.
 
         Without labels: logits [B, L, vocabulary], or of the last `logits_to_keep` positions. With labels: logits
         [S, vocabulary] of the S supervised positions only (the others cost most of the memory of a long prompt), and
@@ -134,12 +140,18 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             embeds = self._place_audio(embeds, input_ids, audio_features)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, image_grid_thw, mm_token_type_ids, past)
+        if cu_seq_lens is not None:
+            if is_flash_attention_requested(self.model.language_model.config):  # its kernel takes the borders
+                kwargs |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+                kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
+            else:
+                position_ids = _with_text_positions(position_ids, cu_seq_lens)
         outputs = self.model.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache if labels is None else False,
+            use_cache=use_cache if labels is None and cu_seq_lens is None else False,
             **kwargs,
         )
         hidden, loss = outputs.last_hidden_state, None
@@ -244,6 +256,16 @@ register_checkpoint_conversion_mapping(
 def _fill(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:
     """`embeds` [B, L, hidden] with `features` [n, hidden] at the n True positions of `places` [B, L], in order."""
     return embeds.masked_scatter(places.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
+
+
+def _with_text_positions(position_ids: Tensor, cu_seq_lens: Tensor) -> Tensor:
+    """[4, 1, L] of a packed row's M-RoPE positions [3, 1, L]: before them each token's place in its sample.
+
+    Upstream's sign of a packed row; it makes a block-diagonal causal mask of it, once for all layers.
+    """
+    place = torch.arange(position_ids.shape[-1], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device)
+    begin = cu_seq_lens[torch.searchsorted(cu_seq_lens, place, right=True) - 1]
+    return torch.cat([(place - begin).expand(1, 1, -1), position_ids])
 
 
 def _trainable(module: nn.Module) -> bool:

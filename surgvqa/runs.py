@@ -12,7 +12,9 @@ Event kinds and their fields:
                                                     (merge adds shard, shard_done, shard_total)
     plan        output, output_bytes, free_bytes, shards, modules_merged, …     (merge, before it writes)
     shard       file, bytes, sha256, done, total    (merge, each shard that is on the disk)
-    metric      step, total_steps, epoch, loss, learning_rate, grad_norm, samples_per_s, …
+    metric      step, total_steps, epoch, loss, learning_rate, grad_norm, samples_per_s, data_wait, …
+                                                    (data_wait: share of the step spent waiting for data, 0..1)
+                                                    (compiled layers: graphs, recompiles, … of the process so far)
     eval        step, eval_loss, …
     gpu         device, backend ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
                 total_bytes, utilization_percent, temperature_c, power_w      (what is unknown is absent)

@@ -22,12 +22,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from surgvqa import trained
 from surgvqa.data.numbered import Batch, Numbered
 from surgvqa.data.prompt import IGNORED
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.layers import compilations
 from surgvqa.lora import adapter_parameters, save_adapter
 from surgvqa.oom import OptimizerSnapshot, StepDown, take
 from surgvqa.retreat import SHOWN
@@ -63,15 +65,26 @@ class EventTrainer(Trainer):
     """
 
     def __init__(
-        self, *, run: Run, record: trained.Trained, step_down: StepDown, sampler: MemorySampler, **arguments: Any
+        self,
+        *,
+        run: Run,
+        record: trained.Trained,
+        step_down: StepDown,
+        sampler: MemorySampler,
+        compiled: bool = False,
+        **arguments: Any,
     ):
         super().__init__(**arguments)
+        self.remove_callback(PrinterCallback)  # our own events say it
         if not self.model_accepts_loss_kwargs:
             raise SurgvqaError("the model does not take num_items_in_batch: gradients would be scaled wrongly")
         self.events = run
         self.record = record
         self.step_down = step_down
         self.sampler = sampler
+        self.compiled = compiled
+        self.compilations: dict[str, int] = {}
+        """So far, when layers are compiled (layers.compilations)."""
         self.activity = "start"
         """For an out-of-memory report: load batch, forward and backward, optimizer, evaluate or save."""
         self.window = Window(time.monotonic())
@@ -80,13 +93,14 @@ class EventTrainer(Trainer):
         self._losses: list[float] = []
         self._non_finite = 0
         self._seconds = 0.0
+        self._waited_s = 0.0
         self._samples = 0
         self._evaluated = 0
         self._last_eval_loss: float | None = None
         self._is_best_of: tuple[int, float] | None = None
         """(step, evaluation loss) of the weights, once the best ones are back in the model."""
         self._staging: str | None = None
-        self._rows_at_once: int | None = None
+        self._samples_at_once: int | None = None
         """Samples of an evaluation batch that go through the model at once, after one did not fit."""
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -216,7 +230,8 @@ class EventTrainer(Trainer):
         window, state = self.window, self.state
         elapsed = max(time.monotonic() - window.began, 1e-9)
         self._seconds += elapsed
-        samples = sum(len(batch["input_ids"]) for batch in window.batches)
+        self._waited_s += window.waited_s
+        samples = sum(len(batch["sample_indices"]) for batch in window.batches)
         tokens = int(sum(batch["attention_mask"].sum() for batch in window.batches))
         window.batches.clear()
         self.step_down.defragmented = False
@@ -233,9 +248,18 @@ class EventTrainer(Trainer):
             samples_per_s=samples / elapsed,
             tokens_per_s=tokens / elapsed,
             data_wait=window.waited_s / elapsed,
+            **self._count_compilations(),
         )
         self.events.progress("train", state.global_step, state.max_steps, "steps")
         self._stop_if_asked()
+
+    def _count_compilations(self) -> dict[str, int]:
+        if not self.compiled:
+            return {}
+        before, self.compilations = self.compilations, compilations()
+        if self.compilations["compile_failures"] and not before.get("compile_failures"):
+            self.events.warning("torch.compile gave up on a layer, which now runs uncompiled: slower, the same result")
+        return self.compilations
 
     def mean_loss(self) -> float | None:
         """Mean training loss of the steps of this process; None without any."""
@@ -244,6 +268,10 @@ class EventTrainer(Trainer):
     def samples_per_s(self) -> float | None:
         """Over the training steps, without evaluation and saving."""
         return self._samples / self._seconds if self._seconds else None
+
+    def data_wait(self) -> float | None:
+        """Share of the training steps' time in which nothing was done but waiting for the data loader, 0..1."""
+        return self._waited_s / self._seconds if self._seconds else None
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -277,19 +305,19 @@ class EventTrainer(Trainer):
         found = None
         while found is None:
             self._bring_up_to_date(inputs, self.eval_dataset)
-            rows = len(inputs["input_ids"])
-            at_once = min(rows, self._rows_at_once or rows)
+            samples = len(inputs["sample_indices"])
+            at_once = min(samples, self._samples_at_once or samples)
             try:
-                if at_once == rows:
+                if at_once == samples:
                     found = super().prediction_step(model, inputs, *arguments, **keywords)
                 else:
                     found = self._predict_in_parts(model, inputs, at_once, *arguments, **keywords)
             except torch.OutOfMemoryError as error:
                 if at_once == 1 or not self.step_down.allowed:
                     raise
-                self._rows_at_once = at_once // 2
-                self.step_down.say(take(error, self), f"evaluating {self._rows_at_once} at once")
-        self._evaluated += rows
+                self._samples_at_once = at_once // 2
+                self.step_down.say(take(error, self), f"evaluating {self._samples_at_once} at once")
+        self._evaluated += samples
         self.events.progress("evaluate", self._evaluated, len(self.eval_dataset), "samples")
         return found
 

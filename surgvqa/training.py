@@ -159,6 +159,8 @@ def train(options: TrainOptions, run: Run) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in adapter_parameters(trainer.model).values()),
         "seconds": time.monotonic() - began,
         "samples_per_s": trainer.samples_per_s(),
+        "data_wait": trainer.data_wait(),
+        **trainer.compilations,
         **sampler.peaks(),
     }
     run.result.update(result)
@@ -207,6 +209,8 @@ def _prepare(
         layers.lora_without_casts(model)
     if compiled:
         layers.compile_layers(model, options.keep_activations)
+    packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
+    bucket = LENGTH_BUCKET if compiled else 1
     trainer = EventTrainer(
         run=run,
         record=record,
@@ -223,17 +227,19 @@ def _prepare(
             workers=workers,
         ),
         sampler=sampler,
+        compiled=compiled,
         model=model,
         args=arguments,
         train_dataset=Numbered(train_set),
         eval_dataset=Numbered(eval_set) if eval_set else None,
-        data_collator=NumberedCollator(Collator(processors, multiple_of=LENGTH_BUCKET if compiled else 1)),
+        data_collator=NumberedCollator(Collator(processors, multiple_of=bucket, packed=packed)),
     )
     trainer.add_callback(EventCallback(trainer))
     if options.early_stopping_patience and eval_set:
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
     total_steps = _total_steps(arguments, len(train_set))
-    _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit)
+    rows = "packed" if packed and arguments.train_batch_size > 1 else "padded"
+    _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit, rows)
     return trainer, total_steps
 
 
@@ -322,6 +328,7 @@ def _announce_plan(
     total_steps: int,
     attention: str,
     fit: retreat.Fit,
+    rows: str,
 ) -> None:
     """What will run and why, as one phase event with its figures as fields."""
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -333,9 +340,9 @@ def _announce_plan(
     run.emit(
         "phase",
         name="plan",
-        text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample; {trained_parameters:,} of "
-        f"{all_parameters:,} parameters trained; {dtype} on {arguments.device}; {fit.text}; optimiser "
-        f"{arguments.optim.value}; attention {attention}",
+        text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample, rows {rows}; "
+        f"{trained_parameters:,} of {all_parameters:,} parameters trained; {dtype} on {arguments.device}; {fit.text}; "
+        f"optimiser {arguments.optim.value}; attention {attention}",
         attention=attention,
         optimiser=arguments.optim.value,
         dtype=dtype,
@@ -343,6 +350,7 @@ def _announce_plan(
         trained_parameters=trained_parameters,
         parameters=all_parameters,
         sequence_tokens=tokens,
+        rows=rows,
         total_steps=total_steps,
         samples=len(train_set),
         checkpointed_layers=fit.recomputing,

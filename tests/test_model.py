@@ -11,10 +11,12 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Qwen2VLConfig  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from surgvqa import lora  # noqa: E402
 from surgvqa.checkpoint import to_old_name  # noqa: E402
 from surgvqa.config import LORA_TARGETS, LoraOptions  # noqa: E402
+from surgvqa.data.collate import Collator  # noqa: E402
 from surgvqa.errors import SurgvqaError, UsageError  # noqa: E402
 from surgvqa.lora import add_lora, load_adapter, save_adapter  # noqa: E402
 from surgvqa.model import AudioQwen2VLForConditionalGeneration, choose_attention, load_model  # noqa: E402
@@ -311,20 +313,82 @@ def test_features_from_a_cache_stand_for_pixels_and_mels(model):
     assert generate(model, cached) == expected_tokens
 
 
+def packed(samples: list[dict], multiple_of: int = 1) -> dict:
+    """As training packs them, without the mask that the trainer leaves out."""
+    items = [
+        {
+            name: t[0].numpy() if name in ("input_ids", "labels", "input_features") else t.numpy()
+            for name, t in s.items()
+        }
+        for s in samples
+    ]
+    processors = types.SimpleNamespace(pad_token_id=PAD, image_token_id=IMAGE, merge_size=2)
+    batch = Collator(processors, multiple_of=multiple_of, packed=True)(items)
+    assert batch["input_ids"].shape == (1, int(batch["cu_seq_lens"][-1]))
+    assert batch.pop("attention_mask").sum() == sum(s["input_ids"].shape[1] for s in samples)
+    return batch
+
+
+def test_positions_of_a_packed_row_are_upstreams_of_each_sample(model):
+    samples = [sample(1, frames=1), sample(2, frames=3), sample(3, frames=2)]
+    alone = [model._positions(s["input_ids"], None, s["image_grid_thw"], None, 0) for s in samples]
+    assert torch.equal(packed(samples)["position_ids"], torch.cat(alone, dim=-1))
+
+
 @torch.no_grad()
-def test_samples_packed_into_one_row_equal_samples_apart(model):
-    """4-row position ids (text positions first, restarting) and no mask: no attention across samples."""
-    samples = [sample(1, frames=1), sample(2, frames=3)]
-    rows = []
-    for s in samples:
-        text = torch.arange(s["input_ids"].shape[1]).view(1, 1, -1)
-        rows.append(torch.cat([text, model._positions(s["input_ids"], None, s["image_grid_thw"], None, 0)]))
-    packed = {name: torch.cat([s[name] for s in samples], dim=1) for name in ("input_ids", "labels")}
-    packed |= {
-        name: torch.cat([s[name] for s in samples]) for name in ("pixel_values", "image_grid_thw", "input_features")
-    }
-    together = model(**packed, position_ids=torch.cat(rows, dim=-1)).logits
-    assert close(together, torch.cat([model(**s).logits for s in samples]), 1e-4)
+def test_samples_packed_into_one_row_do_not_see_each_other(model):
+    first, second, other = sample(1, frames=1), sample(2, frames=3), sample(4, frames=2)
+    row, changed = packed([first, second]), packed([other, second])
+    length = second["input_ids"].shape[1]
+    logits = [model(**{k: t for k, t in b.items() if k != "labels"}).logits[:, -length:] for b in (row, changed)]
+    assert torch.allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("multiple_of", [1, 64])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_a_packed_row_gives_the_loss_and_gradients_of_its_samples(
+    checkpoint, monkeypatch, attention, cached, multiple_of
+):
+    model = with_weights(add_lora(load(checkpoint), options())).train()
+    base = model.get_base_model()
+    samples = [sample(1, frames=1, answer=3), sample(2, frames=3, answer=6), sample(3, frames=2, answer=2)]
+    apart = [gradients(model, s | {"num_items_in_batch": 11}) for s in samples]
+    losses = [model(**s, num_items_in_batch=11).loss for s in samples]
+    row = packed(samples, multiple_of)
+    if cached:
+        row["image_features"] = base.encode_images(row.pop("pixel_values"), row["image_grid_thw"])
+        row["audio_features"] = base.encode_audio(row.pop("input_features"))
+    calls = use_attention(base.model.language_model, attention, monkeypatch)
+    assert close(model(**row, num_items_in_batch=11).loss, sum(losses), 1e-5)
+    assert close(model(**row).loss, sum(losses), 1e-5)
+    found = gradients(model, row | {"num_items_in_batch": 11})
+    assert all(close(found[name], sum(g[name] for g in apart), 1e-4) for name in found)
+    if attention == "flash_attention_2":
+        borders, longest = calls[0]
+        assert len(calls) == 3 * 2 and isinstance(longest, int), "a tensor would make every layer wait for the GPU"
+        assert all(c[0] is calls[0][0] for c in calls[:2]), "computed once, the same for all layers"
+        assert longest >= borders.diff().max()
+
+
+def use_attention(language_model, name: str, monkeypatch) -> list:
+    """Lets the language model attend so. flash-attn needs a GPU: a stand-in does what its variable-length kernel does,
+    and notes what it was called with."""
+    calls = []
+
+    def flash(module, q, k, v, attention_mask, scaling=None, **given):
+        assert attention_mask is None and given["position_ids"] is None
+        assert given["cu_seq_lens_q"] is given["cu_seq_lens_k"] and given["max_length_q"] is given["max_length_k"]
+        calls.append((given["cu_seq_lens_q"], given["max_length_q"]))
+        lengths = given["cu_seq_lens_q"].diff().tolist()
+        parts = zip(*(t.split(lengths, dim=2) for t in (q, k, v)))
+        out = [F.scaled_dot_product_attention(*p, is_causal=True, scale=scaling, enable_gqa=True) for p in parts]
+        return torch.cat(out, dim=2).transpose(1, 2), None
+
+    if name == "flash_attention_2":
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, flash)
+    language_model.config._attn_implementation = name
+    return calls
 
 
 # --- generation ------------------------------------------------------------------------------------------------------

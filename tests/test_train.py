@@ -292,6 +292,88 @@ def test_four_micro_steps_of_one_are_one_of_four(world, tmp_path):
     assert_same_adapter(one.output, four.output, rtol=1e-3, atol=2e-5)
 
 
+@model
+@pytest.mark.parametrize("feature_cache", ["auto", "off"])
+def test_packed_rows_train_and_evaluate_as_samples_apart(world, tmp_path, feature_cache):
+    """Clips of one and of two frames; 3 samples a micro step of 8 training and 4 evaluation samples leave a rest."""
+    for name in ("train", "eval"):
+        rows = [json.loads(line) for line in (world.root / f"{name}.jsonl").read_text().splitlines()]
+        for row in rows[::3]:
+            row["frames"] = row["frames"][:1]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = {
+        "train_data_path": str(tmp_path / "train.jsonl"),
+        "eval_data_path": str(tmp_path / "eval.jsonl"),
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 3,
+        "max_steps": 4,
+        "lora_dropout": 0.0,
+        "learning_rate": 0.01,
+        "feature_cache": feature_cache,
+    }
+    runs = [Watched(world.train_options(packing=how, **shared), tmp_path / how) for how in ("off", "on")]
+    for a, b in zip(*(run.of("metric") for run in runs), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        pace = [event["tokens_per_s"] / event["samples_per_s"] for event in (a, b)]
+        assert pace[0] == pytest.approx(pace[1]), "padding is not counted, samples are"
+    for a, b in zip(*(run.of("eval") for run in runs), strict=True):
+        assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-5)
+    # of the 0.04 that Adam may move a weight: it makes whole steps of gradients that are rounding only
+    assert_same_adapter(runs[0].output, runs[1].output, rtol=1e-3, atol=1e-3)
+    rows = [[event["rows"] for event in run.of("phase") if event["name"] == "plan"] for run in runs]
+    assert rows == [["padded"], ["packed"]]
+
+
+@model
+def test_waiting_for_data_is_measured(world, tmp_path, monkeypatch):
+    from surgvqa.data.dataset import ClipDataset
+    from surgvqa.trainer import EventTrainer
+
+    load, train_on = ClipDataset.__getitem__, EventTrainer.training_step
+    monkeypatch.setattr(ClipDataset, "__getitem__", lambda *a: time.sleep(0.1) or load(*a))
+    monkeypatch.setattr(EventTrainer, "training_step", lambda *a, **k: time.sleep(0.2) or train_on(*a, **k))
+    run = Watched(world.train_options(max_steps=3, gradient_accumulation_steps=2), tmp_path)
+    waited, passed = 0.0, 0.0
+    for event in run.of("metric"):
+        seconds = 2 / event["samples_per_s"]
+        assert event["data_wait"] * seconds <= seconds - 2 * 0.2
+        waited, passed = waited + event["data_wait"] * seconds, passed + seconds
+    assert waited >= 6 * 0.1
+    assert run.result["data_wait"] == pytest.approx(waited / passed)
+
+
+@model
+@pytest.mark.parametrize("backend", ["eager", "broken"])
+def test_compiled_layers_are_counted_and_a_failure_is_told_once(world, tmp_path, monkeypatch, backend):
+    import torch._dynamo
+
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.clear_compilation_metrics()
+    torch._dynamo.utils.counters.clear()
+    compile_module = torch.nn.Module.compile
+    chosen = broken if backend == "broken" else backend
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=chosen))
+    shared = {"max_steps": 3, "lora_dropout": 0.0, "learning_rate": 0.01}
+    plain = Watched(world.train_options(**shared), tmp_path / "plain")
+    compiled = Watched(world.train_options(compile="on", **shared), tmp_path / "compiled")
+    assert list(compiled.losses().values()) == pytest.approx(list(plain.losses().values()), rel=1e-4)
+    last = compiled.of("metric")[-1]
+    counted = ("graphs", "recompiles", "graph_breaks", "compile_failures")
+    assert {name: last[name] for name in counted} == {name: compiled.result[name] for name in counted}
+    told = [event for event in compiled.of("warning") if "torch.compile" in event["text"]]
+    if backend == "broken":
+        assert last["graphs"] == 0 and last["compile_failures"] > 0 and len(told) == 1
+    else:
+        assert last["graphs"] > 0 and last["compile_failures"] == 0 and not told
+        # rows are padded to multiples of one length: the first step has compiled all that is needed
+        assert compiled.of("metric")[0]["graphs"] == last["graphs"]
+    assert "graphs" not in plain.of("metric")[-1]
+
+
 def stop_at(micro_step: int, monkeypatch):
     """SIGTERM to ourselves while the given micro step (1, 2, …) runs."""
     from surgvqa.trainer import EventTrainer

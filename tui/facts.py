@@ -26,7 +26,7 @@ def facts(follower: Follower, width: int, resumable: bool) -> Content:
     if share is not None:
         bar = words.bar(width - PERCENT_WIDTH, share, "$primary")
         rows += [Content.assemble(bar, (f" {100 * share:5.1f} %", "bold"))]
-    figures = [figure for figure in (words.clip(count, width), left, speed) if figure]
+    figures = [figure for figure in (words.clip(count, width), left, speed, waiting(follower)) if figure]
     rows += joined(figures, width)
     if lr:
         rows.append(Content.assemble(f"{lr}  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary")))
@@ -47,7 +47,7 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     if follower.active:
         head = Content.assemble(head, "  ", phase(follower, max(8, width - head.cell_length - 2)))
     rate = model.learning_rate.last()
-    figures = [count, pace(follower), time_left(follower), "" if rate is None else f"lr {rate:.2e}"]
+    figures = [count, pace(follower), waiting(follower), time_left(follower), "" if rate is None else f"lr {rate:.2e}"]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
     return report.lines(head, second, *ending(follower, resumable)[:1])
 
@@ -103,6 +103,12 @@ def pace(follower: Follower) -> str:
     if progress and progress.rate and follower.active:
         return words.rate(progress.rate, progress.unit)
     return ""
+
+
+def waiting(follower: Follower) -> str:
+    """How much of the last training step went by waiting for data; a GPU that waits much is starved."""
+    share = follower.model.metric.get("data_wait")
+    return "" if share is None else f"{100 * share:.0f} % waiting for data"
 
 
 def phase(follower: Follower, width: int) -> Content:

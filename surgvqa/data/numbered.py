@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from surgvqa.data.dataset import ClipDataset, Item
 
 Batch = dict[str, Any]
@@ -34,13 +36,17 @@ class Numbered:
 
 @dataclass
 class NumberedCollator:
-    """`collate`'s batch with sample_indices [B] and shown (num_frames, image_size), plain numbers both."""
+    """`collate`'s batch with sample_indices (numpy, [B]) and shown (num_frames, image_size).
+
+    The indices come first: Trainer takes the length of a batch's first array for the number of its samples, and a
+    packed batch has one row for all of them.
+    """
 
     collate: Callable[[Sequence[Item]], Batch]
 
     def __call__(self, items: Sequence[Item]) -> Batch:
         return {
+            "sample_indices": np.array([item["sample_index"] for item in items]),
             **self.collate(items),
-            "sample_indices": [item["sample_index"] for item in items],
             "shown": items[0]["shown"],
         }

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from surgvqa.data.processors import Processors
 from surgvqa.errors import UsageError
 
@@ -57,6 +59,25 @@ def prompt_ids(processors: Processors, grids: Sequence[Iterable[int]], question:
 def answer_ids(processors: Processors, answer: str) -> list[int]:
     """Token ids of the answer with its end of turn: what is learned."""
     return [*plain_text_ids(processors, answer), processors.im_end_token_id, *plain_text_ids(processors, "\n")]
+
+
+def mrope_positions(processors: Processors, ids: np.ndarray, grids: Iterable[Iterable[int]]) -> np.ndarray:
+    """Positions int64 [3, L] (time, height, width) of one sample's tokens (Qwen2-VL paper, section 2.1).
+
+    Text, spoken questions too, counts on in all three; a frame's tokens take their places in its grid, and what follows
+    counts on from the largest. The same as upstream's `get_rope_index`, without a model.
+    """
+    parts, place, position = [], 0, 0
+    image = ids == processors.image_token_id
+    for t, h, w in grids:
+        h, w = int(h) // processors.merge_size, int(w) // processors.merge_size
+        before = int(image[place:].argmax())
+        parts.append(np.tile(np.arange(before) + position, (3, 1)))
+        parts.append(np.indices((int(t), h, w)).reshape(3, -1) + position + before)
+        position += before + max(h, w)
+        place += before + int(t) * h * w
+    parts.append(np.tile(np.arange(len(ids) - place) + position, (3, 1)))
+    return np.concatenate(parts, axis=1)
 
 
 def plain_text_ids(processors: Processors, text: str) -> list[int]:
