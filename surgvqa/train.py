@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal as human_bytes
+
 from surgvqa import trained
 from surgvqa.checkpoint import Checkpoint, open_checkpoint
 from surgvqa.config import TrainOptions
@@ -209,6 +211,6 @@ def _check_output(options: TrainOptions, checkpoint: Checkpoint) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UsageError(
-            f"{existing}: {free / 1e9:.1f} GB free, but one checkpoint and the result take {needed / 1e9:.1f} GB; "
+            f"{existing}: {human_bytes(free)} free, but one checkpoint and the result take {human_bytes(needed)}; "
             "choose another output_dir"
         )
