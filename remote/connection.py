@@ -226,6 +226,8 @@ class Remote:
     def __init__(self, host: Host):
         self.host = host
         self._fabric: Connection | None = None
+        self._waiting_agent: tuple[Any, Iterator[dict[str, Any]]] | None = None
+        """The agent of `ask`: its channel and its answers."""
 
     def __enter__(self) -> Remote:
         self.open()
@@ -255,7 +257,7 @@ class Remote:
 
     def close(self) -> None:
         """Drops the connection; jobs on the host do not notice."""
-        connection, self._fabric = self._fabric, None
+        connection, self._fabric, self._waiting_agent = self._fabric, None, None
         while connection is not None:
             with contextlib.suppress(Exception):
                 connection.close()
@@ -269,12 +271,8 @@ class Remote:
         self.open()
         channel = None
         try:
-            channel = self._fabric.create_session()
-            channel.settimeout(silence_s)
-            channel.exec_command(bootstrap(self.host.entry.python))
-            channel.sendall(payload({"op": op, "workspace": self.host.entry.workspace, **params}))
-            reader = Replies(self.host, self._chunks(channel))
-            yield from reader
+            channel, replies = self._agent({"op": op, "workspace": self.host.entry.workspace, **params}, silence_s)
+            yield from replies
         except SurgvqaError:
             raise
         except Exception as error:
@@ -285,6 +283,14 @@ class Remote:
                 with contextlib.suppress(Exception):
                     channel.close()
 
+    def _agent(self, request: dict[str, Any], silence_s: float) -> tuple[Any, Iterator[dict[str, Any]]]:
+        """Starts one with that request: its channel and its answers."""
+        channel = self._fabric.create_session()
+        channel.settimeout(silence_s)
+        channel.exec_command(bootstrap(self.host.entry.python))
+        channel.sendall(payload(request))
+        return channel, iter(Replies(self.host, self._chunks(channel)))
+
     def call(self, op: str, **params: Any) -> dict[str, Any]:
         """The agent's answer to one question."""
         answer: dict[str, Any] = {}
@@ -292,10 +298,33 @@ class Remote:
             answer = message
         return answer
 
-    def round_trip(self) -> float:
-        """Seconds of one round trip: opening a channel takes exactly one."""
+    def ask(self, op: str, **params: Any) -> dict[str, Any]:
+        """As `call`, but of one agent that waits for the next question: one round trip instead of four and a start.
+
+        Only for operations that give one answer and leave no process behind.
+        """
+        request = {"op": op, "workspace": self.host.entry.workspace, "more": True, **params}
         self.open()
-        times = [self._kernel_round_trip()]
+        try:
+            if self._waiting_agent:
+                self._waiting_agent[0].sendall(json.dumps(request).encode() + b"\n")
+            else:
+                self._waiting_agent = self._agent(request, SILENCE_S)
+            for answer in self._waiting_agent[1]:
+                return answer
+            raise Unreachable(f"{self.host.name}: connection lost before the host had answered")
+        except Exception as error:
+            self.close()
+            raise explain(self.host, error) from None
+
+    def round_trip(self) -> float:
+        """Seconds of one round trip: the smallest that TCP has seen (tcpi_min_rtt, Linux), or of opening a channel."""
+        self.open()
+        if not self._fabric.gateway and hasattr(socket, "TCP_INFO"):
+            with contextlib.suppress(OSError, AttributeError, struct.error):
+                info = self._fabric.transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                return struct.unpack_from("I", info, 148)[0] / 1e6
+        times = []
         try:
             for _ in range(3):
                 began = time.monotonic()
@@ -305,15 +334,6 @@ class Remote:
             self.close()
             raise explain(self.host, error) from None
         return min(times)
-
-    def _kernel_round_trip(self) -> float:
-        """The smallest round trip that TCP has seen (tcpi_min_rtt, Linux); infinite where it cannot be known."""
-        sock = self._fabric.transport.sock
-        if self._fabric.gateway or not hasattr(socket, "TCP_INFO"):
-            return float("inf")
-        with contextlib.suppress(OSError, AttributeError, struct.error):
-            return struct.unpack_from("I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 148)[0] / 1e6
-        return float("inf")
 
     @staticmethod
     def _chunks(channel: Any) -> Iterator[tuple[bytes, bytes, int | None]]:
@@ -360,7 +380,7 @@ class Replies:
                     raise kind(f"{self.host.name}: {message['error']}")
                 answered = answered or "done" in message
                 yield message.get("done", message)
-            if status is not None and not answered:
+            if status is not None and (not answered or 0 < status < 255):
                 text = noise.decode(errors="replace").strip().splitlines()
                 if status in (-1, 255) or not text:
                     raise Unreachable(f"{self.host.name}: connection lost before the host had answered")

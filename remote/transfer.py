@@ -11,13 +11,8 @@ spread one file over streams, and its resume modes either re-send everything or 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-import signal
 import struct
-import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -25,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from remote.bundle import bootstrap, payload
-from remote.connection import Replies, Unreachable, explain_ssh, ssh_command
+from remote.agent_process import AgentProcess
+from remote.connection import Unreachable
 from remote.hosts import Host
 from remote.plan import Item
 from surgvqa.errors import SurgvqaError
@@ -35,123 +30,9 @@ FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's files.F
 CHUNK = 2 << 20
 """Bytes that a broken stream may have to send again, and the unit that streams share a file by."""
 UNACKNOWLEDGED = 6 << 20  # bytes on the way in one stream; OpenSSH's own window is 2 MiB
-BLOCK = 1 << 20
-PIPE = 1 << 20  # the largest pipe that an ordinary user may have
 MAX_STREAMS = 16
 GAIN = 1.15  # more streams are kept when they bring at least this
 PROBE_AGAIN_S = 30.0
-FAST_CIPHER = "aes128-gcm@openssh.com"
-
-
-def best_ciphers(host: Host, host_has_aes: bool) -> str | None:
-    """AES-GCM first where both ends compute it in hardware and the user's ssh allows it; None leaves ssh's order."""
-    allowed = host.setting("ciphers").split(",")
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            ours = " aes" in file.read()
-    except OSError:
-        ours = os.uname().machine == "arm64"
-    if not (ours and host_has_aes and FAST_CIPHER in allowed):
-        return None
-    return ",".join([FAST_CIPHER, *(c for c in allowed if c != FAST_CIPHER)])
-
-
-class AgentProcess:
-    """The agent at the end of an `ssh` subprocess; its messages go to `on_message` on a thread of their own.
-
-    `on_end(error)` comes once: None after a good end.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        request: dict[str, Any],
-        ciphers: str | None,
-        on_message: Callable[[dict[str, Any]], None],
-        on_end: Callable[[SurgvqaError | None], None],
-    ):
-        self.host = host
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            ssh_command(host, bootstrap(host.entry.python), ciphers),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            bufsize=0,
-            start_new_session=True,
-        )
-        with contextlib.suppress(OSError, AttributeError):
-            fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, PIPE)
-        self._on_message, self._on_end = on_message, on_end
-        self._lock = threading.Lock()
-        with contextlib.suppress(OSError):
-            self.write(payload({"workspace": host.entry.workspace, **request}))
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """All of it; OSError when the other end is gone."""
-        view = memoryview(data)
-        with self._lock:
-            while view:
-                view = view[os.write(self.process.stdin.fileno(), view) :]
-
-    def copy(self, source: int, offset: int, count: int) -> int:
-        """Up to `count` bytes of an open file, without copying them through this process where the kernel can."""
-        with self._lock:
-            if hasattr(os, "splice"):
-                return os.splice(source, self.process.stdin.fileno(), count, offset_src=offset)
-            return os.write(self.process.stdin.fileno(), os.pread(source, count, offset))
-
-    def finish(self) -> None:
-        """No more input: the agent will end."""
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-
-    def kill(self) -> None:
-        """Ends ssh and its proxy at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def join(self) -> None:
-        self._reader.join()
-
-    def _chunks(self):
-        while True:
-            data = os.read(self.process.stdout.fileno(), 1 << 16)
-            if not data:
-                status = self.process.wait()
-                self._stderr.seek(0)
-                yield b"", self._stderr.read(), status
-                return
-            yield data, b"", None
-
-    def _read(self) -> None:
-        error: SurgvqaError | None = None
-        text = b""
-
-        def chunks():
-            nonlocal text
-            for data, stderr, status in self._chunks():
-                text = stderr
-                yield data, stderr, status
-
-        try:
-            for message in Replies(self.host, chunks()):
-                self._on_message(message)
-        except Unreachable:
-            error = explain_ssh(self.host, text.decode(errors="replace"), self.process.wait())
-        except SurgvqaError as failure:
-            status = self.process.wait()
-            broken = status == 255 or status < 0
-            error = explain_ssh(self.host, text.decode(errors="replace"), status) if broken else failure
-        except (OSError, ValueError) as failure:
-            error = Unreachable(f"{self.host.name}: the stream broke: {failure}")
-        finally:
-            self.process.wait()
-            self.process.stdout.close()
-            self._stderr.close()
-        self._on_end(error)
 
 
 @dataclass(eq=False)
@@ -177,11 +58,39 @@ def chunks_of(item: Item, done: dict[int, list[list[int]]]) -> list[Chunk]:
     return found
 
 
+class Queue:
+    """What is still to be sent, by file: two streams that wrote into one file would wait for each other on the host."""
+
+    def __init__(self, chunks: list[Chunk]):
+        self.files: dict[int, deque[Chunk]] = {}
+        self.chunks = self.bytes = 0
+        self.put_back(chunks)
+
+    def take(self, file: int, others: set[int]) -> Chunk:
+        """The next chunk of `file`, or else of a file that no other stream is at, or else of any."""
+        if file not in self.files:
+            file = next((f for f in self.files if f not in others), next(iter(self.files)))
+        chunk = self.files[file].popleft()
+        if not self.files[file]:
+            del self.files[file]
+        self.chunks -= 1
+        self.bytes -= chunk.length
+        return chunk
+
+    def put_back(self, chunks: list[Chunk]) -> None:
+        """These come first in their files."""
+        for chunk in reversed(chunks):
+            self.files.setdefault(chunk.index, deque()).appendleft(chunk)
+            self.chunks += 1
+            self.bytes += chunk.length
+
+
 @dataclass(eq=False)
 class Stream:
     """One connection: a thread writes chunks, the agent's acknowledgements come back."""
 
     transfer: Transfer
+    file: int = -1
     waiting: dict[tuple[int, int], Chunk] = field(default_factory=dict)
     got: int = 0
     """Bytes that the host has of this stream."""
@@ -206,33 +115,25 @@ class Stream:
             transfer.fail(SurgvqaError(f"ssh: {error.strerror}"))
             self.live = False
             return
-        opened, source = -1, -1
+        opened, file = -1, None
         try:
             while (chunk := transfer.take(self)) is not None:
+                source = transfer.item.entries[chunk.index].source
                 if chunk.index != opened:
-                    if source >= 0:
-                        os.close(source)
-                    source = os.open(transfer.item.entries[chunk.index].source, os.O_RDONLY)
-                    opened = chunk.index
-                self._write(source, chunk)
+                    if file:
+                        file.close()
+                    file, opened = open(source, "rb", buffering=0), chunk.index  # noqa: SIM115
+                self.agent.write(FRAME.pack(chunk.index, chunk.offset, chunk.length))
+                if self.agent.copy(file, chunk.offset, chunk.length) < chunk.length:
+                    transfer.fail(changed(source))
+                    self.agent.kill()
         except OSError as error:
-            if error.filename:  # the source, not the pipe
+            if error.filename:  # the source, not the connection
                 transfer.fail(SurgvqaError(f"{error.filename}: {error.strerror}"))
         finally:
-            if source >= 0:
-                os.close(source)
+            if file:
+                file.close()
             self.agent.finish()
-
-    def _write(self, source: int, chunk: Chunk) -> None:
-        self.agent.write(FRAME.pack(chunk.index, chunk.offset, chunk.length))
-        at, end = chunk.offset, chunk.offset + chunk.length
-        while at < end:
-            count = self.agent.copy(source, at, min(BLOCK, end - at))
-            if not count:  # the file became shorter
-                self.transfer.fail(changed(self.transfer.item.entries[chunk.index].source))
-                self.agent.kill()
-                return
-            at += count
 
     def _heard(self, message: dict[str, Any]) -> None:
         with self.transfer.changed:
@@ -277,9 +178,8 @@ class Transfer:
         self.fixed, self.patience_s = streams, patience_s
         self.on_progress, self.on_file = on_progress, on_file
         self.changed = threading.Condition(threading.RLock())
-        self.queue = deque(chunks_of(item, done))
-        self.left = len(self.queue)
-        self.total = sum(c.length for c in self.queue)
+        self.queue = Queue(chunks_of(item, done))
+        self.left, self.total = self.queue.chunks, self.queue.bytes
         self.acknowledged = 0
         self.received = 0
         """Bytes that reached the host, also of chunks that broke."""
@@ -308,8 +208,9 @@ class Transfer:
                 if not stream.live or stream.retiring or self.fatal or not self.left:
                     return None
                 on_the_way = sum(c.length for c in stream.waiting.values())
-                if self.queue and on_the_way < UNACKNOWLEDGED:
-                    chunk = self.queue.popleft()
+                if self.queue.chunks and on_the_way < UNACKNOWLEDGED:
+                    chunk = self.queue.take(stream.file, {s.file for s in self.streams if s is not stream})
+                    stream.file = chunk.index
                     stream.waiting[chunk.index, chunk.offset] = chunk
                     return chunk
                 self.changed.wait(1.0)
@@ -324,7 +225,7 @@ class Transfer:
     def give_back(self, stream: Stream, error: SurgvqaError | None) -> None:
         """The chunks of a stream that ended go to the front of the queue."""
         self.resent += sum(c.length for c in stream.waiting.values())
-        self.queue.extendleft(reversed(stream.waiting.values()))
+        self.queue.put_back(list(stream.waiting.values()))
         stream.waiting.clear()
         if error is not None:
             self.last_error = error
@@ -367,7 +268,7 @@ class Transfer:
                     self.streams = [s for s in self.streams if s.live]
                     if broken and now >= not_before:
                         not_before, backoff = now + backoff, min(backoff * 2, 15.0)
-                    missing = min(self.wanted, max(1, len(self.queue) + len(live))) - len(live)
+                    missing = min(self.wanted, max(1, self.queue.chunks + len(live))) - len(live)
                     surplus = live[self.wanted :]
                 if now - heard > self.patience_s:
                     reason = self.last_error or Unreachable(f"{self.host.name}: no answer")
@@ -416,7 +317,7 @@ class Tuner:
         """Called often; changes transfer.wanted."""
         transfer = self.transfer
         live = [s for s in transfer.streams if s.live and s.speaking and not s.retiring]
-        if now < self.rest_until or len(live) < transfer.wanted or len(transfer.queue) < 2 * transfer.wanted:
+        if now < self.rest_until or len(live) < transfer.wanted or transfer.queue.chunks < 2 * transfer.wanted:
             self.phase_since = self.window = None
             return
         if self.phase_since is None:
@@ -443,8 +344,7 @@ class Tuner:
 
     def _worth_it(self, rate: float) -> bool:
         """Whether enough is left to measure more streams, and to gain by them."""
-        left = sum(chunk.length for chunk in self.transfer.queue)
-        return left > 3 * rate * (self.settle_s + self.window_s)
+        return self.transfer.queue.bytes > 3 * rate * (self.settle_s + self.window_s)
 
 
 class Verifier:
@@ -456,7 +356,6 @@ class Verifier:
         self.error: SurgvqaError | None = None
         self.changed = threading.Condition()
         self._upto: dict[int, int] = {}
-        self._agent: AgentProcess | None = None
         self._start()
 
     def _start(self) -> None:
@@ -492,9 +391,8 @@ class Verifier:
         return self.hashes
 
     def close(self) -> None:
-        if self._agent:
-            self._agent.finish()
-            self._agent.kill()
+        self._agent.kill()
+        self._agent.finish()
 
     def reset(self, index: int) -> None:
         """Has the staged file thrown away, to be sent again."""

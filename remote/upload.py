@@ -12,10 +12,11 @@ from rich.filesize import decimal as human_bytes
 from rich.table import Table
 
 from remote import jobs
+from remote.agent_process import best_ciphers
 from remote.connection import Remote, Unreachable, connect
 from remote.options import UploadOptions
 from remote.plan import Hashes, Item, Way, cheapest, data_sources, folder_sources, remote_name
-from remote.transfer import Transfer, Verifier, best_ciphers, changed
+from remote.transfer import Transfer, Verifier, changed
 from surgvqa.config import COMMAND_OPTIONS, Path_, Workspace, settings_of
 from surgvqa.console import human_seconds
 from surgvqa.errors import SurgvqaError, UsageError
@@ -93,7 +94,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
     run.phase("connect", host)
     remote = connect(host, workspace.root, accept_new_host_key)
     try:
-        facts = remote.call("probe", venv=remote.host.entry.venv)
+        facts = remote.ask("probe", venv=remote.host.entry.venv)
         if not facts["writable"]:
             raise SurgvqaError(f"{host}: cannot write in {facts['workspace']}; set workspace in hosts.toml")
         hashes = Hashes()
@@ -110,7 +111,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
             send_item(remote, item, run, hashes, facts, streams=options.streams, patience_s=options.patience_s)
             for item in [*(chosen.items if chosen else []), *data]
         ]
-        remote.call("settings", text=host_settings(workspace))
+        remote.ask("settings", text=host_settings(workspace))
         merged_there = None
         if chosen and chosen.name == "adapter":
             merged_there = merge_there(remote, options, workspace, run, host)
@@ -137,7 +138,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
 def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]:
     """Asks the host what it has, and finds the way that is over first."""
     items = [item for way in ways for item in way.items] + data
-    answer = remote.call("known", items=[item.wire() for item in items])
+    answer = remote.ask("known", items=[item.wire() for item in items])
     stands = dict(zip((id(i) for i in items), answer["items"]))
     foreign = [name for item in items for name in stands[id(item)]["foreign"] if stands[id(item)]["state"] == "foreign"]
     open_ways = [way for way in ways if all(stands[id(item)]["state"] != "foreign" for item in way.items)]
@@ -215,7 +216,7 @@ def send_item(
 ) -> dict[str, Any]:
     """Sends, verifies and publishes one item; goes on where an earlier attempt stopped."""
     began = time.monotonic()
-    answer = remote.call("begin", item=item.wire())
+    answer = remote.ask("begin", item=item.wire())
     result = {"name": item.name, "bytes": item.bytes, "sent_bytes": 0, "streams": 0, "resent_bytes": 0}
     if answer["complete"]:
         run.phase("upload", f"{item.name}: already there")
@@ -234,7 +235,7 @@ def send_item(
             item.bytes,
             "bytes",
             streams=len([s for s in transfer.streams if s.live]),
-            file=item.entries[transfer.queue[0].index].path if transfer.queue else item.entries[-1].path,
+            file=item.entries[next(iter(transfer.queue.files), -1)].path,
         )
 
     try:
@@ -280,13 +281,13 @@ def send_item(
         verifier.close()
     for attempt in range(5):
         try:
-            remote.call("publish", item=item.wire())
+            remote.ask("publish", item=item.wire())
             break
         except Unreachable:
             if attempt == 4:
                 raise
             time.sleep(2**attempt)
-            if remote.call("begin", item=item.wire())["complete"]:  # it was published, only the answer was lost
+            if remote.ask("begin", item=item.wire())["complete"]:  # it was published, only the answer was lost
                 break
     return {**result, "seconds": time.monotonic() - began}
 

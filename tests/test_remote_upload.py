@@ -49,7 +49,7 @@ class Sender:
 
     def __init__(self, laptop):  # noqa: F811
         self.laptop, self.remote = laptop, laptop.connect()
-        self.facts = self.remote.call("probe", venv="venv")
+        self.facts = self.remote.ask("probe", venv="venv")
         self.run = Run.create(laptop.workspace / "runs", "upload")
 
     def item(self, folder: Path, name: str = "merged") -> Item:
@@ -184,7 +184,7 @@ def test_goes_on_after_twenty_seconds_without_network(sender, laptop):  # noqa: 
 def test_gives_up_with_a_way_on_when_the_host_stays_away(sender, laptop):  # noqa: F811
     source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 30 * MB})
     item = sender.item(source)
-    sender.remote.call("begin", item=item.wire())
+    sender.remote.ask("begin", item=item.wire())
     laptop.server.stop()
     one = transfer_room.Transfer(sender.remote.host, item, {}, ciphers=None, rtt_s=0.0, patience_s=2.0)
     with pytest.raises(SurgvqaError, match="run the same upload again"):
@@ -229,7 +229,7 @@ def test_a_shorter_source_is_noticed(sender, laptop):  # noqa: F811
 def test_damage_in_the_staging_folder_is_found_and_mended(sender, laptop):  # noqa: F811
     source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 9 * MB, "model-2.safetensors": 2 * MB})
     item = sender.item(source)
-    sender.remote.call("begin", item=item.wire())
+    sender.remote.ask("begin", item=item.wire())
     half = transfer_room.Transfer(sender.remote.host, item, {}, ciphers=None, rtt_s=0.0)
     half.run()
     staged = laptop.there / ".surgvqa" / "staging" / item.digest / "files"
@@ -308,7 +308,7 @@ def test_a_full_disk_is_said_before_and_during(sender, laptop):  # noqa: F811
             sender.send(sender.item(source))
         fits = checkpoint(laptop.workspace / "other", {"model-1.safetensors": 10 * MB})
         item = sender.item(fits, "other")
-        real = sender.remote.call
+        real = sender.remote.ask
 
         def call(op, **params):
             answer = real(op, **params)
@@ -316,7 +316,7 @@ def test_a_full_disk_is_said_before_and_during(sender, laptop):  # noqa: F811
                 (small / "filler").write_bytes(b"x" * 8 * MB)
             return answer
 
-        sender.remote.call = call
+        sender.remote.ask = call
         with pytest.raises(SurgvqaError, match="disk full"):
             sender.send(item)
         assert not (small / "ws" / "other").exists()
@@ -364,11 +364,11 @@ def test_paths_stay_inside_the_workspace(sender, laptop):  # noqa: F811
         wire = Item("n", "files", entries).wire()
         wire["files"][0][0] = bad
         with pytest.raises(SurgvqaError, match=r"inside the workspace|leaves the workspace"):
-            sender.remote.call("begin", item=wire)
+            sender.remote.ask("begin", item=wire)
     for bad in ("../../x", "a/b", ""):
         wire = {**Item("n", "files", entries).wire(), "digest": bad}
         with pytest.raises(SurgvqaError):
-            sender.remote.call("begin", item=wire)
+            sender.remote.ask("begin", item=wire)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The host's side of every remote command: runs there under any Python from 3.8, standard library only.
 
-One process answers one request. It writes the mark, then one JSON object a line: messages, `{"beat": …}` every 2 s so
-that silence means a lost connection, and last `{"done": {…}}` or `{"error": "one line", "usage": bool}`. It ends when
-its output is closed, so nothing of it is left behind when the connection goes.
+One process answers one request, and the next after one that says `"more": true`. It writes the mark, then one JSON
+object a line: messages, `{"beat": …}` every 2 s so that silence means a lost connection, and last `{"done": {…}}` or
+`{"error": "one line", "usage": bool}`. It ends with its input or when its output is closed, so nothing of it is left
+behind when the connection goes.
 """
 
 from __future__ import annotations
@@ -69,24 +70,32 @@ class Channel:
 
 
 def main(stdin: BinaryIO) -> None:
-    """Answers the request on `stdin`."""
+    """Answers the requests on `stdin`."""
     channel = Channel(stdin)
     channel.write(MARK)
-    request = json.loads(stdin.readline())
+    code, more, beating = 0, True, False
+    while more and (line := stdin.readline()):
+        request = json.loads(line)
+        if request.pop("beat", True) and not beating:
+            threading.Thread(target=channel.beat, daemon=True).start()
+            beating = True
+        more = request.pop("more", False)
+        code = _answer(channel, request)
+    sys.stdout.flush()
+    os._exit(code)  # not held up by threads that read or hash
+
+
+def _answer(channel: Channel, request: dict[str, Any]) -> int:
+    """Does what is asked for; the exit code."""
     operation = OPERATIONS[request.pop("op")]
-    if request.pop("beat", True):
-        threading.Thread(target=channel.beat, daemon=True).start()
     request["workspace"] = os.path.realpath(os.path.expanduser(request["workspace"]))
     try:
         channel.say({"done": operation(channel, **request) or {}})
-        code = 0
+        return 0
     except SurgvqaError as error:
         channel.say({"error": str(error), "usage": error.exit_code == 2})
-        code = 1
     except OSError as error:
         name = error.filename or "the host"
         text = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         channel.say({"error": f"{name}: {text}", "usage": False})
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)  # not held up by threads that read or hash
+    return 1
