@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -145,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"surgvqa-remote {name}".rstrip() + f": {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"surgvqa-remote {name}: stopped here; what runs on the host goes on", file=sys.stderr)
+        after = "run it again to go on from here" if name in ("setup", "upload", "fetch") else "the host's jobs go on"
+        print(f"surgvqa-remote {name}: stopped; {after}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -193,13 +195,15 @@ def _hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         listed.append(row)
 
     def show(console: Console) -> None:
-        table = Table("host", "reached as", "from", "per hour", "GPUs", *(["state"] if arguments.check else []))
+        table = Table("host", "reached as", "from", "per hour", "GPUs", box=None)
+        table.columns[0].no_wrap = True  # it is there to be typed
         for row in listed:
             price = "" if row["price_per_hour"] is None else f"{row['price_per_hour']:.2f}"
-            cells = [row["name"], f"{row['user']}@{row['hostname']}:{row['port']}", row["source"], price]
-            state = [row.get("error") or row.get("skew") or "ready"] if arguments.check else []
-            table.add_row(*cells, row["gpus"] or "", *state)
+            reached = f"{row['user']}@{row['hostname']}:{row['port']}"
+            table.add_row(row["name"], reached, row["source"], price, row["gpus"] or "")
         console.print(table if listed else "no hosts: neither ~/.ssh/config nor hosts.toml names one")
+        for row in listed if arguments.check else []:
+            console.print(f"{row['name']}: {row.get('error') or row.get('skew') or 'ready'}", markup=False)
 
     return Outcome({"hosts": listed}, show=show)
 
@@ -207,8 +211,17 @@ def _hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 def _as_job(
     command: str, arguments: argparse.Namespace, workspace: Workspace, work: Callable[[runs.Run], Outcome]
 ) -> Outcome:
-    """Runs `work` with a run folder here, drawn on the terminal."""
+    """Runs `work` with a run folder here, drawn on the terminal.
+
+    SIGTERM (the panel's stop) is met as Ctrl-C is: connections are closed, the run says "stopped".
+    """
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is open is being closed
+        raise KeyboardInterrupt
+
     recorded = {k: {"value": v, "from": "command line"} for k, v in vars(arguments).items() if k != "command"}
+    previous = signal.signal(signal.SIGTERM, terminate)
     run = runs.Run.create(
         workspace.runs_dir, command, run_id=getattr(arguments, "run_id", None), options=recorded, argv=sys.argv[1:]
     )
@@ -222,6 +235,7 @@ def _as_job(
             run.exit_code = 0 if outcome.ok else 1
     finally:
         view.close()
+        signal.signal(signal.SIGTERM, previous)
     return outcome
 
 
@@ -364,7 +378,8 @@ def _runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         data = remote.call("runs")
 
     def show(console: Console) -> None:
-        table = Table("run", "command", "state", "started", "steps", "name")
+        table = Table("run", "command", "state", "started", "steps", "name", box=None)
+        table.columns[0].no_wrap = True  # it is there to be copied
         for r in data["runs"]:
             ago = human_seconds(max(0, data["time"] - r["started"]))  # the host's clock, whatever ours says
             table.add_row(r["id"], r["command"], r["state"], f"{ago} ago", str(r["steps"] or ""), r["name"])

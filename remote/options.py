@@ -13,6 +13,9 @@ class UploadOptions:
 
     model_name_or_path: Path_ | None = option(None, "merged BF16 checkpoint folder")
     stage1_model_path: Path_ | None = option(None, "Stage-1 checkpoint folder")
+    stage1_hub_id: str | None = option(
+        None, "Stage 1 on the Hugging Face hub, USER/NAME or USER/NAME@REVISION: the host may get it itself"
+    )
     stage2_adapter_path: Path_ | None = option(None, "Stage-2 adapter folder")
     output_path: Path_ | None = option(None, "the merged checkpoint's name on the host when it is merged there")
     train_data_path: Path_ | None = option(None, "JSONL file of training samples")
@@ -22,8 +25,9 @@ class UploadOptions:
     eval_audio_dir: Path_ | None = option(None, "folder of spoken evaluation questions (default: audio_dir)")
     what: str = option(
         "auto",
-        "the checkpoint by the cheaper way, whole (merged), as Stage 1 + adapter merged there, or only the data",
-        choices=("auto", "merged", "adapter", "data"),
+        "the checkpoint by the cheapest way, whole (merged), as Stage 1 + adapter merged there, with Stage 1 from the "
+        "hub, or only the data",
+        choices=("auto", "merged", "adapter", "hub", "data"),
     )
     streams: int = option(0, "parallel streams; 0 = as many as the link rewards, found while it runs")
     dry_run: bool = option(False, "show the plan: what, how large, how long; send nothing")

@@ -19,6 +19,7 @@ HASH_CACHE = Path("~/.cache/surgvqa/sha256.json")
 MERGE_REPORT = "merge_report.json"
 BLOCK = 1 << 20
 MERGE_BYTES_PER_S = 300e6  # reading, arithmetic and writing on a rented host; an estimate, shown as one
+HUB_BYTES_PER_S = 100e6  # from the hub to a data centre; an estimate as well
 
 
 @dataclass(frozen=True)
@@ -231,15 +232,22 @@ class Way:
     """One way to have the checkpoint on the host."""
 
     name: str
-    """merged (send the merged checkpoint) or adapter (send Stage 1 and the adapter, merge there)."""
+    """merged (send the merged checkpoint), adapter (send Stage 1 and the adapter, merge there) or hub (the same, but
+    the host gets Stage 1 itself)."""
     items: list[Item]
     send_bytes: int
     merge_bytes: int = 0
     """What the host would have to merge."""
+    stage1: str = ""
+    """Stage 1's folder in the host's workspace, for the merge."""
+    hub_id: str = ""
+    download_bytes: int = 0
+    """What the host would have to get from the hub."""
 
     def seconds(self, bytes_per_s: float) -> float:
-        """Sending at this rate, and merging at an estimated one."""
-        return self.send_bytes / bytes_per_s + self.merge_bytes / MERGE_BYTES_PER_S
+        """Sending at this rate; downloading and merging at estimated ones."""
+        there = self.download_bytes / HUB_BYTES_PER_S + self.merge_bytes / MERGE_BYTES_PER_S
+        return self.send_bytes / bytes_per_s + there
 
 
 def cheapest(ways: list[Way], bytes_per_s: float) -> Way:

@@ -124,6 +124,11 @@ def setup(
         remote.call("installed", record=record)
     run.phase("doctor", f"on {name}")
     doctor = ask_json(remote, [python, "-m", "surgvqa", "doctor", "--json"])
+    for finding in doctor["findings"] if doctor else []:
+        if finding["status"] in ("warn", "bad"):
+            run.warning("; ".join(part for part in (finding["text"], finding["mend"]) if part))
+    if doctor is None:
+        run.warning(f"surgvqa doctor says nothing on {name}; run setup with --force")
     return {
         "host": name,
         "workspace": facts["workspace"],

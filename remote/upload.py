@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal as human_bytes
 from rich.table import Table
 
-from remote import jobs
+from remote import hub, jobs
 from remote.agent_process import best_ciphers
 from remote.connection import Remote, Unreachable, connect
 from remote.options import UploadOptions
@@ -24,6 +25,11 @@ from surgvqa.outcome import Outcome
 from surgvqa.runs import Run
 
 RATES = Path("~/.cache/surgvqa/rates.json")
+WAYS = {
+    "merged": "merged checkpoint",
+    "adapter": "Stage 1 + adapter, merged there",
+    "hub": "Stage 1 from the hub + adapter, merged there",
+}
 
 
 def fill_in(options: UploadOptions, workspace: Workspace) -> None:
@@ -33,19 +39,25 @@ def fill_in(options: UploadOptions, workspace: Workspace) -> None:
         if setting.type is Path_ and getattr(options, name) is None:
             values = (workspace.value(name, table) for table in tables)
             setattr(options, name, next((v for v in values if v is not None), None))
+    options.stage1_hub_id = options.stage1_hub_id or workspace.value("stage1_hub_id", "host")
 
 
 def check(options: UploadOptions, workspace: Workspace) -> None:
     """Everything that can be seen from here, before the host is asked."""
     fill_in(options, workspace)
-    if not any(
-        (options.train_data_path, options.eval_data_path, options.model_name_or_path, options.stage1_model_path)
-    ):
+    checkpoints = options.model_name_or_path, options.stage1_model_path, options.stage1_hub_id
+    if not any((options.train_data_path, options.eval_data_path, *checkpoints)):
         raise UsageError("nothing to upload: name --model_name_or_path, --train_data_path, … or make a surgvqa.toml")
-    wanted = {"merged": ["model_name_or_path"], "adapter": ["stage1_model_path", "stage2_adapter_path"]}
+    wanted = {
+        "merged": ["model_name_or_path"],
+        "adapter": ["stage1_model_path", "stage2_adapter_path"],
+        "hub": ["stage1_hub_id", "stage2_adapter_path"],
+    }
     for name in wanted.get(options.what, []):
         if not getattr(options, name):
             raise UsageError(f"--what {options.what} needs --{name}")
+    if options.stage1_hub_id:
+        hub.check_id(options.stage1_hub_id)
 
 
 def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes, run: Run) -> list[Way]:
@@ -61,9 +73,14 @@ def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes
     merged, stage1, stage2 = options.model_name_or_path, options.stage1_model_path, options.stage2_adapter_path
     if options.what in ("auto", "merged") and merged and Path(merged).is_dir():
         ways.append(Way("merged", [item(merged)], 0))
-    if options.what in ("auto", "adapter") and stage1 and stage2 and Path(stage1).is_dir() and Path(stage2).is_dir():
-        items = [item(stage1), item(stage2)]
-        ways.append(Way("adapter", items, 0, merge_bytes=items[0].bytes))
+    if options.what in ("auto", "adapter", "hub") and stage2 and Path(stage2).is_dir():
+        first = [item(stage1)] if stage1 and Path(stage1).is_dir() else []
+        both, merge_bytes = [*first, item(stage2)], sum(i.bytes for i in first)
+        if first and options.what != "hub":
+            ways.append(Way("adapter", both, 0, merge_bytes, first[0].name))
+        if options.stage1_hub_id and options.what != "adapter":
+            folder = first[0].name if first else hub.folder_of(options.stage1_hub_id)
+            ways.append(Way("hub", both, 0, merge_bytes, folder, options.stage1_hub_id))
     if options.what != "data" and not ways:
         named = [p for p in (merged, stage1, stage2) if p]
         if named:
@@ -107,14 +124,16 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
         if options.dry_run:
             return Outcome(public(plan), show=show)
         chosen: Way | None = plan["way"]
+        if chosen and chosen.hub_id:
+            hub.get(remote, chosen.hub_id, run, options.patience_s)
         sent = [
             send_item(remote, item, run, hashes, facts, streams=options.streams, patience_s=options.patience_s)
             for item in [*(chosen.items if chosen else []), *data]
         ]
         remote.ask("settings", text=host_settings(workspace))
         merged_there = None
-        if chosen and chosen.name == "adapter":
-            merged_there = merge_there(remote, options, workspace, run, host)
+        if chosen and chosen.merge_bytes:
+            merged_there = merge_there(remote, chosen.stage1, options, workspace, run, host)
     finally:
         remote.close()
     total, seconds = sum(s["sent_bytes"] for s in sent), sum(s["seconds"] for s in sent)
@@ -156,11 +175,19 @@ def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]
 
     for way in ways:
         way.send_bytes = sum(missing(item) for item in way.items)
+    hub_problem = ""
+    for way in [way for way in ways if way.hub_id]:
+        hub_problem = settle_hub(remote, way, missing)
+        if hub_problem:
+            ways.remove(way)
+    if hub_problem and not ways:
+        raise SurgvqaError(f"{remote.host.name}: {hub_problem}")
     rate = known_rate(remote.host.name) or 30e6
     way = cheapest(ways, rate) if ways else None
     return {
         "way": way,
         "chosen": way.name if way else None,
+        "hub_problem": hub_problem,
         "bytes_per_s": rate,
         "free_bytes": answer["free"],
         "data": {"files": sum(len(i.entries) for i in data), "send_bytes": sum(missing(i) for i in data)},
@@ -171,11 +198,37 @@ def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]
                 "total_bytes": sum(i.bytes for i in w.items),
                 "send_bytes": w.send_bytes,
                 "merge_bytes": w.merge_bytes,
+                "download_bytes": w.download_bytes,
                 "seconds": w.seconds(rate),
             }
             for w in ways
         ],
     }
+
+
+def settle_hub(remote: Remote, way: Way, missing: Callable[[Item], int]) -> str:
+    """Fills in what the host would get from the hub and what is left to send; why it cannot, or ''.
+
+    With Stage 1 here as well, the hub's weights must have its hashes: the same model by either way.
+    """
+    stage1 = way.items[0] if len(way.items) > 1 else None
+    if stage1 and not missing(stage1):
+        way.hub_id = ""  # it is there
+        return ""
+    found = hub.look(remote, way.hub_id)
+    if "problem" in found:
+        return str(found["problem"])
+    if stage1:
+        wrong = hub.differing(stage1, found)
+        if wrong:
+            folder = stage1.entries[0].source.parent
+            return f"{way.hub_id}: {wrong[0]} is another there than in {folder}; name its revision: USER/NAME@REVISION"
+        own = sum(entry.size for entry in stage1.entries if entry.path not in found["files"])
+        way.send_bytes = missing(way.items[1]) + own
+    else:
+        way.merge_bytes = sum(size for path, (size, _) in found["files"].items() if path.endswith(".safetensors"))
+    way.download_bytes = found["download_bytes"]
+    return ""
 
 
 def public(plan: dict[str, Any]) -> dict[str, Any]:
@@ -189,14 +242,18 @@ def plan_table(host: str, plan: dict[str, Any]) -> Any:
         table = Table("what", "to send", "of", "about", "", title=f"upload to {host}")
         for way in plan["ways"]:
             mark = "chosen" if way["name"] == plan["chosen"] else ""
-            what = "merged checkpoint" if way["name"] == "merged" else "Stage 1 + adapter, merged there"
             sizes = human_bytes(way["send_bytes"]), human_bytes(way["total_bytes"])
-            table.add_row(what, *sizes, human_seconds(way["seconds"]), mark)
+            table.add_row(WAYS[way["name"]], *sizes, human_seconds(way["seconds"]), mark)
         data = plan["data"]
         if data["files"]:
             seconds = human_seconds(data["send_bytes"] / plan["bytes_per_s"])
             table.add_row(f"data ({data['files']} files)", human_bytes(data["send_bytes"]), "", seconds, "")
         console.print(table)
+        for way in plan["ways"]:
+            if way["download_bytes"]:
+                console.print(f"the host itself downloads {human_bytes(way['download_bytes'])} from the hub")
+        if plan["hub_problem"]:
+            console.print(f"not from the hub: {plan['hub_problem']}", markup=False)
         console.print(
             f"free there: {human_bytes(plan['free_bytes'])}; times at {human_bytes(int(plan['bytes_per_s']))}/s"
         )
@@ -312,12 +369,17 @@ def host_settings(workspace: Workspace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def merge_there(remote: Remote, options: UploadOptions, workspace: Workspace, run: Run, host: str) -> dict[str, Any]:
-    """Runs `surgvqa merge` on the host and waits for it; its events pass through `run`."""
+def merge_there(
+    remote: Remote, stage1: str, options: UploadOptions, workspace: Workspace, run: Run, host: str
+) -> dict[str, Any]:
+    """Runs `surgvqa merge` on the host and waits for it; its events pass through `run`.
+
+    `stage1`: its folder in the workspace there.
+    """
     output = options.output_path or options.model_name_or_path or "merged"
     argv = [
         "--stage1_model_path",
-        remote_name(options.stage1_model_path, workspace),
+        stage1,
         "--stage2_adapter_path",
         remote_name(options.stage2_adapter_path, workspace),
         "--output_path",

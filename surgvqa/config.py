@@ -152,8 +152,11 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     compile: str = option(
         "auto", "compile the language model's layers: auto = on a CUDA GPU", choices=("auto", "on", "off")
     )
-    keep_activations: float = option(
-        1.0, "share of its activations, 0..1, that a compiled layer without checkpointing keeps; the rest is recomputed"
+    keep_activations: str = option(
+        "auto",
+        "what a compiled layer keeps for the backward pass: all, or only matrix products, which takes half the memory "
+        "and costs little time; auto = all where it fits the budget, else products",
+        choices=("auto", "all", "products"),
     )
     packing: str = option(
         "auto",
@@ -219,7 +222,9 @@ class BudgetOptions(DataOptions, LoraOptions):
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
     checkpointed_layers: int | None = option(None, "how many of the language model's layers recompute (default: all)")
     compile: str = option("auto", "compiled layers keep less: auto = on", choices=("auto", "on", "off"))
-    keep_activations: float = option(1.0, "share of its activations, 0..1, that a compiled layer keeps")
+    keep_activations: str = option(
+        "auto", "what a compiled layer keeps: all, or only matrix products", choices=("auto", "all", "products")
+    )
     feature_cache: str = option("auto", "auto = encoders off the GPU, off = run in every step", choices=("auto", "off"))
     optim: str = option("auto", "optimiser: auto = 8-bit AdamW")
 
@@ -238,6 +243,9 @@ class HostOptions:
     """Where remote work goes; read by the panel and surgvqa-remote."""
 
     host: str | None = option(None, "default host: a name of ~/.ssh/config or hosts.toml")
+    stage1_hub_id: str | None = option(
+        None, "Stage 1 on the Hugging Face hub, USER/NAME or USER/NAME@REVISION, for hosts to get it themselves"
+    )
 
 
 # --- the fields of a dataclass, as the parser and the TOML reader need them -------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal as human_bytes
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 NOT_SHOWN = ("v", "t", "kind", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
@@ -102,6 +102,20 @@ class JobView:
             self.last_line = time.monotonic()
             left = f", {human_seconds((total - done) / per_s)} left" if per_s and total and done < total else ""
             self._say(f"  {escape(event['phase'])}: {text}{left}")
+
+    def _output(self, event: dict[str, Any]) -> None:
+        """The newest line of a program at work (pip): it moves on a terminal, and is one in 10 s without."""
+        text = event["text"].strip()
+        if self.live:
+            if not self.progress:
+                columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+                self.progress = Progress(*columns, console=self.console, transient=True)
+                self.progress.start()
+                self.task = self.progress.add_task("")
+            self.progress.update(self.task, description=escape(text[: max(20, self.console.width - 14)]))
+        elif time.monotonic() - self.last_line > 10:
+            self.last_line = time.monotonic()
+            self._say(f"  {escape(text)}")
 
     def _metric(self, event: dict[str, Any]) -> None:
         if event.get("loss") is None or (not self.live and time.monotonic() - self.last_line < 10):

@@ -276,6 +276,7 @@ def percent(share: float) -> str:
 WAYS = {
     "merged": "the merged checkpoint",
     "adapter": "Stage 1 + adapter, merged there",
+    "hub": "hub's Stage 1 + adapter, merged there",
     "data": "only the data",
 }
 
@@ -314,8 +315,12 @@ def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
         if sent <= plan["free_bytes"]
         else (f"  {words.size(sent - plan['free_bytes'])} too little", "bold $error")
     )
+    download = next((w["download_bytes"] for w in plan["ways"] if w["name"] == "hub"), 0)
+    notes = [f"the host itself downloads {words.size(download)} from the hub"] if download else []
+    notes += [f"not from the hub: {plan['hub_problem']}"] if plan["hub_problem"] else []
     rows += [
         Content(""),
+        *(Content.assemble((words.clip(note, 2 * width), MUTED)) for note in notes),
         Content.assemble(
             ("u", "bold $footer-key-foreground"), f" sends {words.size(sent)} in about {words.seconds(seconds)}"
         )
@@ -382,7 +387,9 @@ def remote_end(follower: Follower) -> Content:
         return job_end(follower)
     if "sent_bytes" not in result:
         changed = "installed" if result.get("changed") else "was there already"
-        return Content.assemble(done, f"surgvqa {result.get('version', '')} {changed}")
+        return lines(
+            Content.assemble(done, f"surgvqa {result.get('version', '')} {changed}"), *warnings(follower.model.warnings)
+        )
     merged = "; merged there" if result.get("merged_on_host") else ""
     return Content.assemble(done, f"{words.size(result['sent_bytes'])} sent, all files verified{merged}")
 

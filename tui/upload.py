@@ -54,8 +54,6 @@ class UploadScreen(PanelScreen):
         self.plan: dict[str, Any] | None = None
         self.planning = self.planned = False
         self.follower: Follower | None = None
-        self.stopped = ""
-        """The run that was stopped from here."""
 
     def body(self) -> ComposeResult:
         with VerticalScroll(id="upload", can_focus=True):
@@ -219,9 +217,7 @@ class UploadScreen(PanelScreen):
             return
         panel.border_title = "upload" if follower.model.command == "upload" else follower.model.command or "job"
         width = max(40, panel.size.width)
-        if not follower.active and follower.run_id == self.stopped:  # it ends without a word of its own
-            panel.show(words.state("stopped"))
-        elif not follower.active:
+        if not follower.active:
             panel.show(report.remote_end(follower))
         elif follower.model.command == "upload":
             panel.show(report.upload_progress(follower, width))
@@ -290,7 +286,6 @@ class UploadScreen(PanelScreen):
 
     @work(group="stop", exit_on_error=False)
     async def _stop(self, follower: Follower) -> None:
-        self.stopped = follower.run_id
         if await self.stop_run(follower.run_id, self.app.here):
             self.say(f"{follower.model.command} stopped; the next one goes on there")
 

@@ -8,9 +8,11 @@ behind when the connection goes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -48,6 +50,8 @@ class Channel:
 
     def __init__(self, stdin: BinaryIO):
         self.stdin = stdin
+        self.children: list[int] = []
+        """Process groups that end with us when nobody listens any more."""
         self._lock = threading.Lock()
 
     def say(self, message: dict[str, Any]) -> None:
@@ -61,6 +65,9 @@ class Channel:
                 while view:
                     view = view[os.write(1, view) :]
         except OSError:
+            for group in self.children:
+                with contextlib.suppress(OSError):
+                    os.killpg(group, signal.SIGKILL)
             os._exit(1)
 
     def beat(self) -> None:

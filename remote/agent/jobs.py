@@ -48,6 +48,7 @@ def _machine(workspace: str, existing: str, venv: str) -> dict[str, Any]:
     return {
         "workspace": workspace,
         "venv": os.path.join(workspace, os.path.expanduser(venv)),
+        "has_venv": os.path.exists(os.path.join(workspace, os.path.expanduser(venv), "bin", "python")),
         "writable": os.access(existing, os.W_OK),
         "free": shutil.disk_usage(existing).free,
         "python": sys.executable,
@@ -94,21 +95,25 @@ def settings(channel: Any, workspace: str, text: str) -> dict[str, Any]:
 
 
 def execute(channel: Any, workspace: str, argv: list[str], env: dict[str, str] | None = None) -> dict[str, Any]:
-    """Runs a program in the workspace without a shell; says its output line by line."""
+    """Runs a program in the workspace without a shell; says its output line by line. It ends when we are left."""
     try:
         process = subprocess.Popen(
             argv,
-            cwd=workspace,
+            cwd=workspace if os.path.isdir(workspace) else None,
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     except OSError as error:
         raise SurgvqaError(f"{argv[0]}: {error.strerror}") from None
+    channel.children.append(process.pid)
     for line in process.stdout:
         channel.say({"line": line.decode(errors="replace").rstrip("\n")})
-    return {"exit_code": process.wait()}
+    code = process.wait()
+    channel.children.remove(process.pid)
+    return {"exit_code": code}
 
 
 # --- launching -------------------------------------------------------------------------------------------------------
