@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-OLD = dict(logits="full", cached=False, casts=True, compiled=False, keep=1.0, checkpointed=28, dropout=0.05,
+OLD = dict(logits="full", cached=False, casts=True, compiled=False, keep="all", checkpointed=28, dropout=0.05,
            attention="sdpa", frames=8, grid=(32, 36), rows=1)  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "old": {},
@@ -31,13 +31,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "+ no LoRA casts": dict(logits="answer", cached=True, casts=False),
     "+ compiled": dict(logits="answer", cached=True, casts=False, compiled=True),
     "+ 14 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=14),
-    "+ keep 0.5, 8 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=8,
-                                       keep=0.5),
-    "+ keep 0.5, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0, keep=0.5),
-    "+ keep 0.4, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0, keep=0.4),
-    "+ keep 0.3, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0, keep=0.3),
-    "+ keep 0.4, none, no dropout": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0,
-                                         keep=0.4, dropout=0.0),
+    "+ products kept, 8 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=8,
+                                            keep="products"),
+    "+ products kept, 4 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=4,
+                                            keep="products"),
+    "+ products kept, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0,
+                                  keep="products"),
+    "+ products kept, none, no dropout": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0,
+                                              keep="products", dropout=0.0),
     "flash-attn 2": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=14,
                          attention="flash_attention_2"),
 }  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.nn.attention import SDPBackend
 
 from surgvqa.errors import UsageError
 
@@ -21,3 +24,16 @@ def choose_device(requested: str) -> torch.device:
 def choose_dtype(device: torch.device, bf16: bool = True) -> torch.dtype:
     """bfloat16 on a GPU if wanted; float32 on a CPU, where bfloat16 is slower."""
     return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
+
+
+def attention_kernel(config: Any, attention: str, device: torch.device) -> str:
+    """What computes a layer's attention, for the memory prediction: "eager", "cudnn" or "flash", which stands for all
+    others. `config` is the language model's; torch's sdpa takes cuDNN's kernel on Hopper and flash's on other cards.
+    """
+    if attention != "sdpa" or device.type != "cuda":
+        return "eager" if attention == "eager" else "flash"
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    width = config.hidden_size // config.num_attention_heads
+    q, k, v = (torch.zeros(1, n, 256, width, dtype=torch.bfloat16, device=device, requires_grad=True) for n in heads)
+    chosen = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
+    return "cudnn" if chosen == SDPBackend.CUDNN_ATTENTION.value else "flash"

@@ -47,11 +47,11 @@ def lora_without_casts(model: nn.Module) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def compile_layers(model: nn.Module, keep: float = 1.0) -> None:
+def compile_layers(model: nn.Module, keep: str = "all") -> None:
     """Compiles each layer by itself (28 equal graphs compile once). A layer that will not compile runs as it is.
 
-    `keep` (0..1) is the share of its activations that a layer without checkpointing keeps; the partitioner recomputes
-    the rest, the cheapest first (torch._functorch.config.activation_memory_budget).
+    `keep`: what it keeps for the backward pass. With `products` that is matrix products and attention; norms, dropout
+    masks (from their seeds), SwiGLU and rotary positions are computed again: the same values, about half the memory.
     """
     import torch._dynamo
     import torch._functorch.config
@@ -59,7 +59,7 @@ def compile_layers(model: nn.Module, keep: float = 1.0) -> None:
     torch._dynamo.config.suppress_errors = True  # fall back to eager, with torch's own warning
     # One graph serves all layers: parameters are inputs, so that the layers share it.
     torch._dynamo.config.inline_inbuilt_nn_modules = True
-    torch._functorch.config.activation_memory_budget = keep
+    torch._functorch.config.aggressive_recomputation = keep == "products"
     for layer in decoder_layers(model):
         layer.compile()
 

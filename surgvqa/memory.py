@@ -1,9 +1,7 @@
 """The GPU memory of a training step, predicted: which tensors live when, added up at the fullest moment.
 
-Nothing is loaded and no constant is fitted to a run. The tensors are those that autograd keeps in transformers 5's
-Qwen2VLDecoderLayer with PEFT's LoRA under bf16 autocast (modeling_qwen2_vl.py, peft/tuners/lora/layer.py,
-torch/utils/checkpoint.py); tests/test_memory.py holds the sums to a trace of the real classes, benchmarks/memory.py to
-a GPU. A step passes through phases, and the peak is the fullest of them, not the sum of everything:
+Nothing is loaded and no constant is fitted to a run: activations.py has the tensors, benchmarks/memory.py holds the
+sums to a GPU. A step passes through phases, and the peak is the fullest of them, not the sum of everything:
 
     encode              vision tower without gradient
     forward             the last layer, when everything kept is there; autocast's bf16 copies of adapters too
@@ -18,17 +16,17 @@ GB = 1e9 bytes. T is tokens of a batch, h hidden, m intermediate, q and k widths
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from surgvqa.architecture import BF16, Clip, Sizes, checkpoint_sizes, clip_of
+from surgvqa.activations import FP32, MIB, Configuration, block, encoder_temporaries, layer_tensors, temporaries
+from surgvqa.architecture import BF16, Sizes, checkpoint_sizes, clip_of
 from surgvqa.config import DataOptions, LoraOptions, TrainOptions, settings_of
 
 GB = 1e9
 MARGIN = 0.02
 """Share of the budget that `fit` leaves free: as much as a prediction may be too low."""
-MIB = 2**20
-FP32 = 4
 CUBLAS_WORKSPACES = 4 * 32 * MIB
 """cuBLAS and cuBLASLt, one each for the forward and for the backward thread; 32 MiB on Hopper
 (aten/src/ATen/cuda/CublasHandlePool.cpp, CUDABlas.cpp); less on older cards."""
@@ -37,8 +35,6 @@ CUDA_CONTEXT = 0.81 * GB
 same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
 MIN_8BIT = 4096
 """bitsandbytes keeps float32 moments for smaller tensors; larger ones take a byte and a float32 scale per 256."""
-LENGTH_BUCKET = 64
-"""training.LENGTH_BUCKET, which this module cannot import."""
 TRANSFER_COLUMNS = 3
 """input_ids, attention_mask, labels: int64."""
 
@@ -51,52 +47,6 @@ PARTS = {
     "audio": "audio encoder",
     "projector": "audio projector",
 }
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """What a step's memory depends on beside the model's sizes."""
-
-    clip: Clip
-    batch: int = 1
-    accumulation: int = 4
-    """Micro steps of an optimiser step; from the second one on all gradients are there. Their inputs all wait on the
-    GPU: transformers' Trainer collects the window first."""
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    adapter_bytes: int = FP32
-    """Bytes of an adapter parameter; its gradient takes as many."""
-    casts_lora_inputs: bool = True
-    """PEFT casts a LoRA module's input to the adapter's dtype, autocast casts it back (layers.lora_without_casts)."""
-    eight_bit: bool = True
-    """8-bit AdamW (bitsandbytes); else torch's, whose moments have the adapter's dtype."""
-    checkpointed_layers: int | None = None
-    """The first so many layers recompute (None: all)."""
-    supervised_tokens: int | None = None
-    """Positions of a sample with a label (None: the answer's); logits exist only there."""
-    padded: bool = False
-    """The samples of a batch differ in length: attention takes a mask and torch's memory-efficient kernel."""
-    eager_attention: bool = False
-    cached_features: bool = False
-    """The frozen encoders' outputs come from a cache; the encoders do not run."""
-    encoders_resident: bool = True
-    """The encoders' weights are on the GPU."""
-    compiled: bool = False
-    """The layers are compiled (layers.compile_layers), and rows are padded to multiples of LENGTH_BUCKET."""
-    keep: float = 1.0
-    """Share of its activations that a compiled layer which does not recompute keeps."""
-    expandable_segments: bool = False
-    """PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: next to no slack."""
-
-    @property
-    def tokens(self) -> int:
-        """Of a batch, padding included."""
-        bucket = LENGTH_BUCKET if self.compiled else 1
-        return self.batch * -(-self.clip.tokens // bucket) * bucket
-
-    def recomputing(self, sizes: Sizes) -> int:
-        """Layers that recompute."""
-        wanted = self.checkpointed_layers
-        return sizes.num_hidden_layers if wanted is None else min(wanted, sizes.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -144,6 +94,11 @@ class Prediction:
         return self.predicted_reserved_gb + self._sum("driver") / GB
 
     @property
+    def kept(self) -> str:
+        """What a compiled layer keeps, in words."""
+        return "all activations" if self.configuration.keep == "all" else "only matrix products"
+
+    @property
     def plan(self) -> str:
         """The configuration in words."""
         c = self.configuration
@@ -152,7 +107,8 @@ class Prediction:
             f"{c.clip.frames} frames of {c.clip.image_tokens // max(c.clip.frames, 1)} tokens, batch {c.batch}, "
             f"{self.layers - kept} of {self.layers} layers recompute, LoRA r={c.lora.lora_r} in "
             f"{'float32' if c.adapter_bytes == FP32 else 'bfloat16'}, {'8' if c.eight_bit else '32'}-bit AdamW, "
-            f"encoders {'cached' if c.cached_features else 'run each step'}{', compiled' if c.compiled else ''}"
+            f"encoders {'cached' if c.cached_features else 'run each step'}"
+            f"{f', compiled, {self.kept} kept' if c.compiled else ''}"
         )
 
     def fits(self, budget_gb: float) -> bool:
@@ -160,19 +116,6 @@ class Prediction:
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
-
-
-def block(nbytes: float, expandable: bool = False) -> int:
-    """Bytes that torch's caching allocator counts for a tensor (c10/cuda/CUDACachingAllocator.cpp).
-
-    Multiples of 512. From 10 MiB on a tensor gets a segment of its own in multiples of 2 MiB, and a rest of up to 1 MiB
-    is not split off; expandable segments split everything.
-    """
-    size = -(-int(nbytes) // 512) * 512
-    if size < 10 * MIB or expandable:
-        return size
-    segment = -(-size // (2 * MIB)) * 2 * MIB
-    return segment if segment - size <= MIB else size
 
 
 def adapter_tensors(sizes: Sizes, lora: LoraOptions) -> list[int]:
@@ -198,102 +141,6 @@ def optimiser_bytes(tensors: list[int], c: Configuration) -> int:
     return sum(2 * block(moment(n), c.expandable_segments) for n in tensors)
 
 
-def layer_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """What autograd keeps of one Qwen2VLDecoderLayer, bytes a token, by tensor.
-
-    Frozen linear modules keep no input. RMSNorm keeps its float32 copy; attention its rotated q and k, v, output and
-    log-sum-exp; SwiGLU gate, silu(gate) and up. A LoRA module keeps its dropout mask (a byte an element), the bf16
-    input of A, and A's output. Without dropout and without a cast that input is the norm's output itself, shared by q,
-    k, v and by gate, up.
-    """
-    h, m, kv, heads = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size, sizes.num_attention_heads
-    kept: dict[str, float] = {"norm 1": FP32 * h + FP32, "norm 2": FP32 * h + FP32}
-    repeated = c.padded or c.eager_attention  # with a mask, keys and values are repeated for all heads
-    kept |= {"q": BF16 * h, "k": BF16 * (h if repeated else kv), "v": BF16 * (h if repeated else kv)}
-    kept |= {"attention": BF16 * h, "log-sum-exp": FP32 * heads}
-    if c.eager_attention:
-        kept["probabilities"] = (FP32 + BF16) * heads * c.clip.tokens
-    kept |= {"gate": BF16 * m, "up": BF16 * m, "silu": BF16 * m}
-    dropout = c.lora.lora_dropout > 0
-    copies = dropout or _casts(c)
-    for module in targeted:
-        inputs = sizes.projections()[module][0]
-        kept[f"{module} A"] = BF16 * c.lora.lora_r
-        if dropout:
-            kept[f"{module} mask"] = inputs
-        if copies:
-            kept[f"{module} input"] = BF16 * inputs
-    if not copies:
-        shared = {"q": "qkv input", "k": "qkv input", "v": "qkv input", "gate": "gate/up input", "up": "gate/up input"}
-        for module in targeted:
-            projection = module.rpartition(".")[2].removesuffix("_proj")
-            if projection in shared:
-                kept[shared[projection]] = BF16 * h
-            elif projection == "down":
-                kept["down input"] = BF16 * m
-    return kept
-
-
-def compiled_layer_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """What a compiled layer keeps, bytes a token: the smallest cut through its graph (torch/_functorch/partitioners.py)
-    when matrix products, attention and random masks are not computed twice and everything between them is.
-
-    Beside its input: the hidden state after attention, q, k, v, attention's output and log-sum-exp, gate, up and their
-    product, each LoRA module's A output and mask. `c.keep` scales all but the input.
-    """
-    h, m, kv = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size
-    kept: dict[str, float] = {"after attention": BF16 * h, "q": BF16 * h, "k": BF16 * kv, "v": BF16 * kv}
-    kept |= {"attention": BF16 * h, "log-sum-exp": FP32 * sizes.num_attention_heads}
-    kept |= {"gate": BF16 * m, "up": BF16 * m, "product": BF16 * m}
-    for module in targeted:
-        kept[f"{module} A"] = BF16 * c.lora.lora_r
-        if c.lora.lora_dropout > 0:
-            kept[f"{module} mask"] = sizes.projections()[module][0]
-    return {"input": BF16 * h, **{name: c.keep * nbytes for name, nbytes in kept.items()}}
-
-
-def _casts(c: Configuration) -> bool:
-    return c.casts_lora_inputs and c.adapter_bytes == FP32
-
-
-def temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """The most that comes on top of what a layer keeps, bytes a token, by moment; all of them at down_proj, whose
-    input is the widest.
-
-    Going forward: its input and PEFT's float32 copies of it (before and after dropout), beside the layer's input, the
-    hidden state after attention, norm 2's output (where it is not kept) and down_proj's result. Recomputing stops at
-    the last tensor that is needed; instead of the input (a checkpoint) there are the output's gradient and LoRA's share
-    of it. Going backward: the gradients of silu(gate), of up and of their product, or dropout's in float32; by then
-    down_proj's own tensors are gone.
-    """
-    h, m = sizes.hidden_size, sizes.intermediate_size
-    lora, dropout, casts = "mlp.down_proj" in targeted, c.lora.lora_dropout > 0, _casts(c)
-    hidden = BF16 * h
-    normed = hidden if dropout or casts else 0
-    copies = (BF16 * m + FP32 * m if casts else BF16 * m if dropout else 0) if lora else BF16 * m
-    in_dropout = copies + FP32 * m if lora and casts and dropout else 0
-    kept_by_down = ((BF16 * m) + (m if dropout else 0)) if lora else 0
-    gradients = 3 * BF16 * m - kept_by_down
-    if lora and casts and dropout:
-        gradients = max(gradients, 2 * FP32 * m - BF16 * m)
-    return {
-        "forward": max(in_dropout + hidden, copies + 3 * hidden) + 2 * hidden + normed,
-        "recompute": max(max(in_dropout, copies) + 4 * hidden + normed, gradients + hidden + normed),
-        "backward": gradients + hidden,
-    }
-
-
-def encoder_temporaries(sizes: Sizes, c: Configuration) -> float:
-    """The vision tower's widest moment: rotating the keys in float32.
-
-    Bytes per patch and width e: hidden 2, the norm's output 4 (autocast runs it in float32), qkv 6, float32 q and k 8,
-    rotated q 4, and k's three products 12. Whisper's is the feed-forward of 1500 positions, far less.
-    """
-    vision = 36 * sizes.vision_embed_dim * c.batch * c.clip.patches
-    audio = (3 * BF16 * sizes.encoder_ffn_dim + 3 * BF16 * sizes.d_model) * c.batch * sizes.max_source_positions
-    return max(vision, audio)
-
-
 # --- the sum ---------------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +160,8 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     targets = sizes.lora_targets(c.lora.lora_target_modules)
     trained = adapter_tensors(sizes, c.lora)
     adapters = sum(size(n * c.adapter_bytes) for n in trained)
-    autocast = sum(size(n * BF16) for n in trained[:-1]) if c.adapter_bytes == FP32 else 0
+    # autocast caches its bf16 copies of the adapters; compiled layers make them anew
+    autocast = sum(size(n * BF16) for n in trained[:-1]) if c.adapter_bytes == FP32 and not c.compiled else 0
     hidden = size(BF16 * h * tokens)
 
     def targeted(layer: int) -> set[str]:
@@ -321,8 +169,10 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
 
     def kept_by(layer: int, recomputes: bool = False) -> float:
         """A layer's activations, and the bf16 copies of its adapters, which autograd holds."""
-        tensors = compiled_layer_tensors if c.compiled and not recomputes else layer_tensors
-        return sum(size(n * tokens) for n in tensors(sizes, c, targeted(layer)).values()) + autocast / layers
+        tensors = layer_tensors(sizes, c, targeted(layer))
+        if recomputes:
+            tensors.pop("input", None)  # it is the checkpoint
+        return sum(size(n * tokens) for n in tensors.values()) + autocast / layers
 
     def temporary(moment: str, layer: int) -> float:
         return temporaries(sizes, c, targeted(layer))[moment] * tokens
@@ -357,7 +207,7 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     phases["forward"] = saved + Counter(
         {
             "bf16 copies of adapters": autocast * recomputing / layers,
-            "layer temporaries": temporary("forward", last) + (0 if recomputing else hidden),
+            "layer temporaries": temporary("forward", last) + (0 if recomputing or c.compiled else hidden),
         }
     )
     phases["loss"] = saved + Counter(
@@ -410,18 +260,23 @@ def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[i
     if c.adapter_bytes:
         resident["adapters"] = sum(size(n * c.adapter_bytes) for n in adapter_tensors(sizes, c.lora))
     resident["cuBLAS workspaces"] = CUBLAS_WORKSPACES // 2  # one thread
-    resident["inputs"] = c.batch * FP32 * sizes.patch_values * c.clip.patches
+    image = c.batch * BF16 * h * c.clip.image_tokens
+    if c.cached_features:
+        resident["cached features in flight"] = image + c.batch * BF16 * sizes.d_model * c.clip.audio_tokens
+    else:
+        resident["inputs"] = c.batch * FP32 * sizes.patch_values * c.clip.patches
+    if c.padded:
+        resident["attention mask"] = (1 + BF16) * c.batch * c.clip.tokens**2
     resident["layer temporaries"] = 2 * size(BF16 * h * tokens)  # token embeddings before and after the features
     wide = 6 if not c.adapter_bytes else 4 + 2 * c.adapter_bytes
     narrow = 2 * BF16 + (FP32 if c.adapter_bytes == FP32 else 0)
     cache = sizes.num_hidden_layers * 2 * size(BF16 * sizes.kv_size * tokens)
-    image = c.batch * BF16 * h * c.clip.image_tokens
     phases = {
-        "encode": Counter({"encoders' temporaries": encoder_temporaries(sizes, c)}),
+        "encode": Counter({"encoders' temporaries": 0 if c.cached_features else encoder_temporaries(sizes, c)}),
         "prefill": Counter(
             {
                 "key-value cache": cache,
-                "encoders' outputs": image,
+                "encoders' outputs": 0 if c.cached_features else image,
                 "layer temporaries": (wide * m + narrow * h) * tokens,
                 "logits and loss": (BF16 + FP32) * sizes.vocab_size * c.batch,
             }
@@ -467,22 +322,41 @@ def _group(name: str) -> str:
 
 def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
     """Freed blocks that fit no later request: about the two largest temporaries of a layer, and one of the logits'."""
-    return 2 * (FP32 if _casts(c) else BF16) * sizes.intermediate_size * tokens + FP32 * logits
+    return 2 * (FP32 if c.casts else BF16) * sizes.intermediate_size * tokens + FP32 * logits
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------
 
 
+def plans(sizes: Sizes, c: Configuration) -> Iterator[Configuration]:
+    """The ways to run `c`, fastest first. Compiled layers that keep everything come first, and then, since computing
+    again what stands between the matrix products costs little, those that keep only these; then layers recompute, the
+    fewer the better (all of them cost a quarter of a step's time)."""
+    if c.keep == "auto":
+        yield replace(c, keep="all", checkpointed_layers=0)
+        c = replace(c, keep="products")
+    for count in range(sizes.num_hidden_layers + 1):
+        yield replace(c, checkpointed_layers=count)
+
+
 def fit(
     sizes: Sizes, c: Configuration, budget_gb: float, weights: dict[str, list[int]] | None = None
 ) -> Prediction | None:
-    """The fewest recomputing layers whose predicted peak, with a margin for the prediction's error, is within the
-    budget (recomputing all of them costs a quarter of a step's time); None when not even that is."""
-    for count in range(sizes.num_hidden_layers + 1):
-        found = predict(sizes, replace(c, checkpointed_layers=count), weights)
+    """The fastest plan whose predicted peak, with a margin for the prediction's error, is within the budget; None when
+    there is none."""
+    predicted = (predict(sizes, plan, weights) for plan in plans(sizes, c))
+    return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN))), None)
+
+
+def fit_generation(
+    sizes: Sizes, c: Configuration, budget_gb: float, weights: dict[str, list[int]] | None = None
+) -> Prediction:
+    """The most samples, up to `c.batch`, that can be answered at once within the budget; at least one."""
+    for batch in range(c.batch, 0, -1):
+        found = predict_generation(sizes, replace(c, batch=batch, padded=batch > 1), weights)
         if found.fits(budget_gb * (1 - MARGIN)):
-            return found
-    return None
+            break
+    return found
 
 
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:

@@ -45,7 +45,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Fit:
-    """How many of the language model's layers recompute from the start, and why."""
+    """How many of the language model's layers recompute from the start, what the others keep, and why."""
 
     recomputing: int
     layers: int
@@ -53,17 +53,22 @@ class Fit:
     prediction: Prediction | None = None
     warning: str | None = None
 
+    keep: str = "products"
+    """What compiled layers keep (layers.compile_layers)."""
+
     @property
     def text(self) -> str:
         """In words."""
+        compiled = self.prediction and self.prediction.configuration.compiled
+        kept = f"; compiled layers keep {self.prediction.kept}" if compiled else ""
         count = f"{self.recomputing} of {self.layers} layers" if self.recomputing < self.layers else "all layers"
-        return f"{count if self.recomputing else 'no layer'} recomputed in the backward pass ({self.why})"
+        return f"{count if self.recomputing else 'no layer'} recomputed in the backward pass ({self.why}){kept}"
 
 
 def fit(
     options: TrainOptions, layers: int, forecast: Forecast | None, limit_gb: float, presets: Sequence[Preset] = ()
 ) -> Fit:
-    """What `options` ask for; where they leave it open, the fewest layers whose predicted peak is within `limit_gb`.
+    """What `options` ask for; where they leave it open, the fastest plan whose predicted peak is within `limit_gb`.
 
     Without a forecast (on a CPU) all layers recompute. When nothing fits all do, with a warning that names the first of
     the `presets` that would.
@@ -73,24 +78,28 @@ def fit(
     elif options.checkpointed_layers is not None:
         asked, why = options.checkpointed_layers, "checkpointed_layers"
     elif forecast is None:
-        return Fit(layers, layers, "no GPU to fit")
+        asked, why = layers, "no GPU to fit"
     else:
         found = forecast.fastest(options, limit_gb)
         if found:
             count = found.configuration.recomputing(forecast.sizes)
             why = f"the fewest that fit: {found.predicted_peak_gb:.1f} of {limit_gb:.1f} GB predicted"
-            return Fit(count, layers, why, found)
+            return Fit(count, layers, why, found, keep=found.configuration.keep)
         asked, why = layers, "and still more than the budget"
+    keeps = [options.keep_activations] if options.keep_activations != "auto" else ["all", "products"]
     if forecast is None:
-        return Fit(asked, layers, why)
-    prediction = forecast.of(changed(options, checkpointed_layers=asked))
+        return Fit(asked, layers, why, keep=keeps[-1])
+    for keep in keeps:
+        prediction = forecast.of(changed(options, checkpointed_layers=asked, keep_activations=keep))
+        if prediction.fits(limit_gb if len(keeps) == 1 else limit_gb * (1 - memory.MARGIN)):
+            break
     if prediction.fits(limit_gb):
-        return Fit(asked, layers, why, prediction)
+        return Fit(asked, layers, why, prediction, keep=keep)
     warning = (
         f"predicted peak {prediction.predicted_peak_gb:.1f} GB, {limit_gb:.1f} GB to be had; "
         f"{_smaller_that_fits(options, asked, layers, forecast, limit_gb, presets)}"
     )
-    return Fit(asked, layers, why, prediction, warning)
+    return Fit(asked, layers, why, prediction, warning, keep)
 
 
 def _smaller_that_fits(

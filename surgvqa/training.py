@@ -23,7 +23,7 @@ from surgvqa.data.frames import largest_frame
 from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
-from surgvqa.device import choose_device, choose_dtype
+from surgvqa.device import attention_kernel, choose_device, choose_dtype
 from surgvqa.encode import use_cache
 from surgvqa.errors import UsageError
 from surgvqa.lora import adapter_parameters, add_lora
@@ -199,7 +199,8 @@ def _prepare(
     sampler.measure("encode")
 
     compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
-    forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=attention)
+    kernel = attention_kernel(base.config.text_config, attention, device)
+    forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
     limit_gb, presets = limit(options, device), ladder(run.folder.parents[1])
     fit = retreat.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
     if fit.warning:
@@ -208,14 +209,14 @@ def _prepare(
     if arguments.bf16:
         layers.lora_without_casts(model)
     if compiled:
-        layers.compile_layers(model, options.keep_activations)
+        layers.compile_layers(model, fit.keep)
     packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
     bucket = LENGTH_BUCKET if compiled else 1
     trainer = EventTrainer(
         run=run,
         record=record,
         step_down=StepDown(
-            options,
+            retreat.changed(options, keep_activations=fit.keep),
             run=run,
             record=record,
             model=base,
@@ -271,7 +272,7 @@ def _forecast(
         cached_features=cached,
         encoders_resident=not cached,
         compiled=compiled,
-        eager_attention=attention == "eager",
+        attention=attention,
         expandable_segments="expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     )
 

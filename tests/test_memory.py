@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgvqa import cli, memory
+from surgvqa import activations, cli, memory
 from surgvqa.architecture import (
     MAX_PIXELS,
     MIN_PIXELS,
@@ -209,11 +209,11 @@ def test_a_pattern_that_matches_nothing_is_refused(pattern):
 
 def test_allocator_blocks():
     mib = 2**20
-    assert memory.block(1) == 512
-    assert memory.block(3 * mib) == 3 * mib
-    assert memory.block(129.5 * mib) == 130 * mib  # the rest of the segment is too small to be split off
-    assert memory.block(128.5 * mib) == 128.5 * mib
-    assert memory.block(129.5 * mib, expandable=True) == 129.5 * mib
+    assert activations.block(1) == 512
+    assert activations.block(3 * mib) == 3 * mib
+    assert activations.block(129.5 * mib) == 130 * mib  # the rest of the segment is too small to be split off
+    assert activations.block(128.5 * mib) == 128.5 * mib
+    assert activations.block(129.5 * mib, expandable=True) == 129.5 * mib
 
 
 # --- the activations, traced -----------------------------------------------------------------------------------------
@@ -419,4 +419,4 @@ def test_presets_show_their_peaks(capsys):
 def test_rows_are_padded_as_the_trainer_pads():
     from surgvqa import training
 
-    assert training.LENGTH_BUCKET == memory.LENGTH_BUCKET
+    assert training.LENGTH_BUCKET == activations.LENGTH_BUCKET
