@@ -1,9 +1,20 @@
-"""The engine at real size: a checkpoint of 8.93 B random weights on disk, then `surgvqa train` and `evaluate` on it.
+"""The engine from files to results beside the old way: three epochs of training, and answers to every sample.
 
-    python benchmarks/engine.py --data demo --work /tmp/engine
+    python benchmarks/engine.py --data demo --work /tmp/engine            # real size; a GPU with 80 GB, 25 GB of disk
+    python benchmarks/engine.py --data demo --work /tmp/engine --toy      # the demo's own small model, anywhere
+    python benchmarks/engine.py … --only "train;old train" [-- --checkpointed_layers 14 …]   # and options of train
 
-`--data` is a demo workspace (its clips, spoken questions and tokenizer are used; its small weights are not). Prints one
-JSON line a command: what it measured, and the peak of each phase. The loss means nothing: the weights are random.
+`--data` is a demo workspace: its clips (enlarged to 1240x1080, other noise in every frame of every sample), spoken
+questions and tokenizer are used. The weights are random at real size, so losses and answers mean nothing. What is done:
+
+    checkpoint   written once, then audited
+    warm         2 steps of training: what compiling costs; the compiler's cache is filled
+    train        ours, 3 epochs, from an empty feature cache
+    old train    benchmarks/old_way.py train, the same samples and epochs
+    answer       `surgvqa evaluate`, from an empty feature cache
+    old answer   benchmarks/old_way.py answer, one sample at a time
+
+Times are from files to results without loading the model. Prints one JSON line for each, then the ratios.
 """
 
 from __future__ import annotations
@@ -18,76 +29,139 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-TOKEN_IDS = ("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id", "vision_end_token_id",
-             "bos_token_id", "eos_token_id")  # fmt: skip
+PARTS = ("checkpoint", "warm", "train", "old train", "answer", "old answer")
 
 
-def write_checkpoint(folder: Path, like: Path) -> None:
-    """17.9 GB of random weights under the old key names, with the tokenizer and the token ids of the small `like`."""
-    import real_size
+def write_data(folder: Path, like: Path, count: int, size: tuple[int, int]) -> None:
+    """The first `count` samples of the demo `like`, each with frames of its own of `size` pixels."""
+    import numpy as np
+    from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in like.iterdir():
-        if file.suffix != ".safetensors" and "index" not in file.name:
-            shutil.copy(file, folder / file.name)
-    small = json.loads((like / "config.json").read_text())
-    model = real_size.build()
-    model.save_pretrained(folder, max_shard_size="5GB")
-    config = {**real_size.CONFIG, **{k: small[k] for k in TOKEN_IDS if k in small}}
-    config.pop("audio_projector_bias")
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    noise = np.random.default_rng(0)
+    rows = [json.loads(line) for line in (like / "train.jsonl").read_text().splitlines()[:count]]
+    if len(rows) < count:
+        raise SystemExit(f"{like / 'train.jsonl'}: {len(rows)} samples, expected at least {count}")
+    for number, row in enumerate(rows):
+        names = []
+        for place, frame in enumerate(row["frames"]):
+            (found,) = (like / "frames").glob(f"*/{frame}.jpg")
+            names.append(f"{row['video_id']}_{100 * number + place}")
+            target = folder / "frames" / row["video_id"] / f"{names[-1]}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.asarray(Image.open(found).convert("RGB").resize(size, Image.Resampling.BICUBIC), np.int16)
+            pixels = pixels + noise.integers(-6, 7, pixels.shape, dtype=np.int16)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(target, quality=90)
+        row["frames"] = names
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def surgvqa(*arguments: str, cwd: Path) -> dict[str, Any]:
-    """Runs a command; its JSON, its wall time, and the fullest moment of each phase."""
+    """Runs a command; its JSON, its wall time, when each phase began and the fullest moment of it."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "surgvqa", *arguments, "--json"], cwd=cwd, stdout=subprocess.PIPE)
-    answer = json.loads(done.stdout) if done.stdout.strip() else {"exit_code": done.returncode}
+    if not done.stdout.strip() or done.returncode:
+        raise SystemExit(f"surgvqa {' '.join(arguments)}: exit code {done.returncode}")
+    answer = json.loads(done.stdout)
     answer["wall_s"] = round(time.perf_counter() - start, 1)
     if "run" in answer:
-        phase, peaks, began, last = "", {}, {}, 0.0
-        for line in (cwd / "runs" / answer["run"] / "events.jsonl").read_text().splitlines():
-            event = json.loads(line)
-            if event["kind"] == "phase":
-                phase = event["name"]
-                began.setdefault(phase, event["t"])
-            if event["kind"] == "gpu" and event.get("allocated_bytes"):
-                peaks[phase] = max(peaks.get(phase, 0), round(event["allocated_bytes"] / 1e9, 2))
-            last = event["t"]
-        answer["sampled_gb_by_phase"] = peaks
-        starts = [*began.values(), last]
-        answer["phase_s"] = {n: round(starts[i + 1] - starts[i], 1) for i, n in enumerate(began)}
+        lines = (cwd / "runs" / answer["run"] / "events.jsonl").read_text().splitlines()
+        answer |= from_events([json.loads(line) for line in lines])
     return answer
 
 
+def from_events(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """encode_s, work_s (training or generating), first_step_s, and the peak of each phase in GB."""
+    began, peaks, phase, steps, worked = {}, {}, "", [], 0.0
+    for event in events:
+        if event["kind"] == "phase":
+            phase = event["name"]
+            began.setdefault(phase, event["t"])
+        if event["kind"] == "memory":
+            peaks[event["phase"]] = round(event.get("peak_allocated_bytes", 0) / 1e9, 2)
+        if event["kind"] == "metric":
+            steps.append(event["t"])
+        if event["kind"] == "progress" and event["phase"] in ("train", "generate"):
+            worked = event["t"]
+    work = began.get("train", began.get("generate"))
+    found = {"encode_s": began["encoded"] - began["encode"] if "encoded" in began else 0.0, "work_s": worked - work}
+    if steps:
+        found["first_step_s"] = steps[0] - began["train"]
+    return {name: round(value, 2) for name, value in found.items()} | {"peak_gb_by_phase": peaks}
+
+
+def old(part: str, options: dict[str, Any]) -> dict[str, Any]:
+    """benchmarks/old_way.py in a process of its own."""
+    program = [sys.executable, str(ROOT / "benchmarks" / "old_way.py"), part, json.dumps(options)]
+    done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 def main() -> None:
-    """Checkpoint (once), then the commands."""
+    """Does the parts in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--toy", action="store_true", help="the demo's own model, 8 small samples")
+    parser.add_argument("--samples", type=int, help="default: 64, toy 8")
+    parser.add_argument("--only", help=f"parts, separated by ; ({'; '.join(PARTS)})")
     parser.add_argument("train_options", nargs="*", help="further options of surgvqa train, after --")
-    arguments = parser.parse_args()
-    data, work = arguments.data.resolve(), arguments.work.resolve()
-    checkpoint = work / "checkpoint"
-    if not (checkpoint / "config.json").is_file():
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path[:2]!r}; import engine; "
-                        f"from pathlib import Path; engine.write_checkpoint(Path({str(checkpoint)!r}), "
-                        f"Path({str(data / 'stage1')!r}))"], check=True)  # fmt: skip
-        print(json.dumps({"checkpoint_s": round(time.perf_counter() - start, 1)}), flush=True)
-    audit = surgvqa("audit", str(checkpoint), cwd=work)
-    print(json.dumps({k: audit.get(k) for k in ("ok", "tensors", "dtypes", "problems", "wall_s")}), flush=True)
-    paths = ["--frames_dir", str(data / "frames"), "--audio_dir", str(data / "audio")]
-    paths += ["--eval_data_path", str(data / "eval.jsonl"), "--feature_cache_dir", str(work / "cache")]
-    trained = surgvqa("train", "--model_name_or_path", str(checkpoint), "--train_data_path", str(data / "train.jsonl"),
-                      *paths, *arguments.train_options, cwd=work)  # fmt: skip
-    print(json.dumps({"train": trained}), flush=True)
-    if trained.get("adapter"):
-        answer = surgvqa("evaluate", "--checkpoint", trained["adapter"], *paths, cwd=work)
-        answer.pop("by_type", None)
-        print(json.dumps({"evaluate": answer}), flush=True)
+    given = parser.parse_args()
+    data, work = given.data.resolve(), given.work.resolve()
+    parts = [part.strip() for part in given.only.split(";")] if given.only else list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        raise SystemExit(f"--only {unknown}: expected some of {'; '.join(PARTS)}")
+    like = data / "merged" if (data / "merged/config.json").is_file() else data / "stage1"
+    checkpoint = like if given.toy else work / "checkpoint"
+    work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+
+    def say(part: str, found: dict[str, Any]) -> None:
+        results[part] = found
+        shown = {k: v for k, v in found.items() if k not in ("answers", "by_type", "confusion")}
+        print(json.dumps({part: shown}), flush=True)
+
+    count = given.samples or (8 if given.toy else 64)
+    files = work / f"data-{count}"
+    if not (files / "samples.jsonl").is_file():
+        write_data(files, data, count, (168, 112) if given.toy else (1240, 1080))
+    paths = {"frames_dir": str(files / "frames"), "audio_dir": str(data / "audio")}
+    training = {"model_name_or_path": str(checkpoint), "train_data_path": str(files / "samples.jsonl"), **paths}
+    answering = {"checkpoint": str(checkpoint), "eval_data_path": str(files / "samples.jsonl"), **paths}
+    if given.toy:
+        training |= {"image_size": 112}
+        answering |= {"image_size": 112, "max_new_tokens": 8}
+
+    def fresh(name: str) -> list[str]:
+        shutil.rmtree(work / name, ignore_errors=True)
+        return ["--feature_cache_dir", str(work / name)]
+
+    def named(options: dict[str, Any]) -> list[str]:
+        return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+    quiet = ["--save_strategy", "no", *given.train_options]
+    if "checkpoint" in parts:
+        if not (checkpoint / "config.json").is_file():
+            writer = [sys.executable, str(ROOT / "benchmarks/real_size.py"), str(checkpoint), "--like", str(like)]
+            subprocess.run(writer, check=True)
+        audit = surgvqa("audit", str(checkpoint), cwd=work)
+        say("checkpoint", {k: audit.get(k) for k in ("ok", "tensors", "dtypes", "wall_s")})
+    if "warm" in parts:
+        few = files / "few.jsonl"
+        few.write_text("".join((files / "samples.jsonl").read_text().splitlines(keepends=True)[:8]))
+        changed = named(training | {"train_data_path": str(few)})
+        say("warm", surgvqa("train", *changed, "--max_steps", "2", *fresh("warm"), *quiet, cwd=work))
+    if "train" in parts:
+        say("train", surgvqa("train", *named(training), *fresh("cache"), *quiet, cwd=work))
+    if "old train" in parts:
+        say("old train", old("train", training))
+    if "answer" in parts:
+        say("answer", surgvqa("evaluate", *named(answering), *fresh("eval"), cwd=work))
+    if "old answer" in parts:
+        say("old answer", old("answer", answering))
+    for part in ("train", "answer"):
+        if part in results and f"old {part}" in results:
+            ours, before = results[part]["encode_s"] + results[part]["work_s"], results[f"old {part}"]["seconds"]
+            print(f"{part}: old {before:.1f} s, ours {ours:.1f} s, ratio {before / ours:.2f}", flush=True)
 
 
 if __name__ == "__main__":

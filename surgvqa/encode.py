@@ -6,17 +6,18 @@ Afterwards nothing needs the encoders: they leave the GPU, and a step reads feat
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from surgvqa.checkpoint import open_checkpoint
+from surgvqa.checkpoint import open_checkpoint, usable_cores
 from surgvqa.config import CacheOptions
 from surgvqa.data.audio import audio_features, load_audio
-from surgvqa.data.dataset import ClipDataset
+from surgvqa.data.dataset import ClipDataset, loaded
 from surgvqa.data.features import FeatureStore, encoder_fingerprint
 from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import Processors
@@ -26,6 +27,8 @@ from surgvqa.runs import Run
 PATCHES_AT_ONCE = 16_384
 """Vision patches of one encoder call: 14 frames at 512 px. More is no faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
+DECODED_A_WORKER = 64
+"""Frames or questions that it takes at least to make another worker process worth its start."""
 
 
 def use_cache(
@@ -34,14 +37,13 @@ def use_cache(
     datasets: Sequence[ClipDataset],
     options: CacheOptions,
     run: Run,
-    workers: int = 0,
 ) -> bool:
     """Encodes all that the datasets show, once, and frees the encoders; False when every step has to encode instead."""
     if options.feature_cache == "off" or encoders_trainable(model):
         return False
     folder = Path(options.feature_cache_dir or run.folder.parents[1] / "cache")
     store = open_store(model, checkpoint, datasets[0].processors, folder)
-    if not fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run, workers):
+    if not fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run):
         return False
     release_encoders(model)
     return True
@@ -70,7 +72,6 @@ def fill_cache(
     store: FeatureStore,
     capacity_bytes: int,
     run: Run,
-    workers: int = 0,
 ) -> bool:
     """Encodes what is missing, and points the datasets at the cache. False (with a warning) when it does not fit.
 
@@ -93,7 +94,7 @@ def fill_cache(
         os.utime(store.path(key))  # used now: the last to be evicted
     done, total = 0, len(new_frames) + len(new_sounds)
     with torch.no_grad():
-        for encoded in (_encode_frames(model, new_frames, store, workers), _encode_sounds(model, new_sounds, store)):
+        for encoded in (_encode_frames(model, new_frames, store), _encode_sounds(model, new_sounds, store)):
             for count in encoded:
                 done += count
                 run.progress("encode", done, total, "frames and questions")
@@ -117,7 +118,6 @@ def encode_again(
     datasets: Sequence[ClipDataset],
     options: CacheOptions,
     run: Run,
-    workers: int = 0,
 ) -> None:
     """After datasets with a cache have changed what they show: the encoders come back to the GPU for the new frames.
 
@@ -130,7 +130,7 @@ def encode_again(
         encoder.to(model.lm_head.weight.device)
     model.eval()  # the next step or evaluation sets the mode that it needs
     store.release()  # frames that are no longer shown may make room
-    if fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run, workers):
+    if fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run):
         release_encoders(model)
         return
     for dataset in datasets:
@@ -138,29 +138,47 @@ def encode_again(
 
 
 class _Frames(Dataset):
-    """Decoded frames as patches, for worker processes."""
+    """Decoded frames as patches and grid, for worker processes."""
 
-    def __init__(self, items: list[tuple[str, int]], image_processor: Any):
-        self.items, self.image_processor = items, image_processor
+    def __init__(self, items: list[tuple[str, int]], processors: Processors):
+        self.items, self.processors = items, processors
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         path, image_size = self.items[index]
-        return frame_patches(load_frame(path, image_size), self.image_processor)
+        return frame_patches(load_frame(path, image_size), self.processors.image_processor)
 
 
-def _encode_frames(model: Any, missing: dict[str, tuple[str, ClipDataset]], store: FeatureStore, workers: int):
+class _Sounds(Dataset):
+    """Decoded questions as spectrograms, for worker processes."""
+
+    def __init__(self, items: list[str], processors: Processors):
+        self.items, self.processors = items, processors
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        sound = load_audio(self.items[index])
+        return audio_features(sound, self.processors.feature_extractor, self.processors.num_audio_tokens)
+
+
+def _decoded(items: _Frames | _Sounds) -> Iterator[Any]:
+    """The items in order, decoded by all cores but the one that encodes; a few are not worth a process."""
+    workers = min(usable_cores() - 1, len(items) // DECODED_A_WORKER)
+    loader = DataLoader(items, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
+    return loaded(loader)
+
+
+def _encode_frames(model: Any, missing: dict[str, tuple[str, ClipDataset]], store: FeatureStore):
     if not missing:
         return
-    processor = next(iter(missing.values()))[1].processors.image_processor
+    processors = next(iter(missing.values()))[1].processors
     items = [(path, dataset.image_size) for path, dataset in missing.values()]
-    loader = DataLoader(
-        _Frames(items, processor), batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None
-    )
     keys, waiting, patches = iter(missing), [], 0
-    for pixels, grid in loader:
+    for pixels, grid in _decoded(_Frames(items, processors)):
         waiting.append((next(keys), torch.as_tensor(pixels), torch.as_tensor(grid)))
         patches += len(pixels)
         if patches + len(pixels) > PATCHES_AT_ONCE:
@@ -182,17 +200,14 @@ def _encode_waiting(model: Any, waiting: list[tuple[str, torch.Tensor, torch.Ten
 
 
 def _encode_sounds(model: Any, missing: dict[str, tuple[str, ClipDataset]], store: FeatureStore):
-    keys = list(missing)
-    for start in range(0, len(keys), QUESTIONS_AT_ONCE):
-        part = keys[start : start + QUESTIONS_AT_ONCE]
-        mels = []
-        for path, dataset in (missing[key] for key in part):
-            processors = dataset.processors
-            mels.append(audio_features(load_audio(path), processors.feature_extractor, processors.num_audio_tokens))
-        states = model.encode_audio(
-            torch.stack([torch.from_numpy(m) for m in mels]).to(model.device, model.dtype)
-        ).cpu()
-        for key, state in zip(part, states):
+    if not missing:
+        return
+    processors = next(iter(missing.values()))[1].processors
+    decoded = zip(missing, _decoded(_Sounds([path for path, _ in missing.values()], processors)))
+    while part := list(islice(decoded, QUESTIONS_AT_ONCE)):
+        keys, mels = zip(*part)
+        states = model.encode_audio(torch.stack([torch.as_tensor(mel) for mel in mels]).to(model.device, model.dtype))
+        for key, state in zip(keys, states.cpu()):
             store.put(key, state)
         yield len(part)
 

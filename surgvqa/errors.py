@@ -11,3 +11,8 @@ class UsageError(SurgvqaError):
     """The command could not be asked: bad options, missing or malformed input (exit code 2)."""
 
     exit_code = 2
+
+
+def of_worker(error: UsageError) -> UsageError:
+    """The error without the traceback that torch puts before its text when it comes from a data loader's worker."""
+    return UsageError(str(error).strip().splitlines()[-1].removeprefix("surgvqa.errors.UsageError: "))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from surgvqa.checkpoint import usable_cores
 from surgvqa.config import AskOptions, EvaluateOptions
 from surgvqa.data.collate import Collator
-from surgvqa.data.dataset import ClipDataset, Item
+from surgvqa.data.dataset import ClipDataset, Item, loaded
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import Sample, read_samples
 from surgvqa.device import choose_device, choose_dtype
@@ -104,21 +104,20 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     )
     for text in dataset.warnings:
         run.warning(text)
-    workers = min(4, (os.cpu_count() or 1) // 2) if answerer.device.type == "cuda" else 0
-    use_cache(answerer.base_model, answerer.base, [dataset], options, run, workers)
+    use_cache(answerer.base_model, answerer.base, [dataset], options, run)
     run.phase("generate", f"{len(dataset)} samples; {answerer.description}")
     loader = DataLoader(
         dataset,
         batch_size=options.batch_size,
         collate_fn=list,  # encoded samples: a batch may have to be split
-        num_workers=workers,
+        num_workers=min(4, usable_cores() // 2) if answerer.device.type == "cuda" else 0,
     )
     answers: list[str] = []
     began = time.monotonic()
     largest = options.batch_size
     with MemorySampler(run, answerer.device) as sampler:
         run.progress("generate", 0, len(dataset), "samples")
-        for items in loader:
+        for items in loaded(loader):
             while items:
                 try:
                     answers += answerer.answer(items[:largest])

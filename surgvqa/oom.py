@@ -66,10 +66,9 @@ class StepDown:
         recomputing: int,
         forecast: Forecast | None = None,
         limit_gb: float = float("inf"),
-        workers: int = 0,
     ):
-        """`model`: below PEFT's wrapper. `recomputing`: how many of its layers recompute now. `workers`: for encoding
-        frames anew. Without a `forecast` every retreat is taken for one that helps."""
+        """`model`: below PEFT's wrapper. `recomputing`: how many of its layers recompute now. Without a `forecast`
+        every retreat is taken for one that helps."""
         self.options = changed(options)
         self.run = run
         self.record = record
@@ -79,7 +78,6 @@ class StepDown:
         self.recomputing = recomputing
         self.forecast = forecast
         self.limit_gb = limit_gb
-        self.workers = workers
         self.defragmented = False
         """Whether this step was already tried again with nothing given up."""
 
@@ -177,7 +175,7 @@ class StepDown:
         if retreat.settings.keys() & set(SHOWN):
             for dataset in self.datasets:
                 dataset.show(self.options.num_frames, self.options.image_size)
-            encode_again(self.model, self.datasets, self.options, self.run, self.workers)
+            encode_again(self.model, self.datasets, self.options, self.run)
             if self.forecast and self.datasets[0].store is None:
                 self.forecast.overrides |= {"cached_features": False, "encoders_resident": True}
             evaluating = lack.activity == "evaluate"

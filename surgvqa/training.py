@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArgume
 
 from presets import ladder
 from surgvqa import layers, retreat, trained
+from surgvqa.checkpoint import usable_cores
 from surgvqa.config import TrainOptions, nearest, settings_of
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset
@@ -25,7 +26,7 @@ from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
 from surgvqa.device import attention_kernel, choose_device, choose_dtype
 from surgvqa.encode import use_cache
-from surgvqa.errors import UsageError
+from surgvqa.errors import UsageError, of_worker
 from surgvqa.lora import adapter_parameters, add_lora
 from surgvqa.memory import CUDA_CONTEXT
 from surgvqa.model import choose_attention, load_model
@@ -69,7 +70,7 @@ def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = 
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # it waits for the GPU at each micro step; EventTrainer looks once a step
         "disable_tqdm": True,
-        "dataloader_num_workers": min(4, (os.cpu_count() or 1) // 2) if device.type == "cuda" else 0,
+        "dataloader_num_workers": min(4, usable_cores() // 2) if device.type == "cuda" else 0,
         "restore_callback_states_from_checkpoint": options.early_stopping_patience > 0,
     }
     same_name = {f.name for f in fields(TrainingArguments)} & set(settings_of(TrainOptions))
@@ -194,8 +195,7 @@ def _prepare(
     model = add_lora(base, options)
     sampler.measure("load model")
     shown = [train_set, *([eval_set] if eval_set else [])]
-    workers = arguments.dataloader_num_workers
-    cached = use_cache(base, options.model_name_or_path, shown, options, run, workers)
+    cached = use_cache(base, options.model_name_or_path, shown, options, run)
     sampler.measure("encode")
 
     compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
@@ -225,7 +225,6 @@ def _prepare(
             recomputing=fit.recomputing,
             forecast=forecast,
             limit_gb=limit_gb,
-            workers=workers,
         ),
         sampler=sampler,
         compiled=compiled,
@@ -381,5 +380,5 @@ def _run_trainer(trainer: EventTrainer, checkpoint: Path | None, total_steps: in
         lack = take(error, trainer, drop_gradients=True)  # where nothing can be tried again
         intact = trainer.activity not in ("optimizer", "save")
         raise trainer.step_down.stop(lack, trainer, intact) from None
-    except UsageError as error:  # from a data loader's worker: its traceback is in the text
-        raise UsageError(str(error).strip().splitlines()[-1].removeprefix("surgvqa.errors.UsageError: ")) from error
+    except UsageError as error:
+        raise of_worker(error) from error

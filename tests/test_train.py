@@ -326,6 +326,35 @@ def test_packed_rows_train_and_evaluate_as_samples_apart(world, tmp_path, featur
 
 
 @model
+def test_worker_processes_decode_the_same_and_tell_a_broken_file_in_one_line(world, tmp_path, monkeypatch):
+    from surgvqa import encode
+
+    def entries(folder: Path) -> dict[str, list]:
+        from safetensors.torch import load_file
+
+        return {path.name: load_file(path)["features"].tolist() for path in folder.glob("??/*.safetensors")}
+
+    def run(name: str, **changes) -> Watched:
+        cache = {"feature_cache_dir": str(tmp_path / name), "max_steps": 1}
+        return Watched(world.train_options(**cache, **changes), tmp_path / f"{name} runs")
+
+    alone = run("alone")
+    monkeypatch.setattr(encode, "DECODED_A_WORKER", 1)
+    monkeypatch.setattr(encode, "usable_cores", lambda: 3)
+    workers = run("workers")
+    assert workers.losses() == alone.losses()
+    assert entries(tmp_path / "workers") == entries(tmp_path / "alone")
+
+    for folder, suffix, said in (("frames", "jpg", "cannot be decoded"), ("audio", "wav", "cannot be decoded")):
+        shutil.copytree(world.root / folder, tmp_path / folder)
+        victim = sorted((tmp_path / folder).rglob(f"*.{suffix}"))[0]
+        victim.write_bytes(b"no such format")
+        failed = run(f"broken {folder}", **{f"{folder}_dir": str(tmp_path / folder)})
+        text = str(failed.error)
+        assert isinstance(failed.error, UsageError) and "\n" not in text and str(victim) in text and said in text
+
+
+@model
 def test_waiting_for_data_is_measured(world, tmp_path, monkeypatch):
     from surgvqa.data.dataset import ClipDataset
     from surgvqa.trainer import EventTrainer

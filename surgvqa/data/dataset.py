@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from surgvqa.data.frames import frame_patches, load_frame, select_frames
 from surgvqa.data.processors import Processors
 from surgvqa.data.prompt import IGNORED, answer_ids, prompt_ids
 from surgvqa.data.samples import AudioIndex, FrameIndex, Sample
-from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.errors import SurgvqaError, UsageError, of_worker
 
 if TYPE_CHECKING:
     from surgvqa.data.features import FeatureStore
@@ -122,6 +122,14 @@ class ClipDataset:
                 "which encodes them again"
             )
         return entry
+
+
+def loaded(loader: Iterable[Any]) -> Iterator[Any]:
+    """What a data loader gives; an unreadable file is told in one line, whichever process met it."""
+    try:
+        yield from loader
+    except UsageError as error:
+        raise of_worker(error) from error
 
 
 def encode(
