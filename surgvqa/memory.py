@@ -160,8 +160,10 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     targets = sizes.lora_targets(c.lora.lora_target_modules)
     trained = adapter_tensors(sizes, c.lora)
     adapters = sum(size(n * c.adapter_bytes) for n in trained)
-    # autocast caches its bf16 copies of the adapters; compiled layers make them anew
-    autocast = sum(size(n * BF16) for n in trained[:-1]) if c.adapter_bytes == FP32 and not c.compiled else 0
+    # what a layer keeps of the adapters in bf16; uncompiled, autocast also keeps those of layers that recompute
+    copied = c.adapter_bytes == FP32 and not (c.compiled and c.keep != "all")
+    copies = sum(size(n * BF16) for n in trained[:-1]) if copied else 0
+    autocast = 0 if c.compiled else copies
     hidden = size(BF16 * h * tokens)
 
     def targeted(layer: int) -> set[str]:
@@ -172,7 +174,7 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
         tensors = layer_tensors(sizes, c, targeted(layer))
         if recomputes:
             tensors.pop("input", None)  # it is the checkpoint
-        return sum(size(n * tokens) for n in tensors.values()) + autocast / layers
+        return sum(size(n * tokens) for n in tensors.values()) + copies / layers
 
     def temporary(moment: str, layer: int) -> float:
         return temporaries(sizes, c, targeted(layer))[moment] * tokens
