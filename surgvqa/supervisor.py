@@ -128,7 +128,7 @@ def take_locks(paths: list[str], run_id: str) -> tuple[list[int], str]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another job"
+            holder = _holder(descriptor)
             for one in [*held, descriptor]:
                 os.close(one)
             return [], holder
@@ -136,6 +136,16 @@ def take_locks(paths: list[str], run_id: str) -> tuple[list[int], str]:
         os.pwrite(descriptor, run_id.encode(), 0)
         held.append(descriptor)
     return held, ""
+
+
+def _holder(descriptor: int) -> str:
+    """The run that has the lock: it writes its name a moment after it took it, and takes it out when it ends."""
+    for _ in range(40):
+        name = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        if name:
+            return name
+        time.sleep(0.05)
+    return "another job"
 
 
 def stop_grace_s(folder: Path) -> float:
@@ -235,6 +245,8 @@ def supervise(folder: Path) -> int:
         if not left:
             break
         swept += end_all(left, SWEEP_GRACE_S)
+    for lock in locks:
+        os.ftruncate(lock, 0)
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     code = None if killed_by else os.WEXITSTATUS(status)
     close_events(folder, code, killed_by, stopped=kill_at is not None)

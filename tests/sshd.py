@@ -115,12 +115,11 @@ class Sshd:
 
     def sessions(self) -> list[int]:
         """Pids of the session processes below our listener."""
-        from surgvqa.supervisor import descendants, process_stat
+        from surgvqa.supervisor import descendants
 
-        if not self.process:
-            return []
-        below = descendants(self.process.pid)
-        return [p for p in below if (process_stat(p) or ["Z"])[0] != "Z" and b"sshd" in _cmdline(p)]
+        below = descendants(self.process.pid) if self.process else []
+        titles = {pid: _cmdline(pid) for pid in below}
+        return [pid for pid, title in titles.items() if title.startswith(b"sshd: ") and b"[listener]" not in title]
 
     def kill_sessions(self) -> None:
         """As if sshd had crashed: every connection is cut, the listener stays."""

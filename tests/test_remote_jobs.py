@@ -146,7 +146,7 @@ def test_one_job_has_the_gpu(host):
     for thread in threads:
         thread.join()
     assert len(started) == 1 and len(refused) == 7
-    assert all(started[0] in text and "--share" in text for text in refused)
+    assert all(started[0] in text and "--share" in text for text in refused), refused
     with host.connect() as remote:
         assert [r["id"] for r in remote.call("runs")["runs"]] == started  # the refused left no folder
         second = start(remote, share=True)

@@ -27,6 +27,11 @@ STATE_EVERY_S = 1.0
 EXIT_PATIENCE_S = 10.0
 READ_AT_ONCE = 1 << 18
 FOLLOWED = ("events.jsonl", "log.txt")
+SYSTEMD_RUN = (
+    ["systemd-run", "--user", "--quiet", "--collect", "--same-dir"]
+    # The supervisor ends its job itself, and notes a job that was killed for memory: nothing is to end it for that.
+    + ["--property=KillMode=mixed", "--property=OOMPolicy=continue"]
+)
 
 
 def probe(channel: Any, workspace: str, venv: str) -> dict[str, Any]:
@@ -169,24 +174,16 @@ def launch(
     descriptor = os.open(folder / "start.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
         json.dump(start, file)
-    warning = ""
     words = [python, "-m", "surgvqa.supervisor", str(folder)]
-    if _logout_kills():
-        if _lingers() and shutil.which("systemd-run"):
-            escaped = [w.replace("$", "$$") for w in words]
-            words = ["systemd-run", "--user", "--quiet", "--collect", "--unit=surgvqa-" + run_id, "--", *escaped]
-        else:
+    said, warning = None, ""
+    if _lingers() and shutil.which("systemd-run"):
+        # A lingering user manager outlives every logout, whatever logind.conf says.
+        escaped = [w.replace("$", "$$") for w in words]
+        said = _supervised(workspace, folder, [*SYSTEMD_RUN, "--unit=surgvqa-" + run_id, "--", *escaped])
+    if said is None:
+        said = _supervised(workspace, folder, words) or {"state": "failed"}
+        if _logout_kills():
             warning = "this host ends your processes at logout (KillUserProcesses): run loginctl enable-linger there"
-    with open(folder / "log.txt", "ab") as log:
-        supervisor = subprocess.Popen(
-            words,
-            cwd=workspace,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            start_new_session=True,
-        )
-    said = _await_supervisor(folder, supervisor, systemd=words[0] == "systemd-run")
     if said.get("state") != "running":
         reason = said.get("error") or _last_line(folder / "log.txt")
         for name in ("start.json", "run.json", "log.txt", "supervisor.json", "exit.json"):
@@ -204,13 +201,25 @@ def launch(
     return {"run": run_id, "folder": str(folder), "warning": warning}
 
 
-def _await_supervisor(folder: Path, supervisor: subprocess.Popen[bytes], systemd: bool) -> dict[str, Any]:
+def _supervised(workspace: str, folder: Path, words: list[str]) -> dict[str, Any] | None:
+    """Starts the supervisor by these words; what it says of itself, None when the program that starts it failed."""
+    with open(folder / "log.txt", "ab") as log:
+        starter = subprocess.Popen(
+            words,
+            cwd=workspace,
+            env={"XDG_RUNTIME_DIR": "/run/user/%d" % os.getuid(), **os.environ},  # where systemd-run finds its manager
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
+        over = starter.poll()
         with contextlib.suppress(OSError, ValueError):
             return json.loads((folder / "supervisor.json").read_text())
-        if not systemd and supervisor.poll() is not None and not (folder / "supervisor.json").exists():
-            return {"state": "failed"}
+        if over:
+            return None
         time.sleep(0.02)
     return {"state": "failed", "error": "the supervisor did not answer in 30 s"}
 
