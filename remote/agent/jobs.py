@@ -27,11 +27,11 @@ STATE_EVERY_S = 1.0
 EXIT_PATIENCE_S = 10.0
 READ_AT_ONCE = 1 << 18
 FOLLOWED = ("events.jsonl", "log.txt")
-SYSTEMD_RUN = (
-    ["systemd-run", "--user", "--quiet", "--collect", "--same-dir"]
+SYSTEMD_RUN = [
+    *("systemd-run", "--user", "--quiet", "--collect", "--same-dir"),
     # The supervisor ends its job itself, and notes a job that was killed for memory: nothing is to end it for that.
-    + ["--property=KillMode=mixed", "--property=OOMPolicy=continue"]
-)
+    *("--property=KillMode=mixed", "--property=OOMPolicy=continue"),
+]
 
 
 def probe(channel: Any, workspace: str, venv: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _supervised(workspace: str, folder: Path, words: list[str]) -> dict[str, Any
         starter = subprocess.Popen(
             words,
             cwd=workspace,
-            env={"XDG_RUNTIME_DIR": "/run/user/%d" % os.getuid(), **os.environ},  # where systemd-run finds its manager
+            env={"XDG_RUNTIME_DIR": f"/run/user/{os.getuid()}", **os.environ},  # where systemd-run finds its manager
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=log,
