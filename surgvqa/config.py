@@ -184,7 +184,9 @@ class EvaluateOptions(DataOptions, CacheOptions):
     audio_dir: Path_ | None = option(None, "folder of spoken questions")
     eval_audio_dir: Path_ | None = option(None, "folder of spoken evaluation questions (default: audio_dir)")
     predictions: Path_ | None = option(None, "score this predictions JSONL instead of running a model")
-    batch_size: int = option(8, "samples generated together")
+    batch_size: int | None = option(
+        None, "samples generated together (default: 8, on a GPU as many of them as are predicted to fit the budget)"
+    )
     max_new_tokens: int = option(32, "longest answer in tokens")
     budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes")
     attn_implementation: str = option(

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from surgvqa.errors import UsageError
+from surgvqa.memory import CUDA_CONTEXT
 
 
 def choose_device(requested: str) -> torch.device:
@@ -37,3 +38,11 @@ def attention_kernel(config: Any, attention: str, device: torch.device) -> str:
     q, k, v = (torch.zeros(1, n, 256, width, dtype=torch.bfloat16, device=device, requires_grad=True) for n in heads)
     chosen = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
     return "cudnn" if chosen == SDPBackend.CUDNN_ATTENTION.value else "flash"
+
+
+def memory_limit_gb(budget_gb: float, device: torch.device) -> float:
+    """What a run may allocate: the budget, or what the card has beside the driver's own if that is less."""
+    if device.type != "cuda":
+        return budget_gb
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(budget_gb, (total - CUDA_CONTEXT) / 1e9)

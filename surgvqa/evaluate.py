@@ -36,8 +36,9 @@ def check(options: EvaluateOptions) -> None:
     if missing:
         raise UsageError(f"missing {', '.join(missing)}; or --predictions FILE scores an existing file")
     for name in ("num_frames", "image_size", "batch_size", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"{name} is {getattr(options, name)}, expected at least 1")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}, expected at least 1")
     model_folders(options)
     check_samples(options.eval_data_path, options.frames_dir, given["audio_dir"])
 

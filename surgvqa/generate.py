@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,27 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from surgvqa import memory
+from surgvqa.architecture import checkpoint_sizes, clip_of
 from surgvqa.checkpoint import usable_cores
-from surgvqa.config import AskOptions, EvaluateOptions
+from surgvqa.config import AskOptions, EvaluateOptions, LoraOptions
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset, Item, loaded
+from surgvqa.data.frames import largest_frame
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import Sample, read_samples
-from surgvqa.device import choose_device, choose_dtype
+from surgvqa.device import choose_device, choose_dtype, memory_limit_gb
 from surgvqa.encode import use_cache
 from surgvqa.errors import SurgvqaError
 from surgvqa.evaluate import model_folders
-from surgvqa.lora import load_adapter
+from surgvqa.lora import ADAPTER, load_adapter
 from surgvqa.model import choose_attention, load_model
+from surgvqa.oom import empty_cache
 from surgvqa.runs import Run
 from surgvqa.sampling import MemorySampler
+
+AT_ONCE = 8
+"""Samples generated together when nobody says how many."""
 
 
 @dataclass
@@ -89,7 +98,8 @@ def load_answerer(options: EvaluateOptions | AskOptions) -> Answerer:
 def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], list[str], dict[str, Any]]:
     """(samples, an answer to each, facts for the result). A sample that cannot be read ends the run with its error.
 
-    When the GPU's memory runs out the batch is halved, down to one sample.
+    How many are answered at once is what the options ask for, else what is predicted to fit the budget; when the GPU's
+    memory runs out it is halved, down to one sample.
     """
     run.phase("load model", str(options.checkpoint))
     answerer = load_answerer(options)
@@ -104,18 +114,19 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     )
     for text in dataset.warnings:
         run.warning(text)
-    use_cache(answerer.base_model, answerer.base, [dataset], options, run)
-    run.phase("generate", f"{len(dataset)} samples; {answerer.description}")
+    cached = use_cache(answerer.base_model, answerer.base, [dataset], options, run)
+    prediction = _predict(answerer, dataset, options, cached)
+    largest, fit = _at_once(options, prediction, memory_limit_gb(options.budget_gb, answerer.device))
+    run.phase("generate", f"{len(dataset)} samples, {fit}; {answerer.description}")
     loader = DataLoader(
         dataset,
-        batch_size=options.batch_size,
+        batch_size=largest,
         collate_fn=list,  # encoded samples: a batch may have to be split
         num_workers=min(4, usable_cores() // 2) if answerer.device.type == "cuda" else 0,
     )
     answers: list[str] = []
     began = time.monotonic()
-    largest = options.batch_size
-    with MemorySampler(run, answerer.device) as sampler:
+    with MemorySampler(run, answerer.device, budget_gb=options.budget_gb) as sampler:
         run.progress("generate", 0, len(dataset), "samples")
         for items in loaded(loader):
             while items:
@@ -134,6 +145,48 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     return dataset.samples, answers, facts
 
 
+def _predict(
+    answerer: Answerer, dataset: ClipDataset, options: EvaluateOptions, cached: bool
+) -> Callable[[int], memory.Prediction] | None:
+    """The memory of answering so many at once; None where it is not known, on a CPU."""
+    if answerer.device.type != "cuda":
+        return None
+    sizes, weights = checkpoint_sizes(answerer.base)
+    adapters = getattr(answerer.model, "peft_config", {})
+    configuration = memory.configuration(
+        sizes,
+        options,
+        clip=clip_of(sizes, options, largest_frame(dataset.frame_paths)),
+        lora=LoraOptions(lora_r=adapters[ADAPTER].r) if adapters else LoraOptions(),
+        adapter_bytes=memory.FP32 if adapters else 0,
+        casts_lora_inputs=True,
+        cached_features=cached,
+        encoders_resident=not cached,
+        compiled=False,
+    )
+    return lambda batch: memory.predict_generation(
+        sizes, replace(configuration, batch=batch, padded=batch > 1), weights
+    )
+
+
+def _at_once(
+    options: EvaluateOptions, predict: Callable[[int], memory.Prediction] | None, limit_gb: float
+) -> tuple[int, str]:
+    """(how many samples are answered at once, that in words)."""
+    wanted = options.batch_size or AT_ONCE
+    if predict is None:
+        return wanted, f"{wanted} at once"
+    room = limit_gb * (1 - memory.MARGIN)
+    count = wanted
+    while options.batch_size is None and count > 1 and not predict(count).fits(room):
+        count -= 1
+    found = predict(count)
+    text = f"{count} at once ({found.predicted_peak_gb:.1f} of {limit_gb:.1f} GB predicted)"
+    if not found.fits(limit_gb):
+        text += ", which may not fit: the batch is halved when memory runs out"
+    return count, text
+
+
 def _smaller_batch(size: int, error: torch.OutOfMemoryError, options: EvaluateOptions, run: Run) -> int:
     """Half the batch, said in an `oom` event; SurgvqaError when it is one sample already."""
     text = str(error).splitlines()[0]
@@ -143,5 +196,6 @@ def _smaller_batch(size: int, error: torch.OutOfMemoryError, options: EvaluateOp
             f"out of GPU memory with a single sample of {options.num_frames} frames at {options.image_size} px: {text};"
             " evaluate with fewer or smaller frames (--num_frames, --image_size)"
         ) from None
-    torch.cuda.empty_cache()
+    traceback.clear_frames(error.__traceback__)  # they hold the activations
+    empty_cache()
     return size // 2

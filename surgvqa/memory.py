@@ -350,17 +350,6 @@ def fit(
     return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN))), None)
 
 
-def fit_generation(
-    sizes: Sizes, c: Configuration, budget_gb: float, weights: dict[str, list[int]] | None = None
-) -> Prediction:
-    """The most samples, up to `c.batch`, that can be answered at once within the budget; at least one."""
-    for batch in range(c.batch, 0, -1):
-        found = predict_generation(sizes, replace(c, batch=batch, padded=batch > 1), weights)
-        if found.fits(budget_gb * (1 - MARGIN)):
-            break
-    return found
-
-
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:
     """The configuration in which `options` (of train or budget) train on a CUDA GPU, see training.py; `overrides` are
     fields of Configuration."""

@@ -24,11 +24,10 @@ from surgvqa.data.frames import largest_frame
 from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
-from surgvqa.device import attention_kernel, choose_device, choose_dtype
+from surgvqa.device import attention_kernel, choose_device, choose_dtype, memory_limit_gb
 from surgvqa.encode import use_cache
 from surgvqa.errors import UsageError, of_worker
 from surgvqa.lora import adapter_parameters, add_lora
-from surgvqa.memory import CUDA_CONTEXT
 from surgvqa.model import choose_attention, load_model
 from surgvqa.oom import StepDown, take
 from surgvqa.runs import Run, write_json_atomic
@@ -201,7 +200,7 @@ def _prepare(
     compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
     kernel = attention_kernel(base.config.text_config, attention, device)
     forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
-    limit_gb, presets = limit(options, device), ladder(run.folder.parents[1])
+    limit_gb, presets = memory_limit_gb(options.budget_gb, device), ladder(run.folder.parents[1])
     fit = retreat.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
     if fit.warning:
         run.warning(fit.warning)
@@ -241,14 +240,6 @@ def _prepare(
     rows = "packed" if packed and arguments.train_batch_size > 1 else "padded"
     _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit, rows)
     return trainer, total_steps
-
-
-def limit(options: TrainOptions, device: torch.device) -> float:
-    """What the run may allocate, GB: the budget, or what the card has beside the driver's own if that is less."""
-    if device.type != "cuda":
-        return options.budget_gb
-    total = torch.cuda.get_device_properties(device).total_memory
-    return min(options.budget_gb, (total - CUDA_CONTEXT) / 1e9)
 
 
 def _forecast(

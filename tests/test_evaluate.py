@@ -210,6 +210,53 @@ def test_out_of_memory_halves_the_batch(world, tmp_path, monkeypatch):
 
 
 @model
+def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeypatch):
+    """A prediction of 1 GB a sample beside 2 GB, and what the options ask for all the same."""
+    from types import SimpleNamespace
+
+    from surgvqa import generate
+
+    def predicted(batch):
+        return SimpleNamespace(predicted_peak_gb=2 + batch, fits=lambda budget_gb: 2 + batch <= budget_gb)
+
+    def told(**options):
+        outcome, _, events = _evaluate(world.evaluate_options(**options), tmp_path)
+        (phase,) = [e["text"] for e in events if e["kind"] == "phase" and e["name"] == "generate"]
+        return outcome.data["batch_size"], phase
+
+    assert told(batch_size=None)[0] == 8  # a CPU
+    monkeypatch.setattr(generate, "_predict", lambda *_: predicted)
+    count, text = told(batch_size=None, budget_gb=5.1)
+    assert count == 2 and "2 at once (4.0 of 5.1 GB predicted)" in text  # 5 GB would leave no margin
+    assert told(batch_size=None, budget_gb=28.5)[0] == 8
+    assert told(batch_size=None, budget_gb=1)[0] == 1
+    count, text = told(batch_size=4, budget_gb=5.1)
+    assert count == 4 and "the batch is halved when memory runs out" in text
+
+
+@model
+def test_the_prediction_of_an_evaluation_knows_adapter_frames_and_cache(world, learned, tmp_path):
+    from types import SimpleNamespace
+
+    from surgvqa import generate
+    from surgvqa.data.dataset import ClipDataset
+    from surgvqa.data.samples import read_samples
+
+    options = world.evaluate_options(checkpoint=str(learned.folder / "checkpoints"))
+    answerer = generate.load_answerer(options)
+    samples = read_samples(options.eval_data_path)
+    dataset = ClipDataset(
+        samples, options.frames_dir, options.audio_dir, answerer.processors, options, with_answer=False
+    )
+    assert generate._predict(answerer, dataset, options, cached=True) is None
+    on_gpu = SimpleNamespace(base=answerer.base, model=answerer.model, device=SimpleNamespace(type="cuda"))
+    cached, encoding = (generate._predict(on_gpu, dataset, options, cached=flag) for flag in (True, False))
+    assert cached(1).peak_bytes < cached(2).peak_bytes and cached(1).peak_bytes < encoding(1).peak_bytes
+    configuration = cached(3).configuration
+    assert (configuration.batch, configuration.lora.lora_r, configuration.clip.frames) == (3, 16, 2)
+
+
+@model
 def test_a_run_id_brings_its_settings_along(world, learned, monkeypatch, capfd):
     monkeypatch.chdir(world.root)
     data = f"--eval_data_path {world.eval} --frames_dir {world.root}/frames --audio_dir {world.root}/audio"
