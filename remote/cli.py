@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -170,10 +171,9 @@ def _hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     from remote.hosts import read_hosts_files, resolve, ssh_config_names
     from remote.setup import skew
 
-    listed = []
-    for name in dict.fromkeys([*read_hosts_files(workspace.root), *ssh_config_names()]):
+    def look(name: str) -> dict[str, Any]:
         host = resolve(name, workspace.root)
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "hostname": host.hostname,
             "user": host.user,
@@ -192,7 +192,11 @@ def _hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
                 row |= {"free_bytes": facts["free"], "skew": skew(facts["installed"])}
             except SurgvqaError as error:
                 row |= {"state": "unreachable", "error": str(error)}
-        listed.append(row)
+        return row
+
+    names = list(dict.fromkeys([*read_hosts_files(workspace.root), *ssh_config_names()]))
+    with ThreadPoolExecutor(max(1, min(8, len(names)))) as pool:  # one that is down holds nobody up
+        listed = list(pool.map(look, names))
 
     def show(console: Console) -> None:
         table = Table("host", "reached as", "from", "per hour", "GPUs", box=None)

@@ -271,6 +271,12 @@ def laptop(tmp_path, monkeypatch):
     end_processes_below(tmp_path)
 
 
+def processes_naming(path: Path) -> list[int]:
+    """Those, but ourselves, whose command line holds `path`."""
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
+    return [pid for pid in pids if str(path).encode() in _cmdline(pid)]
+
+
 def end_processes_below(folder: Path) -> None:
     """Ends the processes that a test left behind: those whose command line or folder names its temporary folder."""
     from surgvqa.supervisor import end_all

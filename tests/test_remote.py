@@ -152,13 +152,14 @@ def test_a_talkative_login_shell_and_an_old_looking_workspace_name(laptop):  # n
 def test_a_silent_host_is_given_up(laptop, monkeypatch):  # noqa: F811
     relay = Relay(laptop.server.port)
     laptop.server.write_config(port=relay.port)
+    monkeypatch.setattr("remote.connection.CHANNEL_TIMEOUT_S", 2)
     with laptop.connect() as remote:
         relay.freeze()
         began = time.monotonic()
         with pytest.raises(Unreachable):
             for _ in remote.stream("probe", silence_s=2.0, venv="venv"):
                 pass
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 6
     relay.close()
 
 
@@ -167,13 +168,13 @@ def test_a_silent_host_is_given_up(laptop, monkeypatch):  # noqa: F811
 
 def test_hosts_come_from_ssh_and_from_hosts_toml(laptop, tmp_path):  # noqa: F811
     included = tmp_path / "more"
-    included.write_text("Host other other2 *.wild\n HostName 192.0.2.9\n")
+    included.write_text(f"Host other other2 *.wild\n HostName 127.0.0.9\n Port {free_port()}\n")
     laptop.server.config.write_text(f"Include {included}\n" + laptop.server.config.read_text())
     laptop.host(price_per_hour=1.29, gpus="1x A100 40 GB", python=sys.executable)
     listed = {h["name"]: h for h in laptop.json("hosts", "--check")["hosts"]}
     assert list(listed) == ["gpuhost", "other", "other2"]
     assert listed["gpuhost"]["state"] == "reachable" and listed["gpuhost"]["price_per_hour"] == 1.29
-    assert listed["gpuhost"]["skew"] and listed["other"]["hostname"] == "192.0.2.9"
+    assert listed["gpuhost"]["skew"] and listed["other"]["hostname"] == "127.0.0.9"
     assert listed["other"]["state"] == "unreachable"
 
 
@@ -200,10 +201,14 @@ def test_a_wrong_hosts_toml_is_named(tmp_path, text, said):
 def test_setup_installs_our_wheel_and_notices_skew(laptop):  # noqa: F811
     """The venv sees this interpreter's packages, so that nothing is downloaded; our own wheel is installed for real."""
     laptop.host(python=sys.executable)
-    packages = next(p for p in sys.path if p.endswith("site-packages"))
-    subprocess.run([sys.executable, "-m", "venv", laptop.there / "venv"], check=True)
+    packages = laptop.root / "packages"
+    packages.mkdir()
+    for entry in Path(next(p for p in sys.path if p.endswith("site-packages"))).iterdir():
+        if not entry.name.startswith(("torch", "transformers")):  # importing them is not what is tested here
+            (packages / entry.name).symlink_to(entry)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", laptop.there / "venv"], check=True)
     site = next((laptop.there / "venv" / "lib").glob("python3*/site-packages"))
-    (site / "zz.pth").write_text(f"import sys; sys.path.append({packages!r})\n")
+    (site / "zz.pth").write_text(f"import sys; sys.path.append({str(packages)!r})\n")
     first = laptop.json("setup", "gpuhost", "--extra", "")
     assert first["changed"] and (site / "surgvqa" / "supervisor.py").is_file() and (site / "remote" / "agent").is_dir()
     again = laptop.json("setup", "gpuhost", "--extra", "")

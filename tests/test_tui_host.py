@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
+from sshd import TRAIN, Relay, laptop, processes_naming, stub_train  # noqa: F401
 from test_tui import panel, settle, text
 from textual.widgets import Log, OptionList
 
@@ -67,7 +67,9 @@ def test_a_lost_connection_is_unreachable_since_and_comes_back(laptop, link):  #
     assert link.call("runs")["runs"] == []
 
 
-def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop):  # noqa: F811
+def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("tui.link.SILENCE_S", 5.0)  # test_remote_jobs waits as long as the user does
+    monkeypatch.setattr("remote.connection.CHANNEL_TIMEOUT_S", 3)
     relay = Relay(laptop.server.port)
     laptop.server.write_config(port=relay.port)
     run = remote_run(laptop)
@@ -279,3 +281,6 @@ async def test_a_host_without_us_is_set_up_by_one_key(laptop):  # noqa: F811
         await settle(pilot, lambda: "wheel" in text(app, "#job-text") or "venv" in text(app, "#job-text"), 60)
         await pilot.press("s", "y")
         await settle(pilot, lambda: runs.state_of(folder) not in ("starting", "running"), 60)
+        assert runs.state_of(folder) == "stopped"
+        await settle(pilot, lambda: "stopped" in text(app, "#job-text"))
+    wait_for(lambda: not processes_naming(laptop.there / "venv"))  # what it had started there
