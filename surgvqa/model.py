@@ -142,7 +142,8 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             position_ids = self._positions(input_ids, attention_mask, image_grid_thw, mm_token_type_ids, past)
         if cu_seq_lens is not None:
             if is_flash_attention_requested(self.model.language_model.config):  # its kernel takes the borders
-                kwargs |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens}
+                # Two tensors: dynamo breaks the graph of a layer in which a Function gets the same one twice.
+                kwargs |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens.clone()}
                 kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
             else:
                 position_ids = _with_text_positions(position_ids, cu_seq_lens)
