@@ -24,6 +24,8 @@ from surgvqa.runs import Run
 PACKAGES = ("surgvqa", "remote", "tui", "presets")
 MINIMUM = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN_BYTES = 7e9  # of [train] on the disk, measured 6.3 GB: torch with its CUDA libraries
+FULL_BYTES = 20e6
 FLASH_ATTN_BUILD = "flash-attn has no ready build: building takes about 2.5 min on 16 cores, 20 min on 2"
 
 
@@ -102,6 +104,10 @@ def setup(
     asked = {"extra": extra, "flash_attn": flash_attn}
     installed = facts["installed"] or {}
     fresh = skew(facts["installed"]) is None and all(installed.get(k) == v for k, v in asked.items())
+    if extra and not installed and facts["free"] < TRAIN_BYTES:
+        run.warning(
+            f"{facts['free'] / 1e9:.1f} GB free on {name}; the packages of [train] take {TRAIN_BYTES / 1e9:.0f} GB"
+        )
     if not fresh or force:
         run.phase("wheel", "building our own wheel")
         with tempfile.TemporaryDirectory() as folder:
@@ -152,10 +158,13 @@ def execute(remote: Remote, argv: list[str], what: str, run: Run | None = None) 
         else:
             code = message["exit_code"]
     if code:
-        full = [line for line in lines if "No space left" in line]
-        last = (full or [line for line in lines if line.startswith("ERROR")] or lines or ["no output"])[-1]
-        hint = " (Debian and Ubuntu: apt-get install python3-venv)" if "ensurepip" in " ".join(lines) else ""
-        raise SurgvqaError(f"{remote.host.name}: {what} failed: {last}{hint}")
+        last = ([line for line in lines if line.startswith("ERROR")] or lines or ["no output"])[-1]
+        facts = remote.call("probe", venv=remote.host.entry.venv)  # programs on a full disk say all sorts of things
+        if facts["free"] < FULL_BYTES or "No space left" in " ".join(lines):
+            last = f"disk full, {facts['free'] / 1e6:.0f} MB free in {facts['workspace']}; free some space there"
+        elif "ensurepip is not available" in " ".join(lines):
+            last += " (Debian and Ubuntu: apt-get install python3-venv)"
+        raise SurgvqaError(f"{remote.host.name}: {what} failed: {last}")
     return lines
 
 

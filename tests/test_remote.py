@@ -228,6 +228,19 @@ def test_setup_wants_a_python_that_is_new_enough(laptop, monkeypatch):  # noqa: 
         setup_room.setup(remote, Run.create(laptop.workspace / "runs", "setup"))
 
 
+def test_setup_on_a_full_disk_says_so(laptop):  # noqa: F811
+    small = laptop.root / "small"
+    small.mkdir()
+    if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)]).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        laptop.host(workspace=str(small / "ws"), python=sys.executable)
+        said = laptop.command("setup", "gpuhost", "--extra", "", check=1).stderr.splitlines()[-1]
+        assert "making the virtual environment failed: disk full" in said and "apt-get" not in said
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
 # --- GPUs ------------------------------------------------------------------------------------------------------------
 
 

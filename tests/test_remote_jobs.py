@@ -85,13 +85,15 @@ def test_stop_leaves_nothing_of_the_job_and_touches_nothing_else(host):
     bystander.wait()
 
 
-def test_stop_with_a_stale_pid_touches_nobody(host):
-    """The run's pid now belongs to another process: its start time differs."""
+@pytest.mark.parametrize("differs", ["start time", "boot"])
+def test_stop_with_a_stale_pid_touches_nobody(host, differs):
+    """The run's pid now belongs to another process: its start time differs, or the machine was started anew."""
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=host.root)
     folder = host.there / "runs" / "20260101-000000-train-abc"
     folder.mkdir(parents=True)
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    stale = {"pid": stranger.pid, "identity": f"{boot}:1"}
+    boot, started = process_identity(stranger.pid).split(":")
+    identity = f"{boot}:1" if differs == "start time" else f"{boot[::-1]}:{started}"
+    stale = {"pid": stranger.pid, "identity": identity}
     (folder / "run.json").write_text(json.dumps({"id": folder.name, "command": "train", "started": 1, **stale}))
     (folder / "supervisor.json").write_text(json.dumps(stale))
     with host.connect() as remote:
@@ -154,6 +156,30 @@ def test_one_job_has_the_gpu(host):
             jobs.stop(remote, run, grace_s=5)
         third = start(remote, "--max_steps", "1")
         assert jobs.Follower(remote, third).__iter__() and list(jobs.Follower(remote, third))
+
+
+def test_a_gpu_that_somebody_else_computes_on_is_not_shared(host):
+    """nvidia-smi shows a process of no run of ours on GPU 0; GPU 1 is free."""
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=host.root)
+    tools = host.server.home / "bin"
+    tools.mkdir()
+    rows = f'*index,uuid*) printf "0, GPU-a\\n1, GPU-b\\n";; *compute-apps*) echo "{stranger.pid}, GPU-a, 30000";;'
+    (tools / "nvidia-smi").write_text(f'#!/bin/sh\ncase "$*" in {rows} esac\n')
+    (tools / "nvidia-smi").chmod(0o755)
+    host.server.stop()
+    host.server.environment = f"PATH={tools}:/usr/bin:/bin"
+    host.server.start()
+    with host.connect() as remote, pytest.raises(SurgvqaError, match=f"GPU busy: process {stranger.pid} takes 30000"):
+        start(remote)
+    with open(host.workspace / "hosts.toml", "a") as file:
+        file.write('[gpuhost.environment]\nCUDA_VISIBLE_DEVICES = "1"\n')
+    with host.connect() as remote:
+        run = start(remote)
+        with pytest.raises(SurgvqaError, match=run):  # now GPU 1 is taken as well
+            start(remote)
+        jobs.stop(remote, run, grace_s=5)
+    stranger.kill()
+    stranger.wait()
 
 
 def test_secrets_and_environment_arrive_and_leave_no_trace(host, monkeypatch):
@@ -244,6 +270,18 @@ def test_a_dead_link_is_unreachable_and_not_dead(host):
         steps = [next(e for e in seen if e["kind"] == "metric")["step"] for _ in range(100)]
         assert steps == list(range(steps[0], steps[0] + 100))
         jobs.stop(remote, run, grace_s=5)
+    relay.close()
+
+
+def test_a_slow_link_is_no_lost_one(host):
+    """At 30 kB/s a request takes a second and more; nothing is given up, nothing is missed."""
+    relay = Relay(host.server.port, bytes_per_s=30_000)
+    host.server.write_config(port=relay.port)
+    with host.connect() as remote:
+        run = start(remote, "--max_steps", "20")
+        seen = list(jobs.Follower(remote, run))
+    assert [e["step"] for e in seen if e["kind"] == "metric"] == list(range(1, 21))
+    assert not [e for e in seen if e["kind"] == "connection"]
     relay.close()
 
 

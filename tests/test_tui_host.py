@@ -95,15 +95,23 @@ def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop, monk
         relay.close()
 
 
-def test_a_hosts_clock_that_is_an_hour_ahead_is_allowed_for(laptop, link):  # noqa: F811
-    wait_for(lambda: link.light.kind == "connected")
-    assert link.ahead_s == 0
-    link.ahead_s = 3600.0
+@pytest.mark.parametrize("behind_s", [0, 3600, -3600])
+def test_a_host_with_another_clock(laptop, monkeypatch, behind_s):  # noqa: F811
+    """Ours goes an hour behind the host's, or before it; the host's times are given in ours."""
     run = remote_run(laptop)
-    link.look()
-    wait_for(lambda: link.listed)
-    assert abs(link.listed[0].started - (time.time() - 3600)) < 60
-    assert link.listed[0].id == run.id
+    started = time.time()
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() - behind_s)
+    target = HostTarget("gpuhost", config.load_workspace(laptop.workspace))
+    try:
+        listed = wait_for(target.runs)[0]
+        assert listed.id == run.id and listed.state == "running"
+        assert abs(listed.started - (started - behind_s)) < 30
+        heard = []
+        feed = target.feed(run.id)
+        wait_for(lambda: heard.extend(feed.read().events) or heard)
+        assert abs(heard[0]["t"] - (started - behind_s)) < 30
+    finally:
+        target.end()
 
 
 def test_a_resumed_run_brings_the_curve_of_the_first(laptop):  # noqa: F811
