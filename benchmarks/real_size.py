@@ -107,6 +107,15 @@ def batch(frames: int = 8, grid: tuple[int, int] = (32, 36), answer: int = 12, r
     }
 
 
+def packed(data: dict[str, torch.Tensor], model: Any) -> dict[str, Any]:
+    """`batch`'s rows in one row (see the model's forward)."""
+    rows, length = data["input_ids"].shape
+    positions = model._positions(data["input_ids"], None, data["image_grid_thw"], None, 0)
+    borders = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=positions.device)
+    joined = {name: data[name].reshape(1, -1) for name in ("input_ids", "labels")}
+    return {**data, **joined, "position_ids": positions.reshape(3, 1, -1), "cu_seq_lens": borders, "max_length": length}
+
+
 def write_checkpoint(folder: Path, like: Path, layers: int | None = None) -> int:
     """Random weights under the old key names, with the tokenizer and the token ids of the small checkpoint `like`;
     returns the number of parameters. 17.9 GB with all layers."""

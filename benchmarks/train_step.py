@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 OLD = dict(logits="full", cached=False, casts=True, compiled=False, keep="all", checkpointed=28, dropout=0.05,
-           attention="sdpa", frames=8, grid=(32, 36), rows=1)  # fmt: skip
+           attention="sdpa", frames=8, grid=(32, 36), rows=1, packed=False)  # fmt: skip
+FLASH = dict(attention="flash_attention_2")
+OURS = dict(logits="answer", cached=True, casts=False, compiled=True)
 VARIANTS: dict[str, dict[str, Any]] = {
     "old": {},
     "answer logits": dict(logits="answer"),
@@ -39,8 +41,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
                                   keep="products"),
     "+ products kept, none, no dropout": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0,
                                               keep="products", dropout=0.0),
-    "flash-attn 2": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=14,
-                         attention="flash_attention_2"),
+    "flash-attn 2, 14 checkpointed": OURS | FLASH | dict(checkpointed=14),
+    "flash-attn 2, keep 0.4, none": OURS | FLASH | dict(checkpointed=0, keep=0.4),
+    "encoders in the step, sdpa": dict(logits="answer", casts=False, compiled=True),
+    "encoders in the step, flash": dict(logits="answer", casts=False, compiled=True) | FLASH,
+    "2 rows": OURS | dict(rows=2),
+    "2 packed, sdpa": OURS | dict(rows=2, packed=True),
+    "2 packed, flash-attn 2": OURS | FLASH | dict(rows=2, packed=True),
 }  # fmt: skip
 ACCUMULATION = 4
 
@@ -107,6 +114,8 @@ def measure(variant: dict[str, Any], steps: int = 4) -> dict[str, Any]:
         model.model.visual.to("cpu")
         model.audio_encoder.to("cpu")
         torch.cuda.empty_cache()
+    if v["packed"]:
+        data = real_size.packed(data, model)
     optimiser = bitsandbytes.optim.AdamW8bit(trained, lr=2e-4)
 
     def micro_step() -> Any:
@@ -142,7 +151,7 @@ def measure(variant: dict[str, Any], steps: int = 4) -> dict[str, Any]:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     samples = ACCUMULATION * v["rows"]
-    tokens = data["input_ids"].shape[1]
+    tokens = data["input_ids"].numel() // v["rows"]
     free, total = torch.cuda.mem_get_info()
     seconds = statistics.median(times) / samples
     flops = useful_flops(peft_model, tokens, sum(p.numel() for p in trained))
@@ -175,7 +184,8 @@ def main() -> None:
     chosen = {n: VARIANTS[n.strip()] for n in arguments.only.split(";")} if arguments.only else VARIANTS
     results: dict[str, Any] = {}
     print(
-        f"{'variant':32} {'s/sample':>9} {'vs old':>7} {'peak GB':>8} {'resvd':>6} {'MFU':>6} {'loss':>8} graphs warm"
+        f"{'variant':32} {'s/sample':>9} {'vs old':>7} {'peak GB':>8} {'resvd':>6} {'MFU':>6} {'loss':>8} graphs"
+        " failed  warm"
     )
     for name, variant in chosen.items():
         run = subprocess.run([sys.executable, __file__, "--one", json.dumps(variant)], capture_output=True, text=True)
@@ -186,7 +196,8 @@ def main() -> None:
         r = results[name] = json.loads(run.stdout.strip().splitlines()[-1])
         ratio = results["old"]["s_per_sample"] / r["s_per_sample"] if "s_per_sample" in results.get("old", {}) else 0
         print(f"{name:32} {r['s_per_sample']:9.4f} {ratio:6.2f}x {r['peak_gb']:8.2f} {r['reserved_gb']:6.1f} "
-              f"{r['mfu']:6.3f} {r['loss']:8.4f} {r['graphs']:6d}", flush=True)  # fmt: skip
+              f"{r['mfu']:6.3f} {r['loss']:8.4f} {r['graphs']:6d} {r['compile_failures']:6d} {r['first_step_s']:5.1f}",
+              flush=True)  # fmt: skip
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1))
 

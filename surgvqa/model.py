@@ -19,7 +19,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Whisper
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, is_flash_attn_2_available
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.logging import disable_progress_bar
 
@@ -394,4 +394,6 @@ def _flash_obstacle(device: torch.device) -> str | None:
         importlib.import_module("flash_attn")
     except (ImportError, OSError) as error:  # OSError: a build for another torch or glibc
         return f"flash-attn cannot be imported ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
+    if not is_flash_attn_2_available():  # it asks the package's metadata too
+        return "transformers does not take the flash-attn that is here for version 2 of the package flash-attn"
     return None

@@ -725,11 +725,12 @@ def test_a_save_that_breaks_off_leaves_the_old_adapter_whole(checkpoint, tmp_pat
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def gpu(monkeypatch, capability: tuple[int, int], flash_attn) -> None:
+def gpu(monkeypatch, capability: tuple[int, int], flash_attn, accepted: bool = True) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    monkeypatch.setattr("surgvqa.model.is_flash_attn_2_available", lambda: accepted)
 
 
 def test_attention_on_a_cpu_is_sdpa_and_says_why(monkeypatch):
@@ -747,6 +748,9 @@ def test_attention_on_a_gpu_is_flash_attention_when_it_can_run(monkeypatch):
     gpu(monkeypatch, (7, 5), types.ModuleType("flash_attn"))
     name, why = choose_attention("auto", "cuda")
     assert name == "sdpa" and "Test GPU has compute capability 7.5" in why
+    gpu(monkeypatch, (9, 0), types.ModuleType("flash_attn"), accepted=False)
+    name, why = choose_attention("auto", "cuda")
+    assert name == "sdpa" and "transformers does not take" in why
     gpu(monkeypatch, (9, 0), None)  # None in sys.modules: import fails
     name, why = choose_attention("auto", "cuda")
     assert name == "sdpa" and "cannot be imported" in why

@@ -1,5 +1,6 @@
 """Training, stopping, resuming and evaluating the very small model on a CUDA GPU."""
 
+import importlib.util
 import os
 import signal
 
@@ -73,3 +74,45 @@ def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
         report = evaluate.run(options, run).data
     print({key: report[key] for key in ("samples", "label_accuracy", "samples_per_s", "peak_allocated_gb")})
     assert report["samples"] == 8 and report["peak_kind"] == "cuda allocator"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
+@pytest.mark.parametrize("several", [False, True])
+def test_flash_attention_equals_sdpa(several):
+    """Language model (heads of 128, grouped) and vision tower (heads of 80), as in the real model, in bf16: both are as
+    far from float32."""
+    import test_model
+
+    sizes = {
+        "hidden_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {"model_type": "qwen2_vl", "depth": 2, "embed_dim": 160, "hidden_size": 512, "num_heads": 2},
+    }
+    samples = [test_model.sample(1, frames=4), test_model.sample(2, frames=7, answer=5)]
+    batch = test_model.packed(samples, 64) if several else samples[1]
+    batch.pop("attention_mask", None)
+    batch = {name: value.to("cuda") if torch.is_tensor(value) else value for name, value in batch.items()}
+
+    def run(attention, dtype):
+        model = test_model.built(**sizes).to("cuda", dtype)
+        for parameter in model.parameters():  # large enough that attention matters
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+        for part in (model.model.language_model, model.model.visual):
+            part.config._attn_implementation = attention
+        model.model.language_model.layers.requires_grad_(True)
+        features = model.encode_images(batch["pixel_values"].to(dtype), batch["image_grid_thw"])
+        model(**batch).loss.backward()
+        gradient = [p.grad.flatten() for p in model.model.language_model.layers.parameters() if p.grad is not None]
+        return features.float().flatten(), torch.cat(gradient).float()
+
+    exact = run("sdpa", torch.float32)
+    errors = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        found = run(attention, torch.bfloat16)
+        errors[attention] = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact)]
+    print("relative errors against float32, (vision features, gradients):", errors)
+    for sdpa, flash in zip(*errors.values()):
+        assert flash < max(1.5 * sdpa, 0.02)
