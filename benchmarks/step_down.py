@@ -1,0 +1,337 @@
+"""Every way down from an out-of-memory error, forced for real by a cap on the process, on one GPU.
+
+    python benchmarks/step_down.py          # under four minutes on an H100; exit code 1 when something did not go on
+    python benchmarks/step_down.py --dry    # a tiny model on the CPU, whose "memory" is counted in tokens
+
+A model of 3.3 B random parameters (the real one with 4 of its layers) trains on made-up clips of 8 frames of
+1240×1080. First a tour: at each step the cap is drawn so tight that nothing fits until the run has given up one rung
+more, all of them in turn; it tells what each rung takes. Then a run for each rung whose cap leaves room for this rung
+and not for the one above: nobody helps. Then the optimiser's first step, an evaluation, and a save.
+Prints a row for each; --out (default: $OUT) gets step_down.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+import small
+import torch
+from PIL import Image
+
+from presets import ladder
+from surgvqa import train, trained
+from surgvqa.errors import SurgvqaError
+from surgvqa.layers import decoder_layers
+from surgvqa.runs import Run
+from surgvqa.trainer import EventTrainer
+
+LAYERS, BATCH, ACCUMULATION = 4, 4, 2
+LITTLE = 200e6
+"""Bytes that a drawn-tight cap leaves above what is allocated: less than a layer takes for a moment."""
+
+
+class Card:
+    """The GPU's memory: what a step took, and a cap."""
+
+    def __init__(self) -> None:
+        self.total = torch.cuda.get_device_properties(0).total_memory
+
+    def tighten(self, leave: float = LITTLE) -> None:
+        torch.cuda.empty_cache()
+        self.cap(torch.cuda.memory_allocated() + leave)
+
+    def cap(self, nbytes: float | None) -> None:
+        torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / self.total))
+
+    def peak(self) -> float:
+        """Since the last call."""
+        torch.cuda.synchronize()
+        found = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return found
+
+    def touch(self, trainer: EventTrainer, inputs: dict[str, Any]) -> None:
+        """Nothing: the work itself takes the memory."""
+
+    def run_out(self) -> None:
+        """A real out-of-memory error."""
+        torch.empty(2**50, dtype=torch.uint8, device="cuda")
+
+
+class Pretended(Card):
+    """Of the dry run: a batch takes a byte for each token and layer that keeps its activations, and one more."""
+
+    def __init__(self) -> None:
+        self.limit, self.most = math.inf, 0.0
+
+    def tighten(self, leave: float = LITTLE) -> None:
+        self.limit = 0.0
+
+    def cap(self, nbytes: float | None) -> None:
+        self.limit = math.inf if nbytes is None else nbytes
+
+    def peak(self) -> float:
+        found, self.most = self.most, 0.0
+        return found
+
+    def touch(self, trainer: EventTrainer, inputs: dict[str, Any]) -> None:
+        kept = sum(not layer.gradient_checkpointing for layer in decoder_layers(trainer.model))
+        needed = inputs["input_ids"].numel() * (1 + kept * trainer.model.training)
+        if needed > self.limit:
+            self.run_out()
+        self.most = max(self.most, needed)
+
+    def run_out(self) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class Trial:
+    """One training under watch; `hooks` are called before a step, before an evaluation, and with each event."""
+
+    def __init__(
+        self,
+        card: Card,
+        options: Any,
+        folder: Path,
+        before_step: Callable[[int], None] = lambda step: None,
+        before_evaluation: Callable[[], None] = lambda: None,
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    ):
+        self.events: list[dict[str, Any]] = []
+        self.peaks: dict[int, float] = {}
+        self.error, self.result = "", {}
+        card.cap(None)
+
+        def observe(event: dict[str, Any]) -> None:
+            self.events.append(event)
+            if event["kind"] == "metric":
+                self.peaks[event["step"]] = card.peak()
+            on_event(event)
+
+        def training_step(original: Any, trainer: EventTrainer, *arguments: Any, **keywords: Any) -> Any:
+            if not trainer.window.batches:
+                before_step(trainer.state.global_step + 1)
+            return original(trainer, *arguments, **keywords)
+
+        def evaluate(original: Any, trainer: EventTrainer, *arguments: Any, **keywords: Any) -> Any:
+            before_evaluation()
+            return original(trainer, *arguments, **keywords)
+
+        def compute_loss(
+            original: Any, trainer: EventTrainer, model: Any, inputs: Any, *arguments: Any, **keywords: Any
+        ) -> Any:
+            card.touch(trainer, inputs)
+            return original(trainer, model, inputs, *arguments, **keywords)
+
+        began = time.perf_counter()
+        with (
+            hooked(EventTrainer, "training_step", training_step),
+            hooked(EventTrainer, "evaluate", evaluate),
+            hooked(EventTrainer, "compute_loss", compute_loss),
+            Run.create(folder / "runs", "train", observer=observe) as run,
+        ):
+            try:
+                self.result = train.run(options, run).data
+            except SurgvqaError as error:
+                self.error = str(error)
+        card.cap(None)
+        self.seconds = time.perf_counter() - began
+        self.output = Path(options.output_dir or run.folder / "checkpoints")
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["kind"] == kind]
+
+    def retreats(self) -> list[str]:
+        """What was given up, in order: "recompute" or a preset."""
+        return [e.get("name", "recompute") for e in self.events if e["kind"] in ("retreat", "preset")]
+
+    def went_on(self, steps: int) -> list[str]:
+        """What is wrong with it; nothing when it did all its steps, each once, with losses that are numbers."""
+        losses = {event["step"]: event["loss"] for event in self.of("metric")}
+        wrong = [self.error] if self.error else []
+        if sorted(losses) != list(range(1, steps + 1)) or len(self.of("metric")) != steps:
+            wrong.append(f"steps {sorted(losses)}, expected 1 to {steps}")
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            wrong.append(f"losses {losses}")
+        if not self.error and not (self.output / trained.ADAPTER).is_file():
+            wrong.append("no adapter")
+        return wrong
+
+
+@contextmanager
+def hooked(owner: Any, name: str, hook: Callable[..., Any]):
+    """`hook(original, self, …)` in place of a method."""
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def method(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        return hook(original, self, *arguments, **keywords)
+
+    with patch.object(owner, name, method):
+        yield
+
+
+def build(folder: Path, dry: bool) -> Callable[..., Any]:
+    """Checkpoint, clips of 8 frames and questions; returns the function that makes the options of a training."""
+    world = small.build(folder / "small", samples=2 * BATCH)
+    noise = np.random.default_rng(0)
+    width, height = (560, 420) if dry else (1240, 1080)
+    names = [f"v1_{number}" for number in range(9)]
+    for name in names:
+        pixels = noise.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(world.root / f"frames/v1/{name}.jpg")
+    for file in (world.train, world.eval):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps(row | {"frames": names[i % 2 :][:8]}) + "\n" for i, row in enumerate(rows)))
+    checkpoint = world.checkpoint
+    if not dry:
+        import real_size
+
+        checkpoint = folder / "checkpoint"
+        real_size.write_checkpoint(checkpoint, world.checkpoint, LAYERS)
+        torch.cuda.empty_cache()
+    shared = {
+        "model_name_or_path": str(checkpoint),
+        "num_frames": 8,
+        "image_size": 512,
+        "lora_r": 4 if dry else 64,
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "checkpointed_layers": 0,
+        "compile": "off",
+        "device": "cpu" if dry else "cuda",
+        "save_strategy": "no",
+        "feature_cache_dir": str(folder / "cache"),
+    }
+    return lambda **changes: world.train_options(**shared | changes)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """All trials, the table, the exit code."""
+    with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
+        folder = Path(temporary)
+        options = build(folder, arguments.dry)
+        card = Pretended() if arguments.dry else Card()
+        rows: list[dict[str, Any]] = []
+
+        def told(name: str, trial: Trial, steps: int, **expected: Any) -> None:
+            wrong = trial.went_on(steps)
+            found = {"retreats": trial.retreats(), "actions": [event["action"] for event in trial.of("oom")]}
+            wrong += [f"{key} {found[key]}, expected {value}" for key, value in expected.items() if found[key] != value]
+            first = next((e for e in trial.of("oom")), {})
+            rows.append({"name": name, "wrong": wrong, **found, "seconds": round(trial.seconds, 1),
+                         "peaks_gb": {step: peak / 1e9 for step, peak in trial.peaks.items()},
+                         "losses": {e["step"]: e["loss"] for e in trial.of("metric")}, "first_oom": first})  # fmt: skip
+            lost = [f"{e['step']}:{e['phase']}" for e in trial.of("oom")]
+            print(f"{'FAILED' if wrong else 'ok':6} {name:34} {trial.seconds:5.1f} s  out of memory at {lost}, gave up "
+                  f"{found['retreats']} {'; '.join(wrong)}", flush=True)  # fmt: skip
+            if arguments.out:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                (arguments.out / "step_down.json").write_text(json.dumps(rows, indent=1))
+
+        presets = {p.name: {k: p.settings[k] for k in ("num_frames", "image_size")} for p in ladder()[1:]}
+        rungs = ["recompute", *presets]
+        steps = 2 + len(rungs) + 1  # in the second one all is there that a step takes
+        tour = Trial(
+            card,
+            options(max_steps=steps),
+            folder,
+            before_step=lambda step: card.tighten() if 2 < step < steps else None,
+            on_event=lambda event: card.cap(None) if event["kind"] in ("retreat", "preset") else None,
+        )
+        told("all rungs, one a step", tour, steps, retreats=rungs)
+        takes = {name: tour.peaks.get(step, math.nan) for step, name in enumerate(["nothing", *rungs], start=2)}
+        print("  takes: " + ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in takes.items()))
+
+        settings: dict[str, Any] = {}
+        for above, rung in zip(takes, rungs):
+            room = takes[rung] + 0.8 * (takes[above] - takes[rung])
+            trial = Trial(
+                card,
+                options(**settings, max_steps=3),
+                folder,
+                before_step=lambda step, room=room: card.cap(room) if step == 2 else None,
+            )
+            told(f"capped at {room / 1e9:.2f} GB: {rung}", trial, 3, retreats=[rung])
+            settings = {"checkpointed_layers": 2 if arguments.dry else LAYERS, **presets.get(rung, {})}
+
+        for name, trial, actions in others(card, options, folder):
+            told(name, trial, 2, actions=actions, retreats=[])
+    failed = [row["name"] for row in rows if row["wrong"]]
+    print(f"{len(rows) - len(failed)} of {len(rows)} went on" + (f"; not: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def others(card: Card, options: Callable[..., Any], folder: Path):
+    """(name, trial, expected actions): where no rung of the ladder is the answer."""
+    again = "trying again with an emptied cache"
+
+    def first_step(original: Any, trainer: EventTrainer, optimizer: Any, step: Any) -> Any:
+        def tight() -> Any:
+            if not tried:
+                tried.append(True)
+                card.tighten(leave=1e6)
+                if isinstance(card, Pretended):
+                    card.run_out()
+            return step()
+
+        tried: list[bool] = []
+        return original(trainer, optimizer, tight)
+
+    def lift(event: dict[str, Any]) -> None:
+        if event["kind"] == "oom" and event["action"] in (again, "evaluating 1 at once"):
+            card.cap(None)
+
+    with hooked(EventTrainer, "_first_optimizer_step", first_step):
+        yield "the optimiser's first step", Trial(card, options(max_steps=2), folder, on_event=lift), [again]
+
+    evaluated = {"eval_data_path": options().train_data_path, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    halves = ["evaluating 2 at once", "evaluating 1 at once"]
+    trial = Trial(card, options(**evaluated), folder, before_evaluation=card.tighten, on_event=lift)
+    if not all(math.isfinite(event["eval_loss"]) for event in trial.of("eval")) or len(trial.of("eval")) != 1:
+        trial.error = trial.error or f"evaluations {trial.of('eval')}"
+    yield "an evaluation", trial, halves
+
+    failed: list[bool] = []
+
+    def save(original: Any, trainer: EventTrainer, *arguments: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            card.run_out()
+        return original(trainer, *arguments)
+
+    with hooked(EventTrainer, "_save_optimizer_and_scheduler", save):
+        trial = Trial(card, options(max_steps=2, save_strategy="steps", save_steps=1), folder)
+    yield "a save", trial, [again]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--work", type=Path, help="folder for 7 GB of checkpoint (default: the temporary one)")
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for step_down.json")
+    arguments = parser.parse_args()
+    arguments.out = Path(arguments.out) if arguments.out else None
+    return run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
