@@ -17,7 +17,6 @@ from remote.connection import Replies, Unreachable, explain_ssh, ssh_command
 from remote.hosts import Host
 from surgvqa.errors import SurgvqaError
 
-SEND_BUFFER = 1 << 20
 FAST_CIPHER = "aes128-gcm@openssh.com"
 
 
@@ -51,7 +50,6 @@ class AgentProcess:
         self.host = host
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._input, theirs = socket.socketpair()  # a pipe would wake the writer at every read
-        self._input.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         with theirs:
             self.process = subprocess.Popen(
                 ssh_command(host, bootstrap(host.entry.python), ciphers),

@@ -28,8 +28,10 @@ from surgvqa.errors import SurgvqaError
 
 FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's files.FRAME
 CHUNK = 2 << 20
-"""Bytes that a broken stream may have to send again, and the unit that streams share a file by."""
-UNACKNOWLEDGED = 6 << 20  # bytes on the way in one stream; OpenSSH's own window is 2 MiB
+"""The unit that streams share a file by, and that a broken stream sends again."""
+SHORT_LINK_S = 0.005  # only the processors count on a link shorter than this
+SHORT_LINK_CHUNK = 8 << 20  # fewer acknowledgements
+UNACKNOWLEDGED = 3  # chunks on the way in one stream; OpenSSH's own window is 2 MiB
 MAX_STREAMS = 16
 GAIN = 1.15  # more streams are kept when they bring at least this
 PROBE_AGAIN_S = 30.0
@@ -44,14 +46,14 @@ class Chunk:
     length: int
 
 
-def chunks_of(item: Item, done: dict[int, list[list[int]]]) -> list[Chunk]:
+def chunks_of(item: Item, done: dict[int, list[list[int]]], largest: int) -> list[Chunk]:
     """What is still to be sent: every file's gaps, in chunks."""
     found = []
     for index, entry in enumerate(item.entries):
         at = 0
         for offset, length in [*sorted(done.get(index, [])), [entry.size, 0]]:
             while at < offset:
-                length_now = min(CHUNK, offset - at)
+                length_now = min(largest, offset - at)
                 found.append(Chunk(index, at, length_now))
                 at += length_now
             at = max(at, offset + length)
@@ -178,18 +180,21 @@ class Transfer:
         self.fixed, self.patience_s = streams, patience_s
         self.on_progress, self.on_file = on_progress, on_file
         self.changed = threading.Condition(threading.RLock())
-        self.queue = Queue(chunks_of(item, done))
+        short = rtt_s < SHORT_LINK_S
+        self.chunk = SHORT_LINK_CHUNK if short else CHUNK
+        self.queue = Queue(chunks_of(item, done, self.chunk))
         self.left, self.total = self.queue.chunks, self.queue.bytes
         self.acknowledged = 0
         self.received = 0
         """Bytes that reached the host, also of chunks that broke."""
         self.resent = 0
         self.fatal: SurgvqaError | None = None
+        self.over = threading.Event()
         self.last_error: SurgvqaError | None = None
         self.streams: list[Stream] = []
         # On a short link only the cipher counts, and a stream keeps a core busy at each end; on a long one, windows and
         # lost packets bound each stream, so it starts with more.
-        self.most = max(2, cores) if rtt_s < 0.005 else MAX_STREAMS
+        self.most = max(2, cores) if short else MAX_STREAMS
         self.wanted = streams or (2 if rtt_s < 0.04 else 8)
         self.history: list[tuple[int, float]] = []
         """(streams, bytes/s) as measured."""
@@ -208,7 +213,7 @@ class Transfer:
                 if not stream.live or stream.retiring or self.fatal or not self.left:
                     return None
                 on_the_way = sum(c.length for c in stream.waiting.values())
-                if self.queue.chunks and on_the_way < UNACKNOWLEDGED:
+                if self.queue.chunks and on_the_way < UNACKNOWLEDGED * self.chunk:
                     chunk = self.queue.take(stream.file, {s.file for s in self.streams if s is not stream})
                     stream.file = chunk.index
                     stream.waiting[chunk.index, chunk.offset] = chunk
@@ -217,6 +222,8 @@ class Transfer:
 
     def acknowledge(self, chunk: Chunk) -> None:
         self.left -= 1
+        if not self.left:
+            self.over.set()
         self.acknowledged += chunk.length
         self._arrived[chunk.index][chunk.offset] = chunk.length
         if self._advance(chunk.index):
@@ -236,6 +243,7 @@ class Transfer:
         """Ends the transfer for good; the first reason counts."""
         with self.changed:
             self.fatal = self.fatal or error
+            self.over.set()
             self.changed.notify_all()
 
     def _advance(self, index: int) -> bool:
@@ -286,9 +294,7 @@ class Transfer:
                     tuner.look(now)
                 if self.on_progress:
                     self.on_progress(self)
-                with self.changed:
-                    if self.left:
-                        self.changed.wait(0.1)
+                self.over.wait(0.1)
             if self.on_progress:
                 self.on_progress(self)
         finally:
