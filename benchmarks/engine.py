@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def write_data(folder: Path, like: Path, count: int, size: tuple[int, int]) -> N
 def surgvqa(*arguments: str, cwd: Path) -> dict[str, Any]:
     """Runs a command; its JSON, its wall time, when each phase began and the fullest moment of it."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "surgvqa", *arguments, "--json"], cwd=cwd, stdout=subprocess.PIPE)
+    program = [sys.executable, "-m", "surgvqa", *arguments, "--json"]
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(program, cwd=cwd, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})
     if not done.stdout.strip() or done.returncode:
         raise SystemExit(f"surgvqa {' '.join(arguments)}: exit code {done.returncode}")
     answer = json.loads(done.stdout)

@@ -10,6 +10,8 @@ from tui.report import MUTED
 
 SPARKS = "▁▂▃▄▅▆▇█"
 PERCENT_WIDTH = 8
+STARVED = 0.1
+"""Share of a training step spent waiting for data, from which a small terminal says it instead of the rate."""
 
 
 def facts(follower: Follower, width: int, resumable: bool) -> Content:
@@ -47,7 +49,8 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     if follower.active:
         head = Content.assemble(head, "  ", phase(follower, max(8, width - head.cell_length - 2)))
     rate = model.learning_rate.last()
-    figures = [count, pace(follower), waiting(follower), time_left(follower), "" if rate is None else f"lr {rate:.2e}"]
+    last = waiting(follower, least=STARVED) or ("" if rate is None else f"lr {rate:.2e}")
+    figures = [count, pace(follower), time_left(follower), last]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
     return report.lines(head, second, *ending(follower, resumable)[:1])
 
@@ -105,10 +108,10 @@ def pace(follower: Follower) -> str:
     return ""
 
 
-def waiting(follower: Follower) -> str:
-    """How much of the last training step went by waiting for data; a GPU that waits much is starved."""
+def waiting(follower: Follower, least: float = 0.0) -> str:
+    """The share of the last training step that went by waiting for data, when it is at least `least`."""
     share = follower.model.metric.get("data_wait")
-    return "" if share is None else f"{100 * share:.0f} % waiting for data"
+    return "" if share is None or share < least else f"{100 * share:.0f} % waiting for data"
 
 
 def phase(follower: Follower, width: int) -> Content:
