@@ -41,6 +41,8 @@ class Trained:
     run: str | None = None
     preset: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
+    cwd: str = ""
+    """Where it ran: on a GPU host, the workspace there."""
 
     def document(self) -> dict[str, Any]:
         """What surgvqa.json holds."""
@@ -49,6 +51,7 @@ class Trained:
             "run": self.run,
             "base_model": self.options.get("model_name_or_path"),
             "output_dir": str(self.folder),
+            "cwd": self.cwd,
             "options": self.options,
             "extra": self.extra,
             "preset": self.preset,
@@ -60,7 +63,7 @@ def record_of(options: TrainOptions, output_dir: Path, run: runs.Run) -> Trained
     values = {name: getattr(options, name) for name in settings_of(TrainOptions) if name != "resume"}
     values = _absolute(values | {"output_dir": str(output_dir)}, Path.cwd())
     preset = runs.read_run_json(run.folder).get("preset")
-    return Trained(output_dir, values, run.id, preset, getattr(options, "extra", {}))
+    return Trained(output_dir, values, run.id, preset, getattr(options, "extra", {}), str(Path.cwd()))
 
 
 def read(folder: Path) -> Trained | None:
@@ -72,7 +75,8 @@ def read(folder: Path) -> Trained | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / RECORD}: not a record of training ({error}); delete it to go on without") from None
-    return Trained(folder, options, document.get("run"), document.get("preset"), document.get("extra") or {})
+    extra, cwd = document.get("extra") or {}, document.get("cwd") or ""
+    return Trained(folder, options, document.get("run"), document.get("preset"), extra, cwd)
 
 
 def find(name: str, workspace: Workspace) -> Trained:
@@ -82,7 +86,9 @@ def find(name: str, workspace: Workspace) -> Trained:
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "run.json").is_file():
-        return read(folder) or Trained(folder, {})
+        written = read(folder) or Trained(folder, {})
+        written.options = _brought_here(written.options, written.cwd, workspace)
+        return written
     if not folder.exists() and (folder.is_absolute() or os.sep in name):
         raise UsageError(f"{name}: no such folder; expected an adapter or checkpoint folder, or a run id")
     if name == "last":
@@ -101,6 +107,7 @@ def find(name: str, workspace: Workspace) -> Trained:
     extra = {key: str(row.get("value")) for key, row in record.items() if key not in known}
     options = _absolute(options, Path(info.get("cwd") or "."))
     options["output_dir"] = options.get("output_dir") or str(run / "checkpoints")
+    options = _brought_here(options, info.get("cwd") or "", workspace)
     folder, preset = Path(options["output_dir"]), info.get("preset")
     written = read(folder)
     if written:
@@ -137,6 +144,17 @@ def _absolute(options: dict[str, Any], base: Path) -> dict[str, Any]:
         key: os.path.abspath(base / value) if value and key in known and known[key].type is Path_ else value
         for key, value in options.items()
     }
+
+
+def _brought_here(options: dict[str, Any], cwd: str, workspace: Workspace) -> dict[str, Any]:
+    """Options of a run that was fetched from a GPU host: what it had in its workspace and this one has too, is here."""
+    known, moved = settings_of(TrainOptions), {}
+    for key, value in options.items():
+        if cwd and value and key in known and known[key].type is Path_ and not os.path.lexists(value):
+            with contextlib.suppress(ValueError):
+                here = workspace.root / Path(value).relative_to(cwd)
+                moved |= {key: str(here)} if here.exists() else {}
+    return options | moved
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -344,5 +344,20 @@ def stub_train(laptop: Laptop) -> None:
     (laptop.there / "train.jsonl").write_text("")
 
 
+def venv_there(laptop: Laptop, without: tuple[str, ...] = ()) -> Path:
+    """A venv in the host's workspace that sees this interpreter's packages, so that setup downloads nothing; returns
+    its site-packages. `without`: the packages whose names begin so are not seen."""
+    laptop.host(python=sys.executable)
+    packages = laptop.root / "packages"
+    packages.mkdir()
+    for entry in Path(next(p for p in sys.path if p.endswith("site-packages"))).iterdir():
+        if not entry.name.startswith((*without, "surgvqa", "_surgvqa")):  # ours is what setup installs
+            (packages / entry.name).symlink_to(entry)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", laptop.there / "venv"], check=True)
+    site = next((laptop.there / "venv" / "lib").glob("python3*/site-packages"))
+    (site / "zz.pth").write_text(f"import sys; sys.path.append({str(packages)!r})\n")
+    return site
+
+
 TRAIN = ("train", "--model_name_or_path", "merged", "--train_data_path", "train.jsonl", "--frames_dir", "frames",
          "--audio_dir", "audio")  # fmt: skip

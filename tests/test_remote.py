@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sshd import TRAIN, Relay, Sshd, free_port, laptop, stub_train  # noqa: F401
+from sshd import TRAIN, Relay, Sshd, free_port, laptop, stub_train, venv_there  # noqa: F401
 
 from remote import hosts, jobs
 from remote import setup as setup_room
@@ -200,15 +200,7 @@ def test_a_wrong_hosts_toml_is_named(tmp_path, text, said):
 
 def test_setup_installs_our_wheel_and_notices_skew(laptop):  # noqa: F811
     """The venv sees this interpreter's packages, so that nothing is downloaded; our own wheel is installed for real."""
-    laptop.host(python=sys.executable)
-    packages = laptop.root / "packages"
-    packages.mkdir()
-    for entry in Path(next(p for p in sys.path if p.endswith("site-packages"))).iterdir():
-        if not entry.name.startswith(("torch", "transformers")):  # importing them is not what is tested here
-            (packages / entry.name).symlink_to(entry)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", laptop.there / "venv"], check=True)
-    site = next((laptop.there / "venv" / "lib").glob("python3*/site-packages"))
-    (site / "zz.pth").write_text(f"import sys; sys.path.append({str(packages)!r})\n")
+    site = venv_there(laptop, without=("torch", "transformers"))  # importing them is not what is tested here
     first = laptop.json("setup", "gpuhost", "--extra", "")
     assert first["changed"] and (site / "surgvqa" / "supervisor.py").is_file() and (site / "remote" / "agent").is_dir()
     again = laptop.json("setup", "gpuhost", "--extra", "")
