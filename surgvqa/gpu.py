@@ -56,6 +56,7 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
     `device_index` is NVML's; `uuid` (torch.cuda.get_device_properties(i).uuid), when given, wins over it, because
     CUDA_VISIBLE_DEVICES renumbers what torch sees. None for both: a process that runs on the CPU.
     In a container NVML shows the host's process ids, so that our own memory there is unknown and absent.
+    Further GPUs of the machine are in `other_gpus`: index, name, used_bytes, total_bytes, processes.
     """
     devices = [] if device_index is None and uuid is None else sample_devices()
     if not devices:
@@ -77,8 +78,21 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
                 temperature_c=device.get("temperature_c"),
                 power_w=device.get("power_w"),
                 others=[p for p in device.get("processes", []) if p["pid"] != os.getpid()] if own else None,
+                other_gpus=[_short(other) for other in devices if other is not device] or None,
             )
     return _known(device=device_index, backend="cuda")  # NVML hides it; torch's own figures are all there is
+
+
+def _short(device: dict[str, Any]) -> dict[str, Any]:
+    """Of a GPU beside the run's own."""
+    mig = f".{device['mig_index']}" if "mig_index" in device else ""
+    return _known(
+        index=f"{device['index']}{mig}",
+        name=device.get("name"),
+        used_bytes=device.get("memory_used_bytes"),
+        total_bytes=device.get("memory_total_bytes"),
+        processes=device.get("processes"),
+    )
 
 
 def _known(**fields: Any) -> dict[str, Any]:

@@ -111,6 +111,12 @@ class Prediction:
             f"{f', compiled, {self.kept} kept' if c.compiled else ''}"
         )
 
+    @property
+    def peak_table(self) -> dict[str, int]:
+        """{component: bytes at the peak} of what is allocated, for a run's events."""
+        listed = [c for c in self.components if c.group not in ("reserved", "driver") and round(c.bytes)]
+        return {c.name: round(c.bytes) for c in listed}
+
     def fits(self, budget_gb: float) -> bool:
         return self.predicted_peak_gb <= budget_gb
 

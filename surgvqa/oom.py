@@ -166,10 +166,13 @@ class StepDown:
         self.record.options |= retreat.settings
         self.record.preset = retreat.preset or self.record.preset
         write_json_atomic(self.record.folder / trained.RECORD, self.record.document())
+        recomputing = retreat.settings.get("checkpointed_layers", self.recomputing)
+        now = changed(self.options, checkpointed_layers=recomputing)
+        predicted = self.forecast.of(now).peak_table if self.forecast else None
         if retreat.preset:
-            self.run.emit("preset", name=retreat.preset, settings=retreat.settings, step=lack.step)
+            self.run.emit("preset", name=retreat.preset, settings=retreat.settings, step=lack.step, predicted=predicted)
         else:
-            self.run.emit("retreat", settings=retreat.settings, step=lack.step)
+            self.run.emit("retreat", settings=retreat.settings, step=lack.step, predicted=predicted)
         if "checkpointed_layers" in retreat.settings:
             self.recomputing = layers.checkpoint_layers(self.model, retreat.settings["checkpointed_layers"])
         if retreat.settings.keys() & set(SHOWN):

@@ -17,11 +17,12 @@ Event kinds and their fields:
                                                     (compiled layers: graphs, recompiles, … of the process so far)
     eval        step, eval_loss, …
     gpu         device, backend ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
-                total_bytes, utilization_percent, temperature_c, power_w      (what is unknown is absent)
+                total_bytes, utilization_percent, temperature_c, power_w, others (processes), other_gpus
+                                                    (what is unknown is absent)
     checkpoint  step, path
-    preset      name, settings, step
+    preset      name, settings, step, predicted     (predicted: bytes of each component at the peak, from now on)
     oom         step, phase, text, requested_bytes, allocated_bytes, reserved_bytes, memory, predicted, action, …
-    retreat     step, settings                      (memory for time: nothing that the model sees changes)
+    retreat     step, settings, predicted           (memory for time: nothing that the model sees changes)
     memory      phase, peak_allocated_bytes, peak_reserved_bytes, budget_gb  (a phase that is over)
     warning     text
     error       text

@@ -347,6 +347,7 @@ def _announce_plan(
         checkpointed_layers=fit.recomputing,
         layers=fit.layers,
         predicted_peak_gb=peak,
+        predicted=fit.prediction.peak_table if fit.prediction else None,
         budget_gb=options.budget_gb,
     )
 

@@ -88,7 +88,7 @@ def test_every_figure_may_be_missing(nvml, monkeypatch):
         if name.startswith("nvmlDeviceGet") and name not in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
             monkeypatch.setattr(pynvml, name, unsupported)
     assert gpu.sample_devices() == [{"index": 0}, {"index": 1}]
-    assert gpu.sample_process(1) == {"device": 1, "backend": "cuda"}
+    assert gpu.sample_process(1) == {"device": 1, "backend": "cuda", "other_gpus": [{"index": "0"}]}
 
 
 def test_processes_that_this_user_may_not_see_are_absent_not_empty(nvml, monkeypatch):
@@ -138,6 +138,16 @@ def test_the_process_is_found_by_uuid_when_cuda_renumbers_the_cards(nvml):
     assert sample["device"] == 1
     assert sample["process_bytes"] == 29_000_000_000
     assert sample["others"] == [{"pid": 2**22 + 7}]
+
+
+def test_the_other_gpus_of_the_machine_and_who_holds_them(nvml, monkeypatch):
+    sample = gpu.sample_process(0)
+    assert [p["pid"] for p in sample["others"]] == [2**22 + 7]
+    (other,) = sample["other_gpus"]
+    assert (other["index"], other["used_bytes"], other["total_bytes"]) == ("1", 30_200_000_000, 85_000_000_000)
+    assert len(other["processes"]) == 2
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 1)
+    assert "other_gpus" not in gpu.sample_process(0)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,39 @@ async def test_a_failed_run_shows_its_error(root):
         await settle(pilot, lambda: "train.jsonl:17: no field video_id" in text(app, "#facts"))
 
 
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_gauge_names_every_gpu_and_who_holds_it(root, size):
+    """What a run on the first of three GPUs writes, its prediction too."""
+    run = runs.Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))
+    run.emit(
+        "phase", name="plan", text="…", predicted={"language model": 13e9, "kept": 9e9, "a": 2e9, "b": 1e9, "c": 1}
+    )
+    run.emit(
+        "gpu", device=0, backend="cuda", name="NVIDIA H100", process_bytes=26.9e9, peak_bytes=28.1e9, total_bytes=85e9,
+        others=[{"pid": 77, "used_bytes": 3.3e9, "name": "jupyter-lab"}],
+        other_gpus=[
+            {"index": "1", "used_bytes": 71e9, "total_bytes": 85e9, "processes": [{"pid": 5, "name": "vllm"}]},
+            {"index": "2.1"},
+        ],
+    )  # fmt: skip
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: "GPU 2.1" in text(app, "#gauge"))
+        drawn = text(app, "#gauge")
+        lines = drawn.splitlines()
+        assert max(map(len, lines)) <= app.screen.query_one("#gauge").size.width
+        assert "26.9 GB of 28.5 GB budget" in drawn and "headroom 0.4 GB" in drawn and "memory unknown" in drawn
+        (first,) = [line for line in lines if line.startswith("GPU 1 ")]
+        assert first.count("█") > 4 * first.count("━") > 0 and "71.0 GB of 85.0 GB" in first
+        wide = size[0] >= 120
+        for words in ("others: jupyter-lab 3.3 GB", "vllm", "predicted peak 25.0 GB", "language model", "the rest"):
+            assert (words in drawn) == wide
+        live = next(line for line in lines if "█" in line)
+        assert 0.85 < live.count("█") / live.index("┃") < 1  # used, then peak or budget
+
+
 async def test_one_key_goes_on_as_an_out_of_memory_error_proposes(root, monkeypatch):
     run = training(root)
     run.emit("oom", step=30, phase="evaluate", text="tried to allocate", next_preset="small",

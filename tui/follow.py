@@ -110,6 +110,8 @@ class RunModel:
         self.learning_rate = Series("learning rate", "chart--rate")
         self.marks: list[Mark] = []
         self.devices: dict[str, Device] = {}
+        self.predicted: dict[str, float] = {}
+        """Bytes of each component at the predicted peak, as the run goes now."""
         self.checkpoints: list[str] = []
         self.preset: str | None = self.info.get("preset")
         self.warnings: list[str] = []
@@ -194,6 +196,7 @@ class RunModel:
 
     def _on_phase(self, event: dict[str, Any]) -> None:
         self.phase, self.phase_text = str(event.get("name", "")), str(event.get("text", ""))
+        self.predicted = event.get("predicted") or self.predicted
         if self.phase == "upload":
             item = self.phase_text.rpartition(": ")[0]
             self.items[item] = Progress(item)
@@ -244,8 +247,12 @@ class RunModel:
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
         self.checkpoints.append(str(event.get("path", "")))
 
+    def _on_retreat(self, event: dict[str, Any]) -> None:
+        self.predicted = event.get("predicted") or {}
+
     def _on_preset(self, event: dict[str, Any]) -> None:
         self.preset = event.get("name")
+        self.predicted = event.get("predicted") or {}
         if self.step:
             self.marks.append(Mark(self.step, str(event.get("name", "preset"))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ class Part:
     bytes: float
 
 
+PREDICTED = 3
+"""Components of the prediction that the gauge names; the smaller ones are shown together."""
 PART_STYLES = ("#4f9dde", "#57c7b6", "#c49ae8", "#e8b85c", "#7fbf6a", "#e07f7f", "#8aa0b8", "#d88fc0")
 
 
@@ -33,7 +36,9 @@ def level_style(used: float, budget: float) -> str:
     return "$warning" if used > CLOSE * budget else "$success"
 
 
-def memory_bar(width: int, parts: list[tuple[float, str]], scale: float, budget: float, peak: float = 0.0) -> Content:
+def memory_bar(
+    width: int, parts: list[tuple[float, str]], scale: float, budget: float | None = None, peak: float = 0.0
+) -> Content:
     """`parts` (bytes, style) stacked on a track of `scale` bytes; a tick at the peak and a line at the budget."""
     cells: list[tuple[str, str]] = [("━", "$panel-lighten-2")] * width
     at = 0.0
@@ -46,7 +51,8 @@ def memory_bar(width: int, parts: list[tuple[float, str]], scale: float, budget:
     peak_cell = min(width - 1, int(peak / scale * width))
     if peak > at and cells[peak_cell][0] == "━":
         cells[peak_cell] = ("┃", "$muted")
-    cells[min(width - 1, int(budget / scale * width))] = ("┃", BUDGET_STYLE)
+    if budget is not None:
+        cells[min(width - 1, int(budget / scale * width))] = ("┃", BUDGET_STYLE)
     return Content.assemble(*cells)
 
 
@@ -56,12 +62,21 @@ class Gauge(Pane):
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.devices: dict[str, Device] = {}
+        self.predicted: list[Part] = []
         self.budget = 0.0
         self.compact = False
 
-    def show_devices(self, devices: dict[str, Device], budget_bytes: float, compact: bool = False) -> None:
-        """New samples; drawn at the width that the widget has; `compact` takes two lines a device."""
+    def show_devices(
+        self,
+        devices: dict[str, Device],
+        budget_bytes: float,
+        predicted: dict[str, float] | None = None,
+        compact: bool = False,
+    ) -> None:
+        """New samples, and the components of the predicted peak in bytes; drawn at the width that the widget has.
+        `compact` takes two lines for the run's own device and one for each other."""
         self.devices, self.budget, self.compact = devices, budget_bytes, compact
+        self.predicted = largest((Part(name, nbytes) for name, nbytes in (predicted or {}).items()), PREDICTED)
         self.show(self._content())
 
     def on_resize(self) -> None:
@@ -78,7 +93,7 @@ class Gauge(Pane):
         sample, used = device.sample, device.used_bytes
         total = float(sample.get("total_bytes") or 0)
         budget = self.budget or total or used or 1.0
-        scale = max(total, budget * 1.05, used)
+        scale = max(budget * 1.08, used, device.peak_bytes) if self.budget else max(total, used, 1.0)
         bar = memory_bar(width, [(used, level_style(used, budget))], scale, budget, device.peak_bytes)
         title = Content.assemble((device_title(name, sample), "bold"))
         now = Content.assemble(
@@ -88,9 +103,10 @@ class Gauge(Pane):
         room = (f"headroom {words.gb(headroom)}", "") if headroom >= 0 else (f"over by {words.gb(-headroom)}", "$error")
         rest = Content.assemble((f"peak {words.gb(device.peak_bytes)} · ", "$muted"), room)
         dot = Content.assemble((" · ", "$muted"))
+        further = [self._further(gpu, width) for gpu in sample.get("other_gpus") or []]
         if self.compact:
             short = Content.assemble(("no GPU: host memory" if device.is_host else f"GPU {name}", "bold"))
-            return Content("\n").join([dot.join([short, now, rest]), bar])
+            return Content("\n").join([dot.join([short, now, rest]), bar, *(lines[0] for lines in further)])
         facts = [
             f"{sample[key]:.0f}{unit}"
             for key, unit in (("utilization_percent", " %"), ("temperature_c", " °C"), ("power_w", " W"))
@@ -99,11 +115,42 @@ class Gauge(Pane):
         lines = [title, bar, now, rest]
         if facts:
             lines.insert(1, Content.assemble(("  ".join(facts), "$muted")))
-        others = [p for p in sample.get("others") or [] if p.get("used_bytes")]
-        if others:
-            named = ", ".join(f"{p.get('name', p.get('pid'))} {words.gb(p['used_bytes'])}" for p in others)
-            lines.append(Content.assemble((f"others here: {named}", "$warning")))
+        if sample.get("others"):
+            lines.append(Content.assemble((words.clip(f"others: {processes(sample['others'])}", width), "$warning")))
+        lines += [line for gpu in further for line in gpu]
+        if self.predicted:
+            peak = sum(part.bytes for part in self.predicted)
+            lines.append(Content.assemble(("predicted peak ", "$muted"), (words.gb(peak), "bold")))
+            shares = [(part.bytes, PART_STYLES[i]) for i, part in enumerate(self.predicted)]
+            lines += [memory_bar(width, shares, scale, budget), predicted_legend(self.predicted, width)]
         return Content("\n").join(lines)
+
+    def _further(self, gpu: dict[str, Any], width: int) -> list[Content]:
+        """A GPU that the run does not use: a line with a bar, and one for who does."""
+        used, total = float(gpu.get("used_bytes") or 0), float(gpu.get("total_bytes") or 0)
+        title = f"GPU {gpu.get('index')} "
+        figure = f" {words.gb(used)} of {words.gb(total)}" if total else " memory unknown"
+        cells = max(4, min(40, width - len(title) - len(figure)))
+        bar = memory_bar(cells, [(used, "$muted")], total or 1.0)
+        listed = processes(gpu.get("processes") or [])
+        whose = [Content.assemble((words.clip(f"  {listed}", width), "$muted"))] if listed else []
+        return [Content.assemble(title, bar, (figure, "$muted")), *whose]
+
+
+def largest(parts: Iterable[Part], count: int) -> list[Part]:
+    """The `count` largest parts, and all others as one."""
+    listed = sorted(parts, key=lambda part: -part.bytes)
+    rest = sum(part.bytes for part in listed[count:])
+    return listed[:count] + ([Part("the rest", rest)] if rest else [])
+
+
+def processes(listed: list[dict[str, Any]]) -> str:
+    """Who holds memory on a GPU: names and sizes, as far as they are known."""
+    return ", ".join(
+        f"{p.get('name') or 'pid {}'.format(p.get('pid'))}"
+        + (f" {words.gb(p['used_bytes'])}" if p.get("used_bytes") else "")
+        for p in listed
+    )
 
 
 def device_title(name: str, sample: dict[str, Any]) -> str:

@@ -271,7 +271,7 @@ class MonitorScreen(PanelScreen):
         has_budget = isinstance(budget, (int, float))
         compact = self.app.size.width < WIDE
         self.query_one(Gauge).show_devices(
-            follower.model.devices, float(budget) * words.GB if has_budget else 0.0, compact
+            follower.model.devices, float(budget) * words.GB if has_budget else 0.0, follower.model.predicted, compact
         )
 
     def show_log(self, lines: list[str]) -> None:

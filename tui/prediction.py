@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 from surgvqa import memory
 from surgvqa.errors import SurgvqaError
-from tui.gauge import Part
+from tui.gauge import Part, largest
 from tui.settings import Settings
 from tui.words import GB
 
-PEAK_GROUPS = ("weights", "training", "activations")
 SHOWN = 7  # parts with a colour of their own; the smaller ones are shown together
 
 
@@ -44,7 +43,4 @@ def _predict(settings: Settings, preset: str) -> Prediction:
 
 def parts(found: memory.Prediction) -> list[Part]:
     """The components of the peak, largest first; what is small goes together."""
-    listed = [Part(c.name, c.bytes) for c in found.components if c.group in PEAK_GROUPS and c.bytes > 0]
-    listed.sort(key=lambda part: -part.bytes)
-    rest = sum(part.bytes for part in listed[SHOWN:])
-    return listed[:SHOWN] + ([Part("the rest", rest)] if rest else [])
+    return largest((Part(name, nbytes) for name, nbytes in found.peak_table.items()), SHOWN)
