@@ -177,7 +177,7 @@ class Link:
 
     # --- from any thread ---------------------------------------------------------------------------------------------
 
-    def ask(self, op: str, params: dict[str, Any], patient: bool = False) -> Exchange:
+    def request(self, op: str, params: dict[str, Any], patient: bool = False) -> Exchange:
         """Hands in a request. Raises Unreachable when there is no connection, unless it is `patient`."""
         if self._ended:
             raise Detached(f"{self.name}: the link was ended")
@@ -195,7 +195,7 @@ class Link:
 
     def stream(self, op: str, patient: bool = False, **params: Any) -> Iterator[dict[str, Any]]:
         """The agent's messages as they come; raises what it answers as an error."""
-        exchange = self.ask(op, params, patient)
+        exchange = self.request(op, params, patient)
         try:
             yield from exchange
         finally:
@@ -207,6 +207,9 @@ class Link:
         for message in self.stream(op, patient, **params):
             answer = message
         return answer
+
+    ask = call
+    """A `Remote` keeps an agent for such questions; here each has a channel of its own, and none waits for another."""
 
     def probe(self) -> None:
         """Looks anew at what the host has."""
@@ -381,7 +384,7 @@ class Port:
 
     def stream(self, op: str, **params: Any) -> Iterator[dict[str, Any]]:
         """As `Link.stream`; raises Detached after `detach`."""
-        exchange = self.link.ask(op, params, patient=True)
+        exchange = self.link.request(op, params, patient=True)
         self._asked.add(exchange)
         try:
             if self._closed:
