@@ -16,8 +16,7 @@ Everything is written to `<output>.partial`; `<output>` appears at the end by on
   then of the manifest); whatever else is there is redone.
 - At the end the manifest becomes the report (`merge_report.json`), and the folder is renamed.
 
-Speed: worker threads read, compute and write blocks of about 2 MB; the main thread hashes the finished blocks in the
-order of the file while the next are in the making; a thread of its own pushes written data to the disk.
+`shard_writer` makes the shards themselves.
 """
 
 from __future__ import annotations
@@ -27,25 +26,21 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import shutil
-import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from surgvqa.checkpoint import INDEX_FILE, usable_cores
+from surgvqa.console import counted, human_bytes
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs import Run, write_json_atomic
-from surgvqa.shards import BLOCK_BYTES, Shard, Source, index_of, tensor_bytes
+from surgvqa.shard_writer import ShardWriter
+from surgvqa.shards import BLOCK_BYTES, Shard, index_of
 
 MANIFEST_FILE = "surgvqa_manifest.json"
-WRITE_BYTES = 1 << 20  # the kernel takes twice the time per byte for larger writes (ext4, Linux 6.18)
-SYNC_BYTES = 64 << 20  # written data is pushed to the disk in portions of this size
 MAX_WORKERS = 8  # more threads than this wait for the disk
 
 
@@ -282,7 +277,7 @@ class Writer:
         shards = [s for s in self.job.shards if s.file in claimed]
         total, done = sum(s.nbytes for s in shards), 0
         if shards:
-            self.run.phase("verify", f"{len(shards)} shards from an earlier try")
+            self.run.phase("verify", f"{counted(len(shards), 'shard')} from an earlier try")
 
         def count(n: int) -> None:
             nonlocal done
@@ -303,7 +298,7 @@ class Writer:
         free = free_bytes(self.job.partial)
         if needed > free:
             raise SurgvqaError(
-                f"{self.job.output}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                f"{self.job.output}: needs {human_bytes(needed)}, {human_bytes(free)} are free; "
                 "free some or name a folder on another disk"
             )
 
@@ -318,7 +313,7 @@ class Writer:
         """Writes every shard that is not there yet. SurgvqaError names a full disk and what is kept."""
         todo = [s for s in self.job.shards if s.file not in self.reused]
         try:
-            _Pipeline(self, todo).run()
+            ShardWriter(self.job.partial, todo, self.workers, self.run, self.shard_done).run()
         except OSError as error:
             raise self._explain(error) from error
         except KeyboardInterrupt:
@@ -371,142 +366,3 @@ def _write_synced(file: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-@dataclass
-class _Output:
-    """A shard file while it is written."""
-
-    shard: Shard
-    fd: int
-    digest: Any
-    hashed: int = 0
-    unsynced: int = 0
-
-
-@dataclass(slots=True)
-class _Block:
-    """A piece of a tensor on its way."""
-
-    output: _Output
-    ends: Source | None
-    """The tensor, when this is its last piece."""
-    future: Future
-    buffer: mmap.mmap
-    length: int
-
-
-class _Pipeline:
-    """Blocks through worker threads (read, compute, write), hashed in order by the calling thread."""
-
-    def __init__(self, writer: Writer, shards: list[Shard]):
-        self.writer, self.run_, self.shards = writer, writer.run, shards
-        self.done = 0
-        self.total = sum(s.nbytes for s in shards)
-        self.seconds = {"hash": 0.0, "wait": 0.0}
-
-    def run(self) -> None:
-        depth = 4 * self.writer.workers + 4  # enough that a worker that the system puts aside holds nobody up
-        pending: deque[_Block] = deque()
-        syncs: list[Future] = []
-        free: list[mmap.mmap] = []
-        outputs: list[_Output] = []
-        pool = ThreadPoolExecutor(self.writer.workers, "merge")
-        disk = ThreadPoolExecutor(1, "fsync")
-        try:
-            for shard in self.shards:
-                output = self._begin(shard)
-                outputs.append(output)
-                _pwrite_all(output.fd, memoryview(shard.head), 0)
-                position = len(shard.head)
-                for source in shard.sources:
-                    for start, length in source.blocks():
-                        while len(pending) >= depth:
-                            self._collect(pending, free, syncs, disk)
-                        buffer = self._buffer(free, length)
-                        future = pool.submit(_make, source, start, length, buffer, output.fd, position + start)
-                        last = start + length == tensor_bytes(source)
-                        pending.append(_Block(output, source if last else None, future, buffer, length))
-                    position += tensor_bytes(source)
-            while pending:
-                self._collect(pending, free, syncs, disk)
-            for future in syncs:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            disk.shutdown(cancel_futures=True)
-            for output in outputs:
-                if output.fd >= 0:
-                    os.close(output.fd)
-
-    def _begin(self, shard: Shard) -> _Output:
-        file = self.writer.job.partial / f"{shard.file}.writing"
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self.done += len(shard.head)
-        return _Output(shard, fd, hashlib.sha256(shard.head), hashed=len(shard.head))
-
-    @staticmethod
-    def _buffer(free: list[mmap.mmap], length: int) -> mmap.mmap:
-        for i, buffer in enumerate(free):
-            if len(buffer) >= length:
-                return free.pop(i)
-        return mmap.mmap(-1, max(length, BLOCK_BYTES))
-
-    def _collect(self, pending: deque, free: list[mmap.mmap], syncs: list[Future], disk: ThreadPoolExecutor) -> None:
-        """Takes the oldest block: hashes it, and ends its shard when it was the last."""
-        block = pending.popleft()
-        output, buffer, length = block.output, block.buffer, block.length
-        began = time.perf_counter()
-        block.future.result()
-        waited = time.perf_counter()
-        with memoryview(buffer) as view:
-            output.digest.update(view[:length])
-        self.seconds["wait"] += waited - began
-        self.seconds["hash"] += time.perf_counter() - waited
-        if len(buffer) <= BLOCK_BYTES:
-            free.append(buffer)
-        else:
-            buffer.close()
-        if block.ends:
-            block.ends.close()
-        output.hashed += length
-        output.unsynced += length
-        self.done += length
-        shard = output.shard
-        self.run_.progress(
-            "merge",
-            self.done,
-            self.total,
-            "bytes",
-            shard=shard.file,
-            shard_done=output.hashed,
-            shard_total=shard.nbytes,
-        )
-        for finished in [s for s in syncs if s.done()]:
-            finished.result()  # a full disk shows here at the latest
-            syncs.remove(finished)
-        if output.hashed == shard.nbytes:
-            syncs.append(disk.submit(self._end, output))
-        elif output.unsynced >= SYNC_BYTES:
-            output.unsynced = 0
-            syncs.append(disk.submit(os.fdatasync, output.fd))
-
-    def _end(self, output: _Output) -> None:
-        os.fsync(output.fd)
-        partial, name = self.writer.job.partial, output.shard.file
-        os.rename(partial / f"{name}.writing", partial / name)
-        os.close(output.fd)
-        output.fd = -1
-        self.writer.shard_done(output.shard, output.digest.hexdigest())
-
-
-def _make(source: Source, start: int, length: int, buffer: mmap.mmap, fd: int, position: int) -> None:
-    with memoryview(buffer) as whole, whole[:length] as view:
-        source.fill(start, view)
-        _pwrite_all(fd, view, position)
-
-
-def _pwrite_all(fd: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done : done + WRITE_BYTES], position + done)

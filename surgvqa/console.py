@@ -32,6 +32,11 @@ def amount(done: float, unit: str) -> str:
     return human_bytes(int(done)) if unit == "bytes" else f"{done:,.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2 shards."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
     """A bar in eighths of a cell; with `alarm` it turns yellow from 85 % and red from 100 %. Above 100 % it is full."""
     eighths = round(min(max(fraction, 0.0), 1.0) * width * 8)

@@ -10,11 +10,13 @@ rounding; for an F16 base two, as PEFT's `merge_and_unload().to(bfloat16)` does)
 
 A plain LoRA block is made in tiles that stay in the processor's cache: product, casts and sum touch memory once.
 Tiles are near-equal and never thin: BLAS takes other paths, with other roundings, for a handful of rows.
-A scale that is a power of two is folded into B beforehand, which is exact.
+A scale that is a power of two is folded into B beforehand, which is exact. Then W + BA is one call to BLAS, if this one
+adds W as we would: to the finished product, in one rounding (`adds_last` tries it).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -34,8 +36,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TILE_ROWS, TILE_NUMEL = 128, 1 << 18  # a float32 tile of this size is 1 MB
-SAMPLED_TILES = 8  # rounding loss is measured on one tile in this many
+TILE_ROWS, TILE_NUMEL = 512, 1 << 20  # smaller ones fit nearer caches, but cost more calls and a slower product
+SAMPLED_ROWS = 8  # rounding loss is measured on one row in this many
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ def _read_rows(info: TensorInfo, files: Files, first: int, count: int) -> torch.
     return torch.frombuffer(raw, dtype=dtype)
 
 
+def _product_norm2(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖BA‖² without the product: the sum of BᵀB ∘ AAᵀ, which are only [r, r]."""
+    return float(((b.t() @ b).double() * (a @ a.t()).double()).sum().clamp_min(0))
+
+
 def _norm(value: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
@@ -187,6 +194,18 @@ class AddedBias(_Rows):
         return {"what": "bias"}
 
 
+@functools.cache
+def adds_last(rows: int, rank: int, columns: int, width: int) -> bool:
+    """Whether BLAS makes W + BA for `columns` of A's `width` as two steps would: the product, then the sum.
+
+    Tried on noise, once for each shape of tile.
+    """
+    noise = torch.Generator().manual_seed(0)
+    w, b, a = (torch.rand(shape, generator=noise) for shape in ((rows, columns), (rows, rank), (rank, width)))
+    a = a[:, :columns]
+    return torch.equal(w.clone().addmm_(b, a), w + b @ a)
+
+
 _local = threading.local()
 
 
@@ -211,7 +230,7 @@ class Merged(_Rows):
         self.whole = lora.magnitude is not None and self.transposed  # its norms run down the columns
         self._lock = threading.Lock()
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._sums = {"delta2": 0.0, "w2": 0.0, "error2": 0.0, "sampled_delta2": 0.0}
+        self._sums = {"delta2": 0.0, "w2": 0.0, "error2": 0.0, "sampled": 0.0}
 
     # -- factors
 
@@ -224,6 +243,8 @@ class Merged(_Rows):
                 if self.folded:
                     b = b * self.lora.scale
                 self._factors = a, b
+                if self.lora.magnitude is None:
+                    self._sums["delta2"] = _product_norm2(a, b) * (1.0 if self.folded else self.lora.scale**2)
             return self._factors
 
     @property
@@ -280,30 +301,39 @@ class Merged(_Rows):
             for column, width in split_rows((columns,), 1, wide):
                 yield row, height, column, width
 
+    @torch.inference_mode()
     def _lora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
         sums = dict.fromkeys(self._sums, 0.0)
+        a, b = self.factors()
         tiles = list(self._tiles(*weight.shape))
         product, scratch = _scratch(max(t[1] * t[3] for t in tiles), self.device)
-        for number, (row, height, column, width) in enumerate(tiles):
+        for row, height, column, width in tiles:
             w = weight[row : row + height, column : column + width]
-            delta = self._delta(first + row, height, column, width, product)
             total = scratch[: height * width].view(height, width)
             total.copy_(w)
-            flat, used = total.view(-1), product[: height * width]
+            flat = total.view(-1)
             sums["w2"] += float(torch.dot(flat, flat))
-            delta2 = float(torch.dot(used, used))
-            sums["delta2"] += delta2
-            if self.lora.embedding:  # PEFT rounds an embedding's delta before it adds it; to be equal, so do we
-                delta = delta.to(weight.dtype)
-            total.add_(delta)
+            if self._in_one(height, width):
+                total.addmm_(b[first + row : first + row + height], a[:, column : column + width])
+            else:
+                delta = self._delta(first + row, height, column, width, product)
+                if self.lora.embedding:  # PEFT rounds an embedding's delta before it adds it; to be equal, so do we
+                    delta = delta.to(weight.dtype)
+                total.add_(delta)
             new = result[row : row + height, column : column + width]
-            new.copy_(total.to(weight.dtype))
-            if number % SAMPLED_TILES == 0:
-                used.view(height, width).copy_(new)
-                flat.sub_(used)  # what rounding took from W + Δ
-                sums["error2"] += float(torch.dot(flat, flat))
-                sums["sampled_delta2"] += delta2
+            new.copy_(total if weight.dtype == new.dtype else total.to(weight.dtype))
+            some = max(1, height // SAMPLED_ROWS)
+            rounded, error = product[: some * width], flat[: some * width]
+            rounded.view(some, width).copy_(new[:some])
+            error.sub_(rounded)  # what rounding took from W + Δ
+            sums["error2"] += float(torch.dot(error, error))
+            sums["sampled"] += some * width
         return sums
+
+    def _in_one(self, rows: int, columns: int) -> bool:
+        """Whether a tile's product and sum may be one call to BLAS; tried on the CPU alone."""
+        simple = self.folded and not self.transposed and self.device.type == "cpu"
+        return simple and adds_last(rows, self.lora.rank, columns, self.row_numel)
 
     def _dora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
         """Rows (columns, when stored transposed) are rescaled to the trained magnitude; needs whole rows."""
@@ -319,13 +349,15 @@ class Merged(_Rows):
         new = (factor.view(1, -1) if self.transposed else factor.view(-1, 1)) * total
         sums = {"w2": _norm(wide) ** 2}
         result.copy_(new.to(weight.dtype))
-        sums["delta2"] = sums["sampled_delta2"] = _norm(new - wide) ** 2  # the change that DoRA means, not s·BA alone
+        sums["delta2"] = _norm(new - wide) ** 2  # the change that DoRA means, not s·BA alone
         sums["error2"] = _norm(new - result.float()) ** 2
+        sums["sampled"] = new.numel()
         return sums
 
     def stats(self) -> dict[str, Any]:
         sums, lora = self._sums, self.lora
-        lost = math.sqrt(sums["error2"] / sums["sampled_delta2"]) if sums["sampled_delta2"] > 0 else None
+        numel = math.prod(self.shape)
+        lost = math.sqrt(sums["error2"] / sums["sampled"] * numel / sums["delta2"]) if sums["delta2"] > 0 else None
         return {
             "what": "dora" if lora.magnitude is not None else "lora",
             "rank": lora.rank,

@@ -2,7 +2,7 @@
 
 A plan is made from the headers alone: for each tensor of the output, where its bytes come from (copied, cast, merged,
 replaced). `checkpoint_writer` then streams it to disk; `lora_math` has the arithmetic. Memory does not grow with the
-checkpoint: a few blocks of 2 MB and the factors of the modules at hand.
+checkpoint: a few blocks of 4 MB and the factors of the modules at hand.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from surgvqa.checkpoint import (
 )
 from surgvqa.checkpoint_writer import Job, Writer, file_identity, free_bytes
 from surgvqa.config import MergeOptions
+from surgvqa.console import counted, human_bytes
 from surgvqa.errors import UsageError
 from surgvqa.merge_adapter import Adapter, read_adapter
 from surgvqa.merge_report import make_report, show_report
@@ -102,7 +103,8 @@ def run(options: MergeOptions, run: Run) -> Outcome:
             seconds["verify"] = time.monotonic() - began - sum(seconds.values())
             if writer.finished:
                 return _already_there(plan, writer, time.monotonic() - began)
-            run.phase("merge", f"{len(plan.job.shards)} shards, {plan.job.nbytes / 1e9:.2f} GB on {plan.device}")
+            size = f"{counted(len(plan.job.shards), 'shard')}, {human_bytes(plan.job.nbytes)}"
+            run.phase("merge", f"{size} on {plan.device}")
             writer.write_shards()
             seconds["merge"] = time.monotonic() - began - sum(seconds.values())
             run.phase("publish", str(plan.job.output))
@@ -302,14 +304,15 @@ def _dry_run(plan: Plan) -> Outcome:
     fits = data["output_bytes"] <= data["free_bytes"]
 
     def show(console: Any) -> None:
-        console.print(f"{data['output']}: {len(data['shards'])} shards, {data['output_bytes'] / 1e9:.2f} GB")
+        console.print(f"{data['output']}: {counted(len(data['shards']), 'shard')}, {human_bytes(data['output_bytes'])}")
         for shard in data["shards"]:
-            console.print(f"  {shard['file']}  {shard['bytes'] / 1e9:.2f} GB  {shard['tensors']} tensors")
+            tensors = counted(shard["tensors"], "tensor")
+            console.print(f"  {shard['file']}  {human_bytes(shard['bytes'])}  {tensors}")
         console.print(
-            f"{data['modules_merged']} modules merged, {data['tensors_replaced']} tensors replaced, "
-            f"{data['tensors_cast']} cast, {data['tensors_copied']} copied, on {plan.device}"
+            f"{counted(data['modules_merged'], 'module')} merged, {counted(data['tensors_replaced'], 'tensor')} "
+            f"replaced, {data['tensors_cast']} cast, {data['tensors_copied']} copied, on {plan.device}"
         )
-        console.print(f"free disk {data['free_bytes'] / 1e9:.2f} GB: {'enough' if fits else 'not enough'}")
+        console.print(f"free disk {human_bytes(data['free_bytes'])}: {'enough' if fits else 'not enough'}")
         for text in plan.warnings:
             console.print(f"[yellow]warning:[/yellow] {text}")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgvqa.checkpoint import read_json
 from surgvqa.checkpoint_writer import Writer
+from surgvqa.console import counted, human_bytes
 from surgvqa.errors import UsageError
 from surgvqa.merge_adapter import Adapter
 
@@ -21,7 +22,7 @@ def make_report(plan: Plan, writer: Writer, seconds: dict[str, float], peak_rss_
     """The report; norms are Frobenius norms in float32.
 
     `delta_ratio` is ‖ΔW‖/‖W‖; `rounding_loss` is ‖W'−(W+ΔW)‖/‖ΔW‖, the share of the change that rounding to the
-    output's dtype took, measured on one tile in eight of each module.
+    output's dtype took, measured on one row in eight of each module.
     """
     shards = writer.record["shards"]
     tensors = {name: stats for shard in shards.values() for name, stats in shard["tensors"].items()}
@@ -166,14 +167,14 @@ def _read_text(file: Path) -> str:
 
 def show_report(console: Any, data: dict[str, Any], report: dict[str, Any]) -> None:
     """The report for people: a bar per layer, what was lost, what looks wrong."""
-    rate = data["bytes"] / max(data["seconds"], 1e-9) / 1e9
+    rate = human_bytes(int(data["bytes"] / max(data["seconds"], 1e-9)))
     console.print(
-        f"{data['output']}: {data['bytes'] / 1e9:.2f} GB in {data['shards']} shards, {data['seconds']:.1f} s "
-        f"({rate:.2f} GB/s), peak memory {data['peak_rss_bytes'] / 1e6:.0f} MB"
+        f"{data['output']}: {human_bytes(data['bytes'])} in {counted(data['shards'], 'shard')}, "
+        f"{data['seconds']:.1f} s ({rate}/s), peak memory {human_bytes(data['peak_rss_bytes'])}"
     )
     console.print(
-        f"{report['modules_merged']} modules merged, {report['tensors_replaced']} tensors replaced, "
-        f"{report['tensors_cast']} cast, {report['tensors_copied']} copied untouched"
+        f"{counted(report['modules_merged'], 'module')} merged, {counted(report['tensors_replaced'], 'tensor')} "
+        f"replaced, {report['tensors_cast']} cast, {report['tensors_copied']} copied untouched"
     )
     rows = [r for r in report["by_layer"] if r["delta_ratio"] is not None and math.isfinite(r["delta_ratio"])]
     largest = max((r["delta_ratio"] for r in rows), default=0.0)

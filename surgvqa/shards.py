@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from surgvqa.checkpoint import DTYPE_BYTES, SINGLE_FILE, TensorInfo, header_bytes
 from surgvqa.errors import SurgvqaError
 
-BLOCK_BYTES = 2 << 20  # a block and its neighbours fit the processor's cache on their way through
+PAGE_BYTES = 4096
+BLOCK_BYTES = (4 << 20) - PAGE_BYTES  # some of them fit the processor's cache; the buffer of one is two huge pages
 
 
 class Source(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import random
@@ -39,6 +40,8 @@ from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.shards import Copy, Files, plan_shards, split_rows, tensor_bytes
 
 SHARDS = [{f"layer.{k}.{i}": ("BF16", (30, 7 + i)) for i in range(4)} for k in range(5)]
+PAGES = [{f"layer.{k}.{i}": ("BF16", (30, 3 + 70 * i)) for i in range(4)} for k in range(5)]
+"""Shards of several pages each; no tensor ends with a page."""
 
 
 # --- headers and folders ---------------------------------------------------------------------------------------------
@@ -286,6 +289,15 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+@pytest.fixture(params=[(SHARDS, 2000), (PAGES, 30_000)], ids=["bytes", "pages"])
+def sized(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int]:
+    """A base and the shard size for it; one with shards below a page, one with pages and several blocks a tensor."""
+    shards, most = request.param
+    write_folder(tmp_path / "base", shards)
+    monkeypatch.setattr("surgvqa.shards.BLOCK_BYTES", 5000)
+    return tmp_path / "base", most
+
+
 def is_whole(output: Path, base: Path) -> None:
     """The output is finished, sound, equal to the base, and nothing else is left."""
     assert read_tensors(output) == read_tensors(base)
@@ -311,6 +323,42 @@ def test_written_checkpoint_is_read_by_the_safetensors_library(tmp_path: Path, b
     for file in (tmp_path / "out").glob("*.safetensors"):
         found = {n: bytes(t["data"]) for n, t in deserialize(file.read_bytes())}
         assert found.items() <= read_tensors(base).items()
+
+
+@pytest.mark.parametrize("refused", [None, "when set", "when written"])
+def test_past_the_page_cache_or_not_the_bytes_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str | None
+) -> None:
+    write_folder(tmp_path / "base", PAGES)
+    monkeypatch.setattr("surgvqa.shards.BLOCK_BYTES", 5000)
+    pwrite, control = os.pwrite, fcntl.fcntl
+    direct, cached = [], []
+
+    def is_direct(fd: int) -> bool:
+        return bool(control(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+    def write_some(fd: int, data: memoryview, position: int) -> int:
+        if is_direct(fd) and refused == "when written" and position >= 8192:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        (direct if is_direct(fd) else cached).append((position, len(data)))
+        return pwrite(fd, data, position)
+
+    def set_flags(fd: int, command: int, value: int = 0) -> int:
+        if command == fcntl.F_SETFL and value & os.O_DIRECT and refused == "when set":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return control(fd, command, value)
+
+    monkeypatch.setattr(os, "pwrite", write_some)
+    monkeypatch.setattr(fcntl, "fcntl", set_flags)
+    write(make_job(tmp_path / "base", tmp_path / "out", 30_000))
+    monkeypatch.undo()
+    is_whole(tmp_path / "out", tmp_path / "base")
+    with open(tmp_path / "probe", "wb") as probe, contextlib.suppress(OSError):
+        control(probe.fileno(), fcntl.F_SETFL, os.O_WRONLY | os.O_DIRECT)
+        assert bool(direct) == (refused != "when set")  # this file system takes O_DIRECT
+    if refused is None:
+        assert all(position % 4096 == length % 4096 == 0 for position, length in direct)
+        assert all(length < 4096 for _, length in cached) or not direct
 
 
 def test_one_shard_has_no_index(tmp_path: Path, base: Path) -> None:
@@ -400,8 +448,10 @@ def test_two_at_once(tmp_path: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_full_disk_at_any_byte(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    output = tmp_path / "out"
+def test_full_disk_at_any_byte(
+    tmp_path: Path, sized: tuple[Path, int], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    output, (base, most) = tmp_path / "out", sized
     room = random.Random(seed).randrange(sum(len(b) for b in read_tensors(base).values()))
     pwrite = os.pwrite
 
@@ -415,10 +465,10 @@ def test_full_disk_at_any_byte(tmp_path: Path, base: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "pwrite", limited)
     with pytest.raises(SurgvqaError, match=r"the disk is full; \d+ of \d+ shards are kept in out\.partial: free some"):
-        write(make_job(base, output))
+        write(make_job(base, output, most))
     monkeypatch.setattr(os, "pwrite", pwrite)
     assert not output.exists()
-    write(make_job(base, output))
+    write(make_job(base, output, most))
     is_whole(output, base)
 
 
@@ -432,7 +482,7 @@ def test_truly_full_disk(tmp_path: Path, base: Path) -> None:
     if not mounted:
         pytest.skip("mounting a tmpfs needs root")
     try:
-        with pytest.raises(SurgvqaError, match=r"needs 0\.00 GB, 0\.00 GB are free"):
+        with pytest.raises(SurgvqaError, match=r"needs 11\.\d kB, 8\.2 kB are free"):
             write(make_job(base, disk / "out"))
         assert list(disk.iterdir()) == []
         with pytest.MonkeyPatch.context() as patch:
@@ -510,17 +560,17 @@ class Disk:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_power_loss_and_rerun(tmp_path: Path, base: Path, seed: int) -> None:
+def test_power_loss_and_rerun(tmp_path: Path, sized: tuple[Path, int], seed: int) -> None:
     chance = random.Random(seed)
-    output, partial = tmp_path / "out", tmp_path / "out.partial"
+    output, partial, (base, most) = tmp_path / "out", tmp_path / "out.partial", sized
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch, chance.randrange(90))
         with contextlib.suppress(Crash):
-            write(make_job(base, output), workers=1)
+            write(make_job(base, output, most), workers=1)
         disk.crash([partial, output], chance)
     if output.exists():
         is_whole(output, base)  # the name is only ever given to a whole folder
-    write(make_job(base, output))
+    write(make_job(base, output, most))
     is_whole(output, base)
 
 
@@ -582,7 +632,8 @@ def test_empty_output_folder_is_taken(tmp_path: Path, base: Path) -> None:
 def test_disk_is_checked_first(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_writer, "free_bytes", lambda _: 5_000)
     job = make_job(base, tmp_path / "deep" / "er" / "out")
-    with pytest.raises(SurgvqaError, match=r"needs 0\.00 GB, 0\.00 GB are free; free some or name a folder on another"):
+    text = r"needs 1\d\.\d kB, 5\.0 kB are free; free some or name a folder on another"
+    with pytest.raises(SurgvqaError, match=text):
         write(job)
     assert list((tmp_path / "deep" / "er").iterdir()) == []
 
