@@ -19,6 +19,7 @@ from surgvqa.runs import Run
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
 FEWER = 'reason = "r"\ngives_up = "g"\nrung = 0\n[settings]\nnum_frames = 1\nimage_size = 84\n'
+NEEDED = ("model_name_or_path", "train_data_path", "frames_dir", "audio_dir")
 SMALLER = 'reason = "r"\ngives_up = "g"\nrung = 1\n[settings]\nimage_size = 28\n'
 
 
@@ -26,8 +27,7 @@ SMALLER = 'reason = "r"\ngives_up = "g"\nrung = 1\n[settings]\nimage_size = 28\n
 
 
 def options_for(**changes) -> TrainOptions:
-    names = ("model_name_or_path", "train_data_path", "frames_dir", "audio_dir")
-    return TrainOptions(**{**dict.fromkeys(names, "x"), **changes})
+    return TrainOptions(**{**dict.fromkeys(NEEDED, "x"), **changes})
 
 
 @pytest.fixture
@@ -484,3 +484,55 @@ def test_a_run_on_a_gpu_is_fitted_and_its_phases_are_measured(world, tmp_path, m
     options.budget_gb = min(predicted) / 2
     run = Watched(options, tmp_path)
     assert run.result and any("to be had" in event["text"] for event in run.of("warning"))
+
+
+@model
+async def test_one_key_in_the_monitor_goes_on_from_the_last_step(world, tmp_path, out_of_memory, monkeypatch):
+    """End to end: a run that failed for lack of memory, the panel, its key `o`, the job that it starts."""
+    import asyncio
+    import time
+
+    from textual.widgets import Static
+
+    from surgvqa import cli
+    from surgvqa.runs import list_runs
+    from tui.app import Panel
+    from tui.target import LocalTarget
+
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets/own.toml").write_text(FEWER)
+    monkeypatch.chdir(tmp_path)
+    asked = vars(world.train_options(on_oom="fail", **SHARED))
+    known = TrainOptions(**{name: asked[name] for name in NEEDED})
+    named = [f"--{name}={value}" for name, value in asked.items() if value != getattr(known, name, None)]
+    needed = [f"--{name}={asked[name]}" for name in NEEDED]
+    out_of_memory(*places()["backward"], lambda count, _: count == 4)
+    assert cli.main(["train", *needed, *named]) == 1
+    (failed,) = list_runs(tmp_path / "runs")
+    panel = Panel(LocalTarget(load_workspace(tmp_path)))
+
+    async def until(condition):
+        deadline = time.monotonic() + 150
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in time"
+            await asyncio.sleep(0.1)
+
+    def said() -> str:
+        return str(panel.screen.query_one("#facts", Static).content)
+
+    async with panel.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await until(lambda: panel.screen.query("#facts") and "out of GPU memory at step 1" in said())
+        assert "o goes on from the last checkpoint as in preset own" in said()
+        await pilot.press("o")
+        await until(lambda: len(list_runs(tmp_path / "runs")) == 2)
+        (job,) = {run.id for run in list_runs(tmp_path / "runs")} - {failed.id}
+        file = tmp_path / "runs" / job / "events.jsonl"
+        await until(lambda: file.is_file() and '"kind":"finished"' in file.read_text().replace(" ", ""))
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert events[-1]["state"] == "finished"
+    assert [event["step"] for event in events if event["kind"] == "metric"] == [2, 3]
+    result = events[-1]["result"]
+    assert result["resumed_from"].endswith("checkpoint-1")
+    record = trained.read(Path(result["output_dir"]))
+    assert (record.options["num_frames"], record.options["image_size"]) == (1, 84)
