@@ -252,6 +252,7 @@ def _downloaded(hub_id: str, found: dict[str, Any], paths: list[str]) -> dict[st
     disable_progress_bars()
     name, revision = _split(hub_id)
     total = sum(size or 0 for size, _ in found["files"].values())
+    _say({"done": total - found["download_bytes"], "total": total})
     first = hf_hub_download(name, paths[0], revision=revision)  # by its name, so that the cache can be asked offline
     blobs = os.path.dirname(os.path.realpath(first))
     free = shutil.disk_usage(blobs).free

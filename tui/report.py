@@ -276,7 +276,7 @@ def percent(share: float) -> str:
 WAYS = {
     "merged": "the merged checkpoint",
     "adapter": "Stage 1 + adapter, merged there",
-    "hub": "hub's Stage 1 + adapter, merged there",
+    "hub": "adapter, with the hub's Stage 1",
     "data": "only the data",
 }
 
@@ -289,7 +289,7 @@ def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
     rows: list[Content] = [Content.assemble((words.clip(head, width), MUTED))]
     chosen = plan["chosen"]
     for way in plan["ways"]:
-        there = way["total_bytes"] - way["send_bytes"]
+        there = max(0, way["total_bytes"] - way["send_bytes"] - way["download_bytes"])
         rows.append(
             _way(
                 WAYS[way["name"]],
@@ -359,8 +359,9 @@ def upload_progress(follower: Follower, width: int) -> Content:
     whole = Progress("all", "bytes", min(sent, total), total or None, recent=now.recent)
     label = max(8, *(len(name) for name in model.items))
     text = f"{words.size(sent)} of {words.size(total)} sent"
-    if now.rate:
-        text += f"  {words.rate(now.rate, 'bytes')}  {words.seconds(max(0.0, total - sent) / now.rate)} left"
+    pace = []
+    if now.rate and sent < total:
+        pace = [words.rate(now.rate, "bytes"), f"{words.seconds((total - sent) / now.rate)} left"]
     bar = max(8, min(40, width - label - 44))
     share = whole.fraction or 0.0
     head = Content.assemble(words.state(follower.state), "  ", (model.phase, "bold"), (f"  {model.phase_text}", MUTED))
@@ -372,8 +373,11 @@ def upload_progress(follower: Follower, width: int) -> Content:
     )
     parts = [progress_line(item, width, label) for item in model.items.values() if item.total]
     streams = model.sending.get("streams")
-    file = words.clip(str(model.sending.get("file", "")), max(10, width - 24), keep_end=True)
-    at_hand = waiting(f"{file}  over {streams} stream{'s' if streams != 1 else ''}") if streams else None
+    if streams:
+        pace.append(f"{streams} stream{'s' if streams != 1 else ''}")
+    said = "  ·  ".join(pace)
+    file = words.clip(str(model.sending.get("file", "")), max(10, width - len(said) - 5), keep_end=True)
+    at_hand = waiting("  ·  ".join((said, file))) if said else None
     return lines(*warnings(model.warnings[-2:]), head, "", all_of_it, *parts, at_hand)
 
 
