@@ -91,9 +91,11 @@ def _advice(
     if spare >= 0:
         lines = [f"fits: {spare:.1f} GB to spare"]
         if fitted:
-            kept = fitted.layers - (fitted.configuration.checkpointed_layers or 0)
-            if options.gradient_checkpointing and kept:
-                lines.append(f"{kept} of {fitted.layers} layers could keep their activations, which saves time")
+            count = fitted.configuration.checkpointed_layers
+            if options.gradient_checkpointing and options.checkpointed_layers is None:
+                lines.append(f"train spends it on speed: {count} of {fitted.layers} layers recompute, {_gb(fitted)} GB")
+                if fitted.configuration.compiled:
+                    lines.append(f"compiled layers keep {fitted.kept}")
         return lines
     lines = [f"does not fit: {-spare:.1f} GB over the budget"]
     if fitted:

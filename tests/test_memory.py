@@ -212,6 +212,21 @@ def test_fit_takes_the_fewest_recomputing_layers_with_a_margin():
     assert memory.fit(REAL, plain(), 20) is None
 
 
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
+def test_the_default_configuration_fits_and_spends_the_spare_on_speed(attention):
+    """On a 40 GB card's budget only products are kept and few layers recompute; where there is room, all is kept."""
+    c = memory.configuration(REAL, DataOptions(), attention=attention)
+    found = memory.fit(REAL, c, 28.5)
+    assert 26.5 < found.predicted_peak_gb < 28.5 * (1 - memory.MARGIN)
+    assert found.configuration.keep == "products" and 0 < found.configuration.checkpointed_layers < 8
+    assert found.predicted_reserved_gb < 28.5
+    roomy = memory.fit(REAL, c, 60).configuration
+    assert (roomy.keep, roomy.checkpointed_layers) == ("all", 0)
+    between = memory.fit(REAL, c, 35).configuration
+    assert (between.keep, between.checkpointed_layers) == ("products", 0)
+    assert memory.fit(REAL, replace(c, keep="all"), 35).configuration.checkpointed_layers > 0
+
+
 @pytest.mark.parametrize("pattern", ["(", "model.layers.0.nothing"])
 def test_a_pattern_that_matches_nothing_is_refused(pattern):
     with pytest.raises(UsageError, match="lora_target_modules"):

@@ -49,6 +49,18 @@ def test_fit_takes_the_fewest_recomputing_layers_within_the_budget(forecast):
     assert f"{tight.recomputing} of 28 layers" in tight.text and "the fewest that fit" in tight.text
 
 
+def test_fit_says_what_compiled_layers_keep(forecast):
+    plan = retreat.fit(options_for(), 28, forecast, 28.5)
+    assert plan.keep == "products" and plan.text.endswith("compiled layers keep only matrix products")
+    roomy = retreat.fit(options_for(), 28, forecast, 60)
+    assert (roomy.keep, roomy.recomputing) == ("all", 0) and roomy.text.endswith("keep all activations")
+    few = retreat.fit(options_for(checkpointed_layers=20), 28, forecast, 28.5)  # 20 of 28 leave room for the rest
+    assert few.keep == "all" and few.prediction.configuration.keep == "all"
+    assert retreat.fit(options_for(checkpointed_layers=4), 28, forecast, 28.5).keep == "products"
+    assert retreat.fit(options_for(keep_activations="all"), 28, forecast, 28.5).keep == "all"
+    assert retreat.fit(options_for(), 28, None, 28.5).keep == "products"  # a CPU
+
+
 def test_fit_does_what_was_asked_for(forecast):
     assert retreat.fit(options_for(checkpointed_layers=7), 28, forecast, 28.5).recomputing == 7
     off = retreat.fit(options_for(gradient_checkpointing=False), 28, forecast, 28.5)
