@@ -621,6 +621,7 @@ def test_a_detached_run_stops_cleanly(world, tmp_path):
     assert runs.stop(folder) == "stopped"
     finished = runs.finished_event(folder)
     assert finished["exit_code"] == 0 and finished["result"]["steps"] >= 2
+    assert "'loss'" not in (folder / "log.txt").read_text(), "our own lines say it, Trainer's are not printed too"
     checkpoint, skipped = trained.newest_whole_checkpoint(folder / "checkpoints")
     assert checkpoint.name == f"checkpoint-{finished['result']['steps']}" and not skipped
 
