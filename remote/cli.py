@@ -219,13 +219,16 @@ def _as_job(
 
     SIGTERM (the panel's stop) is met as Ctrl-C is: connections are closed, the run says "stopped".
     """
+    stopping = False
 
     def terminate(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is open is being closed
-        raise KeyboardInterrupt
+        nonlocal stopping
+        if not stopping:  # once is enough: what is open is being closed
+            stopping = True
+            raise KeyboardInterrupt
 
     recorded = {k: {"value": v, "from": "command line"} for k, v in vars(arguments).items() if k != "command"}
-    previous = signal.signal(signal.SIGTERM, terminate)
+    previous = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGINT)}
     run = runs.Run.create(
         workspace.runs_dir, command, run_id=getattr(arguments, "run_id", None), options=recorded, argv=sys.argv[1:]
     )
@@ -234,12 +237,18 @@ def _as_job(
     run.observer = None if detached else view.show
     try:
         with run:
-            outcome = work(run)
+            try:
+                outcome = work(run)
+            except Exception:
+                if stopping:  # a wait that was interrupted may fail on its way out
+                    raise KeyboardInterrupt from None
+                raise
             run.result = outcome.data
             run.exit_code = 0 if outcome.ok else 1
     finally:
         view.close()
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return outcome
 
 
