@@ -213,7 +213,7 @@ def _pieces(shard: Shard) -> Iterator[_Piece]:
 
 
 def _memory(length: int) -> mmap.mmap:
-    """Memory that begins with a page; in huge pages where the system has them, which spares both sides of a copy."""
+    """Memory that begins with a page; in huge pages where the system has them, which cost less to hand to the disk."""
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
