@@ -329,7 +329,7 @@ def _resume(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
     with _connect(arguments, workspace) as remote:
         _same_version(remote)
-        found = remote.call("runs", run=arguments.run)
+        found = remote.call("runs", run=arguments.run, command="train")
         if found["state"] in ("running", "starting"):
             raise SurgvqaError(f"{arguments.host}: {found['id']} is {found['state']}; nothing to resume")
         command, *argv = found["run"].get("argv") or ["?"]

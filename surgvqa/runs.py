@@ -434,10 +434,11 @@ def last_step(folder: Path) -> int:
     return next((e["step"] for e in _last_events(folder, b'"step"') if isinstance(e.get("step"), int)), 0)
 
 
-def find_run(name: str, runs_dirs: list[Path]) -> Path:
+def find_run(name: str, runs_dirs: list[Path], command: str | None = None) -> Path:
     """The run folder that `name` means: a folder, an id, the beginning of an id, a run name, or `last`.
 
-    Raises UsageError when nothing or more than one thing fits.
+    `last` is the newest run, of `command` where one is given and has any. Raises UsageError when nothing or more than
+    one thing fits.
     """
     if (Path(name) / "run.json").is_file():
         return Path(name).resolve()
@@ -445,7 +446,7 @@ def find_run(name: str, runs_dirs: list[Path]) -> Path:
     if not runs:
         raise UsageError(f"{name}: no runs in {', '.join(map(str, runs_dirs))}")
     if name == "last":
-        return runs[0].folder
+        return next((r for r in runs if r.command == command), runs[0]).folder
     exact = [r for r in runs if r.id == name] or [r for r in runs if r.name == name][:1]
     matches = exact or [r for r in runs if r.id.startswith(name)]
     if len(matches) == 1:

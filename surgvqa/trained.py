@@ -91,11 +91,8 @@ def find(name: str, workspace: Workspace) -> Trained:
         return written
     if not folder.exists() and (folder.is_absolute() or os.sep in name):
         raise UsageError(f"{name}: no such folder; expected an adapter or checkpoint folder, or a run id")
-    if name == "last":
-        listed = [r for d in runs_dirs(workspace) for r in runs.list_runs(d) if r.command == "train"]
-        name = max(listed, key=lambda r: r.started).id if listed else name
     try:
-        run = runs.find_run(name, runs_dirs(workspace))
+        run = runs.find_run(name, runs_dirs(workspace), "train")
     except UsageError as error:
         raise UsageError(f"{error}; nor is it a folder") from None
     info = runs.read_run_json(run)

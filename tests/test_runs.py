@@ -164,7 +164,12 @@ def test_a_run_is_found_by_id_prefix_name_and_last(tmp_path):
     assert runs.find_run("20260101-000001", [tmp_path]).name == ids[1]
     assert runs.find_run("name0", [tmp_path]).name == ids[0]
     assert runs.find_run("last", [tmp_path]).name == ids[1]
-    with pytest.raises(UsageError, match="fits 2 runs"):
+    with runs.Run.create(tmp_path, "evaluate") as evaluation:
+        pass
+    assert runs.find_run("last", [tmp_path]).name == evaluation.id
+    assert runs.find_run("last", [tmp_path], "train").name == ids[1]
+    assert runs.find_run("last", [tmp_path], "merge").name == evaluation.id  # which says that it is no merge
+    with pytest.raises(UsageError, match="fits 3 runs"):
         runs.find_run("2026", [tmp_path])
     with pytest.raises(UsageError, match="no such run"):
         runs.find_run("x", [tmp_path])

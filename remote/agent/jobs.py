@@ -291,10 +291,10 @@ def _lingers() -> bool:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def _find(workspace: str, run: str) -> Path:
+def _find(workspace: str, run: str, command: str | None = None) -> Path:
     if "/" in run or "\0" in run:
         raise UsageError(f"run {run!r}: expected an id, the beginning of one, a run name, or last")
-    return run_folders.find_run(run, [Path(workspace, "runs")])
+    return run_folders.find_run(run, [Path(workspace, "runs")], command)
 
 
 def _exit_of(folder: Path) -> dict[str, Any]:
@@ -321,10 +321,13 @@ def _folders_of(workspace: str, folder: Path, info: dict[str, Any]) -> list[str]
     return found
 
 
-def runs(channel: Any, workspace: str, run: str | None = None) -> dict[str, Any]:
-    """Every run of the workspace, newest first, whoever started it; or one of them with its run.json."""
+def runs(channel: Any, workspace: str, run: str | None = None, command: str | None = None) -> dict[str, Any]:
+    """Every run of the workspace, newest first, whoever started it; or one of them with its run.json.
+
+    `run` "last" is the newest of `command`, where one is given.
+    """
     if run is not None:
-        folder = _find(workspace, run)
+        folder = _find(workspace, run, command)
         info = run_folders.read_run_json(folder)
         return {
             "id": folder.name,
