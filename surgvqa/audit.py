@@ -340,14 +340,16 @@ def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
 
 def show(console: Any, data: dict[str, Any]) -> None:
     """A few lines: what it is, the dtypes, then everything that is wrong."""
+    from surgvqa.console import counted, human_bytes
+
     console.print(
-        f"{data['checkpoint']}: {data['tensors']} tensors, {data['parameters'] / 1e9:.3f} B parameters, "
-        f"{data['bytes'] / 1e9:.2f} GB in {data['shards']} shards"
+        f"{data['checkpoint']}: {counted(data['tensors'], 'tensor')}, {data['parameters'] / 1e9:.3f} B parameters, "
+        f"{human_bytes(data['bytes'])} in {counted(data['shards'], 'shard')}"
         + ("" if data["architecture"] else " (no audio-grafted Qwen2-VL: completeness not checked)")
     )
     for dtype, count in data["dtypes"].items():
         colour = "green" if dtype == "BF16" else "red"
-        console.print(f"  [{colour}]{dtype:<8}[/{colour}] {count} tensors")
+        console.print(f"  [{colour}]{dtype:<8}[/{colour}] {counted(count, 'tensor')}")
     for entry in data["offenders"][:SHOWN]:
         text = f"  not BF16: {entry['name']}  {entry['dtype']}  {entry['shape']}  {entry['shard']}"
         console.print(text, style="red", markup=False)
