@@ -91,7 +91,7 @@ CASES = [  # what the promise names comes first; cases with the same adapter sta
     Case("generate, batch 4", generates=True, batch=4),
     Case("generate, batch 8, cached", generates=True, batch=8, cached=True),
     replace(SHIPPED, name="as shipped, 28 checkpointed"),
-    replace(SHIPPED, name="as shipped, 4 checkpointed", checkpointed=4),
+    replace(SHIPPED, name="as shipped, 18 checkpointed", checkpointed=18),
     replace(SHIPPED, name="as shipped, 0 checkpointed", checkpointed=0),
     replace(SHIPPED, name="as shipped, 6 frames, 0 checkpointed", frames=6, checkpointed=0),
     Case("LoRA r=16", rank=16),

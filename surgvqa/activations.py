@@ -57,8 +57,8 @@ class Configuration:
     compiled: bool = False
     """The layers are compiled (layers.compile_layers), and rows are padded to multiples of LENGTH_BUCKET."""
     keep: str = "auto"
-    """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations). Auto: products; where `fit`
-    finds room for it, all."""
+    """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations), which needs that no layer
+    recomputes. Auto: products; where `fit` finds room for it, all."""
     expandable_segments: bool = False
     """PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: next to no slack."""
 

@@ -22,7 +22,13 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
 
     They are the first ones: the backward pass comes to the last layers first and frees what they kept before the first
     recomputation needs room. UsageError for a count outside 0..layers.
+
+    A compiled layer that keeps products only must not be one that recomputes: with dropout its gradients are wrong then
+    (measured against finite differences, torch 2.13 on a CPU). Layers compiled that way are compiled anew.
     """
+    import torch._dynamo
+    import torch._functorch.config
+
     layers = decoder_layers(model)
     count = len(layers) if count is None else count
     if not 0 <= count <= len(layers):
@@ -31,6 +37,9 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
         # its newer name first
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        if torch._functorch.config.aggressive_recomputation:
+            torch._functorch.config.aggressive_recomputation = False
+            torch._dynamo.reset()
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
     return count
@@ -52,6 +61,7 @@ def compile_layers(model: nn.Module, keep: str = "all") -> None:
 
     `keep`: what it keeps for the backward pass. With `products` that is matrix products and attention; norms, dropout
     masks (from their seeds), SwiGLU and rotary positions are computed again: the same values, about half the memory.
+    Call it after `checkpoint_layers`: a model with layers that recompute keeps all, see there.
     """
     import torch._dynamo
     import torch._functorch.config
@@ -62,7 +72,8 @@ def compile_layers(model: nn.Module, keep: str = "all") -> None:
     # transformers' way to flash-attn reads a layer's number. Taken for a constant, every layer would need a graph of
     # its own, and after the eighth (recompile_limit) the others would run uncompiled.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    torch._functorch.config.aggressive_recomputation = keep == "products"
+    recomputing = any(layer.gradient_checkpointing for layer in decoder_layers(model))
+    torch._functorch.config.aggressive_recomputation = keep == "products" and not recomputing
     for layer in decoder_layers(model):
         layer.compile()
 

@@ -159,6 +159,8 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     def size(nbytes: float) -> int:
         return block(nbytes, c.expandable_segments)
 
+    if c.recomputing(sizes):
+        c = replace(c, keep="all")  # products only does not go with layers that recompute (layers.checkpoint_layers)
     weights = weights or sizes.weights()
     tokens, h = c.tokens, sizes.hidden_size
     layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
@@ -337,9 +339,9 @@ def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
 
 
 def plans(sizes: Sizes, c: Configuration) -> Iterator[Configuration]:
-    """The ways to run `c`, fastest first. Compiled layers that keep everything come first, and then, since computing
-    again what stands between the matrix products costs little, those that keep only these; then layers recompute, the
-    fewer the better (all of them cost a quarter of a step's time)."""
+    """The ways to run `c`, fastest first: compiled layers keep everything; or only matrix products, since computing
+    again what stands between them costs little; or layers recompute (then the others keep everything), the fewer the
+    better: all of them cost a quarter of a step's time."""
     if c.keep == "auto":
         yield replace(c, keep="all", checkpointed_layers=0)
         c = replace(c, keep="products")

@@ -94,12 +94,12 @@ def fit(
         if prediction.fits(limit_gb if len(keeps) == 1 else limit_gb * (1 - memory.MARGIN)):
             break
     if prediction.fits(limit_gb):
-        return Fit(asked, layers, why, prediction, keep=keep)
+        return Fit(asked, layers, why, prediction, keep=prediction.configuration.keep)
     warning = (
         f"predicted peak {prediction.predicted_peak_gb:.1f} GB, {limit_gb:.1f} GB to be had; "
         f"{_smaller_that_fits(options, asked, layers, forecast, limit_gb, presets)}"
     )
-    return Fit(asked, layers, why, prediction, warning, keep)
+    return Fit(asked, layers, why, prediction, warning, prediction.configuration.keep)
 
 
 def _smaller_that_fits(

@@ -51,12 +51,16 @@ def test_fit_takes_the_fewest_recomputing_layers_within_the_budget(forecast):
 
 def test_fit_says_what_compiled_layers_keep(forecast):
     plan = retreat.fit(options_for(), 28, forecast, 28.5)
-    assert plan.keep == "products" and plan.text.endswith("compiled layers keep only matrix products")
+    assert plan.keep == "all" and plan.recomputing and plan.text.endswith("compiled layers keep all activations")
+    more = retreat.fit(options_for(), 28, forecast, 35)
+    assert (more.keep, more.recomputing) == ("products", 0) and more.text.endswith("keep only matrix products")
     roomy = retreat.fit(options_for(), 28, forecast, 60)
     assert (roomy.keep, roomy.recomputing) == ("all", 0) and roomy.text.endswith("keep all activations")
     few = retreat.fit(options_for(checkpointed_layers=20), 28, forecast, 28.5)  # 20 of 28 leave room for the rest
     assert few.keep == "all" and few.prediction.configuration.keep == "all"
-    assert retreat.fit(options_for(checkpointed_layers=4), 28, forecast, 28.5).keep == "products"
+    assert (
+        retreat.fit(options_for(checkpointed_layers=4, keep_activations="products"), 28, forecast, 28.5).keep == "all"
+    )
     assert retreat.fit(options_for(keep_activations="all"), 28, forecast, 28.5).keep == "all"
     assert retreat.fit(options_for(), 28, None, 28.5).keep == "products"  # a CPU
 
@@ -108,6 +112,30 @@ def test_in_an_evaluation_recomputing_is_no_retreat():
 # --- with a model -----------------------------------------------------------------------------------------------------
 
 model = pytest.mark.model
+
+
+@model
+def test_layers_that_recompute_are_never_compiled_to_keep_products_only(monkeypatch):
+    """Their dropout's gradients are wrong then."""
+    import torch._functorch.config as config
+    from torch import nn
+
+    from surgvqa import layers
+
+    class Layer(nn.Linear):
+        gradient_checkpointing = False
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer(1, 1), Layer(1, 1)])
+    model.activation_checkpointing_enable = lambda settings: None
+    monkeypatch.setattr(layers, "decoder_layers", lambda found: found.layers)
+    monkeypatch.setattr(config, "aggressive_recomputation", False)
+    layers.compile_layers(model, "products")
+    assert config.aggressive_recomputation
+    layers.checkpoint_layers(model, 1)  # a retreat
+    assert not config.aggressive_recomputation
+    layers.compile_layers(model, "products")
+    assert not config.aggressive_recomputation
 
 
 @model
@@ -480,7 +508,7 @@ def test_a_run_on_a_gpu_is_fitted_and_its_phases_are_measured(world, tmp_path, m
     from surgvqa import training
 
     monkeypatch.setattr(training, "_forecast", lambda options, *_, **__: retreat.Forecast(options, (84, 56)))
-    options = world.train_options(eval_data_path=str(world.eval), max_steps=2)
+    options = world.train_options(eval_data_path=str(world.eval), max_steps=2, keep_activations="all")
     predicted = [
         retreat.Forecast(options, (84, 56)).of(retreat.changed(options, checkpointed_layers=n)).predicted_peak_gb
         for n in range(3)
