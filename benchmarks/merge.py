@@ -210,7 +210,7 @@ def once(method: str, base: Path, adapter: Path, output: Path, max_shard_size: s
 
 
 def measure(folder: Path, size: str, methods: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of all methods in turn; an unmeasured round first warms the page cache and the guest's memory."""
+    """Rounds of all methods in turn; an unmeasured round first warms the page cache."""
     repeats, warmup, max_shard_size = arguments.repeats, arguments.warmup, arguments.max_shard_size
     base, adapter, total = make_inputs(folder, size)
     rows: dict[str, list[dict[str, Any]]] = {m: [] for m in methods}
@@ -222,6 +222,8 @@ def measure(folder: Path, size: str, methods: list[str], arguments: argparse.Nam
             for file in (*base.iterdir(), *adapter.iterdir()):
                 warm(file)
             output = folder / f"out-{method}"
+            copy(base, output, fsync=False)  # unmeasured: a guest has its free memory in hand then, for every method
+            shutil.rmtree(output)
             load = os.getloadavg()[0]
             row = once(method, base, adapter, output, max_shard_size)
             if number > 0:
