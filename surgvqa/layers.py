@@ -67,10 +67,9 @@ def compile_layers(model: nn.Module, keep: str = "all") -> None:
     import torch._functorch.config
 
     torch._dynamo.config.suppress_errors = True  # fall back to eager, with torch's own warning
-    # One graph serves all layers: parameters are inputs, so that the layers share it.
-    torch._dynamo.config.inline_inbuilt_nn_modules = True
-    # transformers' way to flash-attn reads a layer's number. Taken for a constant, every layer would need a graph of
-    # its own, and after the eighth (recompile_limit) the others would run uncompiled.
+    # One graph serves all layers, their parameters are its inputs. But transformers' way to flash-attn reads a layer's
+    # number: taken for a constant, every layer would need a graph of its own, and after the eighth (recompile_limit)
+    # the others would run uncompiled.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     recomputing = any(layer.gradient_checkpointing for layer in decoder_layers(model))
     torch._functorch.config.aggressive_recomputation = keep == "products" and not recomputing

@@ -465,12 +465,15 @@ def partition(sizes, c, monkeypatch):
 
     hidden = torch.zeros(1, c.tokens, sizes.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     cosines = lm.rotary_emb(hidden, torch.zeros(3, 1, c.tokens, dtype=torch.long))
-    monkeypatch.setattr(torch._functorch.config, "aggressive_recomputation", c.keep == "products")
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=cut, decompositions=select_decomp_table())
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     lm.layers[0].compile(backend=backend)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Exception, match="Partitioned"):
+    with (
+        torch._functorch.config.patch(aggressive_recomputation=c.keep == "products"),
+        torch._dynamo.config.patch(suppress_errors=False),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(Exception, match="Partitioned"),
+    ):
         lm.layers[0](hidden, position_embeddings=cosines, use_cache=False)
     torch._dynamo.reset()
     return kept["a token"] / c.tokens, kept["copies"]

@@ -129,13 +129,13 @@ def test_layers_that_recompute_are_never_compiled_to_keep_products_only(monkeypa
     model.layers = nn.ModuleList([Layer(1, 1), Layer(1, 1)])
     model.activation_checkpointing_enable = lambda settings: None
     monkeypatch.setattr(layers, "decoder_layers", lambda found: found.layers)
-    monkeypatch.setattr(config, "aggressive_recomputation", False)
-    layers.compile_layers(model, "products")
-    assert config.aggressive_recomputation
-    layers.checkpoint_layers(model, 1)  # a retreat
-    assert not config.aggressive_recomputation
-    layers.compile_layers(model, "products")
-    assert not config.aggressive_recomputation
+    with config.patch(aggressive_recomputation=False):  # not monkeypatch: torch hides a setting that it deletes
+        layers.compile_layers(model, "products")
+        assert config.aggressive_recomputation
+        layers.checkpoint_layers(model, 1)  # a retreat
+        assert not config.aggressive_recomputation
+        layers.compile_layers(model, "products")
+        assert not config.aggressive_recomputation
 
 
 @model
