@@ -21,7 +21,7 @@ test: $(VENV)/.installed $(VENV)/.sshd lint ## everything
 	$(PYTEST)
 
 test-fast: $(VENV)/.installed ## what needs no model and no sshd: under a minute
-	$(PYTEST) -m "not model and not slow"
+	$(PYTEST) --dist worksteal -m "not model and not slow"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --quiet .
