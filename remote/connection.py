@@ -288,7 +288,11 @@ class Remote:
         channel = self._fabric.create_session()
         channel.settimeout(silence_s)
         channel.exec_command(bootstrap(self.host.entry.python))
-        channel.sendall(payload(request))
+        try:
+            channel.sendall(payload(request))
+        except OSError:
+            if not channel.closed:
+                raise  # else it ended before it had read us: its exit status and its words say why
         return channel, iter(Replies(self.host, self._chunks(channel)))
 
     def call(self, op: str, **params: Any) -> dict[str, Any]:
@@ -387,6 +391,8 @@ class Replies:
                 raise SurgvqaError(f"{self.host.name}: the agent failed there: {text[-1]}")
 
     def _no_agent(self, output: bytes, status: int) -> SurgvqaError:
+        if status == -1:  # none came
+            return Unreachable(f"{self.host.name}: connection lost before the host had answered")
         text = output.decode(errors="replace").strip()
         last = text.splitlines()[-1] if text else "no output"
         python = self.host.entry.python

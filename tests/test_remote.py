@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sshd import TRAIN, Relay, Sshd, free_port, laptop, stub_train, venv_there  # noqa: F401
 
-from remote import hosts, jobs
+from remote import connection, hosts, jobs
 from remote import setup as setup_room
 from remote.agent.jobs import parse_smi
 from remote.connection import AuthenticationFailed, ChangedHostKey, Remote, UnknownHostKey, Unreachable, connect
@@ -131,7 +131,10 @@ def test_an_encrypted_key_asks_for_the_agent(laptop):  # noqa: F811
         laptop.connect()
 
 
-def test_a_host_without_python_says_so(laptop):  # noqa: F811
+@pytest.mark.parametrize("late_s", [0.0, 0.7])  # late: the host's shell has ended before it is sent anything
+def test_a_host_without_python_says_so(laptop, monkeypatch, late_s):  # noqa: F811
+    payload = connection.payload
+    monkeypatch.setattr(connection, "payload", lambda request: time.sleep(late_s) or payload(request))
     laptop.host(python="/no where/python3")
     with laptop.connect() as remote, pytest.raises(SurgvqaError, match=r"no /no where/python3 there.*hosts\.toml"):
         remote.call("probe", venv="venv")
