@@ -177,6 +177,7 @@ class Bench:
         if fresh:
             self.forget()
             self.model = real_size.build(device=self.device)
+            self.model.embeddings_to_host()
             options = LoraOptions(lora_r=case.rank, lora_dropout=case.dropout)
             self.peft_model = add_lora(self.model, options, dtype=getattr(self.torch, case.adapter))
             self.key = case.adapter_key()

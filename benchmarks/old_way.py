@@ -50,6 +50,7 @@ def load(options: TrainOptions | EvaluateOptions, checkpoint: str, samples: str)
         with_answer=isinstance(options, TrainOptions),
     )
     model = load_model(checkpoint, dtype=choose_dtype(device), device=device, attn_implementation=attention)
+    model.get_input_embeddings().to(device)
     return model, data
 
 

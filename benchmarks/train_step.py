@@ -23,21 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 OLD = dict(logits="full", cached=False, casts=True, compiled=False, keep="all", checkpointed=28, dropout=0.05,
-           attention="sdpa", frames=8, grid=(32, 36), rows=1, packed=False)  # fmt: skip
+           attention="sdpa", host=False, frames=8, grid=(32, 36), rows=1, packed=False)  # fmt: skip
 FLASH = dict(attention="flash_attention_2")
-OURS = dict(logits="answer", cached=True, casts=False, compiled=True)
+OURS = dict(logits="answer", cached=True, casts=False, compiled=True, host=True)
 VARIANTS: dict[str, dict[str, Any]] = {
     "old": {},
     "answer logits": dict(logits="answer"),
     "+ cached encoders": dict(logits="answer", cached=True),
     "+ no LoRA casts": dict(logits="answer", cached=True, casts=False),
     "+ compiled": dict(logits="answer", cached=True, casts=False, compiled=True),
-    "+ 14 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=14),
-    "+ 18 checkpointed": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=18),
-    "+ products kept, none": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0,
-                                  keep="products"),
-    "+ products kept, none, no dropout": dict(logits="answer", cached=True, casts=False, compiled=True, checkpointed=0,
-                                              keep="products", dropout=0.0),
+    "+ token embeddings on the host": OURS,
+    "+ 17 checkpointed": OURS | dict(checkpointed=17),
+    "+ products kept, none": OURS | dict(checkpointed=0, keep="products"),
+    "+ products kept, none, no dropout": OURS | dict(checkpointed=0, keep="products", dropout=0.0),
     "flash-attn 2, 14 checkpointed": OURS | FLASH | dict(checkpointed=14),
     "flash-attn 2, products kept, none": OURS | FLASH | dict(checkpointed=0, keep="products"),
     "encoders in the step, sdpa": dict(logits="answer", casts=False, compiled=True),
@@ -76,8 +74,8 @@ def useful_flops(model: Any, tokens: int, trained: int) -> float:
     return 4 * frozen * tokens + 6 * trained * tokens + 7 * len(layers) * tokens**2 * 3584
 
 
-def measure(variant: dict[str, Any], steps: int = 4) -> dict[str, Any]:
-    """One variant in this process."""
+def measure(variant: dict[str, Any], steps: int = 4, profile: Path | None = None) -> dict[str, Any]:
+    """One variant in this process; `profile`: file for the kernels of one step, the longest first."""
     import bitsandbytes
     import real_size
     import torch
@@ -111,6 +109,8 @@ def measure(variant: dict[str, Any], steps: int = 4) -> dict[str, Any]:
         model.model.visual.to("cpu")
         model.audio_encoder.to("cpu")
         torch.cuda.empty_cache()
+    if v["host"]:
+        model.embeddings_to_host()
     if v["packed"]:
         data = real_size.packed(data, model)
     optimiser = bitsandbytes.optim.AdamW8bit(trained, lr=2e-4)
@@ -147,6 +147,11 @@ def measure(variant: dict[str, Any], steps: int = 4) -> dict[str, Any]:
         loss = step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+    if profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+            step()
+            torch.cuda.synchronize()
+        profile.write_text(recorded.key_averages().table(sort_by="self_cuda_time_total", row_limit=60))
     samples = ACCUMULATION * v["rows"]
     tokens = data["input_ids"].numel() // v["rows"]
     free, total = torch.cuda.mem_get_info()
@@ -173,10 +178,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of variants, separated by ;")
     parser.add_argument("--one", help="a variant as JSON: measured in this process, printed as JSON")
+    parser.add_argument("--profile", type=Path, help="with --one: write the kernels of one step, the longest first")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(json.loads(arguments.one))))
+        print(json.dumps(measure(json.loads(arguments.one), profile=arguments.profile)))
         return
     chosen = {n: VARIANTS[n.strip()] for n in arguments.only.split(";")} if arguments.only else VARIANTS
     results: dict[str, Any] = {}

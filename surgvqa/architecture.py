@@ -107,7 +107,8 @@ class Sizes:
         return targets
 
     def weights(self) -> dict[str, list[int]]:
-        """{part: parameters of each tensor} as the architecture has them: lm, embeddings, vision, audio, projector."""
+        """{part: parameters of each tensor} as the architecture has them: lm, head, embeddings (none when they are the
+        head's), vision, audio, projector."""
         h, e, d, f = self.hidden_size, self.vision_embed_dim, self.d_model, self.encoder_ffn_dim
         layer = [i * o for i, o in self.projections().values()] + [h, self.kv_size, self.kv_size, h, h]
         wide, merged = round(e * self.vision_mlp_ratio), e * self.spatial_merge_size**2
@@ -117,7 +118,8 @@ class Sizes:
         encoders = encoder * self.encoder_layers
         return {
             "lm": layer * self.num_hidden_layers + [h],
-            "embeddings": [self.vocab_size * h] * (1 if self.tie_word_embeddings else 2),
+            "head": [self.vocab_size * h],
+            "embeddings": [] if self.tie_word_embeddings else [self.vocab_size * h],
             "vision": [self.patch_values * e, *(block * self.vision_depth), e, e, merged**2, merged, merged * h, h],
             "audio": [d * self.num_mel_bins * 3, d, d * d * 3, d, self.max_source_positions * d, *encoders, d, d],
             "projector": [d * h],
@@ -125,7 +127,7 @@ class Sizes:
 
 
 PART_OF = (
-    ("lm_head", "embeddings"),
+    ("lm_head", "head"),
     ("model.embed_tokens", "embeddings"),
     ("visual.", "vision"),
     ("audio_encoder.", "audio"),
@@ -146,6 +148,8 @@ def checkpoint_sizes(folder: str | Path) -> tuple[Sizes, dict[str, list[int]]]:
         part = next((part for prefix, part in PART_OF if name.startswith(prefix)), None)
         if part:
             weights[part].append(tensor.numel)
+    if not weights["head"]:  # tied
+        weights["head"], weights["embeddings"] = weights["embeddings"], []
     return _sizes(checkpoint), weights
 
 

@@ -40,9 +40,9 @@ TRANSFER_COLUMNS = 3
 
 TRAIN_DEFAULTS = {name: setting.default for name, setting in settings_of(TrainOptions).items()}
 
-PARTS = {
+PARTS = {  # the token embeddings are on the host (model.load_model)
     "lm": "language model",
-    "embeddings": "token embeddings and head",
+    "head": "language model's head",
     "vision": "vision tower",
     "audio": "audio encoder",
     "projector": "audio projector",

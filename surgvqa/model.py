@@ -58,8 +58,26 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is: the frozen encoders may have left the GPU."""
-        return self.get_input_embeddings().weight.device
+        """Where the language model is: the frozen encoders and the token embeddings may have left the GPU."""
+        return self.lm_head.weight.device
+
+    # --- the token embeddings ----------------------------------------------------------------------------------------
+
+    def embeddings_to_host(self) -> None:
+        """Takes the token embeddings off the GPU: 1.09 GB of which a sample reads some 70 rows. Not when they are tied
+        to the head, which computes with all of them."""
+        if self.get_input_embeddings().weight is not self.lm_head.weight:
+            self.get_input_embeddings().to("cpu")
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings [B, L, hidden] of `input_ids` [B, L], on their device. From a table on the host each
+        token's row comes once, however often it stands there (nearly all are pads, which features replace)."""
+        table = self.get_input_embeddings()
+        host = table.weight.device
+        if host == input_ids.device:
+            return table(input_ids)
+        tokens, places = input_ids.to(host).unique(return_inverse=True)
+        return F.embedding(places.to(input_ids.device), table(tokens).to(input_ids.device))
 
     # --- the encoders ------------------------------------------------------------------------------------------------
 
@@ -130,7 +148,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         window), the sum divided by that.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values, image_grid_thw)
         if input_features is not None:
@@ -283,7 +301,8 @@ def _grad_if_trainable(encoder: nn.Module):
 def load_model(
     folder: str | Path, *, dtype: torch.dtype, device: str | torch.device, attn_implementation: str
 ) -> AudioQwen2VLForConditionalGeneration:
-    """The checkpoint's model on `device`, in eval mode with every parameter frozen.
+    """The checkpoint's model on `device`, in eval mode with every parameter frozen; on a GPU without the token
+    embeddings, which stay on the host.
 
     Tensors go from the file straight to the device, one copy. UsageError when `folder` is no such checkpoint;
     SurgvqaError when a tensor is missing, left over, or of another shape than the model's.
@@ -305,6 +324,8 @@ def load_model(
     # After the check above this says that transformers mapped every name as we do.
     if left := {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}:
         raise SurgvqaError(f"{folder}: transformers did not load {_some(left)}")
+    if torch.device(device).type == "cuda":
+        model.embeddings_to_host()
     return model.requires_grad_(False).eval()
 
 

@@ -120,6 +120,9 @@ class EventTrainer(Trainer):
         self.window.waited_s = time.monotonic() - self.window.began
         return found
 
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        """The model stays where it is: load_model put it there, and what no step needs has left the GPU."""
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Without the padding mask: rows are padded on the right, where causal attention never looks, and a mask would
         cost the flash kernel."""

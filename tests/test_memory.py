@@ -125,7 +125,7 @@ SMALL = replace(REAL, num_hidden_layers=2, vision_depth=1, encoder_layers=1, voc
 def test_sizes_come_from_the_headers(tmp_path):
     sizes, weights = checkpoint_sizes(write_checkpoint(tmp_path / "c", SMALL))
     assert sizes == SMALL
-    assert sum(weights["embeddings"]) == 2 * 2048 * 256
+    assert weights["head"] == weights["embeddings"] == [2048 * 256]
     assert sum(weights["projector"]) == 256 * SMALL.d_model
 
 
@@ -156,9 +156,13 @@ COMPILED = {"compiled": True, **CACHED}
     ],
 )
 def test_the_peak_is_within_one_percent_and_a_half_of_what_was_measured(overrides, measured_gb):
-    """Those runs had 3,880 tokens, not padded to 3,904, and their inputs once, not for each micro step."""
+    """Those runs had 3,880 tokens, not padded to 3,904, their inputs once, not for each micro step, and the token
+    embeddings on the GPU."""
     clip = Clip(8, (32, 36), 2304, 1500, 60, 16)
-    predicted = memory.predict(REAL, plain(**overrides, clip=clip)).predicted_peak_gb
+    predicted = (
+        memory.predict(REAL, plain(**overrides, clip=clip)).predicted_peak_gb
+        + 2 * REAL.weights()["embeddings"][0] / 1e9
+    )
     assert predicted / measured_gb == pytest.approx(1, abs=0.015)
 
 

@@ -49,11 +49,14 @@ def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
     gpu = [event for event in events if event["kind"] == "gpu"]
     assert gpu[-1]["backend"] == "cuda" and gpu[-1]["peak_allocated_bytes"] > 1e6
 
-    original, count = EventTrainer.training_step, 0
+    original, count, devices = EventTrainer.training_step, 0, set()
 
     def stops_at_the_seventh(self, *arguments, **keywords):
         nonlocal count
         count += 1
+        model = self.model.get_base_model()
+        parts = (model.model.visual, model.audio_encoder, model.model.language_model.layers, model.lm_head)
+        devices.add(tuple(next(part.parameters()).device.type for part in parts))
         if count == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments, **keywords)
@@ -62,6 +65,7 @@ def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
         patched.setattr(EventTrainer, "training_step", stops_at_the_seventh)
         stopped, _, first = _train(world.train_options(**shared), tmp_path / "stopped")
     assert stopped["state"] == "stopped" and stopped["steps"] == 3
+    assert devices == {("cpu", "cpu", "cuda", "cuda")}  # features are cached: the encoders have left
     folder = stopped["output_dir"]
     resumed, _, second = _train(world.train_options(**shared, resume=folder, output_dir=folder), tmp_path / "resumed")
     both = first | second
@@ -74,6 +78,27 @@ def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
         report = evaluate.run(options, run).data
     print({key: report[key] for key in ("samples", "label_accuracy", "samples_per_s", "peak_allocated_gb")})
     assert report["samples"] == 8 and report["peak_kind"] == "cuda allocator"
+
+
+def test_token_embeddings_on_the_host_give_the_same(tmp_path):
+    import test_model
+
+    from surgvqa.model import load_model
+
+    world = small.build(tmp_path / "small", samples=1)
+    model = load_model(world.checkpoint, dtype=torch.bfloat16, device="cuda", attn_implementation="sdpa")
+    table = model.get_input_embeddings()
+    assert table.weight.device.type == "cpu" and model.device.type == "cuda"
+    ids = torch.randint(0, len(table.weight), (2, 70), device="cuda")
+    found, mask = model.embed(ids), torch.ones_like(ids)
+    said = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    table.to("cuda")
+    assert torch.equal(found, model.embed(ids)) and found.device.type == "cuda"
+    assert torch.equal(said, model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False))
+
+    tied = test_model.built(tie_word_embeddings=True).to("cuda")
+    tied.embeddings_to_host()
+    assert tied.get_input_embeddings().weight.device.type == "cuda"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
