@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from surgvqa.trainer import EventTrainer
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
+REQUESTED = rf"allocate {SIZE}"
+ALLOCATED, UNALLOCATED = rf"{SIZE} is allocated by PyTorch", rf"{SIZE} is reserved by PyTorch but unallocated"
+"""Where torch's message has its figures (c10/cuda/CUDACachingAllocator.cpp)."""
 OWNERS_SHOWN = 6
 """Rows of the predicted table in an `oom` event, the largest ones."""
 
@@ -38,6 +42,7 @@ class Lack:
     step: int
     activity: str
     text: str
+    """In one line."""
     requested_bytes: int | None
     allocated_bytes: int
     reserved_bytes: int
@@ -46,7 +51,7 @@ class Lack:
 
     @property
     def is_fragmentation(self) -> bool:
-        """The allocator holds enough free memory, but in no piece that is large enough."""
+        """The allocator held enough free memory, but in no piece that was large enough."""
         free = self.reserved_bytes - self.allocated_bytes
         return self.requested_bytes is not None and free >= self.requested_bytes
 
@@ -89,7 +94,8 @@ class StepDown:
     def meet(self, lack: Lack, trainer: EventTrainer, evaluating: bool = False) -> None:
         """Makes room for another try. Raises SurgvqaError, the last step saved, when there is no way left.
 
-        Fragmentation is met with an emptied cache at first, everything else with the next retreat.
+        Fragmentation is met with an emptied cache at first, everything else with the next retreat; and so is a retreat
+        that runs out of memory itself, when the encoders come back for its frames.
         """
         if self.allowed and lack.is_fragmentation and not self.defragmented:
             self.defragmented = True
@@ -99,7 +105,13 @@ class StepDown:
         if retreat is None:
             raise self.stop(lack, trainer)
         self.say(lack, f"going on with {retreat.text}", settings=retreat.settings)
-        self._apply(retreat, lack)
+        try:
+            self._apply(retreat, lack)
+        except torch.OutOfMemoryError as error:
+            lack = take(error, trainer)
+        else:
+            return
+        self.meet(lack, trainer, evaluating)
 
     def stop(self, lack: Lack, trainer: EventTrainer, intact: bool = True) -> SurgvqaError:
         """Saves the last whole step and returns the error that names the way on.
@@ -186,14 +198,21 @@ class StepDown:
 
 
 def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: bool = False) -> Lack:
-    """Reads what the error says and who holds the memory, then lets go of what the cut-off work held."""
-    text = " ".join(str(error).split("\n")[0].split())
-    allocated, reserved = allocator_bytes()
+    """Reads what the error says and who holds the memory, then lets go of what the cut-off work held.
+
+    What was allocated and reserved is read from the message where it says so: by now the work has let go of some.
+    """
+    message = " ".join(str(error).split("\n")[0].split())
+    requested, allocated, unallocated = (size_in(message, where) for where in (REQUESTED, ALLOCATED, UNALLOCATED))
+    if allocated is None or unallocated is None:
+        allocated, reserved = allocator_bytes()
+    else:
+        reserved = allocated + unallocated
     lack = Lack(
         trainer.state.global_step,
         trainer.activity,
-        text,
-        requested_bytes(text),
+        _in_words(requested, allocated, reserved) or message,
+        requested,
         allocated,
         reserved,
         owners(trainer, allocated),
@@ -203,6 +222,20 @@ def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: b
         trainer.model.zero_grad(set_to_none=True)
     empty_cache()
     return lack
+
+
+def size_in(message: str, where: str) -> int | None:
+    """Bytes that stand in torch's message at `where` (`Tried to allocate 2.00 GiB`); None when it does not say."""
+    found = re.search(where, message)
+    return round(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+def _in_words(requested: int | None, allocated: int, reserved: int) -> str:
+    """Torch's message in a line that fits; '' when it does not say what was asked for."""
+    if requested is None:
+        return ""
+    held = f"; {allocated / 1e9:.1f} GB allocated, {(reserved - allocated) / 1e9:.2f} GB reserved but free"
+    return f"tried to allocate {requested / 1e9:.2f} GB" + (held if reserved else "")
 
 
 def allocator_bytes() -> tuple[int, int]:
@@ -235,12 +268,6 @@ def owners(trainer: EventTrainer, allocated: int) -> dict[str, int]:
         "optimiser states": size(value for state in states for value in state.values()),
     }
     return held | {"activations and temporaries": max(0, allocated - sum(held.values()))}
-
-
-def requested_bytes(text: str) -> int | None:
-    """What torch says that it tried to allocate (`Tried to allocate 2.00 GiB`)."""
-    found = re.search(r"allocate ([\d.]+) (bytes|[KMGT]iB)", text)
-    return round(float(found[1]) * UNITS[found[2]]) if found else None
 
 
 class OptimizerSnapshot:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -18,6 +19,12 @@ from surgvqa.errors import SurgvqaError
 from surgvqa.runs import Run
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
+ON_A_GPU = (
+    "CUDA out of memory. Tried to allocate 588.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 68.51 GiB is "
+    "free. Including non-PyTorch memory, this process has 10.62 GiB memory in use. 9.52 GiB allowed; Of the allocated "
+    "memory 9.00 GiB is allocated by PyTorch, and 192.00 MiB is reserved by PyTorch but unallocated. If reserved but "
+    "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+)
 FEWER = 'reason = "r"\ngives_up = "g"\nrung = 0\n[settings]\nnum_frames = 1\nimage_size = 84\n'
 NEEDED = ("model_name_or_path", "train_data_path", "frames_dir", "audio_dir")
 SMALLER = 'reason = "r"\ngives_up = "g"\nrung = 1\n[settings]\nimage_size = 28\n'
@@ -140,18 +147,35 @@ def test_layers_that_recompute_are_never_compiled_to_keep_products_only(monkeypa
 
 @model
 @pytest.mark.parametrize(
-    ("text", "requested"),
+    ("text", "sizes"),
     [
-        (ERROR, 2 * 2**30),
-        ("Tried to allocate 512 bytes", 512),
-        ("Tried to allocate 20.50 MiB.", 21495808),
-        ("no", None),
+        (ERROR, (2 * 2**30, None, None)),
+        ("Tried to allocate 512 bytes", (512, None, None)),
+        ("Tried to allocate 20.50 MiB.", (21495808, None, None)),
+        (ON_A_GPU, (588 * 2**20, 9 * 2**30, 192 * 2**20)),
+        ("no", (None, None, None)),
     ],
 )
-def test_the_requested_size_is_read_from_the_message(text, requested):
-    from surgvqa.oom import requested_bytes
+def test_the_sizes_are_read_from_the_message(text, sizes):
+    from surgvqa import oom
 
-    assert requested_bytes(text) == requested
+    assert tuple(oom.size_in(text, where) for where in (oom.REQUESTED, oom.ALLOCATED, oom.UNALLOCATED)) == sizes
+
+
+@model
+@pytest.mark.parametrize(("free", "in_pieces"), [("192.00 MiB", False), ("600.00 MiB", True)])
+def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pieces):
+    """By the time that the error is met, temporaries are gone: the allocator's own figures would say 'in pieces'."""
+    import torch
+
+    from surgvqa import oom
+
+    monkeypatch.setattr(oom, "allocator_bytes", lambda: (2**30, 9 * 2**30))
+    monkeypatch.setattr(oom, "owners", lambda trainer, allocated: {})
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=3), activity="forward and backward")
+    lack = oom.take(torch.OutOfMemoryError(ON_A_GPU.replace("192.00 MiB", free)), trainer)
+    assert lack.is_fragmentation is in_pieces and lack.allocated_bytes == 9 * 2**30
+    assert lack.text.startswith("tried to allocate 0.62 GB; 9.7 GB allocated, 0.") and len(lack.text) < 80
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +348,22 @@ def test_a_run_that_retreats_at_once_is_one_that_began_so(world, tmp_path, out_o
 
 
 @model
+def test_a_retreat_that_runs_out_of_memory_while_it_encodes_is_met_by_the_next(world, tmp_path, out_of_memory):
+    from surgvqa.model import AudioQwen2VLForConditionalGeneration
+
+    straight = Watched(world.train_options(num_frames=1, image_size=28, **SHARED), tmp_path / "straight")
+    encoded: list[int] = []
+    out_of_memory(*places()["forward"], lambda count, _: count == 1)
+    out_of_memory(
+        AudioQwen2VLForConditionalGeneration, "encode_images", lambda count, _: encoded.append(1) or count == 2
+    )
+    run = Watched(world.train_options(**SHARED), tmp_path / "run", (FEWER.replace("84", "56"), SMALLER))
+    assert len(encoded) == 3  # at the start, in vain, and for the second preset
+    assert [event["name"] for event in run.of("preset")] == ["own-0", "own-1"] and len(run.of("oom")) == 2
+    assert_same(run, straight)
+
+
+@model
 def test_a_retreat_in_the_middle_goes_on_with_the_same_samples_and_can_be_resumed(world, tmp_path, out_of_memory):
     """As if the run had been stopped at step 1 and resumed with fewer frames."""
     first = Watched(constant_rate(world.train_options(**SHARED | {"max_steps": 1})), tmp_path / "first")
@@ -392,6 +432,27 @@ def test_the_optimisers_first_step_is_taken_back_and_tried_again(
     twice = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
     assert "out of GPU memory at step 0 (optimizer)" in twice.error and "--lora_r" in twice.error
     assert len(twice.of("oom")) == 2
+
+
+@model
+def test_a_later_optimiser_step_that_is_cut_short_is_never_saved(world, straight, tmp_path, out_of_memory):
+    """The weights may be half updated: the checkpoint before it is the last one."""
+    import torch
+
+    out_of_memory(torch.optim.AdamW, "step", lambda count, _: count == 3)
+    run = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
+    assert "out of GPU memory at step 2 (optimizer)" in run.error and run.actions() == ["stopping"]
+    assert [c.name for c in trained.checkpoints(run.output)] == ["checkpoint-2", "checkpoint-1"]
+    assert run.losses() == {step: loss for step, loss in straight.losses().items() if step <= 2}
+
+
+@model
+def test_a_retreat_stays_in_one_wandb_run(world, tmp_path, out_of_memory, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    out_of_memory(*places()["backward"], lambda count, _: count == 3)
+    run = Watched(world.train_options(**SHARED, report_to="wandb", logging_steps=1), tmp_path, FEWER)
+    assert run.error is None and len(run.of("preset")) == 1 and sorted(run.losses()) == [1, 2, 3]
+    assert len(list((run.run.folder / "wandb").glob("offline-run-*"))) == 1
 
 
 @model
