@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from presets import Preset, load_presets
-from surgvqa import memory
+from surgvqa import gpu, memory
 from surgvqa.architecture import Sizes, checkpoint_sizes
 from surgvqa.config import BudgetOptions, Workspace, convert, settings_of
 from surgvqa.errors import UsageError
@@ -20,6 +20,7 @@ GROUPS = {
     "reserved": "allocator",
     "driver": "driver",
 }
+NO_GPU = "on a GPU; this machine has none"
 WIDTH = 15
 """Of a bar, in cells; the table fits 80 columns."""
 AT_LEAST = {"num_frames": 1, "image_size": 28, "per_device_train_batch_size": 1, "lora_r": 1}
@@ -122,7 +123,8 @@ def _show(console: Any, prediction: Prediction, budget_gb: float, advice: list[s
 
     from surgvqa.console import bar
 
-    console.print(Text(f"{prediction.plan}; {prediction.configuration.clip.tokens} tokens", "dim"))
+    where = "" if gpu.any_gpu() else f"; {NO_GPU}"
+    console.print(Text(f"{prediction.plan}; {prediction.configuration.clip.tokens} tokens{where}", "dim"))
     table = Table("component", "", "GB", "", box=None, pad_edge=False, header_style="dim")
     table.columns[2].justify = "right"
     for column in table.columns:

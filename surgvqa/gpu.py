@@ -44,6 +44,12 @@ def sample_devices() -> list[dict[str, Any]]:
         return [_device_sample(*named) for named in _devices()]
 
 
+def any_gpu() -> bool:
+    """Whether this machine has a GPU that a training could use."""
+    with _lock:
+        return not _initialise() and any(True for _ in _devices())
+
+
 def driver_problem() -> str | None:
     """Why there is no NVML, in one line; None when it answers."""
     with _lock:

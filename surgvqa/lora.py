@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,9 @@ def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, w
             if key in on_disk
         },
     )
-    peft_model = get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
     for parameter in adapter_parameters(peft_model).values():
         parameter.data = parameter.data.to(dtype)
     peft_model.adapter_config_on_disk = on_disk

@@ -76,6 +76,12 @@ def test_a_card_that_answers_everything(nvml):
     assert json.loads(json.dumps(first)) == first
 
 
+def test_a_machine_has_a_gpu_or_not(nvml, monkeypatch):
+    assert gpu.any_gpu()
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 0)
+    assert not gpu.any_gpu()
+
+
 def test_nvml_is_initialised_once(nvml):
     for _ in range(5):
         gpu.sample_devices()

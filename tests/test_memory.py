@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgvqa import activations, cli, memory
+from surgvqa import activations, cli, gpu, memory
 from surgvqa.architecture import (
     MAX_PIXELS,
     MIN_PIXELS,
@@ -523,6 +523,7 @@ def test_budget_drawn_fits_80_columns_and_says_what_to_change(capsys):
     assert "recompute" in drawn
     assert "language model" in drawn
     assert "…" not in drawn
+    assert ("on a GPU; this machine has none" in " ".join(drawn.split())) == (not gpu.any_gpu())
 
 
 @pytest.mark.parametrize(

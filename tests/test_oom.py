@@ -637,3 +637,5 @@ async def test_one_key_in_the_monitor_goes_on_from_the_last_step(world, tmp_path
     assert result["resumed_from"].endswith("checkpoint-1")
     record = trained.read(Path(result["output_dir"]))
     assert (record.options["num_frames"], record.options["image_size"]) == (1, 84)
+    log = file.with_name("log.txt").read_text()
+    assert "Warning" not in log and "kernels" not in log, "of libraries, about what nobody can change here"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from textual.widgets import Input, Log, OptionList, Static
 
-from surgvqa import config, runs
+from surgvqa import config, gpu, runs
 from tui.app import Panel, main
 from tui.base import Confirm, Help
 from tui.chart import Chart
@@ -462,6 +462,9 @@ async def test_the_predicted_peak_stands_against_the_budget(root):
         found = app.screen.predictions["baseline-8f-512px"]
         assert 15e9 < found.peak_bytes < 40e9  # the real model's sizes: no checkpoint is chosen here
         assert sum(p.bytes for p in found.parts) == pytest.approx(found.peak_bytes, rel=1e-6)
+        shown = " ".join(text(app, "#memory").split())
+        assert ("this machine has none" in shown) == (not gpu.any_gpu())
+        assert "spare for speed: 2" in shown and "of 28 layers recompute" in shown
 
 
 async def test_launch_is_refused_with_the_checks_own_line(root):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from surgvqa import memory
+from surgvqa import gpu, memory
+from surgvqa.architecture import Sizes, checkpoint_sizes
+from surgvqa.budget import NO_GPU
 from surgvqa.errors import SurgvqaError
+from tui import words
 from tui.gauge import Part, largest
 from tui.settings import Settings
 from tui.words import GB
@@ -21,24 +24,35 @@ class Prediction:
     budget_bytes: float
     peak_bytes: float = 0.0
     parts: list[Part] = field(default_factory=list)
-    model: str = ""
-    """Whose sizes were used."""
+    notes: list[str] = field(default_factory=list)
+    """Whose sizes were used, where it holds, what the training will make of the spare."""
     problem: str = ""
 
 
-async def predict(settings: Settings, preset: str) -> Prediction:
-    """Predicts in a thread: the checkpoint's headers are read from the disk."""
-    return await asyncio.to_thread(_predict, settings, preset)
+async def predict(settings: Settings, preset: str, here: bool = True) -> Prediction:
+    """Predicts in a thread: the checkpoint's headers are read from the disk. `here`: the training would run on this
+    machine."""
+    return await asyncio.to_thread(_predict, settings, preset, here)
 
 
-def _predict(settings: Settings, preset: str) -> Prediction:
+def _predict(settings: Settings, preset: str, here: bool) -> Prediction:
     try:
         options = settings.resolve(preset)[0].options
-        found = memory.predict_options(options)
+        folder = options.model_name_or_path
+        sizes, weights = checkpoint_sizes(folder) if folder else (Sizes(), None)
+        configuration = memory.configuration(sizes, options)
+        found = memory.predict(sizes, configuration, weights)
     except SurgvqaError as error:
         return Prediction(0.0, problem=f"no prediction: {error}")
-    model = "" if options.model_name_or_path else "of the real model: no checkpoint is chosen"
-    return Prediction(options.budget_gb * GB, found.peak_bytes, parts(found), model)
+    notes = [] if folder else ["of the real model: no checkpoint is chosen"]
+    if options.gradient_checkpointing and options.checkpointed_layers is None:
+        fitted = memory.fit(sizes, configuration, options.budget_gb, weights)
+        if fitted and fitted.peak_bytes > found.peak_bytes:
+            count = fitted.configuration.checkpointed_layers
+            notes.append(f"spare for speed: {words.gb(fitted.peak_bytes)}, {count} of {fitted.layers} layers recompute")
+    if here and not gpu.any_gpu():
+        notes.append(NO_GPU)
+    return Prediction(options.budget_gb * GB, found.peak_bytes, parts(found), notes)
 
 
 def parts(found: memory.Prediction) -> list[Part]:

@@ -218,7 +218,7 @@ class TrainScreen(PanelScreen):
     async def predict_all(self) -> None:
         """The predicted peak of every preset with the settings as they are."""
         for preset in self.presets:
-            self.predictions[preset.name] = await predict(self.settings, preset.name)
+            self.predictions[preset.name] = await predict(self.settings, preset.name, here=self.app.host is None)
         self.show_presets()
         self.show_memory()
 
@@ -241,7 +241,7 @@ class TrainScreen(PanelScreen):
                 ),
                 predicted_bar(width, found.parts, found.peak_bytes, found.budget_bytes),
                 predicted_legend(found.parts, width),
-                report.waiting(found.model) if found.model else None,
+                *(report.waiting(note) for note in found.notes),
             )
         )
 
