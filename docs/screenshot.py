@@ -12,18 +12,30 @@ from surgvqa.config import load_workspace
 from surgvqa.errors import SurgvqaError
 from tui.app import Panel
 from tui.base import TITLES
+from tui.monitor import MonitorScreen
 from tui.target import LocalTarget
 
 OUT = Path(__file__).with_name("panel.svg")
 
 
-def screenshot(workspace: Path, out: Path, mode: str, size: tuple[int, int], wait_s: float) -> None:
-    """Opens the panel on `workspace`, waits until its figures are read, and saves what it shows."""
-    panel = Panel(LocalTarget(load_workspace(workspace)))
+def screenshot(
+    workspace: Path, out: Path, mode: str, size: tuple[int, int], wait_s: float, run: str | None = None
+) -> None:
+    """Opens the panel on `workspace`, waits until its figures are read, and saves what it shows. In Monitor that is
+    `run`, else the newest training."""
+    target = LocalTarget(load_workspace(workspace))
+    run = run or next((found.id for found in target.runs() if found.command == "train"), None)
+    panel = Panel(target)
 
     async def save(pilot: Pilot[None]) -> None:
         await pilot.pause(wait_s)
         await panel.action_go(mode)
+        await pilot.pause()
+        screen = panel.screen
+        if run and isinstance(screen, MonitorScreen):
+            screen.attach(run)
+            while not (screen.follower and screen.follower.model.events):
+                await pilot.pause(0.1)
         await pilot.pause(wait_s)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(panel.export_screenshot(title="surgvqa-tui"), encoding="utf-8")
@@ -40,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, nargs="?", default=OUT, help="SVG file to write (default: docs/panel.svg)")
     parser.add_argument("--screen", choices=tuple(TITLES), default="monitor")
+    parser.add_argument("--run", help="run that Monitor shows (default: the newest training)")
     parser.add_argument("--size", default="120x36", help="columns x rows (default: 120x36)")
     parser.add_argument("--wait", type=float, default=3.0, help="seconds to let the screen fill (default: 3)")
     arguments = parser.parse_args(argv)
@@ -47,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{arguments.workspace}: no such folder; make demo makes one")
     columns, _, rows = arguments.size.partition("x")
     try:
-        screenshot(arguments.workspace, arguments.out, arguments.screen, (int(columns), int(rows)), arguments.wait)
+        size = int(columns), int(rows)
+        screenshot(arguments.workspace, arguments.out, arguments.screen, size, arguments.wait, arguments.run)
     except (SurgvqaError, OSError) as error:
         print(f"screenshot: {error}", file=sys.stderr)
         return 1

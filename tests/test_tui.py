@@ -210,6 +210,35 @@ async def test_a_failed_run_shows_its_error(root):
 
 
 @pytest.mark.parametrize("size", SIZES)
+async def test_the_gauge_tells_tensors_from_what_is_cached_and_from_the_driver(root, size):
+    run = runs.Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))
+    run.emit("gpu", device=0, backend="cuda", process_bytes=26.9e9, allocated_bytes=20e9, reserved_bytes=26e9,
+             total_bytes=85e9)  # fmt: skip
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: "26.9 GB of 28.5 GB budget" in text(app, "#gauge"))
+        content = app.screen.query_one("#gauge", Static).content
+        spans = {str(span.style): span.end - span.start for span in content.spans}
+        assert {"$secondary", "$warning"} <= set(spans)  # two colours in the bar: close to the budget, and cached
+        legend = "tensors 20.0 GB", "cached 6.0 GB", "driver 0.9 GB"
+        assert all((part in content.plain) == (size[0] >= 120) for part in legend)
+        assert max(map(len, content.plain.splitlines())) <= app.screen.query_one("#gauge").size.width
+
+
+def test_the_screenshot_is_of_the_newest_training(root, tmp_path):
+    with training(root, name="the curve"):
+        pass
+    with runs.Run.create(root / "runs", "evaluate", run_id="99991231-235959-evaluate-fff"):
+        pass
+    drawn = tmp_path / "panel.svg"
+    script = Path(__file__).parents[1] / "docs/screenshot.py"
+    subprocess.run([sys.executable, script, root, drawn, "--wait", "0.3"], check=True, timeout=120)
+    assert "the&#160;curve" in drawn.read_text() and "step&#160;30/100" in drawn.read_text()
+
+
+@pytest.mark.parametrize("size", SIZES)
 async def test_the_gauge_names_every_gpu_and_who_holds_it(root, size):
     """What a run on the first of three GPUs writes, its prediction too."""
     run = runs.Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))

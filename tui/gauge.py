@@ -94,7 +94,8 @@ class Gauge(Pane):
         total = float(sample.get("total_bytes") or 0)
         budget = self.budget or total or used or 1.0
         scale = max(budget * 1.08, used, device.peak_bytes) if self.budget else max(total, used, 1.0)
-        bar = memory_bar(width, [(used, level_style(used, budget))], scale, budget, device.peak_bytes)
+        held = holders(device, level_style(used, budget))
+        bar = memory_bar(width, [(nbytes, style) for _, nbytes, style in held], scale, budget, device.peak_bytes)
         title = Content.assemble((device_title(name, sample), "bold"))
         now = Content.assemble(
             (words.gb(used), "bold"), (" of ", "$muted"), (f"{words.gb(budget)} budget", BUDGET_STYLE)
@@ -113,6 +114,9 @@ class Gauge(Pane):
             if sample.get(key) is not None and not device.is_host
         ]
         lines = [title, bar, now, rest]
+        if len(held) > 1:
+            parts = [Content.assemble(("█ ", style), f"{name} {words.gb(n)}") for name, n, style in held]
+            lines.insert(2, Content(" ").join(parts) if width >= 40 else Content("\n").join(parts))
         if facts:
             lines.insert(1, Content.assemble(("  ".join(facts), "$muted")))
         if sample.get("others"):
@@ -135,6 +139,18 @@ class Gauge(Pane):
         listed = processes(gpu.get("processes") or [])
         whose = [Content.assemble((words.clip(f"  {listed}", width), "$muted"))] if listed else []
         return [Content.assemble(title, bar, (figure, "$muted")), *whose]
+
+
+def holders(device: Device, style: str) -> list[tuple[str, float, str]]:
+    """The run's own memory as (who, bytes, style): tensors, what torch's allocator keeps for later ones, and the
+    driver's share of the process. One part where the allocator is not asked: on a host."""
+    sample = device.sample
+    allocated, reserved = sample.get("allocated_bytes"), sample.get("reserved_bytes")
+    if allocated is None or reserved is None:
+        return [("process", device.used_bytes, style)]
+    driver = max(0.0, float(sample.get("process_bytes") or 0) - reserved)
+    parts = [("tensors", float(allocated), style), ("cached", float(reserved - allocated), "$secondary")]
+    return [*parts, ("driver", driver, "$muted")] if driver else parts
 
 
 def largest(parts: Iterable[Part], count: int) -> list[Part]:
