@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from textual.content import Content
 
 from tui import report, words
@@ -40,7 +42,8 @@ def facts(follower: Follower, width: int, resumable: bool) -> Content:
 
 
 def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Content:
-    """For a small terminal: state and bar, then the figures, then one line of trouble when there is some."""
+    """For a small terminal: state and bar, then the figures, then a line of trouble when there is some, and one of what
+    to do when it ended badly."""
     model = follower.model
     share, count = how_far(follower)
     head = Content.assemble(standing(follower), "  ", (model.command, "bold"))
@@ -52,7 +55,8 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     last = waiting(follower, least=STARVED) or ("" if rate is None else f"lr {rate:.2e}")
     figures = [count, pace(follower), time_left(follower), last]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
-    return report.lines(head, second, *ending(follower, resumable)[:1])
+    trouble = ending(follower, resumable)[: 1 if follower.active else 2]
+    return report.lines(head, second, *(line.truncate(width, ellipsis=True) for line in trouble))
 
 
 def standing(follower: Follower) -> Content:
@@ -135,9 +139,17 @@ def ending(follower: Follower, resumable: bool) -> list[Content]:
         if way_on:
             then = f"o goes on from the last checkpoint {way_on[0]}"
         return [Content.assemble((text, "$error")), report.waiting(then)]
-    oom = follower.model.oom
-    told = [f"out of GPU memory at step {oom.get('step')}: {oom.get('text', '')}"] if oom else []
-    return report.warnings(told + follower.model.warnings[-2:])
+    return report.warnings(out_of_memory(follower.model.oom) + follower.model.warnings[-2:])
+
+
+def out_of_memory(oom: dict[str, Any] | None) -> list[str]:
+    """What was done about the last out-of-memory error, first, for a line may be cut; then what had happened."""
+    if not oom:
+        return []
+    text, action = str(oom.get("text", "")), str(oom.get("action", ""))
+    happened = text.removesuffix(action).removesuffix(": ")
+    step = "" if oom.get("step") is None else f" at step {oom['step']}"
+    return [f"out of GPU memory{step}: {'; '.join(part for part in (action, happened) if part)}"]
 
 
 def sparkline(values: list[float], width: int) -> str:

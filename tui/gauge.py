@@ -115,18 +115,18 @@ class Gauge(Pane):
         ]
         lines = [title, bar, now, rest]
         if len(held) > 1:
-            parts = [Content.assemble(("█ ", style), f"{name} {words.gb(n)}") for name, n, style in held]
-            lines.insert(2, Content(" ").join(parts) if width >= 40 else Content("\n").join(parts))
+            whose = [Content.assemble(("█", style), f"{who} {nbytes / 1e9:.1f}") for who, nbytes, style in held]
+            lines.insert(2, Content(" ").join(whose))
         if facts:
             lines.insert(1, Content.assemble(("  ".join(facts), "$muted")))
         if sample.get("others"):
             lines.append(Content.assemble((words.clip(f"others: {processes(sample['others'])}", width), "$warning")))
-        lines += [line for gpu in further for line in gpu]
         if self.predicted:
             peak = sum(part.bytes for part in self.predicted)
             lines.append(Content.assemble(("predicted peak ", "$muted"), (words.gb(peak), "bold")))
             shares = [(part.bytes, PART_STYLES[i]) for i, part in enumerate(self.predicted)]
             lines += [memory_bar(width, shares, scale, budget), predicted_legend(self.predicted, width)]
+        lines += [line for gpu in further for line in gpu]
         return Content("\n").join(lines)
 
     def _further(self, gpu: dict[str, Any], width: int) -> list[Content]:
@@ -143,14 +143,14 @@ class Gauge(Pane):
 
 def holders(device: Device, style: str) -> list[tuple[str, float, str]]:
     """The run's own memory as (who, bytes, style): tensors, what torch's allocator keeps for later ones, and the
-    driver's share of the process. One part where the allocator is not asked: on a host."""
+    driver's own share of the process (context and kernels). One part where the allocator is not asked: on a host."""
     sample = device.sample
     allocated, reserved = sample.get("allocated_bytes"), sample.get("reserved_bytes")
     if allocated is None or reserved is None:
         return [("process", device.used_bytes, style)]
     driver = max(0.0, float(sample.get("process_bytes") or 0) - reserved)
     parts = [("tensors", float(allocated), style), ("cached", float(reserved - allocated), "$secondary")]
-    return [*parts, ("driver", driver, "$muted")] if driver else parts
+    return [*parts, ("CUDA", driver, "$muted")] if driver else parts
 
 
 def largest(parts: Iterable[Part], count: int) -> list[Part]:

@@ -219,8 +219,9 @@ class MonitorScreen(PanelScreen):
             return
         panel = self.query_one("#facts", Pane)
         panel.border_title = words.clip(follower.model.option("run_name") or follower.run_id, 36)
-        draw = facts_in_two_lines if self.app.size.width < WIDE else facts
-        panel.show(draw(follower, max(20, panel.size.width), self.resumable()))
+        narrow = self.app.size.width < WIDE
+        draw, width = (facts_in_two_lines, self.app.size.width - 2) if narrow else (facts, panel.size.width)
+        panel.show(draw(follower, max(20, width), self.resumable()))
 
     def show_picture(self) -> None:
         """The loss curve; bars for an evaluation; phases and report for a merge."""
