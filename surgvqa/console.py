@@ -150,7 +150,8 @@ class JobView:
         self._say(f"  preset {escape(str(event.get('name')))}")
 
     def _oom(self, event: dict[str, Any]) -> None:
-        self._say(f"[red]out of GPU memory at step {event.get('step')}[/red] {escape(str(event.get('text', '')))}")
+        step = "" if event.get("step") is None else f" at step {event['step']}"
+        self._say(f"[red]out of GPU memory{step}[/red] {escape(str(event.get('text', '')))}")
 
     def _warning(self, event: dict[str, Any]) -> None:
         self._say(f"[yellow]warning:[/yellow] {escape(event['text'])}")

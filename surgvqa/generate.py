@@ -29,7 +29,7 @@ from surgvqa.errors import SurgvqaError
 from surgvqa.evaluate import model_folders
 from surgvqa.lora import ADAPTER, load_adapter
 from surgvqa.model import choose_attention, load_model
-from surgvqa.oom import empty_cache
+from surgvqa.oom import empty_cache, read
 from surgvqa.runs import Run
 from surgvqa.sampling import MemorySampler
 
@@ -189,12 +189,13 @@ def _at_once(
 
 def _smaller_batch(size: int, error: torch.OutOfMemoryError, options: EvaluateOptions, run: Run) -> int:
     """Half the batch, said in an `oom` event; SurgvqaError when it is one sample already."""
-    text = str(error).splitlines()[0]
-    run.emit("oom", step=None, phase="generate", text=f"batch of {size}: {text}")
+    said, action = read(error), "stopping" if size == 1 else f"answering {size // 2} at once"
+    figures = vars(said) | {"text": f"batch of {size}: {said.text}: {action}"}
+    run.emit("oom", step=None, phase="generate", action=action, **figures)
     if size == 1:
         raise SurgvqaError(
-            f"out of GPU memory with a single sample of {options.num_frames} frames at {options.image_size} px: {text};"
-            " evaluate with fewer or smaller frames (--num_frames, --image_size)"
+            f"out of GPU memory with a single sample of {options.num_frames} frames at {options.image_size} px: "
+            f"{said.text}; evaluate with fewer or smaller frames (--num_frames, --image_size)"
         ) from None
     traceback.clear_frames(error.__traceback__)  # they hold the activations
     empty_cache()

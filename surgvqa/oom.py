@@ -197,25 +197,41 @@ class StepDown:
             self.run.phase("evaluate" if evaluating else "train", f"again at step {lack.step}, {retreat.text}")
 
 
-def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: bool = False) -> Lack:
-    """Reads what the error says and who holds the memory, then lets go of what the cut-off work held.
+@dataclass(frozen=True)
+class Said:
+    """What torch's message says: in one line that fits, and in bytes. Where it does not say what is allocated and
+    reserved, the allocator does: by the time an error is met, the work has let go of some."""
 
-    What was allocated and reserved is read from the message where it says so: by now the work has let go of some.
-    """
+    text: str
+    requested_bytes: int | None
+    allocated_bytes: int
+    reserved_bytes: int
+
+
+def read(error: torch.OutOfMemoryError) -> Said:
+    """The error in figures."""
     message = " ".join(str(error).split("\n")[0].split())
     requested, allocated, unallocated = (size_in(message, where) for where in (REQUESTED, ALLOCATED, UNALLOCATED))
     if allocated is None or unallocated is None:
         allocated, reserved = allocator_bytes()
     else:
         reserved = allocated + unallocated
+    if requested is None:
+        return Said(message, requested, allocated, reserved)
+    held = f"; {allocated / 1e9:.1f} GB allocated, {(reserved - allocated) / 1e9:.2f} GB reserved but free"
+    return Said(
+        f"tried to allocate {requested / 1e9:.2f} GB" + (held if reserved else ""), requested, allocated, reserved
+    )
+
+
+def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: bool = False) -> Lack:
+    """Reads what the error says and who holds the memory, then lets go of what the cut-off work held."""
+    said = read(error)
     lack = Lack(
         trainer.state.global_step,
         trainer.activity,
-        _in_words(requested, allocated, reserved) or message,
-        requested,
-        allocated,
-        reserved,
-        owners(trainer, allocated),
+        **vars(said),
+        memory=owners(trainer, said.allocated_bytes),
     )
     traceback.clear_frames(error.__traceback__)  # they hold the activations
     if drop_gradients:
@@ -228,14 +244,6 @@ def size_in(message: str, where: str) -> int | None:
     """Bytes that stand in torch's message at `where` (`Tried to allocate 2.00 GiB`); None when it does not say."""
     found = re.search(where, message)
     return round(float(found[1]) * UNITS[found[2]]) if found else None
-
-
-def _in_words(requested: int | None, allocated: int, reserved: int) -> str:
-    """Torch's message in a line that fits; '' when it does not say what was asked for."""
-    if requested is None:
-        return ""
-    held = f"; {allocated / 1e9:.1f} GB allocated, {(reserved - allocated) / 1e9:.2f} GB reserved but free"
-    return f"tried to allocate {requested / 1e9:.2f} GB" + (held if reserved else "")
 
 
 def allocator_bytes() -> tuple[int, int]:

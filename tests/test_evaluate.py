@@ -203,7 +203,8 @@ def test_out_of_memory_halves_the_batch(world, tmp_path, monkeypatch):
     monkeypatch.setattr(Answerer, "answer", answer)
     outcome, _, events = _evaluate(world.evaluate_options(batch_size=4), tmp_path)
     assert outcome.data["samples"] == 4 and outcome.data["batch_size"] == 2
-    assert [e["phase"] for e in events if e["kind"] == "oom"] == ["generate"]
+    (oom,) = [e for e in events if e["kind"] == "oom"]
+    assert (oom["phase"], oom["requested_bytes"], oom["action"]) == ("generate", 2 * 2**30, "answering 2 at once")
     monkeypatch.setattr(Answerer, "answer", lambda self, items: answer(self, items, largest=0))
     with pytest.raises(SurgvqaError, match="single sample"):
         _evaluate(world.evaluate_options(), tmp_path)
