@@ -26,6 +26,8 @@ class Part:
 
 PREDICTED = 3
 """Components of the prediction that the gauge names; the smaller ones are shown together."""
+LEAST = 0.005
+"""Share of the whole from which a part has a row of its own."""
 PART_STYLES = ("#4f9dde", "#57c7b6", "#c49ae8", "#e8b85c", "#7fbf6a", "#e07f7f", "#8aa0b8", "#d88fc0")
 
 
@@ -154,10 +156,12 @@ def holders(device: Device, style: str) -> list[tuple[str, float, str]]:
 
 
 def largest(parts: Iterable[Part], count: int) -> list[Part]:
-    """The `count` largest parts, and all others as one."""
+    """The `count` largest parts, and all others, and what is too small to see, as one."""
     listed = sorted(parts, key=lambda part: -part.bytes)
-    rest = sum(part.bytes for part in listed[count:])
-    return listed[:count] + ([Part("the rest", rest)] if rest else [])
+    visible = sum(part.bytes for part in listed) * LEAST
+    shown = [part for part in listed[:count] if part.bytes >= visible]
+    rest = sum(part.bytes for part in listed[len(shown) :])
+    return shown + ([Part("the rest", rest)] if rest else [])
 
 
 def processes(listed: list[dict[str, Any]]) -> str:
