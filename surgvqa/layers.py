@@ -21,14 +21,9 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
     """Lets `count` layers (None: all) recompute their activations in the backward pass; returns how many do.
 
     They are the first ones: the backward pass comes to the last layers first and frees what they kept before the first
-    recomputation needs room. UsageError for a count outside 0..layers.
-
-    A compiled layer that keeps products only must not be one that recomputes: with dropout its gradients are wrong then
-    (measured against finite differences, torch 2.13 on a CPU). Layers compiled that way are compiled anew.
+    recomputation needs room. Compiled layers may change over at any time: torch compiles the other kind when it first
+    comes. UsageError for a count outside 0..layers.
     """
-    import torch._dynamo
-    import torch._functorch.config
-
     layers = decoder_layers(model)
     count = len(layers) if count is None else count
     if not 0 <= count <= len(layers):
@@ -37,9 +32,6 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
         # its newer name first
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-        if torch._functorch.config.aggressive_recomputation:
-            torch._functorch.config.aggressive_recomputation = False
-            torch._dynamo.reset()
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < count
     return count
@@ -59,20 +51,25 @@ def lora_without_casts(model: nn.Module) -> None:
 def compile_layers(model: nn.Module, keep: str = "all") -> None:
     """Compiles each layer by itself (28 equal graphs compile once). A layer that will not compile runs as it is.
 
-    `keep`: what it keeps for the backward pass. With `products` that is matrix products and attention; norms, dropout
-    masks (from their seeds), SwiGLU and rotary positions are computed again: the same values, about half the memory.
-    Call it after `checkpoint_layers`: a model with layers that recompute keeps all, see there.
+    `keep`: what a layer that does not recompute keeps for the backward pass. With `products` that is matrix products
+    and attention; norms, dropout masks (from their seeds), SwiGLU and rotary positions are computed again: the same
+    values, about half the memory. Both go with any number of layers that recompute (`checkpoint_layers`).
     """
     import torch._dynamo
     import torch._functorch.config
 
+    from surgvqa import dropout_seeds
+
     torch._dynamo.config.suppress_errors = True  # fall back to eager, with torch's own warning
     # One graph serves all layers, their parameters are its inputs. But transformers' way to flash-attn reads a layer's
-    # number: taken for a constant, every layer would need a graph of its own, and after the eighth (recompile_limit)
-    # the others would run uncompiled.
+    # number: taken for a constant, every layer would need a graph of its own, and at recompile_limit the others would
+    # run uncompiled.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    recomputing = any(layer.gradient_checkpointing for layer in decoder_layers(model))
-    torch._functorch.config.aggressive_recomputation = keep == "products" and not recomputing
+    # 8 by default, too few for all the kinds: a layer recomputes or not, is the first (whose input needs no gradient)
+    # or not, runs in training or in evaluation, with rows of the first length or of any other.
+    torch._dynamo.config.recompile_limit = 32
+    torch._functorch.config.aggressive_recomputation = keep == "products"
+    dropout_seeds.keep()
     for layer in decoder_layers(model):
         layer.compile()
 

@@ -122,30 +122,6 @@ model = pytest.mark.model
 
 
 @model
-def test_layers_that_recompute_are_never_compiled_to_keep_products_only(monkeypatch):
-    """Their dropout's gradients are wrong then."""
-    import torch._functorch.config as config
-    from torch import nn
-
-    from surgvqa import layers
-
-    class Layer(nn.Linear):
-        gradient_checkpointing = False
-
-    model = nn.Module()
-    model.layers = nn.ModuleList([Layer(1, 1), Layer(1, 1)])
-    model.activation_checkpointing_enable = lambda settings: None
-    monkeypatch.setattr(layers, "decoder_layers", lambda found: found.layers)
-    with config.patch(aggressive_recomputation=False):  # not monkeypatch: torch hides a setting that it deletes
-        layers.compile_layers(model, "products")
-        assert config.aggressive_recomputation
-        layers.checkpoint_layers(model, 1)  # a retreat
-        assert not config.aggressive_recomputation
-        layers.compile_layers(model, "products")
-        assert not config.aggressive_recomputation
-
-
-@model
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
