@@ -1,4 +1,7 @@
-"""Compiled layers: what they keep changes no gradient, whichever of them recompute, also with dropout."""
+"""Compiled layers: what they keep changes no gradient, whichever of them recompute, also with dropout.
+
+On a GPU where there is one: its kernels make the masks in other ways than a CPU's.
+"""
 
 import math
 from importlib.metadata import version
@@ -30,7 +33,7 @@ def built(dropout: float, modules: str = r".*[qv]_proj"):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return model.train()
+    return model.train().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +62,8 @@ def loss(model, seed: int = 5):
     import torch
 
     lm = model.get_base_model().model.language_model
-    hidden = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    weights = torch.randn(1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    hidden, weights = torch.randn(2, 1, TOKENS, HIDDEN, generator=torch.Generator().manual_seed(1)).to(model.device)
+    hidden = hidden.requires_grad_()
     torch.manual_seed(seed)
     return (lm(inputs_embeds=hidden, use_cache=False).last_hidden_state * weights).double().sum()
 
