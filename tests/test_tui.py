@@ -491,6 +491,8 @@ async def test_the_predicted_peak_stands_against_the_budget(root):
         found = app.screen.predictions["baseline-8f-512px"]
         assert 15e9 < found.peak_bytes < 40e9  # the real model's sizes: no checkpoint is chosen here
         assert sum(p.bytes for p in found.parts) == pytest.approx(found.peak_bytes, rel=1e-6)
+        rows = [row for row in text(app, "#presets").splitlines() if " GB" in row]
+        assert len(rows) >= 4 and all("█" in row and "┃" in row for row in rows)  # each against the budget
         shown = " ".join(text(app, "#memory").split())
         assert ("this machine has none" in shown) == (not gpu.any_gpu())
         assert "spare for speed: 2" in shown and "of 28 layers recompute" in shown

@@ -18,7 +18,7 @@ from surgvqa.errors import SurgvqaError
 from tui import report, words
 from tui.base import Confirm, PanelScreen
 from tui.form import Field, Form
-from tui.gauge import predicted_bar, predicted_legend
+from tui.gauge import memory_bar, predicted_bar, predicted_legend
 from tui.prediction import Prediction, predict
 from tui.settings import Settings, preset_changes
 from tui.target import newest_running
@@ -63,6 +63,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 PRESET_KEYS = tuple(f"f{number}" for number in range(5, 13))
 PRESETS = Binding.Group("presets")
+LEAST_BAR = 6
+"""Columns below which a bar would say nothing."""
 
 
 class TrainScreen(PanelScreen):
@@ -132,7 +134,7 @@ class TrainScreen(PanelScreen):
     def on_resize(self) -> None:
         super().on_resize()
         if self.presets:
-            self.show_presets()
+            self.call_after_refresh(self._preview_changed)  # when the panels have their new widths
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
@@ -154,6 +156,7 @@ class TrainScreen(PanelScreen):
         """The list with a predicted peak each, or what the switch at hand would change."""
         panel = self.query_one("#presets", Static)
         width = max(20, panel.size.width or 40)
+        named = 7 + max((len(preset.name) for preset in self.presets), default=0)
         rows: list[Content] = []
         for key, preset in zip(PRESET_KEYS, self.presets):
             chosen, looked_at = preset.name == self.app.preset, preset.name == self.previewed
@@ -163,10 +166,19 @@ class TrainScreen(PanelScreen):
             peak = self.predictions.get(preset.name)
             if peak and peak.peak_bytes:
                 fits = "$success" if peak.peak_bytes <= peak.budget_bytes else "$error"
-                text = f"{words.gb(peak.peak_bytes)}"
+                text = f"{words.gb(peak.peak_bytes):>7}"
+                line = Content.assemble(line, " " * (named - line.cell_length), self._peak_bar(peak, width - named - 9))
                 line = Content.assemble(line, " " * max(1, width - line.cell_length - len(text)), (text, fits))
             rows.append(line)
         panel.update(report.lines(*rows, *(self._changes() if self.previewed else [])))
+
+    def _peak_bar(self, found: Prediction, width: int) -> Content:
+        """A predicted peak against the budget, on the scale that all presets share; nothing where there is no room."""
+        if width < LEAST_BAR:
+            return Content("")
+        scale = 1.08 * max([found.budget_bytes, *(p.peak_bytes for p in self.predictions.values())])
+        style = "$success" if found.peak_bytes <= found.budget_bytes else "$error"
+        return memory_bar(width, [(found.peak_bytes, style)], scale, found.budget_bytes)
 
     def show_about(self) -> None:
         """The preset that is looked at or in use, and the setting under the cursor."""
