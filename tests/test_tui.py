@@ -170,6 +170,19 @@ async def check_attached(app: Panel, run: runs.Run, step: int, size) -> None:
         await settle(pilot, lambda: app.screen.query_one(Chart).series[0].xs[-1] == step)
 
 
+async def test_a_run_that_has_ended_is_drawn_anew_at_another_width(root):
+    with training(root):
+        pass
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        await settle(pilot, lambda: len(text(app, "#facts").splitlines()) > 3)
+        await pilot.resize_terminal(80, 24)
+        await settle(pilot, lambda: len(text(app, "#facts").splitlines()) == 2)
+        assert len(text(app, "#gauge").splitlines()) == 2
+
+
 async def test_another_run_is_attached_from_the_list(root):
     with training(root, name="old"):
         pass

@@ -99,6 +99,10 @@ class MonitorScreen(PanelScreen):
         self.show_list()
         self.query_one(OptionList).focus()
 
+    def on_resize(self) -> None:
+        super().on_resize()
+        self.call_after_refresh(self.show_figures)  # when the panels have their new widths
+
     # --- attaching and following -------------------------------------------------------------------------------------
 
     def attach_newest(self) -> None:
@@ -177,12 +181,16 @@ class MonitorScreen(PanelScreen):
         chart = self.query_one(Chart)
         chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
         self.show_log(follower.log if first else lines or [])
-        self.show_picture()
-        self.show_facts()
-        self.show_memory()
+        self.show_figures()
         self.keys_changed()
 
     # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def show_figures(self) -> None:
+        """Chart or report, the run's facts, its memory."""
+        self.show_picture()
+        self.show_facts()
+        self.show_memory()
 
     def show_list(self) -> None:
         """The run list, when it changed; the highlight stays on its run."""
