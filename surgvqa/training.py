@@ -344,6 +344,7 @@ def _announce_plan(
         rows=rows,
         total_steps=total_steps,
         samples=len(train_set),
+        fit=fit.text,
         checkpointed_layers=fit.recomputing,
         layers=fit.layers,
         predicted_peak_gb=peak,

@@ -112,6 +112,8 @@ class RunModel:
         self.devices: dict[str, Device] = {}
         self.predicted: dict[str, float] = {}
         """Bytes of each component at the predicted peak, as the run goes now."""
+        self.fit = ""
+        """How it was fitted to the budget, and why; until a retreat."""
         self.checkpoints: list[str] = []
         self.preset: str | None = self.info.get("preset")
         self.warnings: list[str] = []
@@ -197,6 +199,7 @@ class RunModel:
     def _on_phase(self, event: dict[str, Any]) -> None:
         self.phase, self.phase_text = str(event.get("name", "")), str(event.get("text", ""))
         self.predicted = event.get("predicted") or self.predicted
+        self.fit = str(event.get("fit") or self.fit)
         if self.phase == "upload":
             item = self.phase_text.rpartition(": ")[0]
             self.items[item] = Progress(item)
@@ -248,11 +251,11 @@ class RunModel:
         self.checkpoints.append(str(event.get("path", "")))
 
     def _on_retreat(self, event: dict[str, Any]) -> None:
-        self.predicted = event.get("predicted") or {}
+        self.predicted, self.fit = event.get("predicted") or {}, ""
 
     def _on_preset(self, event: dict[str, Any]) -> None:
         self.preset = event.get("name")
-        self.predicted = event.get("predicted") or {}
+        self.predicted, self.fit = event.get("predicted") or {}, ""
         if self.step:
             self.marks.append(Mark(self.step, str(event.get("name", "preset"))))
 

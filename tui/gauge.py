@@ -65,6 +65,7 @@ class Gauge(Pane):
         super().__init__(id=id)
         self.devices: dict[str, Device] = {}
         self.predicted: list[Part] = []
+        self.fit = ""
         self.budget = 0.0
         self.compact = False
 
@@ -74,10 +75,11 @@ class Gauge(Pane):
         budget_bytes: float,
         predicted: dict[str, float] | None = None,
         compact: bool = False,
+        fit: str = "",
     ) -> None:
-        """New samples, and the components of the predicted peak in bytes; drawn at the width that the widget has.
-        `compact` takes two lines for the run's own device and one for each other."""
-        self.devices, self.budget, self.compact = devices, budget_bytes, compact
+        """New samples, the components of the predicted peak in bytes, and how the run was fitted (`fit`); drawn at the
+        width that the widget has. `compact` takes two lines for the run's own device and one for each other."""
+        self.devices, self.budget, self.compact, self.fit = devices, budget_bytes, compact, fit
         self.predicted = largest((Part(name, nbytes) for name, nbytes in (predicted or {}).items()), PREDICTED)
         self.show(self._content())
 
@@ -128,6 +130,8 @@ class Gauge(Pane):
             lines.append(Content.assemble(("predicted peak ", "$muted"), (words.gb(peak), "bold")))
             shares = [(part.bytes, PART_STYLES[i]) for i, part in enumerate(self.predicted)]
             lines += [memory_bar(width, shares, scale, budget), predicted_legend(self.predicted, width)]
+            if self.fit:
+                lines.append(Content.assemble((self.fit, "$muted")))
         lines += [line for gpu in further for line in gpu]
         return Content("\n").join(lines)
 

@@ -277,10 +277,12 @@ class MonitorScreen(PanelScreen):
         if follower is None:
             return
         budget = follower.model.option("budget_gb")
-        has_budget = isinstance(budget, (int, float))
-        compact = self.app.size.width < WIDE
         self.query_one(Gauge).show_devices(
-            follower.model.devices, float(budget) * words.GB if has_budget else 0.0, follower.model.predicted, compact
+            follower.model.devices,
+            float(budget) * words.GB if isinstance(budget, (int, float)) else 0.0,
+            follower.model.predicted,
+            compact=self.app.size.width < WIDE,
+            fit=follower.model.fit,
         )
 
     def show_log(self, lines: list[str]) -> None:
