@@ -215,7 +215,7 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
     """A prediction of 1 GB a sample beside 2 GB, and what the options ask for all the same."""
     from types import SimpleNamespace
 
-    from surgvqa import generate
+    from surgvqa import generate, memory
 
     def predicted(batch):
         return SimpleNamespace(predicted_peak_gb=2 + batch, fits=lambda budget_gb: 2 + batch <= budget_gb)
@@ -227,8 +227,9 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
 
     assert told(batch_size=None)[0] == 8  # a CPU
     monkeypatch.setattr(generate, "_predict", lambda *_: predicted)
-    count, text = told(batch_size=None, budget_gb=5.1)
-    assert count == 2 and "2 at once (4.0 of 5.1 GB predicted)" in text  # 5 GB would leave no margin
+    tight = 5 * (1 + memory.MARGIN / 2)  # 5 GB would leave no margin
+    count, text = told(batch_size=None, budget_gb=tight)
+    assert count == 2 and f"2 at once (4.0 of {tight:.1f} GB predicted)" in text
     assert told(batch_size=None, budget_gb=28.5)[0] == 8
     assert told(batch_size=None, budget_gb=1)[0] == 1
     count, text = told(batch_size=4, budget_gb=5.1)
