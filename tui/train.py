@@ -264,6 +264,8 @@ class TrainScreen(PanelScreen):
             return self.previewed is not None
         if action == "preview":
             return len(self.presets) > int(str(parameters[0]))
+        if action == "revert":
+            return bool(self.settings.edited)
         return super().check_action(action, parameters)
 
     def action_preview(self, index: int) -> None:
@@ -298,11 +300,13 @@ class TrainScreen(PanelScreen):
         except SurgvqaError as error:
             self.say(str(error), "error")
         self.show_all()
+        self.keys_changed()
 
     def action_revert(self) -> None:
         field = next((f for f in self.query(Field) if f.has_focus), None)
         if field and self.settings.revert(field.key):
             self.show_all()
+            self.keys_changed()
 
     def action_launch(self) -> None:
         """Starts training; asks first while another job has the GPU there."""
