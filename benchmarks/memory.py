@@ -1,7 +1,7 @@
 """Predicted against measured GPU memory at real size: many configurations in one process on one GPU of 80 GB.
 
     python benchmarks/memory.py                    # all, about six minutes; exit code 1 when a promise is broken
-    python benchmarks/memory.py --only batch       # those whose name contains the text
+    python benchmarks/memory.py --only "batch;r=16"  # those whose name contains one of the texts
     python benchmarks/memory.py --dry              # a tiny model on the CPU, no figures: does the script work?
 
 The weights are random, the model, its adapter, its loss and its layer options are the ones that ship. Each
@@ -16,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import platform
 import sys
 import time
 import traceback
@@ -69,7 +70,7 @@ class Case:
 
     def adapter_key(self) -> tuple[Any, ...]:
         """Cases with the same adapter share one model."""
-        return self.rank, self.adapter, self.dropout, self.compiled, self.keep
+        return self.rank, self.adapter, self.dropout, self.compiled
 
 
 BASE = Case("8 frames, 512 px")
@@ -188,7 +189,8 @@ class Bench:
                 module.cast_input_dtype_enabled = True
         if not case.casts:
             layers.lora_without_casts(self.peft_model)
-        if fresh and case.compiled:
+        if case.compiled:  # each case anew: what layers keep is decided when they are compiled
+            self.torch._dynamo.reset()
             layers.compile_layers(self.peft_model, case.keep)
         self.move_encoders("cpu" if case.cached else self.device)
 
@@ -200,6 +202,8 @@ class Bench:
 
     def tidy(self) -> None:
         gc.collect()
+        if self.device != "cpu":  # those of the backward thread, which a process that only generates has not
+            self.torch._C._cuda_clearCublasWorkspaces()
         self.torch.cuda.empty_cache()
 
     def data(self, case: Case, sizes: Sizes) -> dict[str, Any]:
@@ -387,19 +391,23 @@ def sampling_cost() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="a tiny model on the CPU")
-    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--only", default="", help="cases whose name contains one of these texts, separated by ;")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT"), help="folder for memory.md and memory.json")
     return run(parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> int:
     """All cases, one after another; the exit code."""
+    import peft
     import real_size
     import torch
     import transformers
 
+    if not arguments.dry:
+        import bitsandbytes  # noqa: F401 - before the first case needs it
+
     sizes, device = Sizes(), "cuda"
-    cases = [c for c in CASES if arguments.only in c.name]
+    cases = [c for c in CASES if any(text in c.name for text in arguments.only.split(";"))]
     if arguments.dry:
         real_size.CONFIG.update(TINY)
         real_size.AUDIO_TOKENS = TINY["audio_encoder_config"]["max_source_positions"]
@@ -407,7 +415,8 @@ def run(arguments: argparse.Namespace) -> int:
         cases = [replace(c, frames=2, px=112) for c in cases]
         pretend(torch)
     bench, rows = Bench(device), []
-    machine = {"torch": torch.__version__, "transformers": transformers.__version__, "attention": bench.kernel}
+    machine = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    machine |= {"python": platform.python_version(), "attention": bench.kernel}
     machine["card"] = "none (a dry run, no figures)" if arguments.dry else torch.cuda.get_device_name()
     for case in cases:
         row = run_case(bench, case, sizes)

@@ -59,7 +59,7 @@ def window(data: ClipDataset, indices: list[list[int]], device: torch.device) ->
     collate = Collator(data.processors)
     batches = [collate([data[int(index)] for index in micro]) for micro in indices]
     tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches], tokens
+    return [{name: t.to(device) for name, t in batch.items() if name != "position_ids"} for batch in batches], tokens
 
 
 def backward(model: Any, batches: list[Batch], tokens: int) -> float:

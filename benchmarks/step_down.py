@@ -13,12 +13,15 @@ Prints a row for each; --out (default: $OUT) gets step_down.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import math
 import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
@@ -37,6 +40,7 @@ from PIL import Image
 
 from presets import ladder
 from surgvqa import train, trained
+from surgvqa.device import choose_device
 from surgvqa.errors import SurgvqaError
 from surgvqa.layers import decoder_layers
 from surgvqa.runs import Run
@@ -52,12 +56,21 @@ class Card:
 
     def __init__(self) -> None:
         self.total = torch.cuda.get_device_properties(0).total_memory
+        self.ballast: list[torch.Tensor] = []
 
     def tighten(self, leave: float = LITTLE) -> None:
+        """The cap counts what is reserved: the holes in its segments are filled first, or something may fit there."""
         torch.cuda.empty_cache()
+        self.cap(torch.cuda.memory_reserved())
+        for size in (2**k for k in range(32, 20, -1)):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    self.ballast.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
         self.cap(torch.cuda.memory_allocated() + leave)
 
     def cap(self, nbytes: float | None) -> None:
+        if nbytes is None:
+            self.ballast.clear()
         torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / self.total))
 
     def peak(self) -> float:
@@ -118,6 +131,7 @@ class Trial:
         self.peaks: dict[int, float] = {}
         self.error, self.result = "", {}
         card.cap(None)
+        gc.collect()  # the model of the trial before is part of a cycle
 
         def observe(event: dict[str, Any]) -> None:
             self.events.append(event)
@@ -151,6 +165,10 @@ class Trial:
                 self.result = train.run(options, run).data
             except SurgvqaError as error:
                 self.error = str(error)
+            except Exception as error:  # the other trials go on
+                self.error = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+                traceback.clear_frames(error.__traceback__)
         card.cap(None)
         self.seconds = time.perf_counter() - began
         self.output = Path(options.output_dir or run.folder / "checkpoints")
@@ -206,6 +224,7 @@ def build(folder: Path, dry: bool) -> Callable[..., Any]:
 
         checkpoint = folder / "checkpoint"
         real_size.write_checkpoint(checkpoint, world.checkpoint, LAYERS)
+        gc.collect()
         torch.cuda.empty_cache()
     shared = {
         "model_name_or_path": str(checkpoint),
@@ -226,6 +245,7 @@ def build(folder: Path, dry: bool) -> Callable[..., Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     """All trials, the table, the exit code."""
+    choose_device("auto")  # before the first allocation
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         folder = Path(temporary)
         options = build(folder, arguments.dry)
@@ -234,18 +254,23 @@ def run(arguments: argparse.Namespace) -> int:
 
         def told(name: str, trial: Trial, steps: int, **expected: Any) -> None:
             wrong = trial.went_on(steps)
-            found = {"retreats": trial.retreats(), "actions": [event["action"] for event in trial.of("oom")]}
-            wrong += [f"{key} {found[key]}, expected {value}" for key, value in expected.items() if found[key] != value]
+            done = {"retreats": trial.retreats(), "actions": [event["action"] for event in trial.of("oom")]}
+            wrong += [f"{key} {done[key]}, expected {value}" for key, value in expected.items() if done[key] != value]
             first = next((e for e in trial.of("oom")), {})
-            rows.append({"name": name, "wrong": wrong, **found, "seconds": round(trial.seconds, 1),
+            rows.append({"name": name, "wrong": wrong, **done, "seconds": round(trial.seconds, 1),
                          "peaks_gb": {step: peak / 1e9 for step, peak in trial.peaks.items()},
                          "losses": {e["step"]: e["loss"] for e in trial.of("metric")}, "first_oom": first})  # fmt: skip
             lost = [f"{e['step']}:{e['phase']}" for e in trial.of("oom")]
             print(f"{'FAILED' if wrong else 'ok':6} {name:34} {trial.seconds:5.1f} s  out of memory at {lost}, gave up "
-                  f"{found['retreats']} {'; '.join(wrong)}", flush=True)  # fmt: skip
+                  f"{done['retreats']} {'; '.join(wrong)}", flush=True)  # fmt: skip
             if arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)
-                (arguments.out / "step_down.json").write_text(json.dumps(rows, indent=1))
+                machine = {
+                    "torch": torch.__version__,
+                    "card": "none" if arguments.dry else torch.cuda.get_device_name(),
+                }
+                found = {"machine": machine, "rows": rows}
+                (arguments.out / "step_down.json").write_text(json.dumps(found, indent=1))
 
         presets = {p.name: {k: p.settings[k] for k in ("num_frames", "image_size")} for p in ladder()[1:]}
         rungs = ["recompute", *presets]
@@ -255,7 +280,7 @@ def run(arguments: argparse.Namespace) -> int:
             options(max_steps=steps),
             folder,
             before_step=lambda step: card.tighten() if 2 < step < steps else None,
-            on_event=lambda event: card.cap(None) if event["kind"] in ("retreat", "preset") else None,
+            on_event=lambda event: relieve(card) if event["kind"] in ("retreat", "preset") else None,
         )
         told("all rungs, one a step", tour, steps, retreats=rungs)
         takes = {name: tour.peaks.get(step, math.nan) for step, name in enumerate(["nothing", *rungs], start=2)}
@@ -263,7 +288,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         settings: dict[str, Any] = {}
         for above, rung in zip(takes, rungs):
-            room = takes[rung] + 0.8 * (takes[above] - takes[rung])
+            room = takes[rung] + 0.95 * (takes[above] - takes[rung])
             trial = Trial(
                 card,
                 options(**settings, max_steps=3),
@@ -280,6 +305,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def relieve(card: Card) -> None:
+    """There is room again; what the step takes is counted from here."""
+    card.cap(None)
+    card.peak()
+
+
 def others(card: Card, options: Callable[..., Any], folder: Path):
     """(name, trial, expected actions): where no rung of the ladder is the answer."""
     again = "trying again with an emptied cache"
@@ -289,8 +320,8 @@ def others(card: Card, options: Callable[..., Any], folder: Path):
             if not tried:
                 tried.append(True)
                 card.tighten(leave=1e6)
-                if isinstance(card, Pretended):
-                    card.run_out()
+                step()  # should it fit all the same, it must be undone
+                card.run_out()
             return step()
 
         tried: list[bool] = []

@@ -49,7 +49,7 @@ class Configuration:
     padded: bool = False
     """The samples of a batch differ in length: attention takes a mask and torch's memory-efficient kernel."""
     attention: str = "flash"
-    """The kernel: flash, cudnn (torch's own choice on Hopper, see layers.attention_kernel) or eager."""
+    """The kernel (device.attention_kernel): torch's flash or, its own choice on Hopper, cudnn; flash-attn or eager."""
     cached_features: bool = False
     """The frozen encoders' outputs come from a cache; the encoders do not run."""
     encoders_resident: bool = True
@@ -57,10 +57,10 @@ class Configuration:
     compiled: bool = False
     """The layers are compiled (layers.compile_layers), and rows are padded to multiples of LENGTH_BUCKET."""
     keep: str = "auto"
-    """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations), which needs that no layer
-    recomputes. Auto: products; where `fit` finds room for it, all."""
+    """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations). Auto: products; where `fit`
+    finds room for it, all."""
     expandable_segments: bool = False
-    """PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: next to no slack."""
+    """The allocator's segments grow (device.choose_device)."""
 
     @property
     def tokens(self) -> int:
@@ -111,15 +111,15 @@ def _compiled_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dic
     """The smallest cut through the layer's graph.
 
     `products`: only matrix products, attention and what the cut gains nothing by dropping are kept; everything between
-    them, dropout masks too (from their seeds), is computed again in the backward pass. cuDNN's attention is computed
-    again as well: the partitioner knows flash's for dear, not cuDNN's. `all`: also each LoRA module's mask (a byte an
-    element) and dropped-out input, or without dropout the input that the modules share.
+    them, dropout masks too (from their seeds), is computed again in the backward pass. So is cuDNN's attention, and
+    flash-attn's: the partitioner knows torch's flash for dear, not these. `all`: also each LoRA module's mask (a byte
+    an element) and dropped-out input, or without dropout the input that the modules share.
     """
     h, m, kv = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size
     kept: dict[str, float] = {"input": BF16 * h, "after attention": BF16 * h, "1/rms": 2 * FP32}
     kept |= {"q": BF16 * h, "k": BF16 * kv, "v": BF16 * kv, "gate": BF16 * m, "up": BF16 * m}
     kept |= {f"{module} A": BF16 * c.lora.lora_r for module in targeted}
-    if c.keep == "all" or c.attention != "cudnn":
+    if c.keep == "all" or c.attention not in ("cudnn", "flash-attn"):
         kept |= {"attention": BF16 * h, "log-sum-exp": FP32 * sizes.num_attention_heads}
     if c.keep == "all":
         if c.lora.lora_dropout > 0:

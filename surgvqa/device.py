@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,12 +11,22 @@ from torch.nn.attention import SDPBackend
 from surgvqa.errors import UsageError
 from surgvqa.memory import CUDA_CONTEXT
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch's settings of its allocator, the newer name first."""
+EXPANDABLE = "expandable_segments:True"
+
 
 def choose_device(requested: str) -> torch.device:
-    """The first GPU when there is one and `requested` ("auto", "cpu", "cuda") allows it, else the CPU."""
+    """The first GPU when there is one and `requested` ("auto", "cpu", "cuda") allows it, else the CPU.
+
+    On a GPU memory will come in segments that grow, unless the environment says how else: after a retreat tensors of
+    other sizes must fit between those that stay, and a capped process could not get new segments for them.
+    """
     if requested == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
+        if not any(name in os.environ for name in ALLOCATOR):
+            os.environ[ALLOCATOR[0]] = EXPANDABLE  # read at the first allocation
         return torch.device("cuda", 0)
     if requested == "cuda":
         raise UsageError("device is cuda, but torch sees no CUDA GPU here; surgvqa doctor says why")
@@ -27,12 +38,18 @@ def choose_dtype(device: torch.device, bf16: bool = True) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
 
 
+def expandable_segments() -> bool:
+    """Whether torch's allocator was asked for segments that grow."""
+    return any(EXPANDABLE in os.environ.get(name, "") for name in ALLOCATOR)
+
+
 def attention_kernel(config: Any, attention: str, device: torch.device) -> str:
-    """What computes a layer's attention, for the memory prediction: "eager", "cudnn" or "flash", which stands for all
-    others. `config` is the language model's; torch's sdpa takes cuDNN's kernel on Hopper and flash's on other cards.
+    """What computes a layer's attention, for the memory prediction: "eager", "flash-attn", "cudnn" or "flash", which
+    stands for all others. `config` is the language model's; torch's sdpa takes cuDNN's kernel on Hopper and its own
+    flash kernel on other cards.
     """
     if attention != "sdpa" or device.type != "cuda":
-        return "eager" if attention == "eager" else "flash"
+        return {"eager": "eager", "flash_attention_2": "flash-attn"}.get(attention, "flash")
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     width = config.hidden_size // config.num_attention_heads
     q, k, v = (torch.zeros(1, n, 256, width, dtype=torch.bfloat16, device=device, requires_grad=True) for n in heads)

@@ -25,8 +25,9 @@ from surgvqa.architecture import BF16, Sizes, checkpoint_sizes, clip_of
 from surgvqa.config import DataOptions, LoraOptions, TrainOptions, settings_of
 
 GB = 1e9
-MARGIN = 0.02
-"""Share of the budget that `fit` leaves free: as much as a prediction may be too low."""
+MARGIN = 0.01
+"""Share of the budget that `fit` leaves free: six times the most that a prediction was too low on an H100 (0.16 %, of
+35 configurations, docs/benchmarks.md)."""
 CUBLAS_WORKSPACES = 4 * 32 * MIB
 """cuBLAS and cuBLASLt, one each for the forward and for the backward thread; 32 MiB on Hopper
 (aten/src/ATen/cuda/CublasHandlePool.cpp, CUDABlas.cpp); less on older cards."""
@@ -117,8 +118,9 @@ class Prediction:
         listed = [c for c in self.components if c.group not in ("reserved", "driver") and round(c.bytes)]
         return {c.name: round(c.bytes) for c in listed}
 
-    def fits(self, budget_gb: float) -> bool:
-        return self.predicted_peak_gb <= budget_gb
+    def fits(self, budget_gb: float, capped: bool = False) -> bool:
+        """`capped`: the allocator may not even reserve more (TrainOptions.enforce_budget)."""
+        return (self.predicted_reserved_gb if capped else self.predicted_peak_gb) <= budget_gb
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------
@@ -159,8 +161,6 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     def size(nbytes: float) -> int:
         return block(nbytes, c.expandable_segments)
 
-    if c.recomputing(sizes):
-        c = replace(c, keep="all")  # products only does not go with layers that recompute (layers.checkpoint_layers)
     weights = weights or sizes.weights()
     tokens, h = c.tokens, sizes.hidden_size
     layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
@@ -318,7 +318,6 @@ def _prediction(
         Component(name, _group(name), at_peak[name], max((resident + held)[name] for held in phases.values()))
         for name in names
     ]
-    slack = 0.0 if c.expandable_segments else slack
     components.append(Component("allocator slack", "reserved", slack, slack))
     components.append(Component("CUDA context", "driver", CUDA_CONTEXT, CUDA_CONTEXT))
     return Prediction([x for x in components if x.peak_bytes], phase, totals, c, layers)
@@ -340,8 +339,8 @@ def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
 
 def plans(sizes: Sizes, c: Configuration) -> Iterator[Configuration]:
     """The ways to run `c`, fastest first: compiled layers keep everything; or only matrix products, since computing
-    again what stands between them costs little; or layers recompute (then the others keep everything), the fewer the
-    better: all of them cost a quarter of a step's time."""
+    again what stands between them costs little; and layers recompute, the fewer the better: all of them cost a quarter
+    of a step's time."""
     if c.keep == "auto":
         yield replace(c, keep="all", checkpointed_layers=0)
         c = replace(c, keep="products")
@@ -350,12 +349,16 @@ def plans(sizes: Sizes, c: Configuration) -> Iterator[Configuration]:
 
 
 def fit(
-    sizes: Sizes, c: Configuration, budget_gb: float, weights: dict[str, list[int]] | None = None
+    sizes: Sizes,
+    c: Configuration,
+    budget_gb: float,
+    weights: dict[str, list[int]] | None = None,
+    capped: bool = False,
 ) -> Prediction | None:
     """The fastest plan whose predicted peak, with a margin for the prediction's error, is within the budget; None when
-    there is none."""
+    there is none. `capped`: see Prediction.fits."""
     predicted = (predict(sizes, plan, weights) for plan in plans(sizes, c))
-    return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN))), None)
+    return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN), capped)), None)
 
 
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:
@@ -379,6 +382,7 @@ def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Confi
         "encoders_resident": not cached,
         "compiled": value("compile") != "off",
         "keep": value("keep_activations"),
+        "expandable_segments": True,
     }
     return Configuration(**(fields | overrides))
 

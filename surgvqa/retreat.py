@@ -36,7 +36,9 @@ class Forecast:
 
     def fastest(self, options: TrainOptions, limit_gb: float) -> Prediction | None:
         """With these options but the fewest recomputing layers that fit; None when nothing does."""
-        return memory.fit(self.sizes, self._configuration(options), limit_gb, self.weights)
+        return memory.fit(
+            self.sizes, self._configuration(options), limit_gb, self.weights, capped=options.enforce_budget
+        )
 
     def _configuration(self, options: TrainOptions) -> memory.Configuration:
         clip = clip_of(self.sizes, options, self.frame_size)
@@ -83,7 +85,7 @@ def fit(
         found = forecast.fastest(options, limit_gb)
         if found:
             count = found.configuration.recomputing(forecast.sizes)
-            why = f"the fewest that fit: {found.predicted_peak_gb:.1f} of {limit_gb:.1f} GB predicted"
+            why = f"the fewest that fit: {_needed_gb(found, options):.1f} of {limit_gb:.1f} GB predicted"
             return Fit(count, layers, why, found, keep=found.configuration.keep)
         asked, why = layers, "and still more than the budget"
     keeps = [options.keep_activations] if options.keep_activations != "auto" else ["all", "products"]
@@ -91,12 +93,12 @@ def fit(
         return Fit(asked, layers, why, keep=keeps[-1])
     for keep in keeps:
         prediction = forecast.of(changed(options, checkpointed_layers=asked, keep_activations=keep))
-        if prediction.fits(limit_gb if len(keeps) == 1 else limit_gb * (1 - memory.MARGIN)):
+        if _needed_gb(prediction, options) <= (limit_gb if len(keeps) == 1 else limit_gb * (1 - memory.MARGIN)):
             break
-    if prediction.fits(limit_gb):
+    if _needed_gb(prediction, options) <= limit_gb:
         return Fit(asked, layers, why, prediction, keep=prediction.configuration.keep)
     warning = (
-        f"predicted peak {prediction.predicted_peak_gb:.1f} GB, {limit_gb:.1f} GB to be had; "
+        f"predicted peak {_needed_gb(prediction, options):.1f} GB, {limit_gb:.1f} GB to be had; "
         f"{_smaller_that_fits(options, asked, layers, forecast, limit_gb, presets)}"
     )
     return Fit(asked, layers, why, prediction, warning, prediction.configuration.keep)
@@ -107,10 +109,8 @@ def _smaller_that_fits(
 ) -> str:
     found = asked < layers and forecast.fastest(options, limit_gb)
     if found:
-        count = found.configuration.recomputing(forecast.sizes)
-        return (
-            f"--gradient_checkpointing True --checkpointed_layers {count} would take {found.predicted_peak_gb:.1f} GB"
-        )
+        count, needed = found.configuration.recomputing(forecast.sizes), _needed_gb(found, options)
+        return f"--gradient_checkpointing True --checkpointed_layers {count} would take {needed:.1f} GB"
     retreat = next_retreat(options, layers, layers, presets, forecast, limit_gb)
     if retreat:
         return f"--preset {retreat.preset} would take {retreat.predicted_gb:.1f} GB"
@@ -147,14 +147,21 @@ def next_retreat(
     """The next way to need less memory than now; None at the end of the ladder.
 
     First all layers recompute: that costs time, not information (in an evaluation it would save nothing). Then the
-    first of the `presets` that shows the model fewer pixels and, where there is a forecast, is predicted to fit into
-    `limit_gb` and to need less than what just ran out of memory.
+    first of the `presets` that shows the model fewer pixels. Where there is a forecast, each must be predicted to fit
+    into `limit_gb` and to need less than what just ran out of memory.
     """
     recompute: dict[str, Any] = {} if evaluating else {"gradient_checkpointing": True, "checkpointed_layers": layers}
-    now = forecast.of(changed(options, checkpointed_layers=recomputing)).predicted_peak_gb if forecast else None
+    now = forecast.of(changed(options, checkpointed_layers=recomputing)) if forecast else None
+
+    def suffices(other: TrainOptions) -> tuple[bool, float | None]:
+        if forecast is None or now is None:
+            return True, None
+        needed = _needed_gb(forecast.of(other), options)
+        return needed <= limit_gb and needed < _needed_gb(now, options), needed
+
     if not evaluating and recomputing < layers:
-        needed = forecast.of(changed(options, **recompute)).predicted_peak_gb if forecast else None
-        if needed is None or needed < now:
+        enough, needed = suffices(changed(options, **recompute))
+        if enough:
             return Retreat(recompute, None, needed)
     known = settings_of(TrainOptions)
     for preset in presets:
@@ -164,10 +171,15 @@ def next_retreat(
         smaller = changed(options, **{"checkpointed_layers": recomputing, **recompute, **shown})
         if _pixels(smaller) >= _pixels(options):
             continue
-        needed = forecast.of(smaller).predicted_peak_gb if forecast else None
-        if needed is None or (needed <= limit_gb and needed < now):
+        enough, needed = suffices(smaller)
+        if enough:
             return Retreat(shown | recompute, preset.name, needed)
     return None
+
+
+def _needed_gb(prediction: Prediction, options: TrainOptions) -> float:
+    """What must be within the limit: the allocated peak, or all that is reserved where the allocator is capped."""
+    return prediction.predicted_reserved_gb if options.enforce_budget else prediction.predicted_peak_gb
 
 
 def changed(options: TrainOptions, **settings: Any) -> TrainOptions:

@@ -76,6 +76,8 @@ class EventTrainer(Trainer):
     ):
         super().__init__(**arguments)
         self.remove_callback(PrinterCallback)  # our own events say it
+        # "The model has a device map": else Accelerate fetches back to the GPU what has left it
+        self.accelerator.verify_device_map = lambda model: True
         if not self.model_accepts_loss_kwargs:
             raise SurgvqaError("the model does not take num_items_in_batch: gradients would be scaled wrongly")
         self.events = run
@@ -121,7 +123,8 @@ class EventTrainer(Trainer):
         return found
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        """The model stays where it is: load_model put it there, and what no step needs has left the GPU."""
+        """The model stays where it is: load_model put it there, and what no step needs has left the GPU. (On a GPU
+        tests/test_train_gpu.py looks; on a CPU nothing can be in the wrong place.)"""
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Without the padding mask: rows are padded on the right, where causal attention never looks, and a mask would

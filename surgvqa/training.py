@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from surgvqa.data.frames import largest_frame
 from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
-from surgvqa.device import attention_kernel, choose_device, choose_dtype, memory_limit_gb
+from surgvqa.device import attention_kernel, choose_device, choose_dtype, expandable_segments, memory_limit_gb
 from surgvqa.encode import use_cache
 from surgvqa.errors import UsageError, of_worker
 from surgvqa.lora import adapter_parameters, add_lora
@@ -263,7 +262,7 @@ def _forecast(
         encoders_resident=not cached,
         compiled=compiled,
         attention=attention,
-        expandable_segments="expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        expandable_segments=expandable_segments(),
     )
 
 

@@ -32,18 +32,24 @@ class Collator:
         input_features float32 [B, mels, T], or what the encoders made of them: image_features [image tokens, hidden]
         and audio_features [B, audio tokens, d_model].
 
-        Packed, with more than one sample: the first three are [1, L], and there are also position_ids int64 [3, 1, L],
-        cu_seq_lens int32 [B + 1] and max_length, the places where the samples begin and the last one ends and the
-        length of the longest (see the model's forward).
+        For training also position_ids int64 [3, B, L]: the model would take some 300 small kernels to make them.
+
+        Packed, with more than one sample: B is 1 in these, and there are also cu_seq_lens int32 [samples + 1] and
+        max_length, the places where the samples begin and the last one ends and the length of the longest (see the
+        model's forward).
         """
-        rows = list(items) if not self.packed or len(items) == 1 else [self._joined(items)]
-        ids = [row["input_ids"] for row in rows]
+        rows = [[item] for item in items]
+        if self.packed:  # none is asked to say the next one's first token: a prompt is not learned
+            rows = [list(items)]
+        ids = [np.concatenate([item["input_ids"] for item in row]) for row in rows]
         batch = {
             "input_ids": self._pad(ids, self.processors.pad_token_id),
             "attention_mask": self._pad([np.ones_like(i) for i in ids], 0),
-            "labels": self._pad([row["labels"] for row in rows], IGNORED),
+            "labels": self._pad([np.concatenate([item["labels"] for item in row]) for row in rows], IGNORED),
             "image_grid_thw": torch.from_numpy(np.concatenate([item["image_grid_thw"] for item in items])),
         }
+        if self.padding_side == "right":
+            batch["position_ids"] = self._positions(rows, batch["input_ids"].shape[1])
         if len(rows) < len(items):
             batch |= self._borders(items, batch["input_ids"].shape[1])
         if "image_features" in items[0]:
@@ -56,19 +62,20 @@ class Collator:
             "input_features": torch.from_numpy(np.stack([item["input_features"] for item in items])),
         }
 
-    def _joined(self, items: Sequence[Item]) -> Item:
-        """One row of all the samples. None is asked to say the next one's first token: a prompt is not learned."""
-        return {name: np.concatenate([item[name] for item in items]) for name in ("input_ids", "labels")}
+    def _positions(self, rows: Sequence[Sequence[Item]], length: int) -> torch.Tensor:
+        """M-RoPE positions, which begin anew with each sample; 0 where a row is padded."""
+        positions = np.zeros((3, len(rows), length), dtype=np.int64)
+        for number, row in enumerate(rows):
+            found = [mrope_positions(self.processors, item["input_ids"], item["image_grid_thw"]) for item in row]
+            joined = np.concatenate(found, axis=1)
+            positions[:, number, : joined.shape[1]] = joined
+        return torch.from_numpy(positions)
 
     def _borders(self, items: Sequence[Item], length: int) -> dict[str, Any]:
         """What keeps the samples of a packed row apart. The padding at its end belongs to the last one."""
-        ids = [item["input_ids"] for item in items]
-        positions = [mrope_positions(self.processors, i, item["image_grid_thw"]) for i, item in zip(ids, items)]
-        padding = np.zeros((3, length - sum(map(len, ids))), dtype=np.int64)
-        borders = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+        borders = np.cumsum([0, *(len(item["input_ids"]) for item in items)], dtype=np.int32)
         borders[-1] = length
         return {
-            "position_ids": torch.from_numpy(np.concatenate([*positions, padding], axis=1))[:, None],
             "cu_seq_lens": torch.from_numpy(borders),
             "max_length": self._rounded(int(np.diff(borders).max())),
         }
