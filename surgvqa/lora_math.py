@@ -9,7 +9,8 @@ Everything is computed in float32 and rounded once to the base's own dtype, then
 rounding; for an F16 base two, as PEFT's `merge_and_unload().to(bfloat16)` does).
 
 A plain LoRA block is made in tiles that stay in the processor's cache: product, casts and sum touch memory once.
-Tiles are near-equal and never thin: BLAS takes other paths, with other roundings, for a handful of rows.
+Tiles are whole rows, since what lies in one piece is cast in half the time, near-equal and never thin: BLAS takes other
+paths, with other roundings, for a handful of rows. On a GPU a block is one tile.
 A scale that is a power of two is folded into B beforehand, which is exact. Then W + BA is one call to BLAS, if this one
 adds W as we would: to the finished product, in one rounding (`adds_last` tries it).
 """
@@ -36,7 +37,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TILE_ROWS, TILE_NUMEL = 512, 1 << 20  # smaller ones fit nearer caches, but cost more calls and a slower product
+TILE_ROWS, TILE_NUMEL = 512, 1 << 20  # whole rows, as many as either allows: fewer make the product slower
 SAMPLED_ROWS = 8  # rounding loss is measured on one row in this many
 
 
@@ -195,14 +196,10 @@ class AddedBias(_Rows):
 
 
 @functools.cache
-def adds_last(rows: int, rank: int, columns: int, width: int) -> bool:
-    """Whether BLAS makes W + BA for `columns` of A's `width` as two steps would: the product, then the sum.
-
-    Tried on noise, once for each shape of tile.
-    """
+def adds_last(rows: int, rank: int, columns: int) -> bool:
+    """Whether BLAS makes W + BA as two steps would: the product, then the sum. Tried on noise, once a shape of tile."""
     noise = torch.Generator().manual_seed(0)
-    w, b, a = (torch.rand(shape, generator=noise) for shape in ((rows, columns), (rows, rank), (rank, width)))
-    a = a[:, :columns]
+    w, b, a = (torch.rand(shape, generator=noise) for shape in ((rows, columns), (rows, rank), (rank, columns)))
     return torch.equal(w.clone().addmm_(b, a), w + b @ a)
 
 
@@ -227,6 +224,7 @@ class Merged(_Rows):
         self.base, self.lora, self.files = base, lora, files
         self.transposed = transposed or lora.embedding
         self.device = torch.device(device)
+        self.on_gpu = self.device.type != "cpu"
         self.whole = lora.magnitude is not None and self.transposed  # its norms run down the columns
         self._lock = threading.Lock()
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -266,7 +264,7 @@ class Merged(_Rows):
             weight = _read_rows(self.base, self.files, first * self.row_numel, count * self.row_numel)
             weight = weight.view(count, self.row_numel)
         result = target
-        if self.device.type != "cpu":
+        if self.on_gpu:
             weight = weight.to(self.device)
             result = torch.empty_like(weight, dtype=torch.bfloat16)
         if self.lora.magnitude is not None:
@@ -279,48 +277,41 @@ class Merged(_Rows):
             for key, value in sums.items():
                 self._sums[key] += value
 
-    def _delta(self, row: int, rows: int, column: int, columns: int, out: torch.Tensor) -> torch.Tensor:
-        """s·BA for a tile of W as it is stored, float32; `out` is scratch of at least its size."""
+    def _delta(self, row: int, rows: int, out: torch.Tensor) -> torch.Tensor:
+        """s·BA for some rows of W as it is stored, float32; `out` is scratch of at least their size."""
         a, b = self.factors()
         if self.transposed:
-            delta = out[: rows * columns].view(columns, rows)
-            torch.mm(b[column : column + columns], a[:, row : row + rows], out=delta)
+            delta = out[: rows * b.shape[0]].view(b.shape[0], rows)
+            torch.mm(b, a[:, row : row + rows], out=delta)
         else:
-            delta = out[: rows * columns].view(rows, columns)
-            torch.mm(b[row : row + rows], a[:, column : column + columns], out=delta)
+            delta = out[: rows * a.shape[1]].view(rows, a.shape[1])
+            torch.mm(b[row : row + rows], a, out=delta)
         if not self.folded:
             delta.mul_(self.lora.scale)
         return delta.t() if self.transposed else delta
-
-    def _tiles(self, rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-        tall, wide = rows, columns
-        if self.device.type == "cpu":
-            tall = min(rows, TILE_ROWS)
-            wide = TILE_NUMEL // tall
-        for row, height in split_rows((rows,), 1, tall):
-            for column, width in split_rows((columns,), 1, wide):
-                yield row, height, column, width
 
     @torch.inference_mode()
     def _lora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
         sums = dict.fromkeys(self._sums, 0.0)
         a, b = self.factors()
-        tiles = list(self._tiles(*weight.shape))
-        product, scratch = _scratch(max(t[1] * t[3] for t in tiles), self.device)
-        for row, height, column, width in tiles:
-            w = weight[row : row + height, column : column + width]
-            total = scratch[: height * width].view(height, width)
+        rows, width = weight.shape
+        tall = rows if self.on_gpu else max(TILE_ROWS, TILE_NUMEL // width)
+        tiles = split_rows((rows,), 1, tall)
+        product, scratch = _scratch(max(n for _, n in tiles) * width, self.device)
+        for row, height in tiles:
+            w = weight[row : row + height]
+            flat = scratch[: height * width]
+            total = flat.view(height, width)
             total.copy_(w)
-            flat = total.view(-1)
             sums["w2"] += float(torch.dot(flat, flat))
             if self._in_one(height, width):
-                total.addmm_(b[first + row : first + row + height], a[:, column : column + width])
+                total.addmm_(b[first + row : first + row + height], a)
             else:
-                delta = self._delta(first + row, height, column, width, product)
+                delta = self._delta(first + row, height, product)
                 if self.lora.embedding:  # PEFT rounds an embedding's delta before it adds it; to be equal, so do we
                     delta = delta.to(weight.dtype)
                 total.add_(delta)
-            new = result[row : row + height, column : column + width]
+            new = result[row : row + height]
             new.copy_(total if weight.dtype == new.dtype else total.to(weight.dtype))
             some = max(1, height // SAMPLED_ROWS)
             rounded, error = product[: some * width], flat[: some * width]
@@ -332,13 +323,13 @@ class Merged(_Rows):
 
     def _in_one(self, rows: int, columns: int) -> bool:
         """Whether a tile's product and sum may be one call to BLAS; tried on the CPU alone."""
-        simple = self.folded and not self.transposed and self.device.type == "cpu"
-        return simple and adds_last(rows, self.lora.rank, columns, self.row_numel)
+        simple = self.folded and not self.transposed and not self.on_gpu
+        return simple and adds_last(rows, self.lora.rank, columns)
 
     def _dora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
         """Rows (columns, when stored transposed) are rescaled to the trained magnitude; needs whole rows."""
         rows, columns = weight.shape
-        delta = self._delta(first, rows, 0, columns, torch.empty(rows * columns, device=self.device))
+        delta = self._delta(first, rows, torch.empty(rows * columns, device=self.device))
         wide = weight.to(torch.float32)
         total = weight + delta
         norm = torch.linalg.norm(total.t() if self.transposed else total, dim=1)

@@ -95,8 +95,9 @@ def run(options: MergeOptions, run: Run) -> Outcome:
 
     import torch
 
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)  # the parallelism is over blocks: each worker thread computes alone
+    torch.set_float32_matmul_precision("highest")  # no TF32: its 10 bits of mantissa would show after the rounding
     seconds = {"plan": time.monotonic() - began}
     try:
         with Writer(plan.job, run) as writer:
@@ -114,6 +115,7 @@ def run(options: MergeOptions, run: Run) -> Outcome:
             writer.publish(report)
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
         plan.files.close()
     return _done(plan, report, time.monotonic() - began)
 

@@ -25,7 +25,7 @@ def make_report(plan: Plan, writer: Writer, seconds: dict[str, float], peak_rss_
     output's dtype took, measured on one row in eight of each module.
     """
     shards = writer.record["shards"]
-    tensors = {name: stats for shard in shards.values() for name, stats in shard["tensors"].items()}
+    tensors = {name: stats for _, shard in sorted(shards.items()) for name, stats in shard["tensors"].items()}
     modules = [
         {"module": name.removesuffix(".weight"), **_place(name), **stats, "delta_ratio": _ratio(stats)}
         for name, stats in tensors.items()

@@ -1,8 +1,11 @@
-"""Writes the shards of a checkpoint: blocks made by worker threads, hashed in order, written past the page cache.
+"""Writes the shards of a checkpoint: blocks made and hashed by worker threads, written past the page cache.
 
-    worker threads   read and compute a block of about 4 MB at a time
-    calling thread   hashes the finished blocks in the order of the file
-    one more thread  writes them, and ends a shard: fsync, rename, then the caller's `on_shard`
+    worker threads   each takes what is next: hashes a shard's oldest block, if it is made and nobody hashes this shard;
+                     else makes a block of about 4 MB. So a block is mostly hashed by whoever made it, out of its cache
+    one more thread  writes what is hashed, and ends a shard: fsync, rename, then the caller's `on_shard`
+
+Hashing goes through a file from its first byte to its last, so one shard keeps two or three cores busy at most: with
+more, several shards are made at once.
 
 Files are written with O_DIRECT where the file system has it: the page cache costs a copy and a fresh page for every
 page of the file (several times the processor time, see docs/benchmarks.md), throws out what others have in it, and has
@@ -21,12 +24,14 @@ import fcntl
 import hashlib
 import mmap
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from surgvqa.runs import Run
 from surgvqa.shards import BLOCK_BYTES, PAGE_BYTES, Shard, Source, tensor_bytes
@@ -37,15 +42,44 @@ O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 BUFFER_BYTES = BLOCK_BYTES + PAGE_BYTES
 
 
+class _Piece(NamedTuple):
+    """What is made at once: a range of the file, from one tensor (or the header)."""
+
+    position: int
+    length: int
+    fill: Fill
+    start: int
+    """Of the range in the tensor."""
+    source: Source | None
+    """The tensor, when this is its last piece."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """A piece in the making, or made."""
+
+    piece: _Piece
+    lead: int
+    """Where it begins in its buffer: as far from the start of a page as in the file."""
+    buffer: mmap.mmap
+    made: bool = False
+
+
 class _Output:
     """A shard file while it is written."""
 
     def __init__(self, folder: Path, shard: Shard):
         self.shard = shard
-        self.file = folder / f"{shard.file}.writing"
+        self.pieces = deque(_pieces(shard))
+        """What nobody has begun to make."""
+        self.blocks: deque[_Block] = deque()
+        """In the making or made, not hashed yet; in the order of the file."""
+        self.hashing = False
+        """Whether a worker is at the first of them."""
         self.digest = hashlib.sha256()
         self.rest = b""
         """What is hashed and not written yet: the beginning of a page."""
+        self.file = folder / f"{shard.file}.writing"
         self.direct = False
         self.fd = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         with contextlib.suppress(OSError):  # tmpfs before Linux 6.6 and others refuse it
@@ -82,118 +116,133 @@ class _Output:
             self.fd = -1
 
 
-class _Piece(NamedTuple):
-    """What is made at once: a range of the file, from one tensor (or the header)."""
-
-    position: int
-    length: int
-    fill: Fill
-    start: int
-    """Of the range in the tensor."""
-    source: Source | None
-    """The tensor, when this is its last piece."""
-
-
-@dataclass(slots=True)
-class _Block:
-    """A piece on its way to the disk."""
-
-    output: _Output
-    piece: _Piece
-    ends_shard: bool
-    lead: int
-    """Where it begins in its buffer: as far from the start of a page as in the file."""
-    buffer: mmap.mmap
-    future: Future = field(init=False)
-    """Of its making, then of its writing."""
-
-
 class ShardWriter:
     """Writes `shards` into `folder`; calls `on_shard(shard, sha256)` once a shard is on the disk under its name."""
 
     def __init__(self, folder: Path, shards: list[Shard], workers: int, run: Run, on_shard: OnShard):
-        self.folder, self.shards, self.run_, self.on_shard = folder, shards, run, on_shard
-        self.done = 0
-        self.total = sum(s.nbytes for s in shards)
-        self.depth = 4 * workers + 4  # enough that a worker that the system puts aside holds nobody up
-        self.making: deque[_Block] = deque()
-        self.writing: deque[_Block] = deque()
+        self.folder, self.workers, self.run_, self.on_shard = folder, workers, run, on_shard
+        self.waiting = deque(shards)
+        self.begun: list[_Output] = []
+        self.at_hand: list[_Output] = []
+        """Begun, and not yet hashed to the end."""
+        self.at_once = max(1, workers // 2)
+        self.depth = 4 * workers + 4  # blocks; enough that a worker that the system puts aside holds nobody up
+        self.held = 0
+        """Blocks that exist, from the beginning of their making to the end of their writing."""
         self.free: list[mmap.mmap] = []
-        self.pool = ThreadPoolExecutor(workers, "merge")
+        self.done, self.total = 0, sum(s.nbytes for s in shards)
+        self.error: BaseException | None = None
+        self.changed = threading.Condition()
+        """Held for whatever is above; told when a block was made, hashed or written."""
         self.disk = ThreadPoolExecutor(1, "disk")
 
     def run(self) -> None:
         """Writes them all. OSError from the disk, SurgvqaError from a source."""
-        outputs: list[_Output] = []
+        pool = ThreadPoolExecutor(self.workers, "merge")
         try:
-            for shard in self.shards:
-                outputs.append(_Output(self.folder, shard))
-                pieces = list(_pieces(shard))
-                for number, piece in enumerate(pieces, 1):
-                    self._make(outputs[-1], piece, ends_shard=number == len(pieces))
-            while self.making:
-                self._hash()
-            while self.writing:
-                self._free_oldest()
-        finally:
-            self.pool.shutdown(cancel_futures=True)
-            self.disk.shutdown(cancel_futures=True)
-            for output in outputs:
-                output.close()
+            wait([pool.submit(self._guarded, self._work) for _ in range(self.workers)])
+        except BaseException as error:  # Ctrl-C
+            self._fail(error)
+        pool.shutdown()
+        self.disk.shutdown()
+        for output in self.begun:
+            output.close()
+        if self.error:
+            raise self.error
 
-    def _make(self, output: _Output, piece: _Piece, ends_shard: bool) -> None:
-        """Has a worker make a block, once there is room for one more."""
-        while len(self.making) + len(self.writing) >= self.depth:
-            if len(self.writing) > self.depth // 2 or not self.making:
-                self._free_oldest()
-            else:
-                self._hash()
-        lead = piece.position % PAGE_BYTES
-        block = _Block(output, piece, ends_shard, lead, self._buffer(lead + piece.length))
-        block.future = self.pool.submit(_fill, block)
-        self.making.append(block)
+    def _guarded(self, task: Callable[..., None], *arguments: Any) -> None:
+        """What a thread does; the first that fails ends them all."""
+        try:
+            if not self.error:
+                task(*arguments)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.error = self.error or error
+            self.changed.notify_all()
+
+    def _work(self) -> None:
+        while task := self._next():
+            task()
+
+    def _next(self) -> Callable[[], None] | None:
+        """What a worker does next; None when nothing is left or something failed."""
+        with self.changed:
+            while not self.error:
+                for output in self.at_hand:
+                    if output.blocks and output.blocks[0].made and not output.hashing:
+                        output.hashing = True
+                        return partial(self._hash, output)
+                if self.held < self.depth and (output := self._shortest()):
+                    piece = output.pieces.popleft()
+                    lead = piece.position % PAGE_BYTES
+                    block = _Block(piece, lead, self._buffer(lead + piece.length))
+                    output.blocks.append(block)
+                    self.held += 1
+                    return partial(self._make, block)
+                if not self.at_hand and not self.waiting:
+                    return None
+                self.changed.wait()
+        return None
+
+    def _shortest(self) -> _Output | None:
+        """The shard at hand that has the fewest blocks ahead of its hash, of those with something left to make."""
+        while self.waiting and len(self.at_hand) < self.at_once:
+            self.begun.append(_Output(self.folder, self.waiting.popleft()))
+            self.at_hand.append(self.begun[-1])
+        return min((o for o in self.at_hand if o.pieces), key=lambda o: len(o.blocks), default=None)
 
     def _buffer(self, length: int) -> mmap.mmap:
         if length > BUFFER_BYTES:
             return _memory(length)
         return self.free.pop() if self.free else _memory(BUFFER_BYTES)
 
-    def _hash(self) -> None:
-        """Waits for the oldest block in the making, hashes it and hands it to the disk thread."""
-        block = self.making.popleft()
-        block.future.result()
-        output, piece, lead = block.output, block.piece, block.lead
+    def _make(self, block: _Block) -> None:
+        lead, piece = block.lead, block.piece
+        with memoryview(block.buffer) as whole, whole[lead : lead + piece.length] as view:
+            piece.fill(piece.start, view)
+        with self.changed:
+            block.made = True
+            self.changed.notify_all()
+
+    def _hash(self, output: _Output) -> None:
+        """Hashes the oldest block of a shard and hands it to the disk thread."""
+        block = output.blocks[0]
+        piece, lead = block.piece, block.lead
         end = lead + piece.length
         whole = end - end % PAGE_BYTES
         with memoryview(block.buffer) as view:
             output.digest.update(view[lead:end])
             view[:lead] = output.rest
             output.rest = bytes(view[whole:end])
-        block.future = self.disk.submit(self._write, block, whole)
-        self.writing.append(block)
         if piece.source:
             piece.source.close()
-        self.done += piece.length
-        shard_done, shard = piece.position + piece.length, output.shard
-        facts = {"shard": shard.file, "shard_done": shard_done, "shard_total": shard.nbytes}
-        self.run_.progress("merge", self.done, self.total, "bytes", **facts)
-        while self.writing and self.writing[0].future.done():
-            self._free_oldest()
+        with self.changed:
+            output.blocks.popleft()
+            output.hashing = False
+            ends_shard = not output.pieces and not output.blocks
+            if ends_shard:
+                self.at_hand.remove(output)
+            self.disk.submit(self._guarded, self._write, output, block, whole, ends_shard)
+            self.done += piece.length
+            shard_done, shard = piece.position + piece.length, output.shard
+            facts = {"shard": shard.file, "shard_done": shard_done, "shard_total": shard.nbytes}
+            self.run_.progress("merge", self.done, self.total, "bytes", **facts)
+            self.changed.notify_all()
 
-    def _write(self, block: _Block, length: int) -> None:
-        output = block.output
+    def _write(self, output: _Output, block: _Block, length: int, ends_shard: bool) -> None:
         with memoryview(block.buffer) as view:
             output.write(view[:length], block.piece.position - block.lead)
-        if block.ends_shard:
+        if ends_shard:
             output.end()
             self.on_shard(output.shard, output.digest.hexdigest())
-
-    def _free_oldest(self) -> None:
-        """Waits for the oldest block on its way to the disk; a full disk shows here."""
-        block = self.writing.popleft()
-        block.future.result()
-        if len(block.buffer) == BUFFER_BYTES:
-            self.free.append(block.buffer)
+        with self.changed:
+            self.held -= 1
+            if len(block.buffer) == BUFFER_BYTES:
+                self.free.append(block.buffer)
+            self.changed.notify_all()
 
 
 def _pieces(shard: Shard) -> Iterator[_Piece]:
@@ -219,9 +268,3 @@ def _memory(length: int) -> mmap.mmap:
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
-
-
-def _fill(block: _Block) -> None:
-    first, piece = block.lead, block.piece
-    with memoryview(block.buffer) as whole, whole[first : first + piece.length] as view:
-        piece.fill(piece.start, view)

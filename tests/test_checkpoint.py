@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -359,6 +360,29 @@ def test_past_the_page_cache_or_not_the_bytes_are_the_same(
     if refused is None:
         assert all(position % 4096 == length % 4096 == 0 for position, length in direct)
         assert all(length < 4096 for _, length in cached) or not direct
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 7])
+def test_any_number_of_workers_writes_the_same(
+    tmp_path: Path, sized: tuple[Path, int], monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """From four workers on several shards are made at once; each block takes its own time."""
+    fill, chance = Copy.fill, random.Random(workers)
+
+    def at_its_own_pace(self: Copy, start: int, out: memoryview) -> None:
+        time.sleep(chance.random() / 500)
+        fill(self, start, out)
+
+    monkeypatch.setattr(Copy, "fill", at_its_own_pace)
+    base, most = sized
+    recorder = write(make_job(base, tmp_path / "out", most), workers)
+    is_whole(tmp_path / "out", base)
+    done = [e["done"] for e in recorder.of("progress")]
+    assert done == sorted(done) and done[-1] == recorder.of("progress")[-1]["total"]
+    order = [e["shard"] for e in recorder.of("progress")]
+    turns = sum(a != b for a, b in itertools.pairwise(order)) + 1
+    shards = len(recorder.of("shard"))
+    assert turns == shards if workers < 4 else turns > shards
 
 
 def test_one_shard_has_no_index(tmp_path: Path, base: Path) -> None:
