@@ -221,6 +221,11 @@ class RunModel:
             part = {**event, "done": event.get("shard_done"), "total": event.get("shard_total")}
             self.shards.setdefault(shard, Progress(str(shard))).update(part)
 
+    def _on_shard(self, event: dict[str, Any]) -> None:
+        shard, size = str(event.get("file", "")), event.get("bytes")
+        whole = {"t": event.get("t", 0.0), "done": size, "total": size, "unit": "bytes"}
+        self.shards.setdefault(shard, Progress(shard)).update(whole)
+
     def _on_metric(self, event: dict[str, Any]) -> None:
         step = int(event.get("step") or 0)
         self.oom_survived = True

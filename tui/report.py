@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from textual.content import Content
@@ -50,17 +52,19 @@ def _text(entry: Any) -> str:
 
 
 def progress_line(progress: Progress, width: int, label: int = 16) -> Content:
-    """One phase: bar, share, amount, rate, time left."""
+    """One phase: bar, share, amount, rate, time left; on a narrow screen first the rate goes, then the total."""
     done = words.amount(progress.done, progress.unit)
     total = f" of {words.amount(progress.total, progress.unit)}" if progress.total else ""
     unit = "" if progress.unit == "bytes" else f" {progress.unit}"
     fraction = progress.fraction
-    text = f"{done}{total}{unit}"
+    rate = left = ""
     if progress.rate and (fraction is None or fraction < 1):
-        text += f"  {words.rate(progress.rate, progress.unit)}"
-        if progress.left_s is not None:
-            text += f"  {words.seconds(progress.left_s)} left"
-    bar = max(8, min(40, width - label - 42))
+        rate = f"  {words.rate(progress.rate, progress.unit)}"
+        left = f"  {words.seconds(progress.left_s)} left" if progress.left_s is not None else ""
+    bar = max(8, min(40, width - label - 58))
+    room = width - label - bar - 9
+    texts = [f"{done}{total}{unit}{rate}{left}", f"{done}{total}{unit}{left or rate}", f"{done}{unit}{left or rate}"]
+    text = next((t for t in texts if len(t) <= room), texts[-1])
     share = f"{100 * fraction:4.0f} % " if fraction is not None else "       "
     style = "$success" if fraction == 1 else "$primary"
     name = words.clip(progress.phase, label)
@@ -76,11 +80,17 @@ def job_progress(follower: Follower, width: int) -> Content:
         (model.phase or "starting", "bold"),
         (f"  {model.phase_text}" if model.phase_text else "", MUTED),
     )
-    begun = list(model.shards.values())[-SHARDS_SHOWN:]
+    begun = [replace(shard, phase=shard_name(shard.phase)) for shard in list(model.shards.values())[-SHARDS_SHOWN:]]
     label = max((len(p.phase) for p in [*begun, *model.progress.values()]), default=8)
     rows = [progress_line(p, width, label) for p in model.progress.values()]
     shards = [progress_line(shard, width, label) for shard in begun]
     return lines(*warnings(model.warnings), head, "", *rows, *([""] if shards else []), *shards)
+
+
+def shard_name(file: str) -> str:
+    """model-00002-of-00005.safetensors as `shard 2 of 5`: room for the bar."""
+    match = re.fullmatch(r"model-0*(\d+)-of-0*(\d+)\.safetensors", file)
+    return f"shard {match[1]} of {match[2]}" if match else file
 
 
 def job_end(follower: Follower) -> Content:

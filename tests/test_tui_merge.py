@@ -1,0 +1,48 @@
+"""The merge screen's rows: one line each at any width, finished shards at 100 %."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("textual")
+from tui import report
+from tui.follow import RunModel
+
+GB = 10**9
+
+
+def merging(shards: int = 4) -> RunModel:
+    """A merge of 5 GB shards, half way through its second; what was told of the first ends before its end."""
+    model = RunModel()
+    events: list[dict[str, Any]] = [{"t": 0.0, "kind": "phase", "name": "merge", "text": f"{shards} shards"}]
+    names = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+    for t, done in enumerate((0.0, 2.5, 4.95, 5.2, 7.5)):
+        at = int(done // 5)
+        part = {"shard": names[at], "shard_done": (done - 5 * at) * GB, "shard_total": 5 * GB}
+        events.append(
+            {"t": 60.0 * t, "kind": "progress", "phase": "merge", "unit": "bytes", "done": done * GB, **part}
+            | {"total": 5 * GB * shards}
+        )
+    events.insert(-2, {"t": 170.0, "kind": "shard", "file": names[0], "bytes": 5 * GB, "sha256": "0", "done": 1})
+    model.feed([{"v": 1, **e} for e in events])
+    return model
+
+
+@pytest.mark.parametrize("width", [116, 76, 66])
+def test_progress_of_a_merge_fits_its_lines(width: int) -> None:
+    follower = SimpleNamespace(model=merging(), state="running")
+    text = report.job_progress(follower, width).plain  # type: ignore[arg-type]
+    rows = text.split("\n")
+    assert all(len(row) <= width for row in rows), text
+    first, second = (next(r for r in rows if r.startswith(f"shard {i} of 4")) for i in (1, 2))
+    assert "100 %" in first and "left" not in first
+    assert "50 %" in second and "left" in second and "2.5 GB" in second
+    assert ("MB/s" in second) == (width > 70)
+
+
+def test_a_shard_of_another_name_keeps_it() -> None:
+    assert report.shard_name("model-00012-of-00100.safetensors") == "shard 12 of 100"
+    assert report.shard_name("model.safetensors") == "model.safetensors"
