@@ -46,3 +46,12 @@ def test_progress_of_a_merge_fits_its_lines(width: int) -> None:
 def test_a_shard_of_another_name_keeps_it() -> None:
     assert report.shard_name("model-00012-of-00100.safetensors") == "shard 12 of 100"
     assert report.shard_name("model.safetensors") == "model.safetensors"
+
+
+@pytest.mark.parametrize("width", [116, 76])
+def test_planned_shards_fit_their_lines(width: int) -> None:
+    shards = [{"file": f"model-{i:05d}-of-00012.safetensors", "bytes": 5 * GB, "tensors": 1300} for i in range(1, 13)]
+    rows = [row.plain for row in report.shard_rows(shards, width)]
+    assert all(len(row) <= width for row in rows), rows
+    assert "model-00008-of-00012.safetensors" in rows[7] and "1,300 tensors" in rows[7]
+    assert rows[8].strip() == "and 4 more"

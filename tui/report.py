@@ -149,11 +149,11 @@ def merge_plan(data: dict[str, Any], width: int) -> Content:
 
 def shard_rows(shards: list[dict[str, Any]], width: int) -> list[Content]:
     """The planned shards, the first few of many."""
-    room = max(20, width - 40)
+    room = max(12, min(36, width - 43))  # what the sizes and counts beside it leave
     rows = [
         Content.assemble(
             (f"{'shards' if i == 0 else '':<18}", MUTED),
-            f"{words.clip(str(shard.get('file')), room):<{min(room, 36)}} ",
+            f"{words.clip(str(shard.get('file')), room):<{room}} ",
             (f"{words.size(shard.get('bytes') or 0):>9}  {shard.get('tensors', 0):,} tensors", MUTED),
         )
         for i, shard in enumerate(shards[:SHARDS_SHOWN])
