@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from remote.bundle import bootstrap, payload
+from remote.bundle import bootstrap, payload, request_line
 from remote.connection import Replies, Unreachable, explain_ssh, ssh_command
 from remote.hosts import Host
 from surgvqa.errors import SurgvqaError
@@ -34,19 +34,9 @@ def best_ciphers(host: Host, host_has_aes: bool) -> str | None:
 
 
 class AgentProcess:
-    """The agent at the end of an `ssh` subprocess; its messages go to `on_message` on a thread of their own.
+    """The agent at the end of an `ssh` subprocess. It waits there until `begin` says what is wanted."""
 
-    `on_end(error)` comes once: None after a good end.
-    """
-
-    def __init__(
-        self,
-        host: Host,
-        request: dict[str, Any],
-        ciphers: str | None,
-        on_message: Callable[[dict[str, Any]], None],
-        on_end: Callable[[SurgvqaError | None], None],
-    ):
+    def __init__(self, host: Host, ciphers: str | None):
         self.host = host
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._input, theirs = socket.socketpair()  # a pipe would wake the writer at every read
@@ -59,12 +49,25 @@ class AgentProcess:
                 bufsize=0,
                 start_new_session=True,
             )
-        self._on_message, self._on_end = on_message, on_end
         self._lock = threading.Lock()
-        with contextlib.suppress(OSError):
-            self.write(payload({"workspace": host.entry.workspace, **request}))
+        self._ask(payload({"op": "ready", "workspace": host.entry.workspace, "more": True}))
+
+    def begin(
+        self,
+        request: dict[str, Any],
+        on_message: Callable[[dict[str, Any]], None],
+        on_end: Callable[[SurgvqaError | None], None],
+    ) -> None:
+        """Asks for the one thing that it is for. Messages come on a thread of their own, last `on_end(error)`, once:
+        None after a good end."""
+        self._on_message, self._on_end = on_message, on_end
+        self._ask(request_line({"workspace": self.host.entry.workspace, **request}))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _ask(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # the reader will find out why
+            self.write(data)
 
     def write(self, data: bytes) -> None:
         """All of it; OSError when the other end is gone."""
@@ -85,6 +88,14 @@ class AgentProcess:
         """Ends ssh and its proxy at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def discard(self) -> None:
+        """Ends one that nothing was asked of."""
+        self.kill()
+        self.finish()
+        self.process.wait()
+        self.process.stdout.close()
+        self._stderr.close()
 
     def join(self) -> None:
         self._reader.join()
@@ -116,3 +127,25 @@ class AgentProcess:
             self.process.stdout.close()
             self._stderr.close()
         self._on_end(error)
+
+
+class Reserve:
+    """Agents that are started before it is known what to ask them: `take` spares the handshake and Python's start."""
+
+    def __init__(self, host: Host, ciphers: str | None, count: int = 0):
+        self.host, self.ciphers = host, ciphers
+        self._waiting = [AgentProcess(host, ciphers) for _ in range(count)]
+
+    def take(self) -> AgentProcess:
+        """One that waits, or a new one. Raises OSError where ssh does not start."""
+        while self._waiting:
+            agent = self._waiting.pop()
+            if agent.process.poll() is None:
+                return agent
+            agent.discard()
+        return AgentProcess(self.host, self.ciphers)
+
+    def close(self) -> None:
+        """Ends those that were not needed."""
+        while self._waiting:
+            self._waiting.pop().discard()

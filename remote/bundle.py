@@ -19,6 +19,7 @@ MODULES = (
     "surgvqa.supervisor",
     "surgvqa.runs",
     "remote.agent.files",
+    "remote.agent.staging",
     "remote.agent.jobs",
     "remote.agent",
 )
@@ -57,4 +58,9 @@ def _agent() -> bytes:
 def payload(request: dict[str, Any]) -> bytes:
     """What is written to the host's Python: the agent, then the request as one line."""
     agent = _agent()
-    return b"%d\n%s%s\n" % (len(agent), agent, json.dumps(request).encode())
+    return b"%d\n%s%s" % (len(agent), agent, request_line(request))
+
+
+def request_line(request: dict[str, Any]) -> bytes:
+    """A further request to an agent that waits for one."""
+    return json.dumps(request).encode() + b"\n"

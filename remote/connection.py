@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remote.bundle import bootstrap, payload
+from remote.bundle import bootstrap, payload, request_line
 from remote.hosts import Host, resolve, ssh_settings
 from surgvqa.errors import SurgvqaError, UsageError
 
@@ -33,6 +33,7 @@ CONNECT_TIMEOUT_S = 10
 CHANNEL_TIMEOUT_S = 8
 KEEPALIVE_S = 5
 TCP_USER_TIMEOUT_MS = 15_000  # unacknowledged data ends a dead link after this
+TCPI_RTT, TCPI_MIN_RTT = 68, 148  # offsets in struct tcp_info (linux/tcp.h), microseconds
 SILENCE_S = 12.0  # the agent speaks every 2 s; longer silence is a lost connection
 
 
@@ -311,7 +312,7 @@ class Remote:
         self.open()
         try:
             if self._waiting_agent:
-                self._waiting_agent[0].sendall(json.dumps(request).encode() + b"\n")
+                self._waiting_agent[0].sendall(request_line(request))
             else:
                 self._waiting_agent = self._agent(request, SILENCE_S)
             for answer in self._waiting_agent[1]:
@@ -324,10 +325,8 @@ class Remote:
     def round_trip(self) -> float:
         """Seconds of one round trip: the smallest that TCP has seen (tcpi_min_rtt, Linux), or of opening a channel."""
         self.open()
-        if not self._fabric.gateway and hasattr(socket, "TCP_INFO"):
-            with contextlib.suppress(OSError, AttributeError, struct.error):
-                info = self._fabric.transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                return struct.unpack_from("I", info, 148)[0] / 1e6
+        with contextlib.suppress(OSError, AttributeError, struct.error):
+            return self._tcp_us(TCPI_MIN_RTT) / 1e6
         times = []
         try:
             for _ in range(3):
@@ -338,6 +337,24 @@ class Remote:
             self.close()
             raise explain(self.host, error) from None
         return min(times)
+
+    def _tcp_us(self, offset: int) -> int:
+        """A number of the kernel's struct tcp_info; OSError, AttributeError or struct.error where it cannot be had."""
+        if self._fabric.gateway:
+            raise OSError("the socket here ends at the gateway")
+        info = self._fabric.transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        return struct.unpack_from("I", info, offset)[0]
+
+    def queueing(self) -> float | None:
+        """Seconds by which round trips are longer now than the shortest was: the queue before the narrowest link.
+
+        To be called often: each call sends a few bytes, whose acknowledgement later calls see. None: cannot be known.
+        """
+        try:
+            self._fabric.transport.send_ignore(8)
+            return (self._tcp_us(TCPI_RTT) - self._tcp_us(TCPI_MIN_RTT)) / 1e6
+        except (OSError, AttributeError, struct.error, EOFError):
+            return None
 
     @staticmethod
     def _chunks(channel: Any) -> Iterator[tuple[bytes, bytes, int | None]]:
@@ -437,9 +454,9 @@ def explain_ssh(host: Host, stderr: str, status: int) -> SurgvqaError:
     return Unreachable(f"{host.name}: ssh ended with {status}: {text[-200:] or 'no reason given'}")
 
 
-def connect(name: str, workspace: Path, accept_new_host_key: bool = False) -> Remote:
-    """An open connection to the host of that name. An unknown key is accepted only when asked to."""
-    remote = Remote(resolve(name, workspace))
+def connect(host: str | Host, workspace: Path, accept_new_host_key: bool = False) -> Remote:
+    """An open connection to a host, or to that of a name. An unknown key is accepted only when asked to."""
+    remote = Remote(resolve(host, workspace) if isinstance(host, str) else host)
     for _ in range(4):  # every hop may be new
         try:
             remote.open()
@@ -448,4 +465,4 @@ def connect(name: str, workspace: Path, accept_new_host_key: bool = False) -> Re
             if not accept_new_host_key:
                 raise
             unknown.remember()
-    raise SurgvqaError(f"{name}: the accepted host key is not found again in known_hosts")
+    raise SurgvqaError(f"{remote.host.name}: the accepted host key is not found again in known_hosts")

@@ -207,6 +207,7 @@ def _listed(hub_id: str) -> dict[str, Any]:
 def _get(hub_id: str, found: dict[str, Any], workspace: str) -> None:
     """Into the cache, hashed, and linked into the workspace under `folder_of(hub_id)`."""
     from remote.agent import files as agent
+    from remote.agent.staging import publish
 
     name = folder_of(hub_id)
     paths = sorted(found["files"])
@@ -238,7 +239,7 @@ def _get(hub_id: str, found: dict[str, Any], workspace: str) -> None:
         os.makedirs(staged, exist_ok=True)
         for i, path in enumerate(paths):
             _link(local[path], os.path.join(staged, str(i)))
-        agent.publish(None, workspace, item)
+        publish(None, workspace, item)
     _say({"revision": found["revision"], "folder": name})
 
 

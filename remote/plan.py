@@ -241,8 +241,14 @@ class Way:
     stage1: str = ""
     """Stage 1's folder in the host's workspace, for the merge."""
     hub_id: str = ""
+    output: str = ""
+    """The merged checkpoint's name in the workspace there, where it is merged there."""
     download_bytes: int = 0
     """What the host would have to get from the hub."""
+
+    def merge(self) -> dict[str, str]:
+        """What is merged there into what, by their names in the workspace there."""
+        return {"stage1": self.stage1, "adapter": self.items[-1].name, "output": self.output}
 
     def seconds(self, bytes_per_s: float) -> float:
         """Sending at this rate; downloading and merging at estimated ones."""

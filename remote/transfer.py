@@ -20,13 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from remote.agent_process import AgentProcess
+from remote.agent_process import Reserve
 from remote.connection import Unreachable
-from remote.hosts import Host
 from remote.plan import Item
 from surgvqa.errors import SurgvqaError
 
-FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's files.FRAME
+FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's staging.FRAME
 CHUNK = 2 << 20
 """The unit that streams share a file by, and that a broken stream sends again."""
 SHORT_LINK_S = 0.005  # only the processors count on a link shorter than this
@@ -35,6 +34,7 @@ UNACKNOWLEDGED = 3  # chunks on the way in one stream; OpenSSH's own window is 2
 MAX_STREAMS = 16
 GAIN = 1.15  # more streams are kept when they bring at least this
 PROBE_AGAIN_S = 30.0
+FULL = 0.3  # of a round trip: so long a queue means that the link has all it can carry
 
 
 @dataclass(eq=False)
@@ -106,17 +106,12 @@ class Stream:
     def _send(self) -> None:
         transfer = self.transfer
         try:
-            self.agent = AgentProcess(
-                transfer.host,
-                {"op": "receive", "digest": transfer.item.digest},
-                transfer.ciphers,
-                self._heard,
-                self._ended,
-            )
+            self.agent = transfer.reserve.take()
         except OSError as error:
             transfer.fail(SurgvqaError(f"ssh: {error.strerror}"))
             self.live = False
             return
+        self.agent.begin({"op": "receive", "digest": transfer.item.digest}, self._heard, self._ended)
         opened, file = -1, None
         try:
             while (chunk := transfer.take(self)) is not None:
@@ -164,20 +159,20 @@ class Transfer:
 
     def __init__(
         self,
-        host: Host,
+        reserve: Reserve,
         item: Item,
         done: dict[int, list[list[int]]],
         *,
-        ciphers: str | None,
         rtt_s: float,
         cores: int = 2,
         streams: int = 0,
         patience_s: float = 300.0,
+        queueing: Callable[[], float | None] = lambda: None,
         on_progress: Callable[[Transfer], None] | None = None,
         on_file: Callable[[int, int], None] | None = None,
     ):
-        self.host, self.item, self.ciphers, self.rtt_s = host, item, ciphers, rtt_s
-        self.fixed, self.patience_s = streams, patience_s
+        self.reserve, self.item, self.rtt_s = reserve, item, rtt_s
+        self.fixed, self.patience_s, self.queueing = streams, patience_s, queueing
         self.on_progress, self.on_file = on_progress, on_file
         self.changed = threading.Condition(threading.RLock())
         short = rtt_s < SHORT_LINK_S
@@ -279,7 +274,7 @@ class Transfer:
                     missing = min(self.wanted, max(1, self.queue.chunks + len(live))) - len(live)
                     surplus = live[self.wanted :]
                 if now - heard > self.patience_s:
-                    reason = self.last_error or Unreachable(f"{self.host.name}: no answer")
+                    reason = self.last_error or Unreachable(f"{self.reserve.host.name}: no answer")
                     raise Unreachable(
                         f"{reason}; gave up after {self.patience_s:.0f} s, run the same upload again to go on from here"
                     )
@@ -308,7 +303,11 @@ class Transfer:
 
 
 class Tuner:
-    """Finds how many streams the link rewards: doubles them while that brings GAIN, goes back when it does not."""
+    """Finds how many streams the link rewards: doubles them while that brings GAIN, goes back when it does not.
+
+    On a long link that is full already it leaves them as they are: more streams would only overflow the queue before
+    it, and cubic needs many seconds to come back from those losses.
+    """
 
     def __init__(self, transfer: Transfer):
         self.transfer = transfer
@@ -334,6 +333,7 @@ class Tuner:
             self.window = now, transfer.received
             return
         began, before = self.window
+        queueing = self.transfer.queueing()
         if now - began < self.window_s:
             return
         rate = (transfer.received - before) / (now - began)
@@ -342,11 +342,16 @@ class Tuner:
         if self.base and rate < GAIN * self.base[1]:
             transfer.wanted = self.base[0]
             self.base, self.rest_until = None, now + PROBE_AGAIN_S
-        elif transfer.wanted * 2 <= transfer.most and self._worth_it(rate):
+        elif transfer.wanted * 2 <= transfer.most and self._worth_it(rate) and not self._full(queueing):
             self.base = transfer.wanted, rate
             transfer.wanted *= 2
         else:
             self.base, self.rest_until = None, now + PROBE_AGAIN_S
+
+    def _full(self, queueing: float | None) -> bool:
+        """Whether packets wait before the narrowest link; on a short one the wait is the processors'."""
+        rtt_s = self.transfer.rtt_s
+        return queueing is not None and rtt_s >= SHORT_LINK_S and queueing > FULL * rtt_s
 
     def _worth_it(self, rate: float) -> bool:
         """Whether enough is left to measure more streams, and to gain by them."""
@@ -356,8 +361,8 @@ class Tuner:
 class Verifier:
     """Has the host hash what arrives, while the rest is still on its way."""
 
-    def __init__(self, host: Host, item: Item):
-        self.host, self.item = host, item
+    def __init__(self, reserve: Reserve, item: Item):
+        self.reserve, self.item = reserve, item
         self.hashes: dict[int, str] = {}
         self.error: SurgvqaError | None = None
         self.changed = threading.Condition()
@@ -366,9 +371,8 @@ class Verifier:
 
     def _start(self) -> None:
         self.error, self.ended = None, False
-        self._agent = AgentProcess(
-            self.host, {"op": "verify", "digest": self.item.digest}, None, self._heard, self._ended
-        )
+        self._agent = self.reserve.take()
+        self._agent.begin({"op": "verify", "digest": self.item.digest}, self._heard, self._ended)
 
     def tell(self, index: int, upto: int) -> None:
         """The first `upto` bytes of the file are there."""
@@ -388,7 +392,7 @@ class Verifier:
             if not ended:
                 continue
             if (error and not isinstance(error, Unreachable)) or time.monotonic() > deadline:
-                raise error or SurgvqaError(f"{self.host.name}: the host ended before every file was verified")
+                raise error or SurgvqaError(f"{self.reserve.host.name}: the host ended before every file was verified")
             time.sleep(1.0)
             self._start()
             for index, entry in enumerate(self.item.entries):

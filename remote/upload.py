@@ -13,8 +13,9 @@ from rich.filesize import decimal as human_bytes
 from rich.table import Table
 
 from remote import hub, jobs
-from remote.agent_process import best_ciphers
+from remote.agent_process import Reserve, best_ciphers
 from remote.connection import Remote, Unreachable, connect
+from remote.hosts import resolve
 from remote.options import UploadOptions
 from remote.plan import Hashes, Item, Way, cheapest, data_sources, folder_sources, remote_name
 from remote.transfer import Transfer, Verifier, changed
@@ -25,6 +26,7 @@ from surgvqa.outcome import Outcome
 from surgvqa.runs import Run
 
 RATES = Path("~/.cache/surgvqa/rates.json")
+AHEAD = 3  # connections that every upload needs: two streams, and one for the hashes
 WAYS = {
     "merged": "merged checkpoint",
     "adapter": "Stage 1 + adapter, merged there",
@@ -74,13 +76,14 @@ def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes
     if options.what in ("auto", "merged") and merged and Path(merged).is_dir():
         ways.append(Way("merged", [item(merged)], 0))
     if options.what in ("auto", "adapter", "hub") and stage2 and Path(stage2).is_dir():
+        output = remote_name(options.output_path or merged or "merged", workspace)
         first = [item(stage1)] if stage1 and Path(stage1).is_dir() else []
         both, merge_bytes = [*first, item(stage2)], sum(i.bytes for i in first)
         if first and options.what != "hub":
-            ways.append(Way("adapter", both, 0, merge_bytes, first[0].name))
+            ways.append(Way("adapter", both, 0, merge_bytes, first[0].name, output=output))
         if options.stage1_hub_id and options.what != "adapter":
             folder = first[0].name if first else hub.folder_of(options.stage1_hub_id)
-            ways.append(Way("hub", both, 0, merge_bytes, folder, options.stage1_hub_id))
+            ways.append(Way("hub", both, 0, merge_bytes, folder, options.stage1_hub_id, output))
     if options.what != "data" and not ways:
         named = [p for p in (merged, stage1, stage2) if p]
         if named:
@@ -109,11 +112,18 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
     """The whole job; events go to `run`."""
     began = time.monotonic()
     run.phase("connect", host)
-    remote = connect(host, workspace.root, accept_new_host_key)
+    target = resolve(host, workspace.root)
+    # Most hosts have AES hardware: the streams' connections are made while ours is, and while the plan is made.
+    reserve = Reserve(target, best_ciphers(target, True), 0 if options.dry_run else AHEAD)
+    remote = None
     try:
+        remote = connect(target, workspace.root, accept_new_host_key)
         facts = remote.ask("probe", venv=remote.host.entry.venv)
         if not facts["writable"]:
             raise SurgvqaError(f"{host}: cannot write in {facts['workspace']}; set workspace in hosts.toml")
+        if not facts["aes"]:
+            reserve.close()
+            reserve = Reserve(target, best_ciphers(target, False))
         hashes = Hashes()
         ways = checkpoint_ways(options, workspace, hashes, run)
         sources = data_sources(options, workspace)
@@ -127,15 +137,17 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
         if chosen and chosen.hub_id:
             hub.get(remote, chosen.hub_id, run, options.patience_s)
         sent = [
-            send_item(remote, item, run, hashes, facts, streams=options.streams, patience_s=options.patience_s)
+            send_item(remote, item, run, hashes, facts, reserve, streams=options.streams, patience_s=options.patience_s)
             for item in [*(chosen.items if chosen else []), *data]
         ]
         remote.ask("settings", text=host_settings(workspace))
         merged_there = None
-        if chosen and chosen.merge_bytes:
-            merged_there = merge_there(remote, chosen.stage1, options, workspace, run, host)
+        if chosen and chosen.output:
+            merged_there = merge_there(remote, chosen, run)
     finally:
-        remote.close()
+        reserve.close()
+        if remote:
+            remote.close()
     total, seconds = sum(s["sent_bytes"] for s in sent), sum(s["seconds"] for s in sent)
     if total > 64e6:
         known_rate(host, total / seconds)
@@ -150,6 +162,8 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
     def tell(console: Any) -> None:
         rate = f", {human_bytes(int(total / max(seconds, 1e-9)))}/s" if total else ""
         console.print(f"{host}: {human_bytes(total)} sent in {human_seconds(seconds)}{rate}; all files verified")
+        if merged_there and merged_there.get("already_there"):
+            console.print(f"{merged_there['output']}: merged there before from the same folders")
 
     return Outcome(data_out, show=tell)
 
@@ -175,6 +189,8 @@ def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]
 
     for way in ways:
         way.send_bytes = sum(missing(item) for item in way.items)
+        if way.output and not way.send_bytes and remote.ask("merged", **way.merge())["same"]:
+            way.merge_bytes = 0
     hub_problem = ""
     for way in [way for way in ways if way.hub_id]:
         hub_problem = settle_hub(remote, way, missing)
@@ -267,6 +283,7 @@ def send_item(
     run: Run,
     hashes: Hashes,
     facts: dict[str, Any],
+    reserve: Reserve,
     *,
     streams: int = 0,
     patience_s: float = 300.0,
@@ -281,8 +298,7 @@ def send_item(
     run.phase("upload", f"{item.name}: {human_bytes(item.bytes)} in {len(item.entries)} files")
     done = {int(index): ranges for index, ranges in answer["done"].items()}
     rtt_s = remote.round_trip()
-    ciphers = best_ciphers(remote.host, facts["aes"])
-    verifier = Verifier(remote.host, item)
+    verifier = Verifier(reserve, item)
 
     def progress(transfer: Transfer) -> None:
         here = item.bytes - transfer.total
@@ -298,14 +314,14 @@ def send_item(
     try:
         for _ in range(3):
             transfer = Transfer(
-                remote.host,
+                reserve,
                 item,
                 done,
-                ciphers=ciphers,
                 rtt_s=rtt_s,
                 cores=min(os.cpu_count() or 1, facts["cpus"] or 1),
                 streams=streams,
                 patience_s=patience_s,
+                queueing=remote.queueing,
                 on_progress=progress,
                 on_file=verifier.tell,
             )
@@ -369,22 +385,16 @@ def host_settings(workspace: Workspace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def merge_there(
-    remote: Remote, stage1: str, options: UploadOptions, workspace: Workspace, run: Run, host: str
-) -> dict[str, Any]:
-    """Runs `surgvqa merge` on the host and waits for it; its events pass through `run`.
-
-    `stage1`: its folder in the workspace there.
-    """
-    output = options.output_path or options.model_name_or_path or "merged"
-    argv = [
-        "--stage1_model_path",
-        stage1,
-        "--stage2_adapter_path",
-        remote_name(options.stage2_adapter_path, workspace),
-        "--output_path",
-        remote_name(output, workspace),
-    ]
+def merge_there(remote: Remote, way: Way, run: Run) -> dict[str, Any]:
+    """Has the host merge, unless it did so before with the same inputs; the merge's events pass through `run`."""
+    names, host = way.merge(), remote.host.name
+    if remote.ask("merged", **names)["same"]:
+        run.phase("merge", f"{way.output}: merged on {host} before, from the same {way.stage1} and {names['adapter']}")
+        return {"state": "finished", "already_there": True, "output": way.output}
+    argv = ["--stage1_model_path", names["stage1"], "--stage2_adapter_path", names["adapter"]]
     run.phase("merge", f"on {host}")
-    launched = jobs.launch(remote, "merge", argv, needs=[argv[1], argv[3]], exclusive=False)
-    return jobs.wait(remote, launched["run"], run)
+    needs = [names["stage1"], names["adapter"]]
+    launched = jobs.launch(remote, "merge", [*argv, "--output_path", way.output], needs=needs, exclusive=False)
+    answer = jobs.wait(remote, launched["run"], run)
+    remote.ask("note_merge", **names)
+    return answer

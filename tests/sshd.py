@@ -118,7 +118,7 @@ class Sshd:
         from surgvqa.supervisor import descendants
 
         below = descendants(self.process.pid) if self.process else []
-        titles = {pid: _cmdline(pid) for pid in below}
+        titles = {pid: cmdline(pid) for pid in below}
         return [pid for pid, title in titles.items() if title.startswith(b"sshd: ") and b"[listener]" not in title]
 
     def kill_sessions(self) -> None:
@@ -136,7 +136,7 @@ class Sshd:
             self.log.close()
 
 
-def _cmdline(pid: int) -> bytes:
+def cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -274,7 +274,7 @@ def laptop(tmp_path, monkeypatch):
 def processes_naming(path: Path) -> list[int]:
     """Those, but ourselves, whose command line holds `path`."""
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
-    return [pid for pid in pids if str(path).encode() in _cmdline(pid)]
+    return [pid for pid in pids if str(path).encode() in cmdline(pid)]
 
 
 def end_processes_below(folder: Path) -> None:
@@ -285,7 +285,7 @@ def end_processes_below(folder: Path) -> None:
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             with contextlib.suppress(OSError):
-                if str(folder).encode() in _cmdline(int(entry)) or os.readlink(f"/proc/{entry}/cwd").startswith(
+                if str(folder).encode() in cmdline(int(entry)) or os.readlink(f"/proc/{entry}/cwd").startswith(
                     str(folder)
                 ):
                     named.append(int(entry))

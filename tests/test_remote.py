@@ -93,6 +93,10 @@ def test_a_proxy_jump_is_as_strict_as_the_host(laptop):  # noqa: F811
         connect("gpuhost", laptop.workspace, accept_new_host_key=True).close()
         with laptop.connect() as remote:
             assert remote.call("probe", venv="venv")["workspace"] == str(laptop.there)
+        (laptop.workspace / "merged").mkdir()
+        (laptop.workspace / "merged" / "config.json").write_text("{}")
+        laptop.json("upload", "gpuhost", "--model_name_or_path", "merged")  # OpenSSH's streams take the same way
+        assert (laptop.there / "merged" / "config.json").read_text() == "{}"
         door.stop()
         with pytest.raises(Unreachable, match="via door"):
             laptop.connect()

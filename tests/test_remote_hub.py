@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +119,33 @@ def test_a_host_that_cannot_get_it_says_why(laptop, hub):  # noqa: F811
 def test_an_id_is_one(wrong):
     with pytest.raises(UsageError, match="expected USER/NAME"):
         hub_room.check_id(wrong)
+
+
+def test_what_was_merged_there_is_not_merged_again(laptop, hub):  # noqa: F811
+    """Only while both inputs and the output are as they were."""
+    ways = ("--what", "adapter", "--stage1_model_path", "stage1", *WAY[2:])
+
+    def upload() -> dict:
+        answer = laptop.json("upload", "gpuhost", *ways)
+        assert answer["merged_on_host"]["state"] == "finished"
+        return answer
+
+    def merges() -> int:
+        return len(list((laptop.there / "runs").glob("*-merge-*")))
+
+    assert "already_there" not in upload()["merged_on_host"] and merges() == 1
+    planned = laptop.json("upload", "gpuhost", *ways, "--dry-run")
+    assert planned["ways"][0]["seconds"] == 0
+    again = upload()
+    assert again["merged_on_host"]["already_there"] and again["sent_bytes"] == 0 and merges() == 1
+    said = laptop.command("upload", "gpuhost", *ways).stdout + laptop.command("upload", "gpuhost", *ways).stderr
+    assert "merged there before from the same folders" in said and merges() == 1
+    shard = sorted((laptop.there / "merged").glob("*.safetensors"))[0]
+    before = shards_of(laptop.there / "merged")
+    os.utime(shard, ns=(1, 1))  # somebody was at the output
+    assert upload() and merges() == 2  # merge itself looks again, and hashes it
+    settings = laptop.workspace / "stage2" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"lora_alpha": 4', '"lora_alpha": 64'))
+    shutil.rmtree(laptop.there / "merged")  # merge itself refuses to replace what was made from other inputs
+    assert "already_there" not in upload()["merged_on_host"] and merges() == 3
+    assert shards_of(laptop.there / "merged") != before

@@ -12,18 +12,22 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sshd import Relay, laptop  # noqa: F401
+from sshd import Relay, cmdline, laptop  # noqa: F401
 
 from remote import transfer as transfer_room
 from remote import upload as upload_room
-from remote.agent import files as agent_files
+from remote.agent import staging as staging_room
+from remote.agent_process import Reserve
+from remote.connection import ChangedHostKey
 from remote.plan import Hashes, Item, Way, cheapest, folder_sources
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import Run
+from surgvqa.supervisor import descendants
 
 pytestmark = pytest.mark.slow
 
@@ -45,19 +49,32 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
+def until(true, patience_s: float = 30.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
 class Sender:
     """Sends folders over one connection, as `upload` does."""
 
     def __init__(self, laptop):  # noqa: F811
-        self.laptop, self.remote = laptop, laptop.connect()
+        self.laptop = laptop
+        self.connect()
         self.facts = self.remote.ask("probe", venv="venv")
         self.run = Run.create(laptop.workspace / "runs", "upload")
+
+    def connect(self) -> None:
+        """By the ssh_config as it is now."""
+        self.remote = self.laptop.connect()
+        self.reserve = Reserve(self.remote.host, None)
 
     def item(self, folder: Path, name: str = "merged") -> Item:
         return Item(name, "folder", Hashes().entries(folder_sources(folder)))
 
     def send(self, item: Item, **options) -> dict:
-        return upload_room.send_item(self.remote, item, self.run, Hashes(), self.facts, **options)
+        return upload_room.send_item(self.remote, item, self.run, Hashes(), self.facts, self.reserve, **options)
 
 
 @pytest.fixture
@@ -138,11 +155,11 @@ def test_resume_after_the_client_is_killed(laptop, share):  # noqa: F811
 
 def test_goes_on_when_sshd_dies_in_the_middle(sender, laptop):  # noqa: F811
     """Listener and sessions are killed; the same upload goes on by itself once sshd is back."""
-    size = 60 * MB
+    size = 40 * MB
     source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": size})
     relay = Relay(laptop.server.port, bytes_per_s=25 * MB)
     laptop.server.write_config(port=relay.port)
-    sender.remote = laptop.connect()
+    sender.connect()
 
     def crash():
         while relay.passed < size / 3:
@@ -160,12 +177,34 @@ def test_goes_on_when_sshd_dies_in_the_middle(sender, laptop):  # noqa: F811
     relay.close()
 
 
+def test_another_host_key_in_the_middle_is_refused(sender, laptop):  # noqa: F811
+    size = 30 * MB
+    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": size})
+    relay = Relay(laptop.server.port, bytes_per_s=25 * MB)
+    laptop.server.write_config(port=relay.port)
+    sender.connect()
+
+    def another():
+        until(lambda: relay.passed > size / 3)
+        laptop.server.stop()
+        laptop.server.new_host_key()
+        laptop.server.start()
+
+    thread = threading.Thread(target=another)
+    thread.start()
+    with pytest.raises(ChangedHostKey, match="refused the host key"):
+        sender.send(sender.item(source), streams=2, patience_s=30)
+    thread.join()
+    assert not (laptop.there / "merged").exists()
+    relay.close()
+
+
 def test_goes_on_after_twenty_seconds_without_network(sender, laptop):  # noqa: F811
     size = 40 * MB
     source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": size})
     relay = Relay(laptop.server.port, bytes_per_s=10 * MB)
     laptop.server.write_config(port=relay.port)
-    sender.remote = laptop.connect()
+    sender.connect()
 
     def outage():
         while relay.passed < size / 3:
@@ -188,7 +227,7 @@ def test_gives_up_with_a_way_on_when_the_host_stays_away(sender, laptop):  # noq
     item = sender.item(source)
     sender.remote.ask("begin", item=item.wire())
     laptop.server.stop()
-    one = transfer_room.Transfer(sender.remote.host, item, {}, ciphers=None, rtt_s=0.0, patience_s=2.0)
+    one = transfer_room.Transfer(sender.reserve, item, {}, rtt_s=0.0, patience_s=2.0)
     with pytest.raises(SurgvqaError, match="run the same upload again"):
         one.run()
     assert not (laptop.there / "merged").exists()
@@ -232,7 +271,7 @@ def test_damage_in_the_staging_folder_is_found_and_mended(sender, laptop):  # no
     source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 9 * MB, "model-2.safetensors": 2 * MB})
     item = sender.item(source)
     sender.remote.ask("begin", item=item.wire())
-    half = transfer_room.Transfer(sender.remote.host, item, {}, ciphers=None, rtt_s=0.0)
+    half = transfer_room.Transfer(sender.reserve, item, {}, rtt_s=0.0)
     half.run()
     staged = laptop.there / ".surgvqa" / "staging" / item.digest / "files"
     index = next(i for i, e in enumerate(item.entries) if e.path == "model-1.safetensors")
@@ -251,7 +290,7 @@ def test_a_broken_publish_is_finished_by_the_next_upload(tmp_path, monkeypatch):
 
     def stage(item):
         """As if every chunk had arrived."""
-        answer = agent_files.begin(None, workspace, item.wire())
+        answer = staging_room.begin(None, workspace, item.wire())
         if answer["complete"]:
             return 0
         sent = 0
@@ -259,7 +298,7 @@ def test_a_broken_publish_is_finished_by_the_next_upload(tmp_path, monkeypatch):
         for i, entry in enumerate(item.entries):
             if sum(n for _, n in answer["done"].get(str(i), [])) < entry.size:
                 (staging / "files" / str(i)).write_bytes(entry.source.read_bytes())
-                agent_files._note(str(staging), [(i, 0, entry.size)])
+                staging_room._note(str(staging), [(i, 0, entry.size)])
                 sent += entry.size
         return sent
 
@@ -285,12 +324,12 @@ def test_a_broken_publish_is_finished_by_the_next_upload(tmp_path, monkeypatch):
                 for name in ("rename", "replace", "unlink", "utime"):
                     patch.setattr(os, name, dying(getattr(os, name)))
                 try:
-                    agent_files.publish(None, workspace, item.wire())
+                    staging_room.publish(None, workspace, item.wire())
                     break
                 except KeyboardInterrupt:
                     pass
             assert stage(item) == 0, f"version {version}, step {step}"
-            if agent_files.begin(None, workspace, item.wire())["complete"]:
+            if staging_room.begin(None, workspace, item.wire())["complete"]:
                 break
         assert tree(Path(workspace, "merged")) == tree(source), (version, step)
 
@@ -324,6 +363,39 @@ def test_a_full_disk_is_said_before_and_during(sender, laptop):  # noqa: F811
         assert not (small / "ws" / "other").exists()
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_connections_made_ahead_serve_and_leave_nothing(sender, laptop):  # noqa: F811
+    reserve = sender.reserve = Reserve(sender.remote.host, None, 4)
+
+    def agents() -> int:
+        lines = [cmdline(pid).split(b"\0") for pid in descendants(laptop.server.process.pid)]
+        return sum(line[0] == sys.executable.encode() for line in lines)
+
+    until(lambda: agents() == 5)  # with the one that is asked
+    broken = reserve._waiting[-1]  # the next to be taken
+    broken.kill()
+    broken.process.wait()
+    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 3 * MB})
+    sender.send(sender.item(source), streams=1)
+    assert tree(laptop.there / "merged") == tree(source) and len(reserve._waiting) == 1
+    reserve.close()
+    sender.remote.close()
+    until(lambda: agents() == 0)
+
+
+@pytest.mark.parametrize(("queue_s", "streams"), [(0.002, 4), (0.014, 2), (None, 4)])
+def test_a_full_link_is_left_alone(queue_s, streams):
+    """More streams are tried where packets do not wait; on a full link they would only overflow its queue."""
+    live = [SimpleNamespace(live=True, speaking=True, retiring=False)] * 2
+    queue = SimpleNamespace(chunks=1000, bytes=10**11)
+    one = SimpleNamespace(streams=live, wanted=2, most=16, rtt_s=0.02, queue=queue, history=[], received=0)
+    one.queueing = lambda: queue_s
+    tuner = transfer_room.Tuner(one)
+    for tenth in range(30):
+        one.received = tenth * 12 * MB
+        tuner.look(tenth / 10)
+    assert one.wanted == streams
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -466,10 +538,10 @@ def test_nothing_to_upload_is_said(laptop):  # noqa: F811
 
 RECEIVE = """
 import os, sys
-from remote.agent import files
+from remote.agent import staging
 if sys.argv[2] == "without":
     os.splice = None
-line, pipe = sys.stdin.buffer.readline(), files.Input(sys.stdin.buffer)
+line, pipe = sys.stdin.buffer.readline(), staging.Input(sys.stdin.buffer)
 assert line == b"request\\n" and pipe.read(4) == b"head"
 target, at = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 7
 while count := pipe.copy(target, at, 3_000_000):

@@ -18,13 +18,20 @@ import threading
 import time
 from typing import Any, BinaryIO
 
-from remote.agent import files, jobs
+from remote.agent import files, jobs, staging
 from surgvqa.errors import SurgvqaError
 
 MARK = b"\x1esurgvqa\x1e\n"
 BEAT_S = 2.0
 
+
+def ready(channel: Channel, workspace: str) -> dict[str, Any]:
+    """Answers at once: from now on the agent beats, so that one which waits for a request does not outlive its ssh."""
+    return {}
+
+
 OPERATIONS = {
+    "ready": ready,
     "probe": jobs.probe,
     "prepare": jobs.prepare,
     "installed": jobs.installed,
@@ -35,11 +42,13 @@ OPERATIONS = {
     "follow": jobs.follow,
     "stop": jobs.stop,
     "gpus": jobs.gpus,
-    "begin": files.begin,
-    "receive": files.receive,
-    "verify": files.verify,
-    "publish": files.publish,
+    "begin": staging.begin,
+    "receive": staging.receive,
+    "verify": staging.verify,
+    "publish": staging.publish,
     "known": files.known,
+    "merged": files.merged,
+    "note_merge": files.note_merge,
     "listing": files.listing,
     "send": files.send,
 }
