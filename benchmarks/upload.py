@@ -36,7 +36,7 @@ LINKS = {  # name: (text, round trip ms, Mbit/s, loss %, MB to send, target)
     "wan": ("80 ms, 200 Mbit/s", 80, 200, 0, 400, None),
     "lossy": ("80 ms, 200 Mbit/s, 0.1 % loss", 80, 200, 0.1, 100, 4.0),
 }
-SPACES = ("surgvqa-laptop", "surgvqa-host")
+SPACES = (f"surgvqa-laptop-{os.getpid()}", f"surgvqa-host-{os.getpid()}")
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 
 
@@ -48,7 +48,6 @@ def ip(*words: str) -> None:
 def link(binary: Path, round_trip_ms: float, mbit: float, loss: float):
     """Two namespaces with that link between them."""
     for space in SPACES:
-        subprocess.run(["ip", "netns", "del", space], stderr=subprocess.DEVNULL)
         ip("netns", "add", space)
     words = [str(binary), *SPACES, str(round_trip_ms), str(mbit), str(loss)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE)

@@ -34,7 +34,7 @@ UNACKNOWLEDGED = 3  # chunks on the way in one stream; OpenSSH's own window is 2
 MAX_STREAMS = 16
 GAIN = 1.15  # more streams are kept when they bring at least this
 PROBE_AGAIN_S = 30.0
-FULL = 0.3  # of a round trip: so long a queue means that the link has all it can carry
+FULL = 0.2  # of a round trip: so long a queue means that the link has all it can carry
 
 
 @dataclass(eq=False)
@@ -317,6 +317,8 @@ class Tuner:
         self.phase_since: float | None = None
         self.window: tuple[float, int] | None = None
         self.rest_until = 0.0
+        self.idle_queueing = transfer.queueing() or 0.0
+        """Of the link before we fill it: wireless ones vary by themselves."""
 
     def look(self, now: float) -> None:
         """Called often; changes transfer.wanted."""
@@ -351,7 +353,7 @@ class Tuner:
     def _full(self, queueing: float | None) -> bool:
         """Whether packets wait before the narrowest link; on a short one the wait is the processors'."""
         rtt_s = self.transfer.rtt_s
-        return queueing is not None and rtt_s >= SHORT_LINK_S and queueing > FULL * rtt_s
+        return queueing is not None and rtt_s >= SHORT_LINK_S and queueing - self.idle_queueing > FULL * rtt_s
 
     def _worth_it(self, rate: float) -> bool:
         """Whether enough is left to measure more streams, and to gain by them."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
 
-from remote import jobs
+from remote import connection, jobs
 from remote.connection import Unreachable
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.supervisor import descendants, process_identity
@@ -254,7 +254,9 @@ def test_following_survives_dropped_connections_without_loss(host):
     assert steps == list(range(1, 101)) and lost >= 2 and follower.state == "finished"
 
 
-def test_a_dead_link_is_unreachable_and_not_dead(host):
+def test_a_dead_link_is_unreachable_and_not_dead(host, monkeypatch):
+    assert connection.Remote.stream.__defaults__ == (connection.SILENCE_S,) and connection.SILENCE_S < 20
+    monkeypatch.setattr(connection.Remote.stream, "__defaults__", (5.0,))  # two beats are missing: time saved
     relay = Relay(host.server.port)
     host.server.write_config(port=relay.port)
     with host.connect() as remote:
@@ -265,7 +267,7 @@ def test_a_dead_link_is_unreachable_and_not_dead(host):
         relay.freeze()
         frozen = time.monotonic()
         event = next(e for e in seen if e["kind"] == "connection")
-        assert event["state"] == "unreachable" and time.monotonic() - frozen < 20
+        assert event["state"] == "unreachable" and time.monotonic() - frozen < 13
         assert follower.state == "running"  # what is not reached is not dead
         relay.thaw()
         relay.cut()

@@ -384,14 +384,17 @@ def test_connections_made_ahead_serve_and_leave_nothing(sender, laptop):  # noqa
     until(lambda: agents() == 0)
 
 
-@pytest.mark.parametrize(("queue_s", "streams"), [(0.002, 4), (0.014, 2), (None, 4)])
-def test_a_full_link_is_left_alone(queue_s, streams):
-    """More streams are tried where packets do not wait; on a full link they would only overflow its queue."""
+@pytest.mark.parametrize(
+    ("before_s", "now_s", "streams"), [(0.001, 0.002, 4), (0.001, 0.014, 2), (0.012, 0.014, 4), (None, None, 4)]
+)
+def test_a_full_link_is_left_alone(before_s, now_s, streams):
+    """More streams are tried where packets wait no longer than before; a full link's queue would only overflow."""
     live = [SimpleNamespace(live=True, speaking=True, retiring=False)] * 2
     queue = SimpleNamespace(chunks=1000, bytes=10**11)
     one = SimpleNamespace(streams=live, wanted=2, most=16, rtt_s=0.02, queue=queue, history=[], received=0)
-    one.queueing = lambda: queue_s
+    one.queueing = lambda: before_s
     tuner = transfer_room.Tuner(one)
+    one.queueing = lambda: now_s
     for tenth in range(30):
         one.received = tenth * 12 * MB
         tuner.look(tenth / 10)
