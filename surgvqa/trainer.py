@@ -46,6 +46,8 @@ class Window:
 
     began: float
     waited_s: float = 0.0
+    inputs: list[Batch] = field(default_factory=list)
+    """Of all its micro steps, on the training device."""
     batches: list[Batch] = field(default_factory=list)
     """Of the micro steps so far."""
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -119,6 +121,7 @@ class EventTrainer(Trainer):
         self.window = Window(time.monotonic())
         self.activity = "load batch"
         found = super().get_batch_samples(*arguments, **keywords)
+        self.window.inputs = found[0]
         self.window.waited_s = time.monotonic() - self.window.began
         return found
 
