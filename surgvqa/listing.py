@@ -11,7 +11,6 @@ from rich.text import Text
 
 from presets import load_presets
 from surgvqa import runs as run_folders
-from surgvqa.budget import preset_peaks
 from surgvqa.config import WORKSPACE_FILE, Workspace, resolve
 from surgvqa.console import JobView, bar, human_seconds
 from surgvqa.outcome import Outcome
@@ -74,6 +73,8 @@ def stop(arguments: Namespace, workspace: Workspace) -> Outcome:
 
 def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
     """Every preset: what it sets, why, what it gives up, and its predicted peak against the budget."""
+    from surgvqa.budget import preset_peaks  # a quarter of every command's start otherwise
+
     listed = load_presets(workspace.root)
     options = resolve("budget", {}, workspace).options
     peaks = preset_peaks(options, listed)
