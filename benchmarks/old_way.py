@@ -35,6 +35,8 @@ from surgvqa.model import choose_attention, load_model
 from surgvqa.training import choose_optimiser
 
 Batch = dict[str, torch.Tensor]
+OURS = ("position_ids", "host_ids", "supervised", "tokens")
+"""What our collator prepares for our model."""
 
 
 def load(options: TrainOptions | EvaluateOptions, checkpoint: str, samples: str) -> tuple[Any, ClipDataset]:
@@ -59,7 +61,7 @@ def window(data: ClipDataset, indices: list[list[int]], device: torch.device) ->
     collate = Collator(data.processors)
     batches = [collate([data[int(index)] for index in micro]) for micro in indices]
     tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches)
-    return [{name: t.to(device) for name, t in batch.items() if name != "position_ids"} for batch in batches], tokens
+    return [{name: batch[name].to(device) for name in batch if name not in OURS} for batch in batches], tokens
 
 
 def backward(model: Any, batches: list[Batch], tokens: int) -> float:

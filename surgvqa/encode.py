@@ -6,7 +6,7 @@ Afterwards nothing needs the encoders: they leave the GPU, and a step reads feat
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from surgvqa.runs import Run
 PATCHES_AT_ONCE = 16_384
 """Vision patches of one encoder call: 14 frames at 512 px. More is no faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
-DECODED_A_WORKER = 64
+DECODED_A_WORKER = 16
 """Frames or questions that it takes at least to make another worker process worth its start."""
 
 
@@ -93,8 +93,15 @@ def fill_cache(
     for key in (*(frames.keys() - new_frames.keys()), *(sounds.keys() - new_sounds.keys())):
         os.utime(store.path(key))  # used now: the last to be evicted
     done, total = 0, len(new_frames) + len(new_sounds)
+    processors = datasets[0].processors
+    # Both start decoding now: what reads sound takes seconds to import, in its worker processes.
+    decoded_frames = _decoded(_Frames([(path, d.image_size) for path, d in new_frames.values()], processors))
+    decoded_sounds = _decoded(_Sounds([path for path, _ in new_sounds.values()], processors))
     with torch.no_grad():
-        for encoded in (_encode_frames(model, new_frames, store), _encode_sounds(model, new_sounds, store)):
+        for encoded in (
+            _encode_frames(model, zip(new_frames, decoded_frames), store),
+            _encode_sounds(model, zip(new_sounds, decoded_sounds), store),
+        ):
             for count in encoded:
                 done += count
                 run.progress("encode", done, total, "frames and questions")
@@ -166,20 +173,17 @@ class _Sounds(Dataset):
 
 
 def _decoded(items: _Frames | _Sounds) -> Iterator[Any]:
-    """The items in order, decoded by all cores but the one that encodes; a few are not worth a process."""
+    """The items in order, decoded from now on by all cores but the one that encodes; a few are not worth a process."""
     workers = min(usable_cores() - 1, len(items) // DECODED_A_WORKER)
     loader = DataLoader(items, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
-    return loaded(loader)
+    return loaded(iter(loader))
 
 
-def _encode_frames(model: Any, missing: dict[str, tuple[str, ClipDataset]], store: FeatureStore):
-    if not missing:
-        return
-    processors = next(iter(missing.values()))[1].processors
-    items = [(path, dataset.image_size) for path, dataset in missing.values()]
-    keys, waiting, patches = iter(missing), [], 0
-    for pixels, grid in _decoded(_Frames(items, processors)):
-        waiting.append((next(keys), torch.as_tensor(pixels), torch.as_tensor(grid)))
+def _encode_frames(model: Any, decoded: Iterable[tuple[str, Any]], store: FeatureStore) -> Iterator[int]:
+    """Stores the features of (key, (patches, grid)) frames; yields how many it has just done."""
+    waiting, patches = [], 0
+    for key, (pixels, grid) in decoded:
+        waiting.append((key, torch.as_tensor(pixels), torch.as_tensor(grid)))
         patches += len(pixels)
         if patches + len(pixels) > PATCHES_AT_ONCE:
             yield _encode_waiting(model, waiting, store)
@@ -199,11 +203,8 @@ def _encode_waiting(model: Any, waiting: list[tuple[str, torch.Tensor, torch.Ten
     return len(keys)
 
 
-def _encode_sounds(model: Any, missing: dict[str, tuple[str, ClipDataset]], store: FeatureStore):
-    if not missing:
-        return
-    processors = next(iter(missing.values()))[1].processors
-    decoded = zip(missing, _decoded(_Sounds([path for path, _ in missing.values()], processors)))
+def _encode_sounds(model: Any, decoded: Iterator[tuple[str, Any]], store: FeatureStore) -> Iterator[int]:
+    """Stores the encoder states of (key, spectrogram) questions; yields how many it has just done."""
     while part := list(islice(decoded, QUESTIONS_AT_ONCE)):
         keys, mels = zip(*part)
         states = model.encode_audio(torch.stack([torch.as_tensor(mel) for mel in mels]).to(model.device, model.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -33,8 +34,9 @@ from surgvqa.oom import empty_cache, read
 from surgvqa.runs import Run
 from surgvqa.sampling import MemorySampler
 
-AT_ONCE = 8
-"""Samples generated together when nobody says how many."""
+AT_ONCE, AT_MOST = 8, 32
+"""Samples generated together when nobody says how many: on a CPU; on a GPU as many as are predicted to fit, up to this.
+A step of generation takes a GPU little longer for more of them."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
         run.warning(text)
     cached = use_cache(answerer.base_model, answerer.base, [dataset], options, run)
     prediction = _predict(answerer, dataset, options, cached)
-    largest, fit = _at_once(options, prediction, memory_limit_gb(options.budget_gb, answerer.device))
+    largest, fit = _at_once(options, len(dataset), prediction, memory_limit_gb(options.budget_gb, answerer.device))
     run.phase("generate", f"{len(dataset)} samples, {fit}; {answerer.description}")
     loader = DataLoader(
         dataset,
@@ -170,16 +172,18 @@ def _predict(
 
 
 def _at_once(
-    options: EvaluateOptions, predict: Callable[[int], memory.Prediction] | None, limit_gb: float
+    options: EvaluateOptions, samples: int, predict: Callable[[int], memory.Prediction] | None, limit_gb: float
 ) -> tuple[int, str]:
-    """(how many samples are answered at once, that in words)."""
-    wanted = options.batch_size or AT_ONCE
+    """(how many of the samples are answered at once, that in words)."""
     if predict is None:
-        return wanted, f"{wanted} at once"
+        count = options.batch_size or AT_ONCE
+        return count, f"{count} at once"
     room = limit_gb * (1 - memory.MARGIN)
-    count = wanted
+    count = options.batch_size or min(AT_MOST, samples)
     while options.batch_size is None and count > 1 and not predict(count).fits(room):
         count -= 1
+    if options.batch_size is None:
+        count = math.ceil(samples / math.ceil(samples / count))  # no batch much smaller than the others
     found = predict(count)
     text = f"{count} at once ({found.predicted_peak_gb:.1f} of {limit_gb:.1f} GB predicted)"
     if not found.fits(limit_gb):

@@ -11,6 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
@@ -69,15 +70,20 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         if self.get_input_embeddings().weight is not self.lm_head.weight:
             self.get_input_embeddings().to("cpu")
 
-    def embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, host_ids: np.ndarray | None = None) -> Tensor:
         """Token embeddings [B, L, hidden] of `input_ids` [B, L], on their device. From a table on the host each
-        token's row comes once, however often it stands there (nearly all are pads, which features replace)."""
+        token's row comes once, however often it stands there (nearly all are pads, which features replace).
+        `host_ids`: see `forward`."""
         table = self.get_input_embeddings()
-        host = table.weight.device
-        if host == input_ids.device:
+        if table.weight.device == input_ids.device:
             return table(input_ids)
-        tokens, places = input_ids.to(host).unique(return_inverse=True)
-        return F.embedding(places.to(input_ids.device), table(tokens).to(input_ids.device))
+        tokens, places = np.unique(_on_host(input_ids, host_ids), return_inverse=True)
+        rows = table(torch.from_numpy(tokens))
+
+        def sent(tensor: Tensor) -> Tensor:  # from pinned memory, or the copy would wait for all that the GPU has to do
+            return tensor.pin_memory().to(input_ids.device, non_blocking=True)
+
+        return F.embedding(sent(torch.from_numpy(places.reshape(input_ids.shape))), sent(rows))
 
     # --- the encoders ------------------------------------------------------------------------------------------------
 
@@ -128,6 +134,8 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         num_items_in_batch: Tensor | int | None = None,
         cu_seq_lens: Tensor | None = None,
         max_length: int | None = None,
+        host_ids: np.ndarray | None = None,
+        supervised: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and with labels the loss.
@@ -142,20 +150,25 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         where each begins and the last one ends, `max_length` at least how long the longest is (a plain number: a tensor
         would make every layer wait for the GPU), and `position_ids` must be given, from 0 for each sample.
 
+        What would otherwise be asked of the GPU, which makes the host wait until all earlier work is done: `host_ids`,
+        `input_ids` once more as a numpy array, and `supervised` int64 [S], the places in the flattened [B * L] whose
+        next token has a label.
+
         Without labels: logits [B, L, vocabulary], or of the last `logits_to_keep` positions. With labels: logits
         [S, vocabulary] of the S supervised positions only (the others cost most of the memory of a long prompt), and
         the mean of their cross-entropy; given `num_items_in_batch` (supervised tokens of the whole accumulation
         window), the sum divided by that.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.embed(input_ids, host_ids) if inputs_embeds is None else inputs_embeds
         if pixel_values is not None:
             image_features = self.encode_images(pixel_values, image_grid_thw)
         if input_features is not None:
             audio_features = self.encode_audio(input_features)
         if not past:  # later steps of a generation see text only
-            embeds = self._place_images(embeds, input_ids, image_features)
-            embeds = self._place_audio(embeds, input_ids, audio_features)
+            ids = _on_host(input_ids, host_ids)
+            embeds = self._place_images(embeds, input_ids, image_features, ids)
+            embeds = self._place_audio(embeds, input_ids, audio_features, ids)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, image_grid_thw, mm_token_type_ids, past)
         if cu_seq_lens is not None:
@@ -178,11 +191,11 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         else:
-            targets = labels[:, 1:]
-            supervised = targets != IGNORED
-            logits = self.lm_head(hidden[:, :-1][supervised])
-            loss = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-            loss = loss / (supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            if supervised is None:
+                supervised = F.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
+            logits = self.lm_head(hidden.flatten(0, 1)[supervised])
+            loss = F.cross_entropy(logits.float(), labels.flatten()[supervised + 1], reduction="sum")
+            loss = loss / (max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -191,9 +204,10 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             attentions=outputs.attentions,
         )
 
-    def _place_images(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None) -> Tensor:
+    def _place_images(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None, ids: np.ndarray) -> Tensor:
         places = input_ids == self.config.image_token_id
-        found, given = int(places.sum()), 0 if features is None else len(features)
+        found = int((ids == self.config.image_token_id).sum())
+        given = 0 if features is None else len(features)
         if found != given:
             raise SurgvqaError(
                 f"the prompt has {found} image pad tokens (id {self.config.image_token_id}) but the frames give "
@@ -201,9 +215,9 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             )
         return embeds if features is None else _fill(embeds, places, features)
 
-    def _place_audio(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None) -> Tensor:
+    def _place_audio(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None, ids: np.ndarray) -> Tensor:
         places = input_ids == self.config.audio_token_id
-        found = places.sum(1).tolist()
+        found = (ids == self.config.audio_token_id).sum(1).tolist()
         clips, length = (0, 1) if features is None else features.shape[:2]
         if sum(found) != clips * length or any(n % length for n in found):
             raise SurgvqaError(
@@ -270,6 +284,10 @@ register_checkpoint_conversion_mapping(
     get_checkpoint_conversion_mapping("Qwen2VLForConditionalGeneration"),
     overwrite=True,
 )
+
+
+def _on_host(input_ids: Tensor, host_ids: np.ndarray | None) -> np.ndarray:
+    return input_ids.numpy(force=True) if host_ids is None else host_ids
 
 
 def _fill(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:

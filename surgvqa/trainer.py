@@ -133,7 +133,7 @@ class EventTrainer(Trainer):
         """Without the padding mask: rows are padded on the right, where causal attention never looks, and a mask would
         cost the flash kernel."""
         prepared = super()._prepare_inputs(inputs)
-        for name in ("attention_mask", "sample_indices", "shown"):
+        for name in ("attention_mask", "sample_indices", "shown", "tokens"):
             prepared.pop(name, None)
         return prepared
 
@@ -241,7 +241,7 @@ class EventTrainer(Trainer):
         self._seconds += elapsed
         self._waited_s += window.waited_s
         samples = sum(len(batch["sample_indices"]) for batch in window.batches)
-        tokens = int(sum(batch["attention_mask"].sum() for batch in window.batches))
+        tokens = sum(batch["tokens"] for batch in window.batches)
         window.batches.clear()
         self.step_down.defragmented = False
         self._samples += samples

@@ -333,4 +333,11 @@ def test_a_batch_is_padded_on_the_side_asked_for(reference, clips, side):
     assert np.array_equal(batch["pixel_values"][patches:], short["pixel_values"])
     assert batch["image_grid_thw"].tolist() == [*long["image_grid_thw"].tolist(), *short["image_grid_thw"].tolist()]
     assert batch["input_features"].shape == (2, 128, 3000)
+    prepared = {name: batch.pop(name, None) for name in ("host_ids", "supervised", "tokens", "position_ids")}
     assert {str(t.dtype) for t in batch.values()} == {"torch.int64", "torch.float32"}
+    if side == "left":
+        assert set(prepared.values()) == {None}
+        return
+    assert prepared["host_ids"].tolist() == batch["input_ids"].tolist() and prepared["tokens"] == length + filled
+    learned = [label for item in items for label in item["labels"].tolist() if label != -100]
+    assert batch["labels"].flatten()[prepared["supervised"] + 1].tolist() == learned and learned

@@ -230,7 +230,8 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
     tight = 5 * (1 + memory.MARGIN / 2)  # 5 GB would leave no margin
     count, text = told(batch_size=None, budget_gb=tight)
     assert count == 2 and f"2 at once (4.0 of {tight:.1f} GB predicted)" in text
-    assert told(batch_size=None, budget_gb=28.5)[0] == 8
+    assert told(batch_size=None, budget_gb=28.5)[0] == 4  # all there are
+    assert told(batch_size=None, budget_gb=5.2)[0] == 2  # 3 would fit, but then 1 would be left
     assert told(batch_size=None, budget_gb=1)[0] == 1
     count, text = told(batch_size=4, budget_gb=5.1)
     assert count == 4 and "the batch is halved when memory runs out" in text

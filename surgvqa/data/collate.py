@@ -32,7 +32,9 @@ class Collator:
         input_features float32 [B, mels, T], or what the encoders made of them: image_features [image tokens, hidden]
         and audio_features [B, audio tokens, d_model].
 
-        For training also position_ids int64 [3, B, L]: the model would take some 300 small kernels to make them.
+        For training also what the model would make of these on the GPU, and the host wait for: position_ids int64
+        [3, B, L], host_ids (numpy) and supervised int64 [S], see the model's forward; and the number of tokens that are
+        no padding, tokens.
 
         Packed, with more than one sample: B is 1 in these, and there are also cu_seq_lens int32 [samples + 1] and
         max_length, the places where the samples begin and the last one ends and the length of the longest (see the
@@ -50,6 +52,10 @@ class Collator:
         }
         if self.padding_side == "right":
             batch["position_ids"] = self._positions(rows, batch["input_ids"].shape[1])
+            batch["host_ids"] = batch["input_ids"].numpy()
+            following = np.pad(batch["labels"].numpy()[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+            batch["supervised"] = torch.from_numpy(np.flatnonzero(following != IGNORED))
+            batch["tokens"] = sum(map(len, ids))
         if len(rows) < len(items):
             batch |= self._borders(items, batch["input_ids"].shape[1])
         if "image_features" in items[0]:
