@@ -36,6 +36,7 @@ def wandb_environment(report_to: str, run: Run) -> Iterator[None]:
 
         if wandb.run is not None:
             wandb.finish()
+        wandb.teardown()  # it keeps what it read from the environment for the next run of the process
         for name in added:
             os.environ.pop(name, None)
 
