@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def fill_cache(
     done, total = 0, len(new_frames) + len(new_sounds)
     processors = datasets[0].processors
     # Both start decoding now: what reads sound takes seconds to import, in its worker processes.
-    decoded_frames = _decoded(_Frames([(path, d.image_size) for path, d in new_frames.values()], processors))
+    shown = [(path, dataset.image_size) for path, dataset in new_frames.values()]
+    decoded_frames = _decoded(_Frames(shown, processors, model.dtype))
     decoded_sounds = _decoded(_Sounds([path for path, _ in new_sounds.values()], processors))
     with torch.no_grad():
         for encoded in (
@@ -145,17 +147,18 @@ def encode_again(
 
 
 class _Frames(Dataset):
-    """Decoded frames as patches and grid, for worker processes."""
+    """Decoded frames as patches (in the model's dtype: half as much to hand over) and grid, for worker processes."""
 
-    def __init__(self, items: list[tuple[str, int]], processors: Processors):
-        self.items, self.processors = items, processors
+    def __init__(self, items: list[tuple[str, int]], processors: Processors, dtype: torch.dtype):
+        self.items, self.processors, self.dtype = items, processors, dtype
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         path, image_size = self.items[index]
-        return frame_patches(load_frame(path, image_size), self.processors.image_processor)
+        pixels, grid = frame_patches(load_frame(path, image_size), self.processors.image_processor)
+        return torch.as_tensor(pixels).to(self.dtype), torch.as_tensor(grid)
 
 
 class _Sounds(Dataset):
@@ -179,28 +182,48 @@ def _decoded(items: _Frames | _Sounds) -> Iterator[Any]:
     return loaded(iter(loader))
 
 
+Frame = tuple[str, torch.Tensor, torch.Tensor]
+"""Key in the cache, patches, grid."""
+
+
 def _encode_frames(model: Any, decoded: Iterable[tuple[str, Any]], store: FeatureStore) -> Iterator[int]:
-    """Stores the features of (key, (patches, grid)) frames; yields how many it has just done."""
-    waiting, patches = [], 0
+    """Stores the features of (key, (patches, grid)) frames; yields how many it has just done.
+
+    While the GPU encodes some, the ones before are written.
+    """
+    writing = None
+    with ThreadPoolExecutor(1) as writer:
+        for frames in _together(decoded):
+            _, pixels, grids = zip(*frames)
+            features = model.encode_images(torch.cat(pixels).to(model.device), torch.stack(grids).to(model.device))
+            if writing:
+                yield writing.result()
+            writing = writer.submit(
+                _write_frames, frames, features, model.config.vision_config.spatial_merge_size, store
+            )
+        if writing:
+            yield writing.result()
+
+
+def _together(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[Frame]]:
+    """The frames, as many at a time as one call of the encoder takes."""
+    frames: list[Frame] = []
+    patches = 0
     for key, (pixels, grid) in decoded:
-        waiting.append((key, torch.as_tensor(pixels), torch.as_tensor(grid)))
+        frames.append((key, pixels, grid))
         patches += len(pixels)
         if patches + len(pixels) > PATCHES_AT_ONCE:
-            yield _encode_waiting(model, waiting, store)
-            waiting, patches = [], 0
-    if waiting:
-        yield _encode_waiting(model, waiting, store)
+            yield frames
+            frames, patches = [], 0
+    if frames:
+        yield frames
 
 
-def _encode_waiting(model: Any, waiting: list[tuple[str, torch.Tensor, torch.Tensor]], store: FeatureStore) -> int:
-    keys, pixels, grids = zip(*waiting)
-    grid = torch.stack(grids)
-    device = model.device
-    features = model.encode_images(torch.cat(pixels).to(device, model.dtype), grid.to(device)).cpu()
-    tokens = (grid.prod(-1) // model.config.vision_config.spatial_merge_size**2).tolist()
-    for key, row, part in zip(keys, grids, features.split(tokens)):
-        store.put(key, part, grid=" ".join(str(int(n)) for n in row))
-    return len(keys)
+def _write_frames(frames: list[Frame], features: torch.Tensor, merge_size: int, store: FeatureStore) -> int:
+    tokens = [int(grid.prod()) // merge_size**2 for _, _, grid in frames]
+    for (key, _, grid), part in zip(frames, features.cpu().split(tokens)):
+        store.put(key, part, grid=" ".join(map(str, grid.tolist())))
+    return len(frames)
 
 
 def _encode_sounds(model: Any, decoded: Iterator[tuple[str, Any]], store: FeatureStore) -> Iterator[int]:

@@ -341,3 +341,14 @@ def test_a_batch_is_padded_on_the_side_asked_for(reference, clips, side):
     assert prepared["host_ids"].tolist() == batch["input_ids"].tolist() and prepared["tokens"] == length + filled
     learned = [label for item in items for label in item["labels"].tolist() if label != -100]
     assert batch["labels"].flatten()[prepared["supervised"] + 1].tolist() == learned and learned
+
+
+@pytest.mark.model
+def test_what_the_host_knows_of_a_batch_comes_whole_out_of_a_worker(reference, clips):
+    from torch.utils.data import DataLoader
+
+    from surgvqa.data.collate import Collator
+
+    data, collate = dataset(reference, clips), Collator(reference.processors, multiple_of=64)
+    for batch in DataLoader([data[i % 2] for i in range(16)], 2, collate_fn=collate, num_workers=1):
+        assert batch["host_ids"].tolist() == batch["input_ids"].tolist()

@@ -52,7 +52,8 @@ class Collator:
         }
         if self.padding_side == "right":
             batch["position_ids"] = self._positions(rows, batch["input_ids"].shape[1])
-            batch["host_ids"] = batch["input_ids"].numpy()
+            # a copy: a worker process moves the tensor to shared memory, and the array would be left without
+            batch["host_ids"] = batch["input_ids"].numpy().copy()
             following = np.pad(batch["labels"].numpy()[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
             batch["supervised"] = torch.from_numpy(np.flatnonzero(following != IGNORED))
             batch["tokens"] = sum(map(len, ids))
