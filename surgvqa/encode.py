@@ -97,7 +97,7 @@ def fill_cache(
     processors = datasets[0].processors
     # Both start decoding now: what reads sound takes seconds to import, in its worker processes.
     shown = [(path, dataset.image_size) for path, dataset in new_frames.values()]
-    decoded_frames = _decoded(_Frames(shown, processors, model.dtype))
+    decoded_frames = _decoded(_Frames(shown, processors))
     decoded_sounds = _decoded(_Sounds([path for path, _ in new_sounds.values()], processors))
     with torch.no_grad():
         for encoded in (
@@ -147,18 +147,17 @@ def encode_again(
 
 
 class _Frames(Dataset):
-    """Decoded frames as patches (in the model's dtype: half as much to hand over) and grid, for worker processes."""
+    """Decoded frames as patches and grid, for worker processes."""
 
-    def __init__(self, items: list[tuple[str, int]], processors: Processors, dtype: torch.dtype):
-        self.items, self.processors, self.dtype = items, processors, dtype
+    def __init__(self, items: list[tuple[str, int]], processors: Processors):
+        self.items, self.processors = items, processors
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         path, image_size = self.items[index]
-        pixels, grid = frame_patches(load_frame(path, image_size), self.processors.image_processor)
-        return torch.as_tensor(pixels).to(self.dtype), torch.as_tensor(grid)
+        return frame_patches(load_frame(path, image_size), self.processors.image_processor)
 
 
 class _Sounds(Dataset):
@@ -195,7 +194,8 @@ def _encode_frames(model: Any, decoded: Iterable[tuple[str, Any]], store: Featur
     with ThreadPoolExecutor(1) as writer:
         for frames in _together(decoded):
             _, pixels, grids = zip(*frames)
-            features = model.encode_images(torch.cat(pixels).to(model.device), torch.stack(grids).to(model.device))
+            patches = torch.cat(pixels).to(model.device, model.dtype)
+            features = model.encode_images(patches, torch.stack(grids).to(model.device))
             if writing:
                 yield writing.result()
             writing = writer.submit(
@@ -210,7 +210,7 @@ def _together(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[Frame]]:
     frames: list[Frame] = []
     patches = 0
     for key, (pixels, grid) in decoded:
-        frames.append((key, pixels, grid))
+        frames.append((key, torch.as_tensor(pixels), torch.as_tensor(grid)))
         patches += len(pixels)
         if patches + len(pixels) > PATCHES_AT_ONCE:
             yield frames

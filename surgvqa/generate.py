@@ -20,7 +20,7 @@ from surgvqa.architecture import checkpoint_sizes, clip_of
 from surgvqa.checkpoint import usable_cores
 from surgvqa.config import AskOptions, EvaluateOptions, LoraOptions
 from surgvqa.data.collate import Collator
-from surgvqa.data.dataset import ClipDataset, Item, loaded
+from surgvqa.data.dataset import ClipDataset, Item, loaded, make_room_for_sockets
 from surgvqa.data.frames import largest_frame
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import Sample, read_samples
@@ -104,6 +104,7 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     memory runs out it is halved, down to one sample.
     """
     run.phase("load model", str(options.checkpoint))
+    make_room_for_sockets()
     answerer = load_answerer(options)
     audio_dir = options.eval_audio_dir or options.audio_dir
     dataset = ClipDataset(

@@ -18,7 +18,7 @@ from surgvqa import layers, retreat, trained
 from surgvqa.checkpoint import usable_cores
 from surgvqa.config import TrainOptions, nearest, settings_of
 from surgvqa.data.collate import Collator
-from surgvqa.data.dataset import ClipDataset
+from surgvqa.data.dataset import ClipDataset, make_room_for_sockets
 from surgvqa.data.frames import largest_frame
 from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
@@ -132,6 +132,7 @@ def train(options: TrainOptions, run: Run) -> dict[str, Any]:
     write_json_atomic(output_dir / trained.RECORD, record.document())
 
     run.phase("read data", f"{options.train_data_path}")
+    make_room_for_sockets()
     processors = load_processors(options.model_name_or_path)
     train_set, eval_set = _datasets(options, processors, run)
     with MemorySampler(run, device, budget_gb=options.budget_gb) as sampler:

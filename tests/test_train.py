@@ -629,3 +629,19 @@ def test_a_detached_run_stops_cleanly(world, tmp_path):
 def test_the_rooms_import_light():
     code = "import sys, surgvqa.train, surgvqa.evaluate, surgvqa.ask; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_workers_hand_over_in_a_temporary_folder_with_a_long_path(world, tmp_path):
+    """Their sockets' paths may have 107 bytes; before, the run waited forever."""
+    deep = tmp_path / "so deep a folder" / ("d" * 100)
+    deep.mkdir(parents=True)
+    options = {
+        "model_name_or_path": world.checkpoint, "train_data_path": world.train, "frames_dir": world.root / "frames",
+        "audio_dir": world.root / "audio", "num_frames": 2, "image_size": 84, "lora_r": 4, "max_steps": 1,
+        "gradient_accumulation_steps": 2, "device": "cpu", "dataloader_num_workers": 1,
+    }  # fmt: skip
+    words = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    program = [sys.executable, "-m", "surgvqa", "train", *words, "--json"]
+    environment = os.environ | {"TMPDIR": str(deep)}
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and json.loads(done.stdout)["steps"] == 1, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,13 @@ class ClipDataset:
                 "which encodes them again"
             )
         return entry
+
+
+def make_room_for_sockets() -> None:
+    """Worker processes hand tensors over by sockets in the temporary folder, whose path may have 107 bytes (unix(7)).
+    Where it is longer they would fail, and the loader wait forever."""
+    if len(os.fsencode(tempfile.gettempdir())) + len("/pymp-12345678/listener-12345678") > 107:
+        tempfile.tempdir = "/tmp"
 
 
 def loaded(loader: Iterable[Any]) -> Iterator[Any]:
