@@ -171,7 +171,7 @@ def main() -> None:
         say("train", surgvqa("train", *named(training), *fresh("cache"), *quiet, cwd=work))
     if "old train" in parts:
         found = old("train", training | {"train_data_path": first(count // 2), "num_train_epochs": 1})
-        say("old train", found | {"seconds": 2 * EPOCHS * found["seconds"]})
+        say("old train", found | {"seconds": found["s_per_sample"] * count * EPOCHS})
     if "answer" in parts:
         say("answer", surgvqa("evaluate", *named(answering), *fresh("eval"), cwd=work))
     if "old answer" in parts:

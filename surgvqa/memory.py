@@ -119,8 +119,13 @@ class Prediction:
         return {c.name: round(c.bytes) for c in listed}
 
     def fits(self, budget_gb: float, capped: bool = False) -> bool:
-        """`capped`: the allocator may not even reserve more (TrainOptions.enforce_budget)."""
-        return (self.predicted_reserved_gb if capped else self.predicted_peak_gb) <= budget_gb
+        """See `needed_gb`."""
+        return self.needed_gb(capped) <= budget_gb
+
+    def needed_gb(self, capped: bool = False) -> float:
+        """What a budget must hold: the allocated peak, or all that is reserved where the allocator is `capped`
+        (TrainOptions.enforce_budget)."""
+        return self.predicted_reserved_gb if capped else self.predicted_peak_gb
 
 
 # --- the parts -------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def fit(
         found = forecast.fastest(options, limit_gb)
         if found:
             count = found.configuration.recomputing(forecast.sizes)
-            why = f"the fewest that fit: {_needed_gb(found, options):.1f} of {limit_gb:.1f} GB predicted"
+            why = f"the fewest that fit: {found.needed_gb(options.enforce_budget):.1f} of {limit_gb:.1f} GB predicted"
             return Fit(count, layers, why, found, keep=found.configuration.keep)
         asked, why = layers, "and still more than the budget"
     keeps = [options.keep_activations] if options.keep_activations != "auto" else ["all", "products"]
@@ -93,12 +93,13 @@ def fit(
         return Fit(asked, layers, why, keep=keeps[-1])
     for keep in keeps:
         prediction = forecast.of(changed(options, checkpointed_layers=asked, keep_activations=keep))
-        if _needed_gb(prediction, options) <= (limit_gb if len(keeps) == 1 else limit_gb * (1 - memory.MARGIN)):
+        room_gb = limit_gb if len(keeps) == 1 else limit_gb * (1 - memory.MARGIN)
+        if prediction.fits(room_gb, options.enforce_budget):
             break
-    if _needed_gb(prediction, options) <= limit_gb:
+    if prediction.fits(limit_gb, options.enforce_budget):
         return Fit(asked, layers, why, prediction, keep=prediction.configuration.keep)
     warning = (
-        f"predicted peak {_needed_gb(prediction, options):.1f} GB, {limit_gb:.1f} GB to be had; "
+        f"predicted peak {prediction.needed_gb(options.enforce_budget):.1f} GB, {limit_gb:.1f} GB to be had; "
         f"{_smaller_that_fits(options, asked, layers, forecast, limit_gb, presets)}"
     )
     return Fit(asked, layers, why, prediction, warning, prediction.configuration.keep)
@@ -109,7 +110,7 @@ def _smaller_that_fits(
 ) -> str:
     found = asked < layers and forecast.fastest(options, limit_gb)
     if found:
-        count, needed = found.configuration.recomputing(forecast.sizes), _needed_gb(found, options)
+        count, needed = found.configuration.recomputing(forecast.sizes), found.needed_gb(options.enforce_budget)
         return f"--gradient_checkpointing True --checkpointed_layers {count} would take {needed:.1f} GB"
     retreat = next_retreat(options, layers, layers, presets, forecast, limit_gb)
     if retreat:
@@ -156,8 +157,8 @@ def next_retreat(
     def suffices(other: TrainOptions) -> tuple[bool, float | None]:
         if forecast is None or now is None:
             return True, None
-        needed = _needed_gb(forecast.of(other), options)
-        return needed <= limit_gb and needed < _needed_gb(now, options), needed
+        needed = forecast.of(other).needed_gb(options.enforce_budget)
+        return needed <= limit_gb and needed < now.needed_gb(options.enforce_budget), needed
 
     if not evaluating and recomputing < layers:
         enough, needed = suffices(changed(options, **recompute))
@@ -175,11 +176,6 @@ def next_retreat(
         if enough:
             return Retreat(shown | recompute, preset.name, needed)
     return None
-
-
-def _needed_gb(prediction: Prediction, options: TrainOptions) -> float:
-    """What must be within the limit: the allocated peak, or all that is reserved where the allocator is capped."""
-    return prediction.predicted_reserved_gb if options.enforce_budget else prediction.predicted_peak_gb
 
 
 def changed(options: TrainOptions, **settings: Any) -> TrainOptions:
