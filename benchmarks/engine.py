@@ -10,9 +10,9 @@ questions and tokenizer are used. The weights are random at real size, so losses
     checkpoint   written once, then audited
     warm         2 steps of training: what compiling costs; the compiler's cache is filled
     train        ours, 3 epochs, from an empty feature cache
-    old train    benchmarks/old_way.py train, half of the samples, one epoch, which counts six times: nothing is cached
+    old train    benchmarks/old_way.py train, at most 32 samples, one epoch; its time is reckoned up: nothing is cached
     answer       `surgvqa evaluate`, from an empty feature cache
-    old answer   benchmarks/old_way.py answer, one sample at a time
+    old answer   benchmarks/old_way.py answer, at most 16 samples, one at a time; its time is reckoned up
 
 Times are from files to results without loading the model. Prints one JSON line for each, then the ratios.
 """
@@ -79,7 +79,7 @@ def surgvqa(*arguments: str, cwd: Path) -> dict[str, Any]:
 
 
 def from_events(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """encode_s, work_s (training or generating), first_step_s, and the peak of each phase in GB."""
+    """encode_s (until the work begins), work_s (training or generating), first_step_s, each phase's peak in GB."""
     began, peaks, phase, steps, worked = {}, {}, "", [], 0.0
     for event in events:
         if event["kind"] == "phase":
@@ -92,7 +92,7 @@ def from_events(events: list[dict[str, Any]]) -> dict[str, Any]:
         if event["kind"] == "progress" and event["phase"] in ("train", "generate"):
             worked = event["t"]
     work = began.get("train", began.get("generate"))
-    found = {"encode_s": began["encoded"] - began["encode"] if "encoded" in began else 0.0, "work_s": worked - work}
+    found = {"encode_s": work - began["encode"] if "encoded" in began else 0.0, "work_s": worked - work}
     if steps:
         found["first_step_s"] = steps[0] - began["train"]
     return {name: round(value, 2) for name, value in found.items()} | {"peak_gb_by_phase": peaks}
@@ -170,12 +170,13 @@ def main() -> None:
     if "train" in parts:
         say("train", surgvqa("train", *named(training), *fresh("cache"), *quiet, cwd=work))
     if "old train" in parts:
-        found = old("train", training | {"train_data_path": first(count // 2), "num_train_epochs": 1})
+        found = old("train", training | {"train_data_path": first(min(count, 32)), "num_train_epochs": 1})
         say("old train", found | {"seconds": found["s_per_sample"] * count * EPOCHS})
     if "answer" in parts:
         say("answer", surgvqa("evaluate", *named(answering), *fresh("eval"), cwd=work))
     if "old answer" in parts:
-        say("old answer", old("answer", answering))
+        found = old("answer", answering | {"eval_data_path": first(min(count, 16))})
+        say("old answer", found | {"seconds": count / found["samples_per_s"]})
     for part in ("train", "answer"):
         if part in results and f"old {part}" in results:
             ours, before = results[part]["encode_s"] + results[part]["work_s"], results[f"old {part}"]["seconds"]

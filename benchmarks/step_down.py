@@ -10,6 +10,7 @@ and not for the one above: nobody helps. Then the optimiser's first step, an eva
 Prints a row for each; --out (default: $OUT) gets step_down.json.
 """
 
+# ruff: noqa: E402  (torch reads its allocator's setting when it is imported)
 from __future__ import annotations
 
 import argparse
@@ -33,6 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from surgvqa import allocator
+
+allocator.grow_segments()  # before torch is imported
+
 import numpy as np
 import small
 import torch
@@ -40,7 +45,6 @@ from PIL import Image
 
 from presets import ladder
 from surgvqa import train, trained
-from surgvqa.device import choose_device
 from surgvqa.errors import SurgvqaError
 from surgvqa.layers import decoder_layers
 from surgvqa.runs import Run
@@ -245,7 +249,6 @@ def build(folder: Path, dry: bool) -> Callable[..., Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     """All trials, the table, the exit code."""
-    choose_device("auto")  # before the first allocation
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         folder = Path(temporary)
         options = build(folder, arguments.dry)

@@ -55,12 +55,12 @@ class Configuration:
     encoders_resident: bool = True
     """The encoders' weights are on the GPU."""
     compiled: bool = False
-    """The layers are compiled (layers.compile_layers), and rows are padded to multiples of LENGTH_BUCKET."""
+    """The layers are compiled (layers.compile_layers), and rows are padded: reckoned to a multiple of LENGTH_BUCKET."""
     keep: str = "auto"
     """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations). Auto: products; where `fit`
     finds room for it, all."""
     expandable_segments: bool = False
-    """The allocator's segments grow (device.choose_device)."""
+    """The allocator's segments grow (allocator.grow_segments)."""
 
     @property
     def tokens(self) -> int:

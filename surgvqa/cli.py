@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa import __version__, config, runs, trained
+from surgvqa import __version__, allocator, config, runs, trained
 from surgvqa.console import JobView, OutputToLog
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
@@ -289,6 +289,7 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
         missing = [package for package in TRAIN_PACKAGES if importlib.util.find_spec(package) is None]
         if missing:
             raise SurgvqaError(f"{', '.join(missing)} not installed here; {name} needs: pip install 'surgvqa[train]'")
+        allocator.grow_segments()
     given_root = arguments.workspace
     if given_root and not Path(given_root).is_dir():
         raise UsageError(f"--workspace {given_root}: no such folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -11,22 +10,12 @@ from torch.nn.attention import SDPBackend
 from surgvqa.errors import UsageError
 from surgvqa.memory import CUDA_CONTEXT
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""torch's settings of its allocator, the newer name first."""
-EXPANDABLE = "expandable_segments:True"
-
 
 def choose_device(requested: str) -> torch.device:
-    """The first GPU when there is one and `requested` ("auto", "cpu", "cuda") allows it, else the CPU.
-
-    On a GPU memory will come in segments that grow, unless the environment says how else: after a retreat tensors of
-    other sizes must fit between those that stay, and a capped process could not get new segments for them.
-    """
+    """The first GPU when there is one and `requested` ("auto", "cpu", "cuda") allows it, else the CPU."""
     if requested == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        if not any(name in os.environ for name in ALLOCATOR):
-            os.environ[ALLOCATOR[0]] = EXPANDABLE  # read at the first allocation
         return torch.device("cuda", 0)
     if requested == "cuda":
         raise UsageError("device is cuda, but torch sees no CUDA GPU here; surgvqa doctor says why")
@@ -36,11 +25,6 @@ def choose_device(requested: str) -> torch.device:
 def choose_dtype(device: torch.device, bf16: bool = True) -> torch.dtype:
     """bfloat16 on a GPU if wanted; float32 on a CPU, where bfloat16 is slower."""
     return torch.bfloat16 if device.type == "cuda" and bf16 else torch.float32
-
-
-def expandable_segments() -> bool:
-    """Whether torch's allocator was asked for segments that grow."""
-    return any(EXPANDABLE in os.environ.get(name, "") for name in ALLOCATOR)
 
 
 def attention_kernel(config: Any, attention: str, device: torch.device) -> str:

@@ -6,9 +6,10 @@ Afterwards nothing needs the encoders: they leave the GPU, and a step reads feat
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ from surgvqa.runs import Run
 PATCHES_AT_ONCE = 16_384
 """Vision patches of one encoder call: 14 frames at 512 px. More is no faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
-DECODED_A_WORKER = 16
-"""Frames or questions that it takes at least to make another worker process worth its start."""
+DECODED_A_WORKER, DECODED_AHEAD = 16, 4
+"""Frames or questions that it takes at least to make another worker process worth its start; and how many each worker
+is ahead of the encoder, at most."""
+WRITTEN_BEHIND = 3
+"""Calls of an encoder whose features wait on the GPU to be written, at most."""
 
 
 def use_cache(
@@ -97,16 +101,15 @@ def fill_cache(
     processors = datasets[0].processors
     # Both start decoding now: what reads sound takes seconds to import, in its worker processes.
     shown = [(path, dataset.image_size) for path, dataset in new_frames.values()]
-    decoded_frames = _decoded(_Frames(shown, processors))
-    decoded_sounds = _decoded(_Sounds([path for path, _ in new_sounds.values()], processors))
+    heard = [path for path, _ in new_sounds.values()]
+    decoded_frames = _decoded(_Frames(shown, processors, model.dtype), model.device)
+    decoded_sounds = _decoded(_Sounds(heard, processors, model.dtype), model.device)
     with torch.no_grad():
-        for encoded in (
-            _encode_frames(model, zip(new_frames, decoded_frames), store),
-            _encode_sounds(model, zip(new_sounds, decoded_sounds), store),
-        ):
-            for count in encoded:
-                done += count
-                run.progress("encode", done, total, "frames and questions")
+        frames_encoded = _encoded_frames(model, new_frames, decoded_frames)
+        sounds_encoded = _encoded_sounds(model, new_sounds, decoded_sounds)
+        for count in _stored(chain(frames_encoded, sounds_encoded), store):
+            done += count
+            run.progress("encode", done, total, "frames and questions")
     run.emit("phase", name="encoded", text=f"{total} encoded, {len(frames) + len(sounds) - total} found in the cache",
              encoded=total, reused=len(frames) + len(sounds) - total, folder=str(store.folder))  # fmt: skip
     for dataset in datasets:
@@ -147,70 +150,69 @@ def encode_again(
 
 
 class _Frames(Dataset):
-    """Decoded frames as patches and grid, for worker processes."""
+    """Decoded frames as patches, in the encoder's dtype, and grid, for worker processes."""
 
-    def __init__(self, items: list[tuple[str, int]], processors: Processors):
-        self.items, self.processors = items, processors
+    def __init__(self, items: list[tuple[str, int]], processors: Processors, dtype: torch.dtype):
+        self.items, self.processors, self.dtype = items, processors, dtype
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         path, image_size = self.items[index]
-        return frame_patches(load_frame(path, image_size), self.processors.image_processor)
+        patches, grid = frame_patches(load_frame(path, image_size), self.processors.image_processor)
+        return torch.as_tensor(patches).to(self.dtype), torch.as_tensor(grid)
 
 
 class _Sounds(Dataset):
-    """Decoded questions as spectrograms, for worker processes."""
+    """Decoded questions as spectrograms, in the encoder's dtype, for worker processes."""
 
-    def __init__(self, items: list[str], processors: Processors):
-        self.items, self.processors = items, processors
+    def __init__(self, items: list[str], processors: Processors, dtype: torch.dtype):
+        self.items, self.processors, self.dtype = items, processors, dtype
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> torch.Tensor:
         sound = load_audio(self.items[index])
-        return audio_features(sound, self.processors.feature_extractor, self.processors.num_audio_tokens)
+        mel = audio_features(sound, self.processors.feature_extractor, self.processors.num_audio_tokens)
+        return torch.as_tensor(mel).to(self.dtype)
 
 
-def _decoded(items: _Frames | _Sounds) -> Iterator[Any]:
+def _decoded(items: _Frames | _Sounds, device: torch.device) -> Iterator[Any]:
     """The items in order, decoded from now on by all cores but the one that encodes; a few are not worth a process."""
     workers = min(usable_cores() - 1, len(items) // DECODED_A_WORKER)
-    loader = DataLoader(items, batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
+    loader = DataLoader(
+        items,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=DECODED_AHEAD if workers else None,
+        pin_memory=device.type == "cuda",
+    )
     return loaded(iter(loader))
 
 
-Frame = tuple[str, torch.Tensor, torch.Tensor]
-"""Key in the cache, patches, grid."""
+Entry = tuple[str, torch.Tensor, dict[str, str]]
+"""Of the cache: key, features, notes."""
 
 
-def _encode_frames(model: Any, decoded: Iterable[tuple[str, Any]], store: FeatureStore) -> Iterator[int]:
-    """Stores the features of (key, (patches, grid)) frames; yields how many it has just done.
-
-    While the GPU encodes some, the ones before are written.
-    """
-    writing = None
-    with ThreadPoolExecutor(1) as writer:
-        for frames in _together(decoded):
-            _, pixels, grids = zip(*frames)
-            patches = torch.cat(pixels).to(model.device, model.dtype)
-            features = model.encode_images(patches, torch.stack(grids).to(model.device))
-            if writing:
-                yield writing.result()
-            writing = writer.submit(
-                _write_frames, frames, features, model.config.vision_config.spatial_merge_size, store
-            )
-        if writing:
-            yield writing.result()
+def _encoded_frames(model: Any, keys: Iterable[str], decoded: Iterator[Any]) -> Iterator[list[Entry]]:
+    """Features of the decoded (patches, grid), as many at a time as one call of the encoder takes."""
+    for frames in _together(zip(keys, decoded)):
+        names, pixels, grids = zip(*frames)
+        patches = torch.cat([part.to(model.device, non_blocking=True) for part in pixels])
+        features = model.encode_images(patches, torch.stack(grids).to(model.device))
+        tokens = [int(grid.prod()) // model.config.vision_config.spatial_merge_size**2 for grid in grids]
+        notes = [{"grid": " ".join(map(str, grid.tolist()))} for grid in grids]
+        yield list(zip(names, features.split(tokens), notes))
 
 
-def _together(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[Frame]]:
-    """The frames, as many at a time as one call of the encoder takes."""
-    frames: list[Frame] = []
+def _together(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, torch.Tensor, torch.Tensor]]]:
+    """(key, patches, grid) of the frames of one call."""
+    frames: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     patches = 0
     for key, (pixels, grid) in decoded:
-        frames.append((key, torch.as_tensor(pixels), torch.as_tensor(grid)))
+        frames.append((key, pixels, grid))
         patches += len(pixels)
         if patches + len(pixels) > PATCHES_AT_ONCE:
             yield frames
@@ -219,21 +221,31 @@ def _together(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[Frame]]:
         yield frames
 
 
-def _write_frames(frames: list[Frame], features: torch.Tensor, merge_size: int, store: FeatureStore) -> int:
-    tokens = [int(grid.prod()) // merge_size**2 for _, _, grid in frames]
-    for (key, _, grid), part in zip(frames, features.cpu().split(tokens)):
-        store.put(key, part, grid=" ".join(map(str, grid.tolist())))
-    return len(frames)
+def _encoded_sounds(model: Any, keys: Iterable[str], decoded: Iterator[Any]) -> Iterator[list[Entry]]:
+    """Encoder states of the decoded spectrograms, some at a time."""
+    named = zip(keys, decoded)
+    while part := list(islice(named, QUESTIONS_AT_ONCE)):
+        names, mels = zip(*part)
+        states = model.encode_audio(torch.stack([mel.to(model.device, non_blocking=True) for mel in mels]))
+        yield [(key, state, {}) for key, state in zip(names, states)]
 
 
-def _encode_sounds(model: Any, decoded: Iterator[tuple[str, Any]], store: FeatureStore) -> Iterator[int]:
-    """Stores the encoder states of (key, spectrogram) questions; yields how many it has just done."""
-    while part := list(islice(decoded, QUESTIONS_AT_ONCE)):
-        keys, mels = zip(*part)
-        states = model.encode_audio(torch.stack([torch.as_tensor(mel) for mel in mels]).to(model.device, model.dtype))
-        for key, state in zip(keys, states.cpu()):
-            store.put(key, state)
-        yield len(part)
+def _stored(encoded: Iterable[list[Entry]], store: FeatureStore) -> Iterator[int]:
+    """Writes the entries some calls of the encoder behind, so that it goes on meanwhile; yields how many it wrote."""
+    writing: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(2) as writer:
+        for entries in encoded:
+            writing.append(writer.submit(_write, entries, store))
+            if len(writing) > WRITTEN_BEHIND:
+                yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
+
+
+def _write(entries: list[Entry], store: FeatureStore) -> int:
+    for key, features, notes in entries:
+        store.put(key, features, **notes)
+    return len(entries)
 
 
 def _size(model: Any, frames: dict[str, tuple[str, ClipDataset]], sounds: dict[str, Any]) -> int:

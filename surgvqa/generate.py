@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +122,16 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     prediction = _predict(answerer, dataset, options, cached)
     largest, fit = _at_once(options, len(dataset), prediction, memory_limit_gb(options.budget_gb, answerer.device))
     run.phase("generate", f"{len(dataset)} samples, {fit}; {answerer.description}")
-    loader = DataLoader(
-        dataset,
-        batch_size=largest,
-        collate_fn=list,  # encoded samples: a batch may have to be split
-        num_workers=min(4, usable_cores() // 2) if answerer.device.type == "cuda" else 0,
-    )
+    workers = min(4, usable_cores() // 2) if answerer.device.type == "cuda" else 0
+    ahead = math.ceil(largest / workers) if workers else None
+    # one by one: a batch may have to be split, and the first one need not wait for one worker to make it all
+    loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, num_workers=workers, prefetch_factor=ahead)
+    encoded = loaded(loader)
     answers: list[str] = []
     began = time.monotonic()
     with MemorySampler(run, answerer.device, budget_gb=options.budget_gb) as sampler:
         run.progress("generate", 0, len(dataset), "samples")
-        for items in loaded(loader):
+        while items := list(islice(encoded, largest)):
             while items:
                 try:
                     answers += answerer.answer(items[:largest])
@@ -146,6 +146,10 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
         **sampler.peaks(),
     }
     return dataset.samples, answers, facts
+
+
+def _as_it_is(item: Item) -> Item:
+    return item
 
 
 def _predict(

@@ -74,6 +74,14 @@ def compile_layers(model: nn.Module, keep: str = "all") -> None:
         layer.compile()
 
 
+def start_compiler() -> None:
+    """Starts inductor's worker processes: they take seconds to import torch, and until they are there kernels are
+    compiled one after another in this process."""
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
 def compilations() -> dict[str, int]:
     """What torch.compile has done so far in this process.
 

@@ -92,8 +92,13 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
         Without gradient unless something in the vision tower is trainable.
         """
+        where = {}
+        if "flash" not in self.model.visual.config._attn_implementation:
+            # each layer asks where a frame ends: on the host, or it would wait for the GPU three times
+            lengths = (image_grid_thw[:, 1] * image_grid_thw[:, 2]).repeat_interleave(image_grid_thw[:, 0])
+            where["cu_seqlens"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cpu()
         with _grad_if_trainable(self.model.visual):
-            features = self.model.get_image_features(pixel_values, image_grid_thw).pooler_output
+            features = self.model.get_image_features(pixel_values, image_grid_thw, **where).pooler_output
         return torch.cat(tuple(features))
 
     def encode_audio(self, input_features: Tensor) -> Tensor:

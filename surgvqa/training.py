@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 
 from presets import ladder
-from surgvqa import layers, retreat, trained
+from surgvqa import allocator, layers, retreat, trained
 from surgvqa.checkpoint import usable_cores
 from surgvqa.config import TrainOptions, nearest, settings_of
 from surgvqa.data.collate import Collator
@@ -23,7 +23,7 @@ from surgvqa.data.frames import largest_frame
 from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
-from surgvqa.device import attention_kernel, choose_device, choose_dtype, expandable_segments, memory_limit_gb
+from surgvqa.device import attention_kernel, choose_device, choose_dtype, memory_limit_gb
 from surgvqa.encode import use_cache
 from surgvqa.errors import UsageError, of_worker
 from surgvqa.lora import adapter_parameters, add_lora
@@ -36,8 +36,9 @@ from surgvqa.tracking import wandb_environment
 from surgvqa.train import evaluates, schedule
 from surgvqa.trainer import EventCallback, EventTrainer
 
-LENGTH_BUCKET = 64
-"""Compiled layers are compiled again for each new length: rows are padded to multiples of this."""
+LENGTH_BUCKET, ALIGNED = 64, 8
+"""Compiled layers are compiled again for each new length, so rows are padded: to the longest one's, rounded up to a
+multiple of 8 as tensor cores like it, or some times 64 less."""
 NOT_OURS = {
     "resume_from_checkpoint": "use --resume RUN",
     "output_dir": "it is an option of its own",
@@ -180,6 +181,9 @@ def _prepare(
     """The trainer, its model loaded, the frozen encoders' work done, the layers set up; and how many steps it takes."""
     device = arguments.device
     run.phase("load model", f"{options.model_name_or_path}")
+    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+    if compiled:
+        layers.start_compiler()
     attention, why_attention = choose_attention(options.attn_implementation, device)
     if options.enforce_budget and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -197,7 +201,6 @@ def _prepare(
     cached = use_cache(base, options.model_name_or_path, shown, options, run)
     sampler.measure("encode")
 
-    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
     kernel = attention_kernel(base.config.text_config, attention, device)
     forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
     limit_gb, presets = memory_limit_gb(options.budget_gb, device), ladder(run.folder.parents[1])
@@ -211,6 +214,7 @@ def _prepare(
         layers.compile_layers(model, fit.keep)
     packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
     bucket = LENGTH_BUCKET if compiled else 1
+    offset = -(-train_set.longest() // ALIGNED) * ALIGNED % bucket
     trainer = EventTrainer(
         run=run,
         record=record,
@@ -231,7 +235,7 @@ def _prepare(
         args=arguments,
         train_dataset=Numbered(train_set),
         eval_dataset=Numbered(eval_set) if eval_set else None,
-        data_collator=NumberedCollator(Collator(processors, multiple_of=bucket, packed=packed)),
+        data_collator=NumberedCollator(Collator(processors, multiple_of=bucket, offset=offset, packed=packed)),
     )
     trainer.add_callback(EventCallback(trainer))
     if options.early_stopping_patience and eval_set:
@@ -263,7 +267,7 @@ def _forecast(
         encoders_resident=not cached,
         compiled=compiled,
         attention=attention,
-        expandable_segments=expandable_segments(),
+        expandable_segments=allocator.segments_grow(),
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -76,6 +77,27 @@ def test_no_room_imports_the_heavy_libraries(module):
     check = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert answer.stdout.strip() == "[]", answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("given, expected", [(False, "expandable_segments:True"), (True, None)])
+def test_the_allocator_is_set_before_torch_is_there_unless_the_user_did(given, expected):
+    """torch reads the setting when it is imported: later it would do nothing, and did nothing once."""
+    code = """
+import os, sys
+from surgvqa import allocator, cli
+there, ask = [], allocator.grow_segments
+def watched():
+    there.append("torch" in sys.modules)
+    ask()
+allocator.grow_segments = watched
+cli.main(["evaluate"])
+print(there, os.environ.get("PYTORCH_ALLOC_CONF"))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTORCH")}
+    if given:
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "backend:native"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == f"[False] {expected}", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", ["demo", "merge", "train", "evaluate", "ask"])

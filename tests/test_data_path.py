@@ -352,3 +352,23 @@ def test_what_the_host_knows_of_a_batch_comes_whole_out_of_a_worker(reference, c
     data, collate = dataset(reference, clips), Collator(reference.processors, multiple_of=64)
     for batch in DataLoader([data[i % 2] for i in range(16)], 2, collate_fn=collate, num_workers=1):
         assert batch["host_ids"].tolist() == batch["input_ids"].tolist()
+
+
+@pytest.mark.model
+def test_rows_are_padded_to_the_longest_sample_or_some_times_64_less(reference, clips):
+    from surgvqa.data.collate import Collator
+
+    data = dataset(reference, clips)
+    lengths = [len(data[i]["input_ids"]) for i in range(len(data))]
+    assert data.longest() == max(lengths) > min(lengths)
+    longest = -(-data.longest() // 8) * 8
+    collate = Collator(reference.processors, multiple_of=64, offset=longest % 64)
+    rows = [collate([data[i]])["input_ids"].shape[1] for i in range(len(data))]
+    assert max(rows) == longest and all(0 <= row - length < 64 for row, length in zip(rows, lengths))
+    assert all((longest - row) % 64 == 0 for row in rows)
+    assert [collate._rounded(n) for n in (longest, longest + 1, longest - 63, longest - 64)] == [
+        longest,
+        longest + 64,
+        longest,
+        longest - 64,
+    ]

@@ -499,6 +499,31 @@ def test_early_stopping(world, tmp_path):
 
 
 @model
+def test_the_model_is_told_to_train_once_and_again_whenever_a_part_of_it_is_not(world):
+    """Trainer asks for it at each micro step; an evaluation and new frames put the model, or its base, in eval mode."""
+    from types import MethodType
+
+    import torch
+
+    from surgvqa import lora, model, trainer
+
+    base = model.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
+    tuned = lora.add_lora(base, world.train_options())
+    tuned.train = MethodType(trainer._train, tuned)
+    dropout = next(m for m in tuned.modules() if isinstance(m, torch.nn.Dropout))
+    visits = []
+    dropout.train = lambda mode=True: visits.append(mode) or torch.nn.Module.train(dropout, mode)
+    for _ in range(3):
+        tuned.train()
+    assert visits == [True] and dropout.training and not base.audio_encoder.training
+    for eval_mode in (tuned.eval, base.eval):
+        eval_mode()
+        assert not dropout.training
+        tuned.train()
+        assert dropout.training
+    assert visits == [True, False, True, False, True]
+
+
 def test_steps_that_are_not_finite_change_nothing_and_three_end_the_run(world, tmp_path, monkeypatch):
     from surgvqa.trainer import EventTrainer
 

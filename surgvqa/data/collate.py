@@ -21,7 +21,8 @@ class Collator:
     processors: Processors
     padding_side: Literal["left", "right"] = "right"
     multiple_of: int = 1
-    """Lengths are rounded up to a multiple of this, so that few different ones occur."""
+    offset: int = 0
+    """Lengths are rounded up to `offset` and a multiple of `multiple_of`, so that few different ones occur."""
     packed: bool = False
     """Several samples stand in one row one after another; only the row's end is padded. For training."""
 
@@ -97,4 +98,4 @@ class Collator:
         return torch.from_numpy(batch)
 
     def _rounded(self, length: int) -> int:
-        return -(-length // self.multiple_of) * self.multiple_of
+        return self.offset - (self.offset - length) // self.multiple_of * self.multiple_of

@@ -84,6 +84,16 @@ class ClipDataset:
             f" rest of them is cut (longest: {lengths[longest]:.1f} s, {longest})"
         ]
 
+    def longest(self) -> int:
+        """Tokens of the longest sample, were all clips as large as the first one."""
+        grids = self[0]["image_grid_thw"]
+        written = self.input_mode == "audio_text"
+        words = {(s.question if written else "", s.answer if self.with_answer else None) for s in self.samples}
+        return max(
+            len(ids_and_labels(self.processors, grids, input_mode=self.input_mode, question=q, answer=a)["input_ids"])
+            for q, a in words
+        )
+
     def __len__(self) -> int:
         return len(self.samples)
 
