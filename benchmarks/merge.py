@@ -6,7 +6,8 @@
 
 Everything is made in a temporary folder (under --dir) and removed at the end: about 3× the base's size. The weights are
 one random block over and over: the bytes are really read and written. Times are in-process (interpreter start and
-imports left out); "process" is the whole. Ours ends with everything fsynced, `cp` does not: `cp + fsync` does.
+imports left out); "process" is the whole. Peak RSS is of the whole; "of it imports" is what stood before the merge
+began: torch itself, and the CUDA context. Ours ends with everything fsynced, `cp` does not: `cp + fsync` does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SIZES = {  # language models of Qwen2's shape; the 15 GB one is the real model's
     "small": {"hidden": 256, "inner": 704, "layers": 4, "vocab": 4096, "heads": 4, "kv": 2, "tied": False},
@@ -158,6 +161,7 @@ def child(method: str, base: str, adapter: str, output: str, max_shard_size: str
         from surgvqa.runs import Run
     if method.endswith("-cuda"):
         torch.zeros(1, device="cuda")  # the context is part of starting up
+    imports = resident("VmRSS")
     before, began = time.process_time(), time.perf_counter()
     told: dict[str, Any] = {}
     if method.startswith("peft"):
@@ -177,17 +181,15 @@ def child(method: str, base: str, adapter: str, output: str, max_shard_size: str
             merge.run(options, run)
         told = json.loads((Path(output) / "merge_report.json").read_text())["seconds_by_phase"]
     seconds, cpu = time.perf_counter() - began, time.process_time() - before
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak_rss": peak_rss(), "phases": told}))
+    memory = {"peak_rss": resident("VmHWM"), "imports_rss": imports}
+    print(json.dumps({"seconds": seconds, "cpu": cpu, **memory, "phases": told}))
     return 0
 
 
-def peak_rss() -> int:
-    """VmHWM: the most resident memory since exec (ru_maxrss would carry over the parent's)."""
-    try:
-        text = Path("/proc/self/status").read_text()
-        return int(text.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(which: str) -> int:
+    """Bytes resident now (VmRSS), or the most since exec (VmHWM; ru_maxrss would carry over the parent's)."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{which}:")[1].split()[0]) * 1024
 
 
 def copy(base: Path, output: Path, fsync: bool) -> dict[str, Any]:
@@ -202,14 +204,14 @@ def copy(base: Path, output: Path, fsync: bool) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "process": seconds, "cpu": cpu, "peak_rss": None}
+    return {"seconds": seconds, "process": seconds, "cpu": cpu, "peak_rss": None, "imports_rss": None}
 
 
 def once(method: str, base: Path, adapter: Path, output: Path, max_shard_size: str) -> dict[str, Any]:
     """One run of one method into `output`."""
     if method in ("cp", "cp+fsync"):
         return copy(base, output, method == "cp+fsync")
-    command = [sys.executable, __file__, "--max_shard_size", max_shard_size, "--child", method]
+    command = [sys.executable, str(Path(__file__).resolve()), "--max_shard_size", max_shard_size, "--child", method]
     began = time.perf_counter()
     done = subprocess.run([*command, base, adapter, output], capture_output=True, text=True)
     if done.returncode:
@@ -331,8 +333,10 @@ def print_table(result: dict[str, Any]) -> None:
         + f"; Python {machine_['python']}, torch {machine_['torch']}, transformers {machine_['transformers']}, "
         f"peft {machine_['peft']}, Linux {machine_['kernel']}\n"
     )
-    print("| method | in-process s | whole process s | CPU s | peak RSS MB | ÷ cp | ÷ cp + fsync | ÷ PEFT | load |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ["method", "in-process s", "whole process s", "CPU s", "peak RSS MB", "of it imports"]
+    columns += ["÷ cp", "÷ cp + fsync", "÷ PEFT", "load"]
+    print(f"| {' | '.join(columns)} |")
+    print(f"|{' --- |' * len(columns)}")
 
     def median(method: str, key: str) -> float | None:
         values = [row[key] for row in rows[method] if row[key] is not None]
@@ -344,13 +348,15 @@ def print_table(result: dict[str, Any]) -> None:
         pairs = zip(reversed(rows[method]), reversed(rows[to]))  # a method that ran once did so in the last round
         return f"{statistics.median(a['seconds'] / b['seconds'] for a, b in pairs):.2f}"
 
+    def megabytes(method: str, key: str) -> str:
+        value = median(method, key)
+        return "–" if value is None else f"{value / 1e6:.0f}"
+
     for method in rows:
-        rss = median(method, "peak_rss")
-        print(
-            f"| {method} | {median(method, 'seconds'):.2f} | {median(method, 'process'):.2f} | "
-            f"{median(method, 'cpu'):.2f} | {'–' if rss is None else f'{rss / 1e6:.0f}'} | {ratio(method, 'cp')} | "
-            f"{ratio(method, 'cp+fsync')} | {ratio(method, 'peft')} | {median(method, 'load'):.1f} |"
-        )
+        cells = [method, *(f"{median(method, key):.2f}" for key in ("seconds", "process", "cpu"))]
+        cells += [megabytes(method, key) for key in ("peak_rss", "imports_rss")]
+        cells += [ratio(method, to) for to in ("cp", "cp+fsync", "peft")]
+        print(f"| {' | '.join(cells)} | {median(method, 'load'):.1f} |")
     for c in result["compared"]:
         apart = f"{c['differing_elements']} of {c['elements']} differ, by {c['most_bf16_steps']} bf16 steps at most"
         verdict = "bit-identical" if c["equal"] else apart

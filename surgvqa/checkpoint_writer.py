@@ -41,7 +41,7 @@ from surgvqa.shard_writer import ShardWriter
 from surgvqa.shards import BLOCK_BYTES, Shard, index_of
 
 MANIFEST_FILE = "surgvqa_manifest.json"
-MAX_WORKERS = 8  # more threads than this wait for the disk
+MAX_WORKERS = 4  # two shards at once; more threads would mostly wait for the disk, and each takes 20 MB
 
 
 def free_bytes(path: Path) -> int:

@@ -11,8 +11,8 @@ rounding; for an F16 base two, as PEFT's `merge_and_unload().to(bfloat16)` does)
 A plain LoRA block is made in tiles that stay in the processor's cache: product, casts and sum touch memory once.
 Tiles are whole rows, since what lies in one piece is cast in half the time, near-equal and never thin: BLAS takes other
 paths, with other roundings, for a handful of rows. On a GPU a block is one tile.
-A scale that is a power of two is folded into B beforehand, which is exact. Then W + BA is one call to BLAS, if this one
-adds W as we would: to the finished product, in one rounding (`adds_last` tries it).
+A scale that is a power of two is folded into A or B beforehand, which is exact. Then W + BA is one call to BLAS, if
+this one adds W as we would: to the finished product, in one rounding (`adds_last` tries it).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,23 +196,34 @@ class AddedBias(_Rows):
         return {"what": "bias"}
 
 
-@functools.cache
-def adds_last(rows: int, rank: int, columns: int) -> bool:
-    """Whether BLAS makes W + BA as two steps would: the product, then the sum. Tried on noise, once a shape of tile."""
-    noise = torch.Generator().manual_seed(0)
-    w, b, a = (torch.rand(shape, generator=noise) for shape in ((rows, columns), (rows, rank), (rank, columns)))
-    return torch.equal(w.clone().addmm_(b, a), w + b @ a)
-
-
+_NOISE = 65_521  # elements; a prime, so that they fall on other columns in each row
 _local = threading.local()
 
 
-def _scratch(size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two float32 buffers of at least `size` elements; each thread keeps its own from block to block."""
-    held = getattr(_local, "scratch", None)
-    if held is None or held[0].numel() < size or held[0].device.type != device.type:
-        held = _local.scratch = tuple(torch.empty(size, dtype=torch.float32, device=device) for _ in range(2))
+def _scratch(name: str, size: int, device: torch.device) -> torch.Tensor:
+    """A float32 buffer of at least `size` elements; each thread keeps its own from block to block."""
+    held = getattr(_local, name, None)
+    if held is None or held.numel() < size or held.device.type != device.type:
+        held = torch.empty(size, dtype=torch.float32, device=device)
+        setattr(_local, name, held)
     return held
+
+
+@functools.cache
+def adds_last(rows: int, rank: int, columns: int) -> bool:
+    """Whether BLAS makes W + BA as two steps would: the product, then the sum. Tried on noise, once a shape of tile."""
+    noise = torch.rand(_NOISE, generator=torch.Generator().manual_seed(0))
+
+    def noisy(*shape: int) -> torch.Tensor:
+        numel = math.prod(shape)
+        return noise.repeat(-(-numel // _NOISE))[:numel].view(shape)
+
+    w, b, a = noisy(rows, columns), noisy(rows, rank), noisy(rank, columns)
+    in_two = torch.mm(b, a).add_(w)
+    return torch.equal(w.addmm_(b, a), in_two)
+
+
+_trial = threading.Lock()  # workers come to a new shape together: one of them tries it
 
 
 class Merged(_Rows):
@@ -229,17 +241,18 @@ class Merged(_Rows):
         self._lock = threading.Lock()
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._sums = {"delta2": 0.0, "w2": 0.0, "error2": 0.0, "sampled": 0.0}
+        self._seconds = 0.0
 
     # -- factors
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [r, in] and B [out, r] in float32 on the device; B holds the scale when that is exact."""
+        """A [r, in] and B [out, r] in float32 on the device; the smaller one holds the scale when that is exact."""
         with self._lock:
             if self._factors is None:
                 a = load(self.lora.a, self.files).to(self.device, torch.float32)
                 b = load(self.lora.b, self.files).to(self.device, torch.float32)
                 if self.folded:
-                    b = b * self.lora.scale
+                    a, b = (a, b * self.lora.scale) if b.numel() <= a.numel() else (a * self.lora.scale, b)
                 self._factors = a, b
                 if self.lora.magnitude is None:
                     self._sums["delta2"] = _product_norm2(a, b) * (1.0 if self.folded else self.lora.scale**2)
@@ -247,7 +260,7 @@ class Merged(_Rows):
 
     @property
     def folded(self) -> bool:
-        """Whether the scale is a power of two: then scaling B first changes no bit of the product."""
+        """Whether the scale is a power of two: then scaling a factor first changes no bit of the product."""
         return math.frexp(self.lora.scale)[0] == 0.5
 
     def close(self) -> None:
@@ -256,6 +269,7 @@ class Merged(_Rows):
     # -- one block
 
     def fill(self, start: int, out: memoryview) -> None:
+        began = time.perf_counter()
         first, count, target = self.rows(start, out)
         if self.base.dtype == "BF16" and not isinstance(self.base, MemoryTensor):
             self.files.read_into(self.base, start, out)  # W lies where W' will
@@ -276,6 +290,7 @@ class Merged(_Rows):
         with self._lock:
             for key, value in sums.items():
                 self._sums[key] += value
+            self._seconds += time.perf_counter() - began
 
     def _delta(self, row: int, rows: int, out: torch.Tensor) -> torch.Tensor:
         """s·BA for some rows of W as it is stored, float32; `out` is scratch of at least their size."""
@@ -297,24 +312,24 @@ class Merged(_Rows):
         rows, width = weight.shape
         tall = rows if self.on_gpu else max(TILE_ROWS, TILE_NUMEL // width)
         tiles = split_rows((rows,), 1, tall)
-        product, scratch = _scratch(max(n for _, n in tiles) * width, self.device)
         for row, height in tiles:
             w = weight[row : row + height]
-            flat = scratch[: height * width]
+            flat = _scratch("total", height * width, self.device)[: height * width]
             total = flat.view(height, width)
             total.copy_(w)
             sums["w2"] += float(torch.dot(flat, flat))
             if self._in_one(height, width):
                 total.addmm_(b[first + row : first + row + height], a)
             else:
-                delta = self._delta(first + row, height, product)
+                delta = self._delta(first + row, height, _scratch("product", height * width, self.device))
                 if self.lora.embedding:  # PEFT rounds an embedding's delta before it adds it; to be equal, so do we
                     delta = delta.to(weight.dtype)
                 total.add_(delta)
             new = result[row : row + height]
             new.copy_(total if weight.dtype == new.dtype else total.to(weight.dtype))
             some = max(1, height // SAMPLED_ROWS)
-            rounded, error = product[: some * width], flat[: some * width]
+            rounded = _scratch("product", some * width, self.device)[: some * width]
+            error = flat[: some * width]
             rounded.view(some, width).copy_(new[:some])
             error.sub_(rounded)  # what rounding took from W + Δ
             sums["error2"] += float(torch.dot(error, error))
@@ -324,7 +339,10 @@ class Merged(_Rows):
     def _in_one(self, rows: int, columns: int) -> bool:
         """Whether a tile's product and sum may be one call to BLAS; tried on the CPU alone."""
         simple = self.folded and not self.transposed and not self.on_gpu
-        return simple and adds_last(rows, self.lora.rank, columns)
+        if not simple:
+            return False
+        with _trial:
+            return adds_last(rows, self.lora.rank, columns)
 
     def _dora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
         """Rows (columns, when stored transposed) are rescaled to the trained magnitude; needs whole rows."""
@@ -356,4 +374,5 @@ class Merged(_Rows):
             "delta_norm": math.sqrt(sums["delta2"]),
             "w_norm": math.sqrt(sums["w2"]),
             "rounding_loss": lost,
+            "seconds": round(self._seconds, 6),
         }

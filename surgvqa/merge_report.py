@@ -22,7 +22,9 @@ def make_report(plan: Plan, writer: Writer, seconds: dict[str, float], peak_rss_
     """The report; norms are Frobenius norms in float32.
 
     `delta_ratio` is ‖ΔW‖/‖W‖; `rounding_loss` is ‖W'−(W+ΔW)‖/‖ΔW‖, the share of the change that rounding to the
-    output's dtype took, measured on one row in eight of each module.
+    output's dtype took, measured on one row in eight of each module. A module's `seconds` are those that threads spent
+    making it: reading W and its factors, product, casts, norms. Hashing and writing go by shard and are not in them;
+    threads work side by side, so all modules' together may be more than `seconds_by_phase`'s `merge`.
     """
     shards = writer.record["shards"]
     tensors = {name: stats for _, shard in sorted(shards.items()) for name, stats in shard["tensors"].items()}
@@ -86,7 +88,7 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def _grouped(modules: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """‖ΔW‖/‖W‖ over all modules of a layer, or of a kind: norms add up in squares."""
+    """‖ΔW‖/‖W‖ and seconds over all modules of a layer, or of a kind: norms add up in squares."""
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for module in modules:
         groups[module[key]].append(module)
@@ -100,6 +102,7 @@ def _grouped(modules: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
                 "modules": len(groups[value]),
                 "delta_ratio": delta / weight if weight else None,
                 "rounding_loss": _median([m["rounding_loss"] for m in groups[value]]),
+                "seconds": round(sum(m.get("seconds", 0.0) for m in groups[value]), 6),
             }
         )
     return rows
@@ -184,5 +187,12 @@ def show_report(console: Any, data: dict[str, Any], report: dict[str, Any]) -> N
         console.print(f"  {name:<9} ‖ΔW‖/‖W‖ {row['delta_ratio']:.2e} {bar}")
     if report["rounding_loss"] is not None:
         console.print(f"rounding to BF16 took {report['rounding_loss']:.2%} of the change (median over modules)")
+    if report["by_kind"]:
+        slowest = max(report["by_kind"], key=lambda row: row["seconds"])
+        total = sum(row["seconds"] for row in report["by_kind"])
+        console.print(
+            f"the modules took {total:.1f} s of all threads; {slowest['kind']} the most, "
+            f"{slowest['seconds']:.1f} s for {counted(slowest['modules'], 'module')}"
+        )
     for text in report["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {text}", markup=True)

@@ -40,6 +40,7 @@ OnShard = Callable[[Shard, str], None]
 Fill = Callable[[int, memoryview], None]
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 BUFFER_BYTES = BLOCK_BYTES + PAGE_BYTES
+HELD_BLOCKS = 12  # 50 MB; enough that a worker that the system puts aside holds nobody up
 
 
 class _Piece(NamedTuple):
@@ -126,9 +127,9 @@ class ShardWriter:
         self.at_hand: list[_Output] = []
         """Begun, and not yet hashed to the end."""
         self.at_once = max(1, workers // 2)
-        self.depth = 4 * workers + 4  # blocks; enough that a worker that the system puts aside holds nobody up
+        self.room = HELD_BLOCKS * BUFFER_BYTES
         self.held = 0
-        """Blocks that exist, from the beginning of their making to the end of their writing."""
+        """Bytes of the blocks that exist, from the beginning of their making to the end of their writing."""
         self.free: list[mmap.mmap] = []
         self.done, self.total = 0, sum(s.nbytes for s in shards)
         self.error: BaseException | None = None
@@ -175,17 +176,30 @@ class ShardWriter:
                     if output.blocks and output.blocks[0].made and not output.hashing:
                         output.hashing = True
                         return partial(self._hash, output)
-                if self.held < self.depth and (output := self._shortest()):
-                    piece = output.pieces.popleft()
-                    lead = piece.position % PAGE_BYTES
-                    block = _Block(piece, lead, self._buffer(lead + piece.length))
-                    output.blocks.append(block)
-                    self.held += 1
+                if block := self._begin():
                     return partial(self._make, block)
                 if not self.at_hand and not self.waiting:
                     return None
                 self.changed.wait()
         return None
+
+    def _begin(self) -> _Block | None:
+        """The next block to be made; None when nothing is left, or too much is held to begin another.
+
+        A tensor that can only be made whole may be larger than all that is to be held: it is then held alone.
+        """
+        output = self._shortest()
+        if not output:
+            return None
+        piece = output.pieces[0]
+        lead = piece.position % PAGE_BYTES
+        size = max(lead + piece.length, BUFFER_BYTES)
+        if self.held and self.held + size > self.room:
+            return None
+        block = _Block(output.pieces.popleft(), lead, self._buffer(size))
+        output.blocks.append(block)
+        self.held += size
+        return block
 
     def _shortest(self) -> _Output | None:
         """The shard at hand that has the fewest blocks ahead of its hash, of those with something left to make."""
@@ -194,10 +208,8 @@ class ShardWriter:
             self.at_hand.append(self.begun[-1])
         return min((o for o in self.at_hand if o.pieces), key=lambda o: len(o.blocks), default=None)
 
-    def _buffer(self, length: int) -> mmap.mmap:
-        if length > BUFFER_BYTES:
-            return _memory(length)
-        return self.free.pop() if self.free else _memory(BUFFER_BYTES)
+    def _buffer(self, size: int) -> mmap.mmap:
+        return self.free.pop() if self.free and size == BUFFER_BYTES else _memory(size)
 
     def _make(self, block: _Block) -> None:
         lead, piece = block.lead, block.piece
@@ -239,7 +251,7 @@ class ShardWriter:
             output.end()
             self.on_shard(output.shard, output.digest.hexdigest())
         with self.changed:
-            self.held -= 1
+            self.held -= len(block.buffer)
             if len(block.buffer) == BUFFER_BYTES:
                 self.free.append(block.buffer)
             self.changed.notify_all()

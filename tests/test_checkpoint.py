@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from checkpoint_kit import read_tensors, write_file, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgvqa import checkpoint_writer, runs
+from surgvqa import checkpoint_writer, runs, shard_writer
 from surgvqa.checkpoint import (
     INDEX_FILE,
     TensorInfo,
@@ -383,6 +384,39 @@ def test_any_number_of_workers_writes_the_same(
     turns = sum(a != b for a, b in itertools.pairwise(order)) + 1
     shards = len(recorder.of("shard"))
     assert turns == shards if workers < 4 else turns > shards
+
+
+@pytest.mark.parametrize("workers", [2, 16])
+def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """However many the workers and however slow the disk; a tensor that is larger than the bound is held alone."""
+    monkeypatch.setattr(shard_writer, "BUFFER_BYTES", 8192)
+    monkeypatch.setattr(checkpoint_writer, "MAX_WORKERS", 16)
+    room = shard_writer.HELD_BLOCKS * 8192
+    small = {f"small.{i}": ("BF16", (30, 40 + i)) for i in range(40)}
+    write_folder(tmp_path / "base", [small, {"large": ("BF16", (30, 3000)), **{f"x.{n}": s for n, s in small.items()}}])
+    job = make_job(tmp_path / "base", tmp_path / "out", 30 * 6000)
+    assert len(job.shards) > 1 and room < 30 * 6000
+    begin, pwrite, held, full = shard_writer.ShardWriter._begin, os.pwrite, [], threading.Event()
+
+    def watched(self: shard_writer.ShardWriter) -> Any:
+        block = begin(self)
+        if block:
+            held.append((self.held, len(block.buffer)))
+        elif self.held + 8192 > room:
+            full.set()
+        return block
+
+    def slow(fd: int, data: memoryview, position: int) -> int:
+        assert full.wait(20), "the workers stopped before what they may hold was full"
+        return pwrite(fd, data, position)
+
+    monkeypatch.setattr(shard_writer.ShardWriter, "_begin", watched)
+    monkeypatch.setattr(os, "pwrite", slow)
+    write(job, workers)
+    assert all(total <= room or total == block for total, block in held)
+    assert max(total for total, _ in held) > room
+    monkeypatch.undo()
+    is_whole(tmp_path / "out", tmp_path / "base")
 
 
 def test_one_shard_has_no_index(tmp_path: Path, base: Path) -> None:

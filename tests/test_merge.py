@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import nn  # noqa: E402
 
 from surgvqa import lora_math, merge  # noqa: E402
 from surgvqa.audit import audit  # noqa: E402
-from surgvqa.checkpoint import open_checkpoint, read_json  # noqa: E402
+from surgvqa.checkpoint import header_bytes, open_checkpoint, read_json, usable_cores  # noqa: E402
 from surgvqa.config import MergeOptions, Path_  # noqa: E402
 from surgvqa.errors import SurgvqaError, UsageError  # noqa: E402
 from surgvqa.runs import Run  # noqa: E402
@@ -391,6 +393,59 @@ def test_cuda_differs_by_its_roundings_at_most(tmp_path: Path) -> None:
         assert (ours[name] != tensor).float().mean() < 1e-3
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+WIDE = (18944, 3584)
+MEMORY = """
+import re, sys
+sys.path.insert(0, {root!r})
+import torch
+from pathlib import Path
+from surgvqa import checkpoint_writer, merge
+from surgvqa.config import MergeOptions, Path_
+from surgvqa.runs import Run
+def resident(which):
+    return int(re.search(which + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+checkpoint_writer.usable_cores = lambda: 16
+before = resident("VmRSS")
+base, adapter, output = (Path_(p) for p in {folders!r})
+options = MergeOptions(stage1_model_path=base, stage2_adapter_path=adapter, output_path=output, max_shard_size="200MB")
+with Run.create(Path(output).parent / "runs", "merge") as run:
+    merge.run(options, run)
+print(before, resident("VmHWM"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_does_not_grow_with_the_cores(tmp_path: Path) -> None:
+    """The real model's widest matrices, 543 MB of them, pretending 16 cores: 150 MB beyond the imports."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    shapes = {
+        f"model.layers.{i}.mlp.{n}_proj.weight": s for i in (0, 1) for n, s in (("up", WIDE), ("down", WIDE[::-1]))
+    }
+    head = header_bytes((name, "BF16", shape, 2 * math.prod(shape)) for name, shape in shapes.items())
+    with open(base / "model.safetensors", "wb") as file:  # zeros that take no disk
+        file.write(head)
+        file.truncate(len(head) + sum(2 * math.prod(shape) for shape in shapes.values()))
+    (base / "config.json").write_text('{"model_type": "small"}')
+    lora = {}
+    for name, (out, inputs) in shapes.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        lora |= {f"{prefix}.lora_A.weight": torch.ones(64, inputs), f"{prefix}.lora_B.weight": torch.ones(out, 64)}
+    save_file(lora, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 64, "lora_alpha": 16, "target_modules": ["up_proj", "down_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    folders = [str(p) for p in (base, adapter, tmp_path / "merged")]
+    script = MEMORY.format(root=str(Path(__file__).parents[1]), folders=folders)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, peak = map(int, done.stdout.split())
+    shutil.rmtree(tmp_path / "merged")
+    assert peak - before < 200e6, f"{peak / 1e6:.0f} MB, of which imports {before / 1e6:.0f}"
+
+
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +473,12 @@ def test_report_figures_are_those_of_float64(tmp_path: Path) -> None:
     ratio = math.sqrt(sum(e["delta_norm"] ** 2 for e in layer) / sum(e["w_norm"] ** 2 for e in layer))
     assert report["by_layer"][1]["delta_ratio"] == pytest.approx(ratio)
     assert {row["kind"] for row in report["by_kind"]} == {"q_proj", "o_proj", "up_proj", "down_proj"}
+    spent = {row["kind"]: row["seconds"] for row in report["by_kind"]}
+    for kind, seconds in spent.items():
+        each = [e["seconds"] for e in report["modules"] if e["kind"] == kind]
+        assert all(s > 0 for s in each) and seconds == pytest.approx(sum(each))
+    assert sum(spent.values()) == pytest.approx(sum(row["seconds"] for row in report["by_layer"]))
+    assert sum(spent.values()) <= report["seconds_by_phase"]["merge"] * usable_cores() + 0.01  # its rounding
     assert report["dtypes_before"] == report["dtypes_after"] == {"BF16": len(weights)}
     assert set(report["copied"]) == {
         n for n in weights if not any(f"{e['module']}.weight" == n for e in report["modules"])

@@ -55,3 +55,12 @@ def test_planned_shards_fit_their_lines(width: int) -> None:
     assert all(len(row) <= width for row in rows), rows
     assert "model-00008-of-00012.safetensors" in rows[7] and "1,300 tensors" in rows[7]
     assert rows[8].strip() == "and 4 more"
+
+
+def test_the_report_names_the_slowest_kind() -> None:
+    kinds = [{"kind": "down_proj", "modules": 28, "seconds": 65.0}, {"kind": "q_proj", "modules": 28, "seconds": 10.0}]
+    text = report.merge_report({"by_kind": kinds}, 100).plain
+    assert "1 min 15 s of all threads; down_proj the most, 1 min 05 s for 28" in text
+    for row in kinds:
+        del row["seconds"]  # a report from before they were told
+    assert "threads" not in report.merge_report({"by_kind": kinds}, 100).plain

@@ -181,6 +181,7 @@ def merge_report(data: dict[str, Any], width: int) -> Content:
         ("dtypes", dtypes or None),
         ("written", f"{words.size(sum(shards))} in {len(shards)} shard{'s' * (len(shards) != 1)}" if shards else None),
         ("took", words.seconds(total) if total is not None else None),
+        ("modules took", module_seconds(data.get("by_kind") or [])),
         ("peak memory", words.size(data["peak_rss_bytes"]) if data.get("peak_rss_bytes") else None),
         ("lost to rounding", f"{lost:.2%} of the change (median of the modules)" if lost is not None else None),
         ("Stage 2", how or None),
@@ -191,6 +192,16 @@ def merge_report(data: dict[str, Any], width: int) -> Content:
     return lines(
         head, *warnings(data.get("warnings") or []), *facts(pairs), "", *bars, *([""] if kinds else []), *kinds
     )
+
+
+def module_seconds(kinds: list[dict[str, Any]]) -> str | None:
+    """What threads spent on the modules together, and the kind that took most of it."""
+    known = [row for row in kinds if row.get("seconds")]
+    if not known:
+        return None
+    most = max(known, key=lambda row: row["seconds"])
+    total = words.seconds(sum(row["seconds"] for row in known))
+    return f"{total} of all threads; {most['kind']} the most, {words.seconds(most['seconds'])} for {most['modules']}"
 
 
 def deltas(rows: list[dict[str, Any]] | None, key: str) -> list[tuple[str, float]]:
