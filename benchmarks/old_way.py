@@ -109,7 +109,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
     steps = math.ceil(len(data) / (micro * many)) * int(options.num_train_epochs)
     optimiser, scheduler = optimiser_of(options, model, steps)
     generator = torch.Generator().manual_seed(options.seed)
-    losses, began, decoding = [], time.perf_counter(), 0.0
+    losses, times, decoding = [], [time.perf_counter()], 0.0
     for _ in range(int(options.num_train_epochs)):
         order = torch.randperm(len(data), generator=generator).tolist()
         parts = [order[start : start + micro] for start in range(0, len(order), micro)]
@@ -118,11 +118,10 @@ def train(options: TrainOptions) -> dict[str, Any]:
             batches, tokens = window(data, parts[first : first + many], base.device)
             decoding += time.perf_counter() - asked
             losses.append(step(model, optimiser, scheduler, batches, tokens))
-    seconds = time.perf_counter() - began
+            times.append(time.perf_counter())
     shown = len(data) * int(options.num_train_epochs)
     return {
-        "seconds": round(seconds, 2),
-        "s_per_sample": round(seconds / shown, 4),
+        **seconds_of(times, micro * many, shown),
         "decoding_s": round(decoding, 2),
         "samples": shown,
         "first_loss": losses[0],
@@ -135,7 +134,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
 def answer(options: EvaluateOptions) -> dict[str, Any]:
     """Greedy answers, one sample at a time."""
     base, data = load(options, options.checkpoint, options.eval_data_path)
-    processors, answers, began = data.processors, [], time.perf_counter()
+    processors, answers, times = data.processors, [], [time.perf_counter()]
     collate = Collator(processors, padding_side="left")
     greedy = GenerationConfig(
         do_sample=False,
@@ -147,9 +146,15 @@ def answer(options: EvaluateOptions) -> dict[str, Any]:
         batch = {name: tensor.to(base.device) for name, tensor in collate([data[index]]).items() if name != "labels"}
         ids = base.generate(**batch, generation_config=greedy)[0, batch["input_ids"].shape[1] :]
         answers.append(processors.tokenizer.decode(ids, skip_special_tokens=True).strip())
-    seconds = time.perf_counter() - began
-    return {"seconds": round(seconds, 2), "samples_per_s": round(len(data) / seconds, 4), "answers": answers,
-            **peak(base.device)}  # fmt: skip
+        times.append(time.perf_counter())
+    return {**seconds_of(times, 1, len(data)), "answers": answers, **peak(base.device)}
+
+
+def seconds_of(times: list[float], first: int, samples: int) -> dict[str, float]:
+    """Of the first step (`first` samples), in which the GPU's libraries are loaded, and of a sample after it."""
+    rest = (times[-1] - times[1]) / (samples - first) if samples > first else math.nan
+    return {"seconds": round(times[-1] - times[0], 2), "first_s": round(times[1] - times[0], 2), "first": first,
+            "s_per_sample": round(rest, 4)}  # fmt: skip
 
 
 def peak(device: torch.device) -> dict[str, float]:

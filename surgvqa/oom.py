@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +225,8 @@ def read(error: torch.OutOfMemoryError) -> Said:
 
 
 def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: bool = False) -> Lack:
-    """Reads what the error says and who holds the memory, then lets go of what the cut-off work held."""
+    """Reads what the error says and who holds the memory, then lets go of what the cut-off work held and puts the rest
+    aside."""
     said = read(error)
     lack = Lack(
         trainer.state.global_step,
@@ -236,34 +237,48 @@ def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: b
     traceback.clear_frames(error.__traceback__)  # they hold the activations
     if drop_gradients:
         trainer.model.zero_grad(set_to_none=True)
-    gather(trainer)
+    states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
+    trainer.aside.put((*states, *trainer.window.inputs), trainer.args.device)
     return lack
 
 
-def gather(trainer: EventTrainer) -> None:
-    """Empties the cache, and lets what stays lie together: the optimiser's states and the window's inputs go to the
-    host and come back.
+class Aside:
+    """What a step needs beside the model, the optimiser's states and the window's inputs, off the GPU from an error
+    until work goes on.
 
-    Each was cut from whatever block was free when it came, and a segment of which anything is in use is never given
-    back: on an H100 5.5 of 9.8 GB were reserved, free and of no use (benchmarks/step_down.py).
+    Each was cut from whatever block was free when it came. Without them the emptied cache gives everything back, and
+    when they return they lie together.
     """
-    device = trainer.args.device
-    states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
-    places = [
-        (holder, name, value)
-        for holder in (*states, *trainer.window.inputs)
-        for name, value in holder.items()
-        if torch.is_tensor(value) and value.device.type == device.type
-    ]
-    on_host = {id(value): value.to("cpu", copy=True) for _, _, value in places}  # one for all who share it
-    names = [(holder, name, id(value)) for holder, name, value in places]
-    places.clear()
-    for holder, name, key in names:  # whole at any time, should there be no room to come back
-        holder[name] = on_host[key]
-    empty_cache()
-    back = {key: value.to(device) for key, value in on_host.items()}
-    for holder, name, key in names:
-        holder[name] = back[key]
+
+    def __init__(self) -> None:
+        self._places: list[tuple[dict[str, Any], str]] = []
+
+    def put(self, holders: Iterable[dict[str, Any]], device: torch.device) -> None:
+        """Their tensors on the device go to the host, one for all who share it, and the cache is emptied."""
+        places = [
+            (holder, name, value)
+            for holder in holders
+            for name, value in holder.items()
+            if torch.is_tensor(value) and value.device.type == device.type
+        ]
+        on_host = {id(value): value.to("cpu", copy=True) for _, _, value in places}
+        for holder, name, value in places:
+            holder[name] = on_host[id(value)]
+        self._places += [(holder, name) for holder, name, _ in places]
+        places.clear()
+        empty_cache()
+
+    def bring_back(self, device: torch.device) -> None:
+        """To the device. May run out of memory itself; what has not come then comes the next time."""
+        came: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        while self._places:
+            holder, name = self._places[-1]
+            if name in holder:
+                value = holder[name]
+                if id(value) not in came:
+                    came[id(value)] = value, value.to(device)
+                holder[name] = came[id(value)][1]
+            self._places.pop()
 
 
 def size_in(message: str, where: str) -> int | None:

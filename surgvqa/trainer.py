@@ -31,7 +31,7 @@ from surgvqa.data.prompt import IGNORED
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.layers import compilations
 from surgvqa.lora import adapter_parameters, save_adapter
-from surgvqa.oom import OptimizerSnapshot, StepDown, take
+from surgvqa.oom import Aside, OptimizerSnapshot, StepDown, take
 from surgvqa.retreat import SHOWN
 from surgvqa.runs import Run
 from surgvqa.sampling import MemorySampler
@@ -87,6 +87,7 @@ class EventTrainer(Trainer):
         self.record = record
         self.step_down = step_down
         self.sampler = sampler
+        self.aside = Aside()
         self.compiled = compiled
         self.compilations: dict[str, int] = {}
         """So far, when layers are compiled (layers.compilations)."""
@@ -166,6 +167,7 @@ class EventTrainer(Trainer):
         returned = list(window.losses)
         while len(window.losses) < len(window.batches):
             try:
+                self.aside.bring_back(self.args.device)
                 batch = window.batches[len(window.losses)]
                 window.losses.append(super().training_step(model, batch, *arguments, **keywords))
             except torch.OutOfMemoryError as error:
@@ -222,6 +224,7 @@ class EventTrainer(Trainer):
             raise self.step_down.stop(lack, self)
         self.step_down.say(lack, "trying again with an emptied cache")
         try:
+            self.aside.bring_back(self.args.device)
             return step()
         except torch.OutOfMemoryError as error:
             lack = take(error, self)

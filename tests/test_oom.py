@@ -157,33 +157,56 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
 
     monkeypatch.setattr(oom, "allocator_bytes", lambda: (2**30, 9 * 2**30))
     monkeypatch.setattr(oom, "owners", lambda trainer, allocated: {})
-    monkeypatch.setattr(oom, "gather", lambda trainer: None)
-    trainer = SimpleNamespace(state=SimpleNamespace(global_step=3), activity="forward and backward")
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=3),
+        activity="forward and backward",
+        args=SimpleNamespace(device=torch.device("cpu")),
+        optimizer=None,
+        window=SimpleNamespace(inputs=[]),
+        aside=oom.Aside(),
+    )
     lack = oom.take(torch.OutOfMemoryError(ON_A_GPU.replace("192.00 MiB", free)), trainer)
     assert lack.is_fragmentation is in_pieces and lack.allocated_bytes == 9 * 2**30
     assert lack.text.startswith("tried to allocate 0.62 GB; 9.7 GB allocated, 0.") and len(lack.text) < 80
 
 
 @model
-def test_what_stays_is_put_together_and_is_the_same():
+def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch):
     import torch
 
     from surgvqa import oom
 
+    device, emptied = torch.device("cpu"), []
+    monkeypatch.setattr(oom, "empty_cache", lambda: emptied.append(True))
     table, moments = torch.arange(4.0), [torch.randn(3), torch.randn(3)]
     states = {n: {"step": n, "moment": moments[n], "table": table} for n in range(2)}
-    batch = {"labels": torch.tensor([1, -100]), "shown": (8, 512)}
+    batch = {"labels": torch.tensor([1, -100]), "shown": (8, 512), "gone": torch.ones(1)}
     before = [moments[0].clone(), moments[1].clone(), batch["labels"].clone()]
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(device=torch.device("cpu")),
-        optimizer=SimpleNamespace(state=states),
-        window=SimpleNamespace(inputs=[batch]),
-    )
-    oom.gather(trainer)
+
+    aside = oom.Aside()
+    aside.put((*states.values(), batch), device)
+    aside_now = [states[0]["moment"], states[1]["moment"], batch["labels"]]
+    assert emptied == [True] and all(one is not other for one, other in zip(aside_now, moments))
+    assert states[0]["table"] is states[1]["table"] is not table
+    del batch["gone"]  # encoded again meanwhile
+
+    to, room = torch.Tensor.to, iter([True, False, *[True] * 9])
+
+    def tight(tensor, *arguments, **keywords):
+        if not next(room):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return to(tensor, *arguments, **keywords).clone()
+
+    monkeypatch.setattr(torch.Tensor, "to", tight)
+    with pytest.raises(torch.OutOfMemoryError):
+        aside.bring_back(device)
+    aside.bring_back(device)
     after = [states[0]["moment"], states[1]["moment"], batch["labels"]]
-    assert all(torch.equal(one, other) for one, other in zip(before, after))
-    assert after[0] is not moments[0] and states[0]["table"] is states[1]["table"] is not table
+    assert all(torch.equal(one, other) and one is not host for one, other, host in zip(after, before, aside_now))
+    assert states[0]["table"] is states[1]["table"] and "gone" not in batch
     assert (states[1]["step"], batch["shown"]) == (1, (8, 512))
+    aside.bring_back(device)
+    assert states[0]["moment"] is after[0]  # nothing is left to bring
 
 
 @pytest.fixture(scope="module")
