@@ -419,7 +419,7 @@ def choose_attention(requested: str, device: str | torch.device) -> tuple[str, s
         return "flash_attention_2", "flash_attention_2: flash-attn is installed and the GPU is Ampere or newer."
     if requested == "flash_attention_2":
         raise UsageError(f"attn_implementation is flash_attention_2, but {obstacle}; use auto or sdpa")
-    return "sdpa", f"sdpa (torch's own flash kernel on a GPU): {obstacle}."
+    return "sdpa", f"sdpa (on a GPU cuDNN's kernel, before Hopper torch's own flash kernel): {obstacle}."
 
 
 def _flash_obstacle(device: torch.device) -> str | None:
