@@ -46,6 +46,7 @@ def run(options: BudgetOptions, workspace: Workspace) -> Outcome:
     peaks = preset_peaks(options, load_presets(workspace.root))
     fitted = memory.fit(sizes, configuration, options.budget_gb, weights)
     advice = _advice(options, prediction, fitted, peaks)
+    choices = [{"text": text, "saves_gb": gb} for text, gb in memory.choices(sizes, configuration, weights)]
     data = {
         **document(prediction),
         "budget_gb": options.budget_gb,
@@ -54,8 +55,9 @@ def run(options: BudgetOptions, workspace: Workspace) -> Outcome:
         "fastest_checkpointed_layers": fitted.configuration.checkpointed_layers if fitted else None,
         "presets": peaks,
         "advice": advice,
+        "choices": choices,
     }
-    return Outcome(data, ok=fits, show=lambda console: _show(console, prediction, options.budget_gb, advice))
+    return Outcome(data, ok=fits, show=lambda console: _show(console, prediction, options.budget_gb, advice, choices))
 
 
 def document(prediction: Prediction) -> dict[str, Any]:
@@ -117,11 +119,13 @@ def _gb(prediction: Prediction) -> str:
     return f"{prediction.predicted_peak_gb:.1f}"
 
 
-def _show(console: Any, prediction: Prediction, budget_gb: float, advice: list[str]) -> None:
+def _show(
+    console: Any, prediction: Prediction, budget_gb: float, advice: list[str], choices: list[dict[str, Any]]
+) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from surgvqa.console import bar
+    from surgvqa.console import bar, bought
 
     where = "" if gpu.any_gpu() else f"; {NO_GPU}"
     console.print(Text(f"{prediction.plan}; {prediction.configuration.clip.tokens} tokens{where}", "dim"))
@@ -148,6 +152,8 @@ def _show(console: Any, prediction: Prediction, budget_gb: float, advice: list[s
     console.print(Text(f"budget {budget_gb:g} GB: {advice[0]}", "green" if fits else "red"))
     for line in advice[1:]:
         console.print(f"  {line}")
+    for choice in choices:
+        console.print(Text(bought(**choice), "dim"))
 
 
 def _total(table: Any, name: str, gb: float, budget_gb: float, note: str) -> None:

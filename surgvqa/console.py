@@ -37,6 +37,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def bought(text: str, saves_gb: float) -> str:
+    """A choice and what it does to the peak (memory.choices), in a line."""
+    return f"  {abs(saves_gb):5.1f} GB {'less' if saves_gb >= 0 else 'more'}: {text}"
+
+
 def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
     """A bar in eighths of a cell; with `alarm` it turns yellow from 85 % and red from 100 %. Above 100 % it is full."""
     eighths = round(min(max(fraction, 0.0), 1.0) * width * 8)
@@ -79,6 +84,8 @@ class JobView:
         self.close()
         self.phase, self.began = event["name"], None
         self._say(f"[bold]{escape(event['name'])}[/bold] {escape(event.get('text', ''))}".rstrip())
+        for choice in event.get("choices", ()):
+            self._say(escape(bought(**choice)))
 
     def _progress(self, event: dict[str, Any]) -> None:
         done, total, unit = event["done"], event.get("total"), event.get("unit", "")

@@ -34,6 +34,8 @@ CUBLAS_WORKSPACES = 4 * 32 * MIB
 CUDA_CONTEXT = 0.81 * GB
 """What the driver holds for a process beside torch's allocator: context and loaded kernels. Measured on an H100, the
 same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
+WORTH_TELLING_GB = 0.05
+"""Of a choice."""
 MIN_8BIT = 4096
 """bitsandbytes keeps float32 moments for smaller tensors; larger ones take a byte and a float32 scale per 256."""
 TRANSFER_COLUMNS = 3
@@ -364,6 +366,37 @@ def fit(
     there is none. `capped`: see Prediction.fits."""
     predicted = (predict(sizes, plan, weights) for plan in plans(sizes, c))
     return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN), capped)), None)
+
+
+def choices(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> list[tuple[str, float]]:
+    """What is done otherwise than the old way, and the GB by which the peak would be higher without each (negative:
+    lower, it spends memory on speed)."""
+    layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
+    at_answer = c.supervised_tokens is None
+    without = {
+        "logits at the answer only": (at_answer, {"supervised_tokens": c.clip.tokens}),
+        "frames and questions encoded once, the encoders off the GPU": (
+            c.cached_features and not c.encoders_resident,
+            {"cached_features": False, "encoders_resident": True},
+        ),
+        "8-bit AdamW": (c.eight_bit, {"eight_bit": False}),
+        "no float32 copies of LoRA's inputs": (
+            not c.casts_lora_inputs and c.adapter_bytes == FP32,
+            {"casts_lora_inputs": True},
+        ),
+        "compiled layers keep only matrix products": (c.compiled and c.keep != "all", {"keep": "all"}),
+        f"{layers - recomputing} of {layers} layers do not recompute, a third less to compute in each": (
+            recomputing < layers,
+            {"checkpointed_layers": None},
+        ),
+    }
+    peak = predict(sizes, c, weights).predicted_peak_gb
+    saved = {
+        text: predict(sizes, replace(c, **other), weights).predicted_peak_gb - peak
+        for text, (chosen, other) in without.items()
+        if chosen
+    }
+    return [(text, gb) for text, gb in saved.items() if abs(gb) >= WORTH_TELLING_GB]
 
 
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 
 from presets import ladder
-from surgvqa import allocator, layers, retreat, trained
+from surgvqa import allocator, layers, memory, retreat, trained
 from surgvqa.checkpoint import usable_cores
 from surgvqa.config import TrainOptions, nearest, settings_of
 from surgvqa.data.collate import Collator
@@ -242,7 +242,8 @@ def _prepare(
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
     total_steps = _total_steps(arguments, len(train_set))
     rows = "packed" if packed and arguments.train_batch_size > 1 else "padded"
-    _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit, rows)
+    bought = memory.choices(forecast.sizes, fit.prediction.configuration, forecast.weights) if forecast else []
+    _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit, rows, bought)
     return trainer, total_steps
 
 
@@ -324,6 +325,7 @@ def _announce_plan(
     attention: str,
     fit: retreat.Fit,
     rows: str,
+    bought: list[tuple[str, float]],
 ) -> None:
     """What will run and why, as one phase event with its figures as fields."""
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -353,6 +355,7 @@ def _announce_plan(
         layers=fit.layers,
         predicted_peak_gb=peak,
         predicted=fit.prediction.peak_table if fit.prediction else None,
+        choices=[{"text": text, "saves_gb": gb} for text, gb in bought],
         budget_gb=options.budget_gb,
     )
 

@@ -46,3 +46,10 @@ def test_an_evaluation_is_one_line_of_what_the_model_can_do():
         "  evaluation at step 70  eval_loss 5.675  eval_keyword_accuracy 0.62",
         f"  checkpoint {path}",
     ]
+
+
+def test_a_plan_says_what_each_choice_does_to_the_peak():
+    choices = [{"text": "8-bit AdamW", "saves_gb": 0.96}, {"text": "no layer recomputes", "saves_gb": -9.9}]
+    stream = io.StringIO()
+    JobView(stream).show({"kind": "phase", "name": "plan", "text": "48 steps", "choices": choices})
+    assert stream.getvalue() == "plan 48 steps\n    1.0 GB less: 8-bit AdamW\n    9.9 GB more: no layer recomputes\n"
