@@ -31,14 +31,14 @@ import torch
 from surgvqa.checkpoint import TensorInfo
 from surgvqa.errors import UsageError
 from surgvqa.merge_adapter import LoraModule
-from surgvqa.shards import Files, split_rows
+from surgvqa.shards import Files, page_memory, split_rows
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TILE_ROWS, TILE_NUMEL = 512, 1 << 20  # whole rows, as many as either allows: fewer make the product slower
+TILE_ROWS, TILE_NUMEL = 128, 5 << 17  # whole rows, as many as either allows: fewer make the product slower
 SAMPLED_ROWS = 8  # rounding loss is measured on one row in this many
 
 
@@ -204,7 +204,10 @@ def _scratch(name: str, size: int, device: torch.device) -> torch.Tensor:
     """A float32 buffer of at least `size` elements; each thread keeps its own from block to block."""
     held = getattr(_local, name, None)
     if held is None or held.numel() < size or held.device.type != device.type:
-        held = torch.empty(size, dtype=torch.float32, device=device)
+        if device.type == "cpu":
+            held = torch.frombuffer(page_memory(4 * size), dtype=torch.float32)
+        else:
+            held = torch.empty(size, device=device)
         setattr(_local, name, held)
     return held
 
@@ -248,15 +251,19 @@ class Merged(_Rows):
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and B [out, r] in float32 on the device; the smaller one holds the scale when that is exact."""
         with self._lock:
+            fresh = self._factors is None
             if self._factors is None:
                 a = load(self.lora.a, self.files).to(self.device, torch.float32)
                 b = load(self.lora.b, self.files).to(self.device, torch.float32)
                 if self.folded:
                     a, b = (a, b * self.lora.scale) if b.numel() <= a.numel() else (a * self.lora.scale, b)
                 self._factors = a, b
-                if self.lora.magnitude is None:
-                    self._sums["delta2"] = _product_norm2(a, b) * (1.0 if self.folded else self.lora.scale**2)
-            return self._factors
+            a, b = self._factors
+        if fresh and self.lora.magnitude is None:  # the others go on meanwhile
+            delta2 = _product_norm2(a, b) * (1.0 if self.folded else self.lora.scale**2)
+            with self._lock:
+                self._sums["delta2"] += delta2
+        return a, b
 
     @property
     def folded(self) -> bool:

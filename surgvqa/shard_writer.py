@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surgvqa.runs import Run
-from surgvqa.shards import BLOCK_BYTES, PAGE_BYTES, Shard, Source, tensor_bytes
+from surgvqa.shards import BLOCK_BYTES, PAGE_BYTES, Shard, Source, page_memory, tensor_bytes
 
 OnShard = Callable[[Shard, str], None]
 Fill = Callable[[int, memoryview], None]
@@ -209,7 +209,7 @@ class ShardWriter:
         return min((o for o in self.at_hand if o.pieces), key=lambda o: len(o.blocks), default=None)
 
     def _buffer(self, size: int) -> mmap.mmap:
-        return self.free.pop() if self.free and size == BUFFER_BYTES else _memory(size)
+        return self.free.pop() if self.free and size == BUFFER_BYTES else page_memory(size)
 
     def _make(self, block: _Block) -> None:
         lead, piece = block.lead, block.piece
@@ -271,12 +271,3 @@ def _pieces(shard: Shard) -> Iterator[_Piece]:
             last = source if start + length == size else None
             yield _Piece(position + start, length, source.fill, start, last)
         position += size
-
-
-def _memory(length: int) -> mmap.mmap:
-    """Memory that begins with a page; in huge pages where the system has them, which cost less to hand to the disk."""
-    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
