@@ -106,6 +106,9 @@ class _Rows:
         target = torch.frombuffer(out, dtype=torch.bfloat16).view(-1, self.row_numel)
         return start // (2 * self.row_numel), target.shape[0], target
 
+    def prepare(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -244,6 +247,8 @@ class Merged(_Rows):
         self._lock = threading.Lock()
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._sums = {"delta2": 0.0, "w2": 0.0, "error2": 0.0, "sampled": 0.0}
+        self._measured = False
+        """Whether ‖ΔW‖ of a LoRA is known: from `prepare`, or from the block with the first row."""
         self._seconds = 0.0
 
     # -- factors
@@ -251,19 +256,30 @@ class Merged(_Rows):
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and B [out, r] in float32 on the device; the smaller one holds the scale when that is exact."""
         with self._lock:
-            fresh = self._factors is None
             if self._factors is None:
-                a = load(self.lora.a, self.files).to(self.device, torch.float32)
-                b = load(self.lora.b, self.files).to(self.device, torch.float32)
-                if self.folded:
-                    a, b = (a, b * self.lora.scale) if b.numel() <= a.numel() else (a * self.lora.scale, b)
-                self._factors = a, b
-            a, b = self._factors
-        if fresh and self.lora.magnitude is None:  # the others go on meanwhile
-            delta2 = _product_norm2(a, b) * (1.0 if self.folded else self.lora.scale**2)
-            with self._lock:
-                self._sums["delta2"] += delta2
+                self._factors = self._load_factors()
+            return self._factors
+
+    def _load_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a = load(self.lora.a, self.files).to(self.device, torch.float32)
+        b = load(self.lora.b, self.files).to(self.device, torch.float32)
+        if self.folded:
+            return (a, b * self.lora.scale) if b.numel() <= a.numel() else (a * self.lora.scale, b)
         return a, b
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """‖ΔW‖ of a LoRA, from factors that are not kept."""
+        began = time.perf_counter()
+        if self.lora.magnitude is None and not self._measured:
+            self._measure(*self._load_factors())
+            with self._lock:
+                self._seconds += time.perf_counter() - began
+
+    def _measure(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        delta2 = _product_norm2(a, b) * (1.0 if self.folded else self.lora.scale**2)
+        with self._lock:
+            self._sums["delta2"], self._measured = delta2, True
 
     @property
     def folded(self) -> bool:
@@ -316,6 +332,8 @@ class Merged(_Rows):
     def _lora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
         sums = dict.fromkeys(self._sums, 0.0)
         a, b = self.factors()
+        if first == 0 and not self._measured:
+            self._measure(a, b)
         rows, width = weight.shape
         tall = rows if self.on_gpu else max(TILE_ROWS, TILE_NUMEL // width)
         tiles = split_rows((rows,), 1, tall)

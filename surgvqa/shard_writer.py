@@ -1,7 +1,8 @@
 """Writes the shards of a checkpoint: blocks made and hashed by worker threads, written past the page cache.
 
     worker threads   each takes what is next: hashes a shard's oldest block, if it is made and nobody hashes this shard;
-                     else makes a block of about 4 MB. So a block is mostly hashed by whoever made it, out of its cache
+                     else makes a block of about 4 MB. So a block is mostly hashed by whoever made it, out of its cache.
+                     While neither may be (a copied tensor is made faster than hashed): prepares the tensors to come
     one more thread  writes what is hashed, and ends a shard: fsync, rename, then the caller's `on_shard`
 
 Hashing goes through a file from its first byte to its last, so one shard keeps two or three cores busy at most: with
@@ -123,6 +124,7 @@ class ShardWriter:
     def __init__(self, folder: Path, shards: list[Shard], workers: int, run: Run, on_shard: OnShard):
         self.folder, self.workers, self.run_, self.on_shard = folder, workers, run, on_shard
         self.waiting = deque(shards)
+        self.to_prepare = deque(source for shard in shards for source in shard.sources)
         self.begun: list[_Output] = []
         self.at_hand: list[_Output] = []
         """Begun, and not yet hashed to the end."""
@@ -180,6 +182,8 @@ class ShardWriter:
                     return partial(self._make, block)
                 if not self.at_hand and not self.waiting:
                     return None
+                if self.to_prepare:
+                    return self.to_prepare.popleft().prepare
                 self.changed.wait()
         return None
 

@@ -43,6 +43,9 @@ class Source(Protocol):
     def blocks(self) -> Iterable[tuple[int, int]]:
         """(start, length) in bytes of the pieces that are made one at a time, in order, covering the tensor."""
 
+    def prepare(self) -> None:
+        """What can be worked out before any block is made. Called by workers that may begin none, or not at all."""
+
     def fill(self, start: int, out: memoryview) -> None:
         """Puts the bytes from `start` on into `out`. Called from several threads at once."""
 
@@ -128,6 +131,9 @@ class Copy:
     def blocks(self) -> Iterator[tuple[int, int]]:
         for start in range(0, max(1, self.info.nbytes), BLOCK_BYTES):
             yield start, min(BLOCK_BYTES, self.info.nbytes - start)
+
+    def prepare(self) -> None:
+        pass
 
     def fill(self, start: int, out: memoryview) -> None:
         self.files.read_into(self.info, start, out)

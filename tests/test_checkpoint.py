@@ -388,7 +388,10 @@ def test_any_number_of_workers_writes_the_same(
 
 @pytest.mark.parametrize("workers", [2, 16])
 def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    """However many the workers and however slow the disk; a tensor that is larger than the bound is held alone."""
+    """However many the workers and however slow the disk; a tensor that is larger than the bound is held alone.
+
+    A worker that may not begin a block prepares what is to come.
+    """
     monkeypatch.setattr(shard_writer, "BUFFER_BYTES", 8192)
     monkeypatch.setattr(checkpoint_writer, "MAX_WORKERS", 16)
     room = shard_writer.HELD_BLOCKS * 8192
@@ -397,6 +400,8 @@ def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     job = make_job(tmp_path / "base", tmp_path / "out", 30 * 6000)
     assert len(job.shards) > 1 and room < 30 * 6000
     begin, pwrite, held, full = shard_writer.ShardWriter._begin, os.pwrite, [], threading.Event()
+    prepared: list[str] = []
+    monkeypatch.setattr(Copy, "prepare", lambda self: prepared.append(self.name))
 
     def watched(self: shard_writer.ShardWriter) -> Any:
         block = begin(self)
@@ -415,6 +420,7 @@ def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     write(job, workers)
     assert all(total <= room or total == block for total, block in held)
     assert max(total for total, _ in held) > room
+    assert prepared and len(set(prepared)) == len(prepared)
     monkeypatch.undo()
     is_whole(tmp_path / "out", tmp_path / "base")
 

@@ -449,7 +449,18 @@ def test_peak_memory_does_not_grow_with_the_cores(tmp_path: Path) -> None:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def test_report_figures_are_those_of_float64(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [True, False], ids=["prepared", "not prepared"])
+def test_report_figures_are_those_of_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
+    """Whether or not a worker had the time to prepare the module."""
+    prepare, fill = lora_math.Merged.prepare, lora_math.Merged.fill
+
+    def prepared(self: lora_math.Merged, start: int, out: memoryview) -> None:
+        prepare(self)
+        fill(self, start, out)
+
+    monkeypatch.setattr(lora_math.Merged, "prepare", lambda _: None)
+    if ahead:
+        monkeypatch.setattr(lora_math.Merged, "fill", prepared)
     base, adapter, _ = trained(tmp_path, {**LORA, "lora_alpha": 7}, size=300, inner=600)
     merged = run_merge(tmp_path, base, adapter)
     report = read_json(merged / "merge_report.json")
