@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -114,6 +115,21 @@ def test_a_lumen_that_leaves_the_screen_is_drawn(way):
     painter = Painter(Shot("v", 3, "tunnel", lesion=way), 0)
     painter.lumen[-1] = [1.3, -1.3] if way in ("right", "up") else [-1.3, 1.3]
     assert painter.frame(11).size == SIZES
+
+
+def test_every_voice_speaks_the_same_each_time():
+    """Some breathe as the clock says, in seconds: the demo's weights and figures hung on when it was made."""
+    from surgvqa.demo.speech import LANGUAGES, VARIANTS, Synthesiser, Voice
+
+    def spoken() -> dict[str, bytes]:
+        with Synthesiser() as espeak:
+            voices = [Voice(f"{language}+{name}", 210, 50, 50) for language in LANGUAGES for name in VARIANTS]
+            return {v.name: espeak.speak("Does the scope lie outside?", v).tobytes() for v in voices}
+
+    first = spoken()
+    time.sleep(1.1)
+    second = spoken()
+    assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_every_question_fits_into_the_audio_window():

@@ -47,7 +47,8 @@ class _Event(ctypes.Structure):
 
 
 LANGUAGES = ("en-us", "en")
-VARIANTS = ("m1", "m3", "m7", "f1", "f2", "f4", "Andy", "linda")
+VARIANTS = ("m1", "m3", "m7", "f1", "Annie", "f4", "Andy", "linda")
+"""Of those that speak the same every time: f2, f3, f5 and whisper breathe as the clock says."""
 
 
 @dataclass(frozen=True)
