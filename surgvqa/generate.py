@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -38,6 +39,8 @@ from surgvqa.sampling import MemorySampler
 AT_ONCE, AT_MOST = 8, 32
 """Samples generated together when nobody says how many: on a CPU; on a GPU as many as are predicted to fit, up to this.
 A step of generation takes a GPU little longer for more of them."""
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's own kernels. cuDNN's, which torch takes on Hopper, makes a plan for each length, so for each token: 0.1 s."""
 
 
 @dataclass
@@ -63,15 +66,15 @@ class Answerer:
         batch = Collator(self.processors, padding_side="left")(items)
         del batch["labels"]
         prompt_length = batch["input_ids"].shape[1]
-        ids = self.model.generate(
-            **{name: tensor.to(self.device) for name, tensor in batch.items()},
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=self.max_new_tokens,
-                eos_token_id=self.processors.im_end_token_id,
-                pad_token_id=self.processors.pad_token_id,
-            ),
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.processors.im_end_token_id,
+            pad_token_id=self.processors.pad_token_id,
         )
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        with sdpa_kernel(ATTENTION):
+            ids = self.model.generate(**inputs, generation_config=greedy)
         answers = self.processors.tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
