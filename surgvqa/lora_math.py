@@ -38,7 +38,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TILE_ROWS, TILE_NUMEL = 128, 5 << 17  # whole rows, as many as either allows: fewer make the product slower
+TILE_ROWS, TILE_NUMEL, MOST_NUMEL = 128, 5 << 17, 1 << 20  # whole rows; fewer make the product slower
 SAMPLED_ROWS = 8  # rounding loss is measured on one row in this many
 
 
@@ -232,6 +232,11 @@ def adds_last(rows: int, rank: int, columns: int) -> bool:
 _trial = threading.Lock()  # workers come to a new shape together: one of them tries it
 
 
+def _tile_rows(width: int) -> int:
+    """Rows of a tile: as many as TILE_NUMEL elements have, or TILE_ROWS if that is more, but MOST_NUMEL bounds both."""
+    return max(1, min(max(TILE_ROWS, TILE_NUMEL // width), MOST_NUMEL // width))
+
+
 class Merged(_Rows):
     """W + s·BA, or DoRA's. `base` is the tensor under it: the base's own, or one laid over it."""
 
@@ -335,7 +340,7 @@ class Merged(_Rows):
         if first == 0 and not self._measured:
             self._measure(a, b)
         rows, width = weight.shape
-        tall = rows if self.on_gpu else max(TILE_ROWS, TILE_NUMEL // width)
+        tall = rows if self.on_gpu else _tile_rows(width)
         tiles = split_rows((rows,), 1, tall)
         for row, height in tiles:
             w = weight[row : row + height]

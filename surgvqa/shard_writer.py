@@ -41,7 +41,7 @@ OnShard = Callable[[Shard, str], None]
 Fill = Callable[[int, memoryview], None]
 O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 BUFFER_BYTES = BLOCK_BYTES + PAGE_BYTES
-HELD_BLOCKS = 12  # 50 MB; enough that a worker that the system puts aside holds nobody up
+HELD_BLOCKS = 10  # 42 MB; enough that a worker that the system puts aside holds nobody up
 
 
 class _Piece(NamedTuple):
@@ -125,6 +125,8 @@ class ShardWriter:
         self.folder, self.workers, self.run_, self.on_shard = folder, workers, run, on_shard
         self.waiting = deque(shards)
         self.to_prepare = deque(source for shard in shards for source in shard.sources)
+        self.preparing = False
+        """One worker at a time, so that idle ones do not fill the memory."""
         self.begun: list[_Output] = []
         self.at_hand: list[_Output] = []
         """Begun, and not yet hashed to the end."""
@@ -182,8 +184,9 @@ class ShardWriter:
                     return partial(self._make, block)
                 if not self.at_hand and not self.waiting:
                     return None
-                if self.to_prepare:
-                    return self.to_prepare.popleft().prepare
+                if self.to_prepare and not self.preparing:
+                    self.preparing = True
+                    return partial(self._prepare, self.to_prepare.popleft())
                 self.changed.wait()
         return None
 
@@ -214,6 +217,11 @@ class ShardWriter:
 
     def _buffer(self, size: int) -> mmap.mmap:
         return self.free.pop() if self.free and size == BUFFER_BYTES else page_memory(size)
+
+    def _prepare(self, source: Source) -> None:
+        source.prepare()
+        with self.changed:
+            self.preparing = False
 
     def _make(self, block: _Block) -> None:
         lead, piece = block.lead, block.piece
