@@ -60,6 +60,12 @@ class Card:
 
     def __init__(self) -> None:
         self.total = torch.cuda.get_device_properties(0).total_memory
+        held = torch.empty(1, device="cuda")
+        if not all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()):
+            raise SystemExit(
+                "the allocator's segments do not grow; unset PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF"
+            )
+        del held
         self.ballast: list[torch.Tensor] = []
 
     def tighten(self, leave: float = LITTLE) -> None:

@@ -524,6 +524,25 @@ def test_the_model_is_told_to_train_once_and_again_whenever_a_part_of_it_is_not(
     assert visits == [True, False, True, False, True]
 
 
+def test_released_encoders_point_into_the_checkpoint_and_are_the_same(world):
+    import torch
+    from safetensors import safe_open
+
+    from surgvqa import encode, model
+
+    with safe_open(next(world.checkpoint.glob("*.safetensors")), "pt") as file:
+        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    loaded = model.load_model(world.checkpoint, dtype=dtype, device="cpu", attn_implementation="sdpa")
+    encoders = (loaded.model.visual, loaded.audio_encoder)
+    before = [(p, p.data_ptr(), p.clone()) for encoder in encoders for p in encoder.parameters()]
+    others = {name: p.data_ptr() for name, p in loaded.model.language_model.named_parameters()}
+    buffers = [(b, b.clone()) for encoder in encoders for b in encoder.buffers()]
+    encode.release_encoders(loaded)
+    assert all(p.data_ptr() != place and torch.equal(p, was) for p, place, was in before) and len(before) > 20
+    assert all(torch.equal(b, was) for b, was in buffers)
+    assert others == {name: p.data_ptr() for name, p in loaded.model.language_model.named_parameters()}
+
+
 def test_steps_that_are_not_finite_change_nothing_and_three_end_the_run(world, tmp_path, monkeypatch):
     from surgvqa.trainer import EventTrainer
 
