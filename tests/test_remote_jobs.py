@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
@@ -110,6 +111,29 @@ def test_a_killed_job_is_dead_and_says_by_what(host):
         events = list(follower)
     assert follower.state == "died" and follower.outcome["exit"]["signal"] == 9
     assert any(e["kind"] == "error" and "SIGKILL" in e["text"] for e in events)
+
+
+def test_following_waits_for_what_the_supervisor_says_of_a_killed_job(tmp_path):
+    """The job is gone a moment before its supervisor has written by what."""
+    from remote.agent import jobs as on_host
+
+    folder = tmp_path / "runs" / "20260101-000000-train-abc"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"id": folder.name, "command": "train", "pid": 1, "identity": "gone"}))
+    (folder / "events.jsonl").write_text('{"v": 1, "t": 1.0, "kind": "metric", "step": 1}\n')
+    late = """
+import sys, time
+time.sleep(1.5)
+open(sys.argv[1], "a").write('{"v": 1, "t": 2.0, "kind": "finished", "state": "died", "exit_code": null}\\n')
+"""
+    supervisor = subprocess.Popen([sys.executable, "-c", late, str(folder / "events.jsonl")])
+    noted = {"pid": supervisor.pid, "identity": process_identity(supervisor.pid)}
+    (folder / "supervisor.json").write_text(json.dumps(noted))
+    threading.Thread(target=supervisor.wait).start()
+    said = []
+    answer = on_host.follow(SimpleNamespace(say=said.append), str(tmp_path), folder.name, {})
+    assert answer["state"] == "died" and answer["finished"]["t"] == 2.0
+    assert '"finished"' in "".join(message.get("text", "") for message in said)
 
 
 def test_a_failing_job_fails(host):

@@ -352,7 +352,7 @@ def follow(channel: Any, workspace: str, run: str, offsets: dict[str, int]) -> d
     folder = _find(workspace, run)
     at = {name: int(offsets.get(name, 0)) for name in FOLLOWED}
     inodes: dict[str, int] = {}
-    state, checked, last_said = "", 0.0, None
+    state, checked, last_said, settled = "", 0.0, None, False
     while True:
         if time.monotonic() - checked > STATE_EVERY_S:
             state, checked = run_folders.state_of(folder), time.monotonic()
@@ -375,8 +375,11 @@ def follow(channel: Any, workspace: str, run: str, offsets: dict[str, int]) -> d
                     channel.say({"file": name, "at": at[name], "text": data.decode("utf-8", "surrogateescape")})
                     at[name] += len(data)
         if ended and not news:
-            supervisor = _supervisor_of(folder)
-            _wait_gone(supervisor.get("pid"), supervisor.get("identity"), EXIT_PATIENCE_S)  # it sweeps up, then notes
+            if not settled:  # its supervisor sweeps up, says of a killed job by what, and notes how it ended
+                supervisor = _supervisor_of(folder)
+                _wait_gone(supervisor.get("pid"), supervisor.get("identity"), EXIT_PATIENCE_S)
+                settled, state = True, run_folders.state_of(folder)
+                continue
             finished = run_folders.finished_event(folder) or {}
             return {"run": folder.name, "state": state, "finished": finished, "exit": _exit_of(folder)}
         if not news:
