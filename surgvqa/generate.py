@@ -40,7 +40,7 @@ AT_ONCE, AT_MOST = 8, 32
 """Samples generated together when nobody says how many: on a CPU; on a GPU as many as are predicted to fit, up to this.
 A step of generation takes a GPU little longer for more of them."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""torch's own kernels. cuDNN's, which torch takes on Hopper, makes a plan for each length, so for each token: 0.1 s."""
+"""torch's own kernels: cuDNN's, which torch takes on Hopper, seems to plan anew for each length, so for each token."""
 
 
 @dataclass

@@ -255,17 +255,16 @@ class Aside:
 
     def put(self, holders: Iterable[dict[str, Any]], device: torch.device) -> None:
         """Their tensors on the device go to the host, one for all who share it, and the cache is emptied."""
-        places = [
-            (holder, name, value)
+        places = [  # by name: a tensor that is still referred to here would keep its place on the GPU
+            (holder, name)
             for holder in holders
             for name, value in holder.items()
             if torch.is_tensor(value) and value.device.type == device.type
         ]
-        on_host = {id(value): value.to("cpu", copy=True) for _, _, value in places}
-        for holder, name, value in places:
-            holder[name] = on_host[id(value)]
-        self._places += [(holder, name) for holder, name, _ in places]
-        places.clear()
+        on_host = {id(holder[name]): holder[name].to("cpu", copy=True) for holder, name in places}
+        for holder, name in places:
+            holder[name] = on_host[id(holder[name])]
+        self._places += places
         empty_cache()
 
     def bring_back(self, device: torch.device) -> None:

@@ -213,8 +213,9 @@ def _prepare(
     if compiled:
         layers.compile_layers(model, fit.keep)
     packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
-    bucket = LENGTH_BUCKET if compiled else 1
-    offset = -(-train_set.longest() // ALIGNED) * ALIGNED % bucket
+    bucket, offset = 1, 0
+    if compiled:
+        bucket, offset = LENGTH_BUCKET, -(-train_set.longest() // ALIGNED) * ALIGNED % LENGTH_BUCKET
     trainer = EventTrainer(
         run=run,
         record=record,

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,16 +178,17 @@ def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch
     from surgvqa import oom
 
     device, emptied = torch.device("cpu"), []
-    monkeypatch.setattr(oom, "empty_cache", lambda: emptied.append(True))
     table, moments = torch.arange(4.0), [torch.randn(3), torch.randn(3)]
     states = {n: {"step": n, "moment": moments[n], "table": table} for n in range(2)}
     batch = {"labels": torch.tensor([1, -100]), "shown": (8, 512), "gone": torch.ones(1)}
     before = [moments[0].clone(), moments[1].clone(), batch["labels"].clone()]
+    on_device = [weakref.ref(value) for value in (batch["labels"], batch["gone"])]
+    monkeypatch.setattr(oom, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device]))
 
     aside = oom.Aside()
     aside.put((*states.values(), batch), device)
     aside_now = [states[0]["moment"], states[1]["moment"], batch["labels"]]
-    assert emptied == [True] and all(one is not other for one, other in zip(aside_now, moments))
+    assert emptied == [[True, True]] and all(one is not other for one, other in zip(aside_now, moments))
     assert states[0]["table"] is states[1]["table"] is not table
     del batch["gone"]  # encoded again meanwhile
 
