@@ -46,7 +46,7 @@ from PIL import Image
 from presets import ladder
 from surgvqa import train, trained
 from surgvqa.errors import SurgvqaError
-from surgvqa.layers import decoder_layers
+from surgvqa.layers import forwards
 from surgvqa.runs import Run
 from surgvqa.trainer import EventTrainer
 
@@ -115,7 +115,7 @@ class Pretended(Card):
         return found
 
     def touch(self, trainer: EventTrainer, inputs: dict[str, Any]) -> None:
-        kept = sum(not layer.gradient_checkpointing for layer in decoder_layers(trainer.model))
+        kept = sum(not forward.recomputes for forward in forwards(trainer.model))
         needed = inputs["input_ids"].numel() * (1 + kept * trainer.model.training)
         if needed > self.limit:
             self.run_out()

@@ -107,8 +107,8 @@ class Bench:
         for part in (self.model.model.language_model, self.model.model.visual):
             part.config._attn_implementation = v["attention"]
         torch._dynamo.reset()
-        for layer in layers.decoder_layers(self.model):
-            layer._compiled_call_impl = None
+        for forward in layers.forwards(self.model):
+            forward.compute = forward.plain
         for module in self.peft_model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = v["casts"]

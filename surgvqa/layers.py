@@ -5,8 +5,11 @@ None of it changes what is computed beyond rounding; each buys time with memory 
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from surgvqa.errors import UsageError
 
@@ -17,23 +20,46 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return base.model.language_model.layers
 
 
+class LayerForward:
+    """Stands as a layer's `forward`: computes it, compiled or not; if `recomputes`, in training again in the backward
+    pass, for which then the layer's input alone is kept.
+
+    transformers' own `gradient_checkpointing` would do where nothing is compiled. Since 5.23 it acts within what is
+    compiled, and torch keeps more than the input.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.plain = self.compute = layer.forward
+        self.recomputes = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.recomputes and self.layer.training:
+            return checkpoint(self.compute, *args, use_reentrant=False, **kwargs)
+        return self.compute(*args, **kwargs)
+
+
+def forwards(model: nn.Module) -> list[LayerForward]:
+    """What stands as `forward` of each of the language model's layers, put there by the first call."""
+    layers = decoder_layers(model)
+    for layer in layers:
+        if not isinstance(layer.forward, LayerForward):
+            layer.forward = LayerForward(layer)
+    return [layer.forward for layer in layers]
+
+
 def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
     """Lets `count` layers (None: all) recompute their activations in the backward pass; returns how many do.
 
     They are the first ones: the backward pass comes to the last layers first and frees what they kept before the first
-    recomputation needs room. Compiled layers may change over at any time: torch compiles the other kind when it first
-    comes. UsageError for a count outside 0..layers.
+    recomputation needs room. May change at any time. UsageError for a count outside 0..layers.
     """
-    layers = decoder_layers(model)
-    count = len(layers) if count is None else count
-    if not 0 <= count <= len(layers):
-        raise UsageError(f"checkpointed_layers is {count}, expected 0 to {len(layers)} (the model's layers)")
-    if count:
-        # its newer name first
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < count
+    found = forwards(model)
+    count = len(found) if count is None else count
+    if not 0 <= count <= len(found):
+        raise UsageError(f"checkpointed_layers is {count}, expected 0 to {len(found)} (the model's layers)")
+    for number, forward in enumerate(found):
+        forward.recomputes = number < count
     return count
 
 
@@ -70,8 +96,8 @@ def compile_layers(model: nn.Module, keep: str = "all") -> None:
     torch._dynamo.config.recompile_limit = 32
     torch._functorch.config.aggressive_recomputation = keep == "products"
     dropout_seeds.keep()
-    for layer in decoder_layers(model):
-        layer.compile()
+    for forward in forwards(model):
+        forward.compute = torch.compile(forward.plain)
 
 
 def start_compiler() -> None:

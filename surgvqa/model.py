@@ -113,10 +113,6 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             encoder.train(mode and _trainable(encoder))
         return self
 
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        """Only the language model's layers recompute; upstream would also switch it on in the encoders."""
-        self.model.language_model._set_gradient_checkpointing(*args, **kwargs)
-
     # --- forward -----------------------------------------------------------------------------------------------------
 
     @can_return_tuple

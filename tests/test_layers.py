@@ -146,3 +146,31 @@ def test_without_dropout_compiled_layers_have_the_gradients_of_plain_ones(count)
     layers.compile_layers(model, "products")
     assert equal(gradients(model), expected)
     assert math.isfinite(loss(model).item())
+
+
+def kept(model) -> float:
+    """How many times the hidden states' size is kept for the backward pass, parameters left out."""
+    import torch
+
+    tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+        loss(model)
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if not isinstance(t, torch.nn.Parameter)
+    }
+    return sum(storage.nbytes() for storage in storages.values()) / (TOKENS * HIDDEN * 4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_that_recomputes_keeps_its_input_alone(compiled):
+    """Whichever transformers it is: since 5.23 its own checkpoint is within what is compiled, and keeps more."""
+    from surgvqa import layers
+
+    model = built(dropout=0.3, modules=r".*_proj")
+    if compiled:
+        layers.compile_layers(model, "products")
+    layers.checkpoint_layers(model.get_base_model(), 0)
+    whole = kept(model)
+    layers.checkpoint_layers(model.get_base_model(), LAYERS)
+    assert LAYERS < kept(model) < LAYERS + 3, "inputs; and around the layers a norm's and the loss's"
+    assert whole > 3 * kept(model)

@@ -1,5 +1,6 @@
 """The model and its adapters on a tiny random checkpoint of the real architecture, in the author's format."""
 
+import functools
 import json
 import sys
 import types
@@ -459,8 +460,7 @@ def test_compiled_layers_share_their_graphs_with_flash_attention_too(monkeypatch
     torch._dynamo.reset()
     dynamo.counters.clear()
     dynamo.clear_compilation_metrics()
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model = with_flash_attention(built(num_hidden_layers=12)).bfloat16()
     row = packed([sample(1, frames=1), sample(2, frames=3)]) if several else sample(3)
     row.pop("attention_mask", None)
@@ -533,22 +533,18 @@ def test_checkpointed_layers_give_the_same_gradients_and_encoders_are_left_alone
     batch = collate([sample(1), sample(2, frames=3)], "right")
     model = with_weights(add_lora(load(checkpoint), options())).train()
     kept = gradients(model, batch)
-    model.gradient_checkpointing_enable()
     base = model.get_base_model()
-    layers = base.model.language_model.layers
+    decoder = layers.decoder_layers(model)
+    parts = [*(layer.mlp for layer in decoder), *base.model.visual.blocks, *base.audio_encoder.layers]
     runs = []
-    hooks = [layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1)) for layer in layers]
-    recomputed = gradients(model, batch)
-    assert len(runs) == 2 * len(layers)
-    assert kept.keys() == recomputed.keys()
-    assert all(close(recomputed[name], kept[name]) for name in kept)
-    assert all(layer.gradient_checkpointing for layer in layers)
-    encoders = [*base.model.visual.modules(), *base.audio_encoder.modules()]
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in encoders)
-    model.gradient_checkpointing_disable()
-    runs.clear()
-    gradients(model, batch)
-    assert len(runs) == len(layers)
+    hooks = [part.register_forward_pre_hook(lambda *_: runs.append(1)) for part in parts]
+    for count in (len(decoder), 1, 0):
+        layers.checkpoint_layers(model, count)
+        recomputed = gradients(model, batch)
+        assert len(runs) == len(parts) + count
+        assert kept.keys() == recomputed.keys()
+        assert all(close(recomputed[name], kept[name]) for name in kept)
+        runs.clear()
     for hook in hooks:
         hook.remove()
 

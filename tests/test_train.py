@@ -1,5 +1,6 @@
 """Training: what is checked before the model loads, and runs of a very small model on the CPU."""
 
+import functools
 import json
 import math
 import os
@@ -383,9 +384,8 @@ def test_compiled_layers_are_counted_and_a_failure_is_told_once(world, tmp_path,
     torch._dynamo.reset()
     torch._dynamo.utils.clear_compilation_metrics()
     torch._dynamo.utils.counters.clear()
-    compile_module = torch.nn.Module.compile
     chosen = broken if backend == "broken" else backend
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=chosen))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=chosen))
     shared = {"max_steps": 3, "lora_dropout": 0.0, "learning_rate": 0.01}
     plain = Watched(world.train_options(**shared), tmp_path / "plain")
     compiled = Watched(world.train_options(compile="on", **shared), tmp_path / "compiled")
