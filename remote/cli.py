@@ -23,7 +23,7 @@ from rich.table import Table
 
 from remote.options import UploadOptions
 from surgvqa import __version__, config, runs
-from surgvqa.cli import Parser, add_option, normalise
+from surgvqa.cli import Parser, add_option, forgive_encoding, normalise
 from surgvqa.config import Workspace
 from surgvqa.console import JobView, human_seconds
 from surgvqa.errors import SurgvqaError, UsageError
@@ -131,6 +131,7 @@ def split_job(argv: list[str]) -> tuple[list[str], list[str]]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 good, 1 it failed or the answer is bad, 2 it could not be asked."""
     argv = normalise(sys.argv[1:] if argv is None else argv)
+    forgive_encoding()
     name = next((a for a in argv if not a.startswith("-")), "")
     try:
         argv, job = split_job(argv)

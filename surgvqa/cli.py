@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -105,7 +106,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         "greedy answers to every sample, scored by question type",
-        "surgvqa evaluate --checkpoint runs/…/adapter --eval_data_path eval.jsonl",
+        "surgvqa evaluate --checkpoint last --eval_data_path eval.jsonl --frames_dir frames --audio_dir audio",
         "surgvqa.evaluate",
         needs_train=True,
         job=True,
@@ -238,6 +239,7 @@ def extra_options(command: str, unknown: list[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 good, 1 the answer is bad or it failed, 2 it could not be asked."""
     argv = normalise(sys.argv[1:] if argv is None else argv)
+    forgive_encoding()
     name = next((a for a in argv if not a.startswith("-")), "")
     try:
         arguments, unknown = build_parser().parse_known_args(argv)
@@ -255,6 +257,13 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     return 0 if outcome.ok else 1
+
+
+def forgive_encoding() -> None:
+    """What the locale cannot show (bars in Latin-1) becomes "?" instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def answer(outcome: Outcome, as_json: bool) -> None:

@@ -7,6 +7,7 @@ A command's options are one dataclass here. `resolve` lays the sources over each
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 import types
@@ -315,10 +316,12 @@ def convert(setting: Setting, value: Any, where: str) -> Any:
             raise bad("true or false")
         return known[str(value).lower()]
     if isinstance(value, (bool, list, dict)):
-        raise bad(f"one {setting.type.__name__}")
+        raise bad("one path" if setting.type is Path_ else f"one {setting.type.__name__}")
     if setting.type in (int, float):
         try:
             number = float(value)
+            if not math.isfinite(number):
+                raise ValueError
             if setting.type is float:
                 return number
             if number != int(number):
@@ -397,6 +400,8 @@ def load_workspace(root: Path) -> Workspace:
         return Workspace(root, {}, {})
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: not valid TOML: {error}") from None
     shared: dict[str, Setting] = {"preset": Setting("preset", str, False, False, None, "", None, None)}

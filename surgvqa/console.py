@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.text import Text
 
 NOT_SHOWN = ("v", "t", "kind", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
 """Fields of an `eval` event that say nothing of the model."""
+DRAWN = ("phase", "progress", "output", "metric", "eval", "checkpoint", "preset", "oom", "warning", "error", "finished")
 
 
 def human_seconds(seconds: float) -> str:
@@ -65,10 +67,10 @@ class JobView:
         self.last_line = 0.0
 
     def show(self, event: dict[str, Any]) -> None:
-        """One event, as it comes. Unknown kinds are passed over."""
-        draw = getattr(self, f"_{event['kind']}", None)
-        if draw:
-            draw(event)
+        """One event, as it comes. Unknown kinds are passed over, and so is one without the fields of its kind."""
+        if event["kind"] in DRAWN:
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line, or another version's
+                getattr(self, f"_{event['kind']}")(event)
 
     def close(self) -> None:
         """Takes the bar off the screen."""
@@ -183,7 +185,7 @@ class OutputToLog:
         sys.stdout.flush()
         sys.stderr.flush()
         self._saved = os.dup(1), os.dup(2)
-        self.terminal = os.fdopen(os.dup(2), "w", buffering=1)
+        self.terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
         target = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(target, 1)
         os.dup2(target, 2)

@@ -32,6 +32,7 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
     def show(console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)
         table.columns[0].no_wrap = True  # it is there to be copied
+        table.columns[3].no_wrap = True
         for r in listed:
             started = time.strftime("%m-%d %H:%M", time.localtime(r.started))
             table.add_row(r.id, r.command, r.state, started, str(r.steps or ""), r.name)
@@ -48,7 +49,7 @@ def follow(arguments: Namespace, workspace: Workspace) -> Outcome:
         for event in run_folders.follow_events(folder):
             view.show(event)
             if event["kind"] == "error":
-                view.console.print(f"[red]error:[/red] {event['text']}", markup=True)
+                view.console.print(Text.assemble(("error:", "red"), f" {event.get('text')}"))
     finally:
         view.close()
     finished = run_folders.finished_event(folder) or {}
@@ -73,10 +74,11 @@ def stop(arguments: Namespace, workspace: Workspace) -> Outcome:
 
 def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
     """Every preset: what it sets, why, what it gives up, and its predicted peak against the budget."""
-    from surgvqa.budget import preset_peaks  # a quarter of every command's start otherwise
+    from surgvqa.budget import check, preset_peaks  # a quarter of every command's start otherwise
 
     listed = load_presets(workspace.root)
     options = resolve("budget", {}, workspace).options
+    check(options)
     peaks = preset_peaks(options, listed)
     data = {
         "budget_gb": options.budget_gb,

@@ -254,20 +254,24 @@ def launch(command: str, argv: list[str], workspace: Path, runs_dir: Path | None
 def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
     """SIGTERM, then after `grace_s` seconds SIGKILL to the job and its children. Returns the state afterwards.
 
-    Only the very process of the run is touched: pid and start time must match.
+    Only the very process of the run is touched: pid and start time must match. A job that is starting is waited for.
     """
     import psutil
 
+    while state_of(folder) == "starting":
+        time.sleep(0.05)
     info = read_run_json(folder)
     pid, identity = info.get("pid"), info.get("identity")
     if not pid or not identity or process_identity(pid) != identity:
         return state_of(folder)
-    family = psutil.Process(pid).children(recursive=True)
-    os.kill(pid, signal.SIGTERM)
-    if not _gone(pid, identity, grace_s):
-        family = psutil.Process(pid).children(recursive=True) or family
-        os.kill(pid, signal.SIGKILL)
-        _gone(pid, identity, 5.0)
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it may end by itself at any moment
+        family = psutil.Process(pid).children(recursive=True)
+        os.kill(pid, signal.SIGTERM)
+        if not _gone(pid, identity, grace_s):
+            family = psutil.Process(pid).children(recursive=True) or family
+            os.kill(pid, signal.SIGKILL)
+            _gone(pid, identity, 5.0)
     for child in family:  # psutil compares start times before it signals
         with contextlib.suppress(psutil.Error):
             child.kill()

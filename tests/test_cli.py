@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -107,3 +108,27 @@ def test_what_needs_torch_says_so_in_one_line(monkeypatch, capsys, command):
     assert cli.main([command]) == 1
     shown = capsys.readouterr().err
     assert shown == f"surgvqa {command}: torch not installed here; {command} needs: pip install 'surgvqa[train]'\n"
+
+
+def test_an_impossible_budget_is_refused_by_presets_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "surgvqa.toml").write_text("budget_gb = -5")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["presets"]) == 2
+    assert "budget_gb is -5, expected more than 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["presets", "budget", "doctor"])
+def test_a_terminal_that_has_no_bars_is_no_crash(tmp_path, command):
+    """A Latin-1 locale cannot show block characters."""
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1:strict"}
+    words = [sys.executable, "-m", "surgvqa", command]
+    done = subprocess.run(words, capture_output=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_an_example_can_be_asked(name):
+    """Only the files that it names may be missing, and "…" is no file's name."""
+    _, *argv = shlex.split(cli.COMMANDS[name].example)
+    arguments, unknown = cli.build_parser().parse_known_args(argv)
+    assert arguments.command == name and not unknown and "…" not in cli.COMMANDS[name].example

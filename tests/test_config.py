@@ -109,3 +109,26 @@ def test_a_workspace_preset_replaces_the_ladder(tmp_path):
     (tmp_path / "presets" / "bad.toml").write_text('reason = "r"\n')
     with pytest.raises(UsageError, match=r"bad\.toml"):
         config.resolve("train", TRAIN, workspace(tmp_path))
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_a_number_is_finite(tmp_path, number):
+    with pytest.raises(UsageError, match=r"budget_gb is .*expected a number"):
+        workspace(tmp_path, f"budget_gb = {number}")
+    with pytest.raises(UsageError, match="expected a whole number"):
+        config.convert(config.settings_of(config.TrainOptions)["seed"], number, "command line")
+
+
+def test_a_wrong_type_is_named_in_plain_words(tmp_path):
+    with pytest.raises(UsageError, match=r"frames_dir is \['a'\], expected one path$"):
+        workspace(tmp_path, 'frames_dir = ["a"]')
+
+
+def test_a_workspace_file_that_cannot_be_read_says_so(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / config.WORKSPACE_FILE).write_text("seed = 1")
+    monkeypatch.setattr("pathlib.Path.read_text", refused)
+    with pytest.raises(UsageError, match=r"surgvqa\.toml: Permission denied"):
+        config.load_workspace(tmp_path)

@@ -53,3 +53,14 @@ def test_a_plan_says_what_each_choice_does_to_the_peak():
     stream = io.StringIO()
     JobView(stream).show({"kind": "phase", "name": "plan", "text": "48 steps", "choices": choices})
     assert stream.getvalue() == "plan 48 steps\n    1.0 GB less: 8-bit AdamW\n    9.9 GB more: no layer recomputes\n"
+
+
+def test_a_damaged_event_is_passed_over():
+    """Kinds that are known, without their fields; and a kind that is a method's name."""
+    text = shown(
+        *({"kind": kind} for kind in ("phase", "progress", "metric", "eval", "warning", "output", "oom", "say", 5)),
+        {"kind": "progress", "phase": "merge", "done": "x", "total": 7},
+        {"kind": "metric", "step": 3, "loss": "abc"},
+        {"kind": "warning", "text": "still here"},
+    )
+    assert "still here" in text and "kind" not in text

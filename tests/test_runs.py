@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgvqa import runs
+from surgvqa import cli, runs
 from surgvqa.errors import SurgvqaError, UsageError
 
 
@@ -180,3 +182,44 @@ def test_a_folder_of_another_host_is_unknown_not_dead(tmp_path):
     runs.write_json_atomic(run.folder / "run.json", runs.read_run_json(run.folder) | {"host": "elsewhere", "pid": 1})
     assert runs.state_of(run.folder) == "unknown"
     assert runs.state_of(tmp_path / "gone") == "unknown"
+
+
+def test_a_job_that_is_starting_is_stopped_too(tmp_path):
+    """It has said no pid yet: to say "not running" would leave it to run."""
+    folder = tmp_path / "20260101-000000-train-abc"
+    folder.mkdir()
+    info = {"v": 1, "id": folder.name, "host": platform.node(), "started": time.time()}
+    runs.write_json_atomic(folder / "run.json", {**info, "pid": None})
+    job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    whole = {**info, "pid": job.pid, "identity": runs.process_identity(job.pid)}
+    speaks = threading.Timer(0.5, lambda: runs.write_json_atomic(folder / "run.json", whole))
+    speaks.start()
+    assert runs.stop(folder) == "died"
+    assert job.wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("gone_before", ["children are listed", "the signal"])
+def test_a_job_that_ends_while_it_is_being_stopped_is_no_error(tmp_path, monkeypatch, gone_before):
+    run = runs.Run.create(tmp_path, "train")
+    identity = runs.process_identity(os.getpid())
+    monkeypatch.setattr(runs, "process_identity", lambda pid: identity)
+
+    def gone(*_, **__):
+        run.emit("finished", state="finished", exit_code=0, result={})
+        raise psutil.NoSuchProcess(os.getpid()) if gone_before == "children are listed" else ProcessLookupError
+
+    if gone_before == "children are listed":
+        monkeypatch.setattr(psutil.Process, "children", gone)
+    else:
+        monkeypatch.setattr(os, "kill", gone)
+    assert runs.stop(run.folder) == "finished"
+
+
+def test_an_error_with_brackets_is_followed_as_it_is(tmp_path, monkeypatch, capsys):
+    """rich would take [/x] for its own markup."""
+    run = runs.Run.create(tmp_path / "runs", "train")
+    with pytest.raises(SurgvqaError), run:
+        raise SurgvqaError("no key [/x] in C:\\data\\ [red] :warning:")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["follow", "last"]) == 1
+    assert "error: no key [/x] in C:\\data\\ [red] :warning:" in capsys.readouterr().err
