@@ -1,12 +1,13 @@
 """Is our training the same as plain training? The loss curve of both, and the gradients at the same weights.
 
     python benchmarks/loss_curve.py --checkpoint demo/merged --data demo            # on a CPU in a minute
-    python benchmarks/loss_curve.py --checkpoint BIG --data demo --plain_attention sdpa -- --compile on …
+    python benchmarks/loss_curve.py --checkpoint BIG --data demo --plain_attention sdpa --bf16 -- --compile on …
 
 Ours is `surgvqa train` with its defaults (feature cache, answer-only logits, and on a GPU compiled layers and LoRA
 without casts) and the further options after `--`. Plain is benchmarks/old_way.py: encoders in every step, logits at all
 positions, eager attention, PEFT with float32 adapters as it is, nothing compiled. Both see the same samples in the same
-order from the same initial adapter, with the same AdamW in 32 bit and no dropout (its draws would differ).
+order from the same initial adapter, with the same AdamW in 32 bit and no dropout (its draws would differ). Weights are
+bfloat16 under autocast on a GPU; on a CPU float32, or with --bf16 as on a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import old_way
 import torch
 
+import surgvqa.training
 from surgvqa import layers, retreat, train
 from surgvqa.config import TrainOptions, convert, settings_of
 from surgvqa.lora import adapter_parameters, add_lora
@@ -55,8 +57,6 @@ class Watched(EventTrainer):
 
 def ours(options: TrainOptions, at: set[int], folder: Path) -> tuple[type[Watched], list[float], dict[str, Any]]:
     """Trains; (what was remembered, the loss of each step, the result)."""
-    import surgvqa.training
-
     Watched.at, Watched.weights, Watched.gradients, Watched.windows = frozenset(at | {1}), {}, {}, []
     surgvqa.training.EventTrainer = Watched
     losses = []
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder as `surgvqa demo` makes it")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--plain_attention", default="eager", choices=("eager", "sdpa"))
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 on a CPU too")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("options", nargs="*", help="--name value … of surgvqa train, after --")
     given = parser.parse_args()
@@ -152,6 +153,9 @@ def main() -> None:
         "lora_dropout": 0.0,
         "optim": "adamw_torch",
     }
+    if given.bf16:
+        for module in (surgvqa.training, old_way):
+            module.choose_dtype = lambda *_: torch.bfloat16
     known = settings_of(TrainOptions)
     names, texts = [n.removeprefix("--") for n in given.options[::2]], given.options[1::2]
     values |= {name: convert(known[name], text, "command line") for name, text in zip(names, texts, strict=True)}

@@ -69,7 +69,7 @@ def backward(model: Any, batches: list[Batch], tokens: int) -> float:
     total = 0.0
     for batch in batches:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
             logits = model(**inputs, use_cache=False).logits
         targets = batch["labels"][:, 1:].flatten()
         loss = F.cross_entropy(logits.float()[:, :-1].flatten(0, 1), targets, reduction="sum") / tokens

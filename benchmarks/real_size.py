@@ -1,9 +1,10 @@
 """The model at its real size, 8.93 B random bf16 parameters, built on the GPU in seconds; one batch for it; and it as a
 checkpoint on disk:
 
-    python benchmarks/real_size.py FOLDER --like demo/merged [--layers 4]
+    python benchmarks/real_size.py FOLDER --like demo/merged [--layers 4 | --two_b]
 
-With 4 of its 28 layers it has 3.3 B parameters.
+With 4 of its 28 layers it has 3.3 B parameters. `--two_b`: what a CPU can train, the language model of Qwen2-VL-2B
+without its vocabulary, 1.3 B, on encoders as small as the demo's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import Qwen2VLConfig
 
+from surgvqa.merge import REPORT_FILE
 from surgvqa.model import AudioQwen2VLForConditionalGeneration
 
 AUDIO_TOKENS = 1500
@@ -57,11 +59,18 @@ CONFIG: dict[str, Any] = {
     },
     "audio_projector_bias": False,
 }
+TWO_B = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
 
 
-def build(attention: str = "sdpa", device: str = "cuda", layers: int | None = None) -> Any:
-    """Random weights, N(0, 0.02) for matrices, frozen, in eval mode. `layers` cuts the language model for a dry run."""
-    config = Qwen2VLConfig.from_dict({**CONFIG, **({"num_hidden_layers": layers} if layers else {})})
+def build(attention: str = "sdpa", device: str = "cuda", changes: dict[str, Any] | None = None) -> Any:
+    """Random weights, N(0, 0.02) for matrices, frozen, in eval mode. `changes` of CONFIG make it smaller."""
+    config = Qwen2VLConfig.from_dict({**CONFIG, **(changes or {})})
     torch.manual_seed(0)
     with torch.device(device):
         model = AudioQwen2VLForConditionalGeneration._from_config(
@@ -116,18 +125,24 @@ def packed(data: dict[str, torch.Tensor], model: Any) -> dict[str, Any]:
     return {**data, **joined, "position_ids": positions.reshape(3, 1, -1), "cu_seq_lens": borders, "max_length": length}
 
 
-def write_checkpoint(folder: Path, like: Path, layers: int | None = None) -> int:
+def write_checkpoint(folder: Path, like: Path, layers: int | None = None, two_b: bool = False) -> int:
     """Random weights under the old key names, with the tokenizer and the token ids of the small checkpoint `like`;
     returns the number of parameters. 17.9 GB with all layers."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in like.iterdir():
-        if file.suffix != ".safetensors" and "index" not in file.name:
+        if file.suffix != ".safetensors" and "index" not in file.name and file.name != REPORT_FILE:
             shutil.copy(file, folder / file.name)
     small = json.loads((like / "config.json").read_text())
-    model = build(layers=layers)
+    changes = {"num_hidden_layers": layers} if layers else {}
+    if two_b:
+        vision = {**small["vision_config"], "hidden_size": TWO_B["hidden_size"]}
+        changes = {**TWO_B, "vision_config": vision}
+        changes |= {name: small[name] for name in ("audio_encoder_config", "vocab_size")}
+        changes["pad_token_id"] = small["bos_token_id"]
+    changes |= {name: small[name] for name in CONFIG if name.endswith("token_id") and name in small}
+    model = build(device="cuda" if torch.cuda.is_available() else "cpu", changes=changes)
     model.save_pretrained(folder, max_shard_size="5GB")
-    ids = {name: small[name] for name in CONFIG if name.endswith("token_id") and name in small}
-    config = {**CONFIG, **ids, "num_hidden_layers": layers or CONFIG["num_hidden_layers"]}
+    config = {**CONFIG, **changes}
     config.pop("audio_projector_bias")
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return sum(parameter.numel() for parameter in model.parameters())
@@ -138,5 +153,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--like", type=Path, required=True, help="a small checkpoint: tokenizer and token ids")
     parser.add_argument("--layers", type=int, help="fewer layers of the language model")
+    parser.add_argument("--two_b", action="store_true", help="the language model of Qwen2-VL-2B, small encoders")
     given = parser.parse_args()
-    print(f"{write_checkpoint(given.folder, given.like, given.layers):,} parameters in {given.folder}")
+    count = write_checkpoint(given.folder, given.like, given.layers, given.two_b)
+    print(f"{count:,} parameters in {given.folder}")
