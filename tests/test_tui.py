@@ -1,5 +1,7 @@
 """The panel, driven by pilots over real run folders, and once in a real terminal."""
 
+import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -10,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from textual.events import AppBlur, AppFocus, Key
 from textual.widgets import Input, Log, OptionList, Static
 
 from surgvqa import config, gpu, runs
@@ -17,7 +20,7 @@ from tui.app import Panel, main
 from tui.base import Confirm, Help
 from tui.chart import Chart
 from tui.follow import RunModel
-from tui.form import Field
+from tui.form import Editor, Field
 from tui.monitor import MonitorScreen
 from tui.settings import Settings, preset_changes
 from tui.target import LocalTarget
@@ -447,7 +450,62 @@ async def test_letters_typed_into_a_field_are_not_keys(root):
         assert field.text == "" and app.screen.settings.argv() == ["train"]
 
 
-async def test_a_bad_value_is_refused_in_place(root):
+async def test_what_is_typed_faster_than_the_panel_draws_is_text(root):
+    """Over a slow line keys come many at once: none of them may act on what had the focus before."""
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        for key in ("down", "enter", *"q1lx", "enter"):
+            app.post_message(Key(key, key if len(key) == 1 else None))
+        await settle(pilot, lambda: app.screen.settings.edited)
+        assert app.is_running and app.screen.settings.edited == {"model_name_or_path": "q1lx"}
+
+
+@pytest.mark.parametrize("key", ["down", "up", "shift+tab"])
+async def test_moving_on_keeps_what_was_typed(root, key):
+    """What a field shows is what is used: no editor stays open behind."""
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await pilot.press("down", "enter", *"base")
+        await pilot.press(key)
+        await settle(pilot, lambda: app.screen.settings.edited == {"model_name_or_path": "base"})
+        await settle(pilot, lambda: not app.screen.query(Input))
+        assert app.screen.query_one("#field-model_name_or_path", Field).has_focus == (key == "shift+tab")
+
+
+async def test_another_window_in_front_leaves_the_editor_open(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await pilot.press("enter", *"hal")
+        app.post_message(AppBlur())
+        await settle(pilot, lambda: not app.app_focus)
+        await pilot.pause()
+        app.post_message(AppFocus())
+        await settle(pilot, lambda: app.app_focus and app.screen.query_one(Input).has_focus)
+        await pilot.press(*"f", "enter")
+        await settle(pilot, lambda: app.screen.settings.edited == {"run_name": "half"})
+
+
+async def test_tab_completes_a_path(root):
+    (root / "checkpoints" / "stage1").mkdir(parents=True)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await pilot.press("down", "enter", *"che")
+        editor = app.screen.query_one(Editor)
+        await settle(pilot, lambda: editor._suggestion == "checkpoints/")
+        await pilot.press("tab")
+        assert editor.value == "checkpoints/" and editor.has_focus
+        assert any(active.binding.description == "complete" for active in app.screen.active_bindings.values())
+
+
+async def test_a_bad_value_is_refused_in_place_and_stays_to_be_mended(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
         await pilot.press("3")
@@ -455,7 +513,12 @@ async def test_a_bad_value_is_refused_in_place(root):
         app.screen.query_one("#field-num_frames", Field).focus()
         await pilot.press("enter", "x", "enter")
         await settle(pilot, lambda: "whole number" in text(app, "#notice"))
-        assert app.screen.settings.edited == {}
+        assert app.screen.settings.edited == {} and text(app, "#notice").count("num_frames") == 1
+        await settle(pilot, lambda: app.screen.query(Input))
+        assert app.screen.query_one(Input).value == "8x"
+        await pilot.press("backspace", "backspace", "6", "enter")
+        await settle(pilot, lambda: app.screen.settings.edited == {"num_frames": "6"})
+        await settle(pilot, lambda: text(app, "#notice") == "")
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -522,6 +585,58 @@ async def test_launch_is_refused_with_the_checks_own_line(root):
         assert app.current_mode == "train" and not (root / "runs").exists()
 
 
+async def test_a_key_pressed_twice_starts_one_job(root, monkeypatch):
+    """The input is checked for seconds, in which nothing seems to happen."""
+    app = panel(root)
+    checked, launched = asyncio.Event(), []
+
+    async def launch(*argv, **_):
+        launched.append(argv)
+        await checked.wait()
+        raise config.UsageError("no such folder")
+
+    monkeypatch.setattr(app.here, "launch", launch)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await pilot.press("l", "l")
+        await settle(pilot, lambda: launched)
+        await pilot.press("l")
+        checked.set()
+        await settle(pilot, lambda: "no such folder" in text(app, "#notice"))
+        assert len(launched) == 1
+        await pilot.press("l")
+        await settle(pilot, lambda: len(launched) == 2)
+
+
+@pytest.mark.parametrize("key", ["c", "e"])
+async def test_a_second_job_on_the_gpu_asks_first(root, monkeypatch, key):
+    ended = training(root, name="ended")
+    with contextlib.suppress(config.UsageError), ended:
+        ended.emit("checkpoint", step=30, path="checkpoints/checkpoint-30")
+        if key == "c":
+            raise config.UsageError("disk full")
+    training(root, name="going")
+    app = panel(root)
+    launched = []
+
+    async def launch(*argv, **_):
+        launched.append(argv)
+        return ended.id
+
+    monkeypatch.setattr(app.here, "launch", launch)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
+        monitor = app.screen
+        monitor.attach(ended.id)
+        await settle(pilot, lambda: monitor.check_action({"c": "resume", "e": "evaluate"}[key], ()))
+        await pilot.press(key)
+        await settle(pilot, lambda: isinstance(app.screen, Confirm))
+        assert "Both would share the memory" in app.screen.detail and not launched
+        await pilot.press("y")
+        await settle(pilot, lambda: launched)
+
+
 # --- upload and merge ------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +667,19 @@ async def test_a_dry_run_that_is_refused_says_so(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: "no such folder" in text(app, "#merge-text"), 60)
+
+
+async def test_what_was_wrong_is_said_no_longer_when_it_is_mended(root):
+    (root / "stage1").mkdir()
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("1")
+        await settle(pilot, lambda: "Choose the" in text(app, "#merge-text"))
+        await pilot.press("m")
+        await settle(pilot, lambda: "--stage1_model_path" in text(app, "#notice"), 60)
+        await pilot.press("enter", *"stage1", "enter")
+        await settle(pilot, lambda: app.screen.settings.edited)
+        await settle(pilot, lambda: text(app, "#notice") == "")
 
 
 @pytest.mark.model

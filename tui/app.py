@@ -12,8 +12,10 @@ from typing import ClassVar
 
 from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.events import Key
 from textual.screen import Screen
 from textual.theme import Theme
+from textual.widgets import Input
 from textual.worker import Worker
 
 from presets import PresetError, load_presets
@@ -88,6 +90,8 @@ class Panel(App[None]):
         self.listed: list[RunSummary] = []
         """The target's runs, newest first."""
         self.listed_here: list[RunSummary] = []
+        self.job_starts = False
+        """While a job is being started."""
         self._seen: dict[str, Light] = {}
         """What was said of each connection."""
         if host:
@@ -177,6 +181,12 @@ class Panel(App[None]):
             front.say("")
 
     # --- what the keys do --------------------------------------------------------------------------------------------
+
+    def on_key(self, event: Key) -> None:
+        """A letter that was typed before its input had the focus reaches the panel: it is text, not `q` for quit."""
+        if isinstance(self.focused, Input) and event.is_printable and event.character:
+            event.prevent_default()
+            self.focused.insert_text_at_cursor(event.character)
 
     async def action_go(self, mode: str) -> None:
         """One of the four screens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,13 +16,16 @@ from textual.screen import ModalScreen, Screen
 from textual.widgets import Footer, Static
 from textual.worker import Worker, WorkerState
 
+from remote.jobs import EXCLUSIVE
 from surgvqa.errors import SurgvqaError
 from tui import words
+from tui.form import Field
 from tui.pane import Pane
-from tui.target import Target, apart
+from tui.target import Target, apart, newest_running
 
 if TYPE_CHECKING:
     from tui.app import Panel
+    from tui.settings import Settings
 
 WIDE = 108  # columns from which there is room for two panels side by side
 TITLES = {"merge": "Merge", "upload": "Upload", "train": "Train", "monitor": "Monitor"}
@@ -178,6 +182,45 @@ class PanelScreen(Screen[None]):
 
     async def action_set_up(self) -> None:
         await self.app.set_up_host()
+
+    async def take(self, event: Field.Edited, settings: Settings) -> bool:
+        """Takes what was typed into the settings. What is no value is said, and stays in its field to be mended."""
+        try:
+            settings.edit(event.field.key, event.text)
+        except SurgvqaError as error:
+            self.say(str(error), "error")
+            await event.field.action_edit(event.text)
+            return False
+        self.say("")
+        return True
+
+    def ask_beside(self, what: str, go: Callable[[bool], object]) -> None:
+        """`go(share)` at once; while another job has the GPU there only after a yes."""
+        running = newest_running(self.app.listed, *EXCLUSIVE)
+        if running is None:
+            go(False)
+            return
+        detail = f"{running.id} is running. Both would share the memory of {self.app.target.name}."
+        self.app.push_screen(Confirm(f"{what} beside it?", detail, "start it"), lambda yes: go(True) if yes else None)
+
+    async def start(self, launch: Callable[[], Awaitable[str]], said: str = "checking the input …") -> str | None:
+        """Starts a job and returns its run id; None when it was refused, which is said in place.
+
+        One at a time: the check takes seconds, and who presses the key again meanwhile does not want two jobs.
+        """
+        if self.app.job_starts:
+            return None
+        self.app.job_starts = True
+        self.say(said)
+        try:
+            run_id = await launch()
+        except (OSError, SurgvqaError) as error:
+            self.say(str(error), "error")
+            return None
+        finally:
+            self.app.job_starts = False
+        self.say("")
+        return run_id
 
     async def stop_run(self, run_id: str, target: Target | None = None) -> str | None:
         """Ends a run in a thread; its state then, or None when that failed (said in place)."""

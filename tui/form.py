@@ -40,13 +40,33 @@ class PathSuggester(Suggester):
 
 
 class Editor(Input):
-    """The input of a field that is being edited; its keys stand in the footer meanwhile."""
+    """The input of a field that is being edited; its keys stand in the footer. Moving on keeps what was typed."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "keep"), Binding("escape", "leave", "leave it")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "submit", "keep"),
+        Binding("tab", "complete", "complete", tooltip="Complete the path as it is shown"),
+        Binding("escape", "leave", "leave it"),
+    ]
+
+    def __init__(self, text: str, suggester: Suggester | None) -> None:
+        super().__init__(text, suggester=suggester, compact=True, select_on_focus=False)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return self.suggester is not None if action == "complete" else True
+
+    def action_complete(self) -> None:
+        """Takes in what is proposed behind the cursor."""
+        self.action_end()
+        self.action_cursor_right()
 
     async def action_leave(self) -> None:
         assert isinstance(self.parent, Field)
         await self.parent.leave()
+
+    async def on_blur(self) -> None:
+        """The user went elsewhere on this screen; another window in front of the terminal is no leaving."""
+        if self.app.app_focus and isinstance(self.parent, Field) and self.app.screen is self.screen:
+            await self.parent.keep(self.value)
 
 
 class Field(Widget, can_focus=True):
@@ -74,6 +94,8 @@ class Field(Widget, can_focus=True):
         self.is_path, self.help = is_path, help
         self.text = self.origin = ""
         self.problem = False
+        self.editor: Editor | None = None
+        """While it is being edited."""
 
     def show(self, text: str, origin: str, problem: bool = False) -> None:
         """The value and its source; a problem draws the eye to the source."""
@@ -99,14 +121,15 @@ class Field(Widget, can_focus=True):
     def on_blur(self) -> None:
         self.refresh()
 
-    async def action_edit(self) -> None:
-        if self.query(Input):
+    async def action_edit(self, text: str | None = None) -> None:
+        """Opens the editor; with `text`, what was typed before and could not be taken."""
+        if self.editor is not None:
             return
         suggester = PathSuggester(self.screen.workspace_root) if self.is_path else None  # type: ignore[attr-defined]
-        editor = Editor(self.text, compact=True, suggester=suggester, select_on_focus=False)
-        editor.styles.margin = (0, 0, 0, self.label_width)
-        await self.mount(editor)
-        editor.focus()
+        self.editor = Editor(self.text if text is None else text, suggester)
+        self.editor.styles.margin = (0, 0, 0, self.label_width)
+        await self.mount(self.editor)
+        self.screen.set_focus(self.editor)  # now, not with the next message: the next key may wait already
 
     async def on_click(self) -> None:
         await self.action_edit()
@@ -114,14 +137,23 @@ class Field(Widget, can_focus=True):
     @on(Input.Submitted)
     async def _keep(self, event: Input.Submitted) -> None:
         event.stop()
+        await self.keep(event.value)
+
+    async def keep(self, text: str) -> None:
+        """Ends editing and hands on what was typed."""
+        if self.editor is None:
+            return
         await self.leave()
-        if event.value.strip() != self.text:
-            self.post_message(self.Edited(self, event.value.strip()))
+        if text.strip() != self.text:
+            self.post_message(self.Edited(self, text.strip()))
 
     async def leave(self) -> None:
         """Ends editing; what was typed is dropped."""
-        await self.query(Input).remove()
-        self.focus()
+        editor, self.editor = self.editor, None
+        if editor is not None:
+            if self.screen.focused is editor:
+                self.screen.set_focus(self)
+            await editor.remove()
 
 
 class Form(VerticalScroll, can_focus=False):
@@ -136,7 +168,7 @@ class Form(VerticalScroll, can_focus=False):
         fields = list(self.query(Field))
         here = next((i for i, field in enumerate(fields) if field.has_focus_within), None)
         if fields:
-            fields[0 if here is None else (here + by) % len(fields)].focus()
+            self.screen.set_focus(fields[0 if here is None else (here + by) % len(fields)])
 
     def field(self, name: str) -> Field:
         """The field of a setting."""

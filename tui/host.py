@@ -63,22 +63,22 @@ class HostTarget:
     async def launch(self, *argv: str, share: bool = False) -> str:
         return await apart(self._launch, list(argv), share)
 
-    async def resume(self, run_id: str, *changes: str) -> str:
-        return await apart(self._resume, run_id, list(changes))
+    async def resume(self, run_id: str, *changes: str, share: bool = False) -> str:
+        return await apart(self._resume, run_id, list(changes), share)
 
     def _launch(self, argv: list[str], share: bool) -> str:
         command, *rest = argv
         rest, needs = jobs.paths_for_host(command, rest, self.workspace)
         return self._start(command, rest, needs, share)
 
-    def _resume(self, run_id: str, changes: list[str]) -> str:
+    def _resume(self, run_id: str, changes: list[str], share: bool) -> str:
         found = self.link.call("runs", run=run_id)
         if found["state"] in ACTIVE:
             raise SurgvqaError(f"{found['id']} is {found['state']}; nothing to resume")
         command, *argv = found["run"].get("argv") or ["?"]
         if command != "train":
             raise UsageError(f"{found['id']}: a {command} run cannot be resumed, only train")
-        return self._start("train", jobs.resume_argv([*argv, *changes], found["id"]), [], share=False)
+        return self._start("train", jobs.resume_argv([*argv, *changes], found["id"]), [], share)
 
     def _start(self, command: str, argv: list[str], needs: list[str], share: bool) -> str:
         if self.skew:

@@ -14,7 +14,6 @@ from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 
 from surgvqa.config import MergeOptions, settings_of
-from surgvqa.errors import SurgvqaError
 from tui import report
 from tui.base import Confirm, PanelScreen
 from tui.follow import Follower
@@ -83,14 +82,10 @@ class MergeScreen(PanelScreen):
     # --- plan --------------------------------------------------------------------------------------------------------
 
     @on(Field.Edited)
-    def _edited(self, event: Field.Edited) -> None:
-        try:
-            self.settings.edit(event.field.key, event.text)
-        except SurgvqaError as error:
-            self.say(str(error), "error")
-            return
-        self.settings.fill(self.query_one(Form), None)
-        self.action_plan()
+    async def _edited(self, event: Field.Edited) -> None:
+        if await self.take(event, self.settings):
+            self.settings.fill(self.query_one(Form), None)
+            self.action_plan()
 
     def action_revert(self) -> None:
         field = next((f for f in self.query(Field) if f.has_focus), None)
@@ -102,6 +97,7 @@ class MergeScreen(PanelScreen):
     async def action_plan(self) -> None:
         """Asks the command itself what it would do."""
         self.follower, self.planning = None, True
+        self.say("")
         self.keys_changed()
         self.show("plan", report.waiting("reading the headers …"))
         missing = self.settings.resolve(None)[1]
@@ -149,14 +145,11 @@ class MergeScreen(PanelScreen):
             return not merging
         return merging if action == "stop" else super().check_action(action, parameters)
 
-    @work(group="launch", exclusive=True, exit_on_error=False)
+    @work(group="launch", exit_on_error=False)
     async def action_merge(self) -> None:
         """Starts the merge as a job."""
-        self.say("")
-        try:
-            run_id = await self.app.here.launch(*self.settings.argv())
-        except (SurgvqaError, OSError) as error:
-            self.say(str(error), "error")
+        run_id = await self.start(lambda: self.app.here.launch(*self.settings.argv()))
+        if run_id is None:
             return
         self.follower = Follower(self.app.here, run_id)
         self.keys_changed()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
@@ -415,29 +415,29 @@ class MonitorScreen(PanelScreen):
             self.say(f"{run_id}: {state}", "success" if state in ("stopped", "finished") else "warning")
 
     def action_resume(self) -> None:
-        assert self.follower
-        self._launch(self.app.target.resume(self.follower.run_id))
+        self._resume("Continue this training")
 
     def action_way_on(self) -> None:
         """Applies what the out-of-memory error proposed."""
         way_on = self.way_on()
-        assert self.follower and way_on
-        self._launch(self.app.target.resume(self.follower.run_id, *way_on[1]))
+        assert way_on
+        self._resume("Go on with this training", *way_on[1])
+
+    def _resume(self, what: str, *changes: str) -> None:
+        assert self.follower
+        target, run_id = self.app.target, self.follower.run_id
+        self.ask_beside(what, lambda share: self._launch(partial(target.resume, run_id, *changes, share=share)))
 
     def action_evaluate(self) -> None:
         assert self.follower
-        self._launch(self.app.target.launch("evaluate", "--checkpoint", self.follower.run_id))
+        launch = partial(self.app.target.launch, "evaluate", "--checkpoint", self.follower.run_id)
+        self.ask_beside("Evaluate", lambda share: self._launch(partial(launch, share=share)))
 
-    @work(group="launch", exclusive=True, exit_on_error=False)
-    async def _launch(self, starting: Coroutine[Any, Any, str]) -> None:
-        self.say("checking the input …")
-        try:
-            run_id = await starting
-        except (SurgvqaError, OSError) as error:
-            self.say(str(error), "error")
-            return
-        self.say("")
-        await self.app.monitor(run_id)
+    @work(group="launch", exit_on_error=False)
+    async def _launch(self, launch: Callable[[], Awaitable[str]]) -> None:
+        run_id = await self.start(launch)
+        if run_id:
+            await self.app.monitor(run_id)
 
     @work(group="fetch", exclusive=True, exit_on_error=False)
     async def action_fetch(self) -> None:

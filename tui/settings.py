@@ -28,7 +28,7 @@ class Settings:
 
     def resolve(self, preset: str | None) -> tuple[Resolved, list[str]]:
         """The options as they would be used, and the names of required ones that nothing sets."""
-        given = {name: config.convert(self.known[name], text, name) for name, text in self.edited.items()}
+        given = {name: config.convert(self.known[name], text, EDITED) for name, text in self.edited.items()}
         missing = [
             name
             for name, setting in self.known.items()
@@ -40,7 +40,7 @@ class Settings:
 
     def edit(self, name: str, text: str) -> None:
         """Takes in a typed value; UsageError when it is none for this setting."""
-        config.convert(self.known[name], text, name)
+        config.convert(self.known[name], text, EDITED)
         self.edited[name] = text
 
     def revert(self, name: str) -> bool:

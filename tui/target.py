@@ -104,7 +104,7 @@ class Target(Protocol):
         """
         ...
 
-    async def resume(self, run_id: str, *changes: str) -> str:
+    async def resume(self, run_id: str, *changes: str, share: bool = False) -> str:
         """Goes on with a training from its last checkpoint, with other settings where `changes` names them."""
         ...
 
@@ -284,8 +284,8 @@ class LocalTarget:
             raise SurgvqaError(answer.error or f"{PROGRAMS[module]} {argv[0]} did not start and did not say why")
         return str(answer.data["run"])
 
-    async def resume(self, run_id: str, *changes: str) -> str:
-        return await self.launch("train", "--resume", run_id, *changes)
+    async def resume(self, run_id: str, *changes: str, share: bool = False) -> str:
+        return await self.launch("train", "--resume", run_id, *changes, share=share)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

@@ -12,16 +12,14 @@ from textual.content import Content
 from textual.widgets import Static
 
 from presets import Preset, PresetError, load_presets
-from remote.jobs import EXCLUSIVE
 from surgvqa.config import TrainOptions, settings_of
 from surgvqa.errors import SurgvqaError
 from tui import report, words
-from tui.base import Confirm, PanelScreen
+from tui.base import PanelScreen
 from tui.form import Field, Form
 from tui.gauge import memory_bar, predicted_bar, predicted_legend
 from tui.prediction import Prediction, predict
 from tui.settings import Settings, preset_changes
-from tui.target import newest_running
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
@@ -293,42 +291,30 @@ class TrainScreen(PanelScreen):
         self.keys_changed()
 
     @on(Field.Edited)
-    def _edited(self, event: Field.Edited) -> None:
-        try:
-            self.settings.edit(event.field.key, event.text)
-            self.say("")
-        except SurgvqaError as error:
-            self.say(str(error), "error")
-        self.show_all()
-        self.keys_changed()
+    async def _edited(self, event: Field.Edited) -> None:
+        if await self.take(event, self.settings):
+            self.show_all()
+            self.keys_changed()
 
     def action_revert(self) -> None:
         field = next((f for f in self.query(Field) if f.has_focus), None)
         if field and self.settings.revert(field.key):
+            self.say("")
             self.show_all()
             self.keys_changed()
 
     def action_launch(self) -> None:
         """Starts training; asks first while another job has the GPU there."""
-        running = newest_running(self.app.listed, *EXCLUSIVE)
-        if running is None:
-            self._launch(share=False)
-            return
-        detail = f"{running.id} is running. Both would share the memory of {self.app.target.name}."
-        self.app.push_screen(
-            Confirm("Start training beside it?", detail, "start it"),
-            lambda yes: self._launch(share=True) if yes else None,
-        )
+        self.ask_beside("Start training", self._launch)
 
-    @work(group="launch", exclusive=True, exit_on_error=False)
+    @work(group="launch", exit_on_error=False)
     async def _launch(self, share: bool) -> None:
-        self.say("checking the input …")
         target = self.app.target
-        try:
+
+        async def launch() -> str:
             argv = self.settings.argv(self.app.preset, everything=self.app.host is not None)
-            run_id = await target.launch(*argv, share=share)
-        except (SurgvqaError, OSError) as error:
-            self.say(str(error), "error")
-            return
-        self.say("")
-        await self.app.monitor(run_id)
+            return await target.launch(*argv, share=share)
+
+        run_id = await self.start(launch)
+        if run_id:
+            await self.app.monitor(run_id)

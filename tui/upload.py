@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -259,15 +260,11 @@ class UploadScreen(PanelScreen):
         if host and not self.working:
             self._start(host.set_up)
 
-    @work(group="launch", exclusive=True, exit_on_error=False)
-    async def _start(self, start: Any) -> None:
-        self.say("starting …")
-        try:
-            run_id = await start()
-        except (SurgvqaError, OSError) as error:
-            self.say(str(error), "error")
+    @work(group="launch", exit_on_error=False)
+    async def _start(self, launch: Callable[[], Awaitable[str]]) -> None:
+        run_id = await self.start(launch, "starting …")
+        if run_id is None:
             return
-        self.say("")
         self.follower = Follower(self.app.here, run_id)
         self.keys_changed()
         await self.tick()
