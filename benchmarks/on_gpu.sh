@@ -1,0 +1,64 @@
+#!/bin/sh
+# What needs a GPU, each step under a limit and with a log in $OUT; a step that fails does not end the others.
+#
+#   DEMO=demo OUT=results sh benchmarks/on_gpu.sh [STEP…]         all of them take about 25 minutes of an H100
+#
+# DEMO: a demo workspace (of `stage1` everything but the weights; frames, audio, train.jsonl). WORK: 25 GB of disk.
+# flash-attn, where it is built, is put on the path of the steps that compare it by FLASH_ATTN=folder.
+set -u
+cd "$(dirname "$0")/.."
+: "${DEMO:?a demo workspace}" "${OUT:?a folder for the results}"
+WORK=${WORK:-/tmp/on_gpu}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+unset PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF
+mkdir -p "$OUT" "$WORK"
+
+run() { # name, seconds, command…
+    name=$1 limit=$2 began=$(date +%s)
+    shift 2
+    timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
+    code=$?
+    echo "== $name: exit code $code after $(($(date +%s) - began)) s (limit $limit)"
+    tail -n 25 "$OUT/$name.log"
+    return $code
+}
+
+with_flash_attn="PYTHONPATH=${FLASH_ATTN:+$FLASH_ATTN:}$PYTHONPATH"
+
+[ $# -gt 0 ] || set -- loss_curve step_down engine equality train_step merge memory
+for step; do
+    case $step in
+    loss_curve) # 3.3 B parameters; differences under 1 %, cosines at least 0.999
+        run model 120 python benchmarks/real_size.py "$WORK/four_layers" --like "$DEMO/stage1" --layers 4 &&
+            run loss_curve 300 python benchmarks/loss_curve.py --checkpoint "$WORK/four_layers" --data "$DEMO" \
+                --plain_attention sdpa --out "$OUT/loss_curve.json" -- --gradient_accumulation_steps 2
+        rm -rf "$WORK/four_layers"
+        ;;
+    step_down) # 8 of 8 go on
+        run step_down 240 python benchmarks/step_down.py --work "$WORK" --out "$OUT"
+        ;;
+    engine) # from files to answers; 3 times the old way in training, 4 times in answering
+        run engine 560 python benchmarks/engine.py --data "$DEMO" --work "$WORK/engine" --samples 192 \
+            --only "checkpoint;train;old train;answer;old answer"
+        rm -rf "$WORK/engine"
+        ;;
+    equality) # training beside a CPU, flash-attn beside sdpa, gradients of compiled layers with dropout
+        run equality 280 env "$with_flash_attn" python -m pytest -s tests/test_train_gpu.py tests/test_layers.py
+        ;;
+    train_step) # one step, lever by lever, and its kernels
+        run train_step 300 env "$with_flash_attn" python benchmarks/train_step.py --out "$OUT/train_step.json" --profile "$OUT" \
+            --only "old;answer logits;+ cached encoders;+ compiled;+ products kept, none;flash-attn 2, products kept, none;2 packed, flash-attn 2"
+        ;;
+    merge) # memory on many cores and beside a CUDA context; ours under 700 MB
+        run merge 120 python benchmarks/merge.py --device cuda --methods ours,ours-cuda --repeats 2 --warmup 0
+        ;;
+    memory) # the shipped configurations in segments that grow, as train asks for them
+        run memory 180 env PYTORCH_ALLOC_CONF=expandable_segments:True \
+            python benchmarks/memory.py --only "as shipped" --out "$OUT"
+        ;;
+    *)
+        echo "on_gpu.sh: no step $step" >&2
+        exit 2
+        ;;
+    esac
+done
