@@ -25,15 +25,18 @@ MODULES = (
 )
 """In the order in which they import each other; the last one has main()."""
 
+TOO_OLD = "is too old for surgvqa"
 BOOTSTRAP = (
-    "import sys,zlib;i=sys.stdin.buffer;n=int(i.readline());"
+    f"import sys,zlib;sys.version_info<(3,8)and sys.exit('Python '+sys.version.split()[0]+' {TOO_OLD}');"
+    "i=sys.stdin.buffer;n=int(i.readline());"
     "exec(compile(zlib.decompress(i.read(n)),'surgvqa-agent','exec'))"
 )
 
 
 def bootstrap(python: str) -> str:
     """The remote command: the only words that the host's shell reads."""
-    return f'{shlex.quote(python)} -I -S -c "{BOOTSTRAP}"'
+    home = "~/" if python.startswith("~/") else ""  # the one thing that the shell is to fill in
+    return f'{home}{shlex.quote(python[len(home) :])} -I -S -c "{BOOTSTRAP}"'
 
 
 @functools.cache

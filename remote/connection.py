@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remote.bundle import bootstrap, payload, request_line
+from remote.bundle import TOO_OLD, bootstrap, payload, request_line
 from remote.hosts import Host, resolve, ssh_settings
 from surgvqa.errors import SurgvqaError, UsageError
 
@@ -110,42 +110,48 @@ def jump_host(hop: str, name: str) -> Host:
     """One hop of ProxyJump ([user@]host[:port]) as a host of its own, with its own ssh settings."""
     from remote.hosts import HostEntry, ssh_config_option
 
-    hop = hop.removeprefix("ssh://")
+    hop = hop.removeprefix("ssh://").rstrip("/")
     user, at, rest = hop.rpartition("@")
     address, colon, port = rest.rpartition(":")
     options = ssh_config_option() + (["-l", user] if at else [])
     if colon and port.isdigit():
         rest, options = address, [*options, "-p", port]
+    rest = rest.removeprefix("[").removesuffix("]")  # an IPv6 address
     return Host(f"{name} via {rest}", HostEntry(), rest, tuple(options), ssh_settings(rest, options), "ProxyJump")
 
 
-def _chain(host: Host, gateway: Connection | None = None) -> list[tuple[Host, Connection]]:
-    """The jumps to `host` and the host itself, each with a connection through the one before; none is open yet."""
+def _chain(host: Host, beyond: tuple[str, ...] = ()) -> list[tuple[Host, Connection]]:
+    """The jumps to `host` and the host itself, each with a connection through the one before; none is open yet.
+
+    `beyond`: what is reached through `host`; to be jumped to again would never end.
+    """
+    if host.target in beyond:
+        raise UsageError(f"{host.name}: ProxyJump goes in a circle; give that host 'ProxyJump none' in ~/.ssh/config")
     chain: list[tuple[Host, Connection]] = []
-    for position, hop in enumerate(host.jump.split(",") if host.jump and gateway is None else []):
+    for hop in host.jump.split(",") if host.jump else []:
         hop_host = jump_host(hop.strip(), host.name)
-        chain += _chain(hop_host) if position == 0 else [(hop_host, _fabric(hop_host, chain[-1][1]))]
-    return [*chain, (host, _fabric(host, chain[-1][1] if chain else gateway))]
+        chain += [(hop_host, _fabric(hop_host, chain[-1][1]))] if chain else _chain(hop_host, (*beyond, host.target))
+    return [*chain, (host, _fabric(host, chain[-1][1] if chain else None))]
 
 
 def _fabric(host: Host, gateway: Any) -> Connection:
     """A Fabric connection, not yet open, with strict host keys."""
     import paramiko
-    from fabric import Config, Connection
+    from fabric import Config
+
+    from remote.proxy import Connection
 
     log = logging.getLogger("paramiko")  # its tracebacks would land on the panel's screen
     log.setLevel(logging.CRITICAL)
     log.propagate = False
 
-    if gateway is None and host.setting("proxycommand"):
-        gateway = host.setting("proxycommand")
-
+    if gateway is None:
+        gateway = host.proxy_command or False
     accepted, revoked = known_keys(host)
     kinds = {key.get_name() for key in accepted}
     kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
-    keys = [os.path.expanduser(f) for f in host.ssh.get("identityfile", [])]
     connect: dict[str, Any] = {
-        "key_filename": [k for k in keys if os.path.isfile(k)],
+        "key_filename": host.identity_files,
         "look_for_keys": False,
         "allow_agent": host.setting("identitiesonly") != "yes" and host.ssh.get("identityagent") != ["none"],
         "banner_timeout": CONNECT_TIMEOUT_S,
@@ -159,7 +165,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
         host.hostname,
         user=host.user,
         port=host.port,
-        gateway=gateway if gateway is not None else False,
+        gateway=gateway,
         connect_timeout=CONNECT_TIMEOUT_S,
         connect_kwargs=connect,
         config=Config(lazy=True, overrides={"load_ssh_configs": False}),
@@ -413,10 +419,10 @@ class Replies:
         text = output.decode(errors="replace").strip()
         last = text.splitlines()[-1] if text else "no output"
         python = self.host.entry.python
-        if status in (126, 127) or "not found" in text:
+        if status in (126, 127) or "not found" in text or TOO_OLD in last:
+            why = f"{python} there: {last}" if TOO_OLD in last else f"no {python} there ({last})"
             return SurgvqaError(
-                f"{self.host.name}: no {python} there ({last}); install Python 3.11 or name it in hosts.toml: "
-                f'python = "/path/to/python3"'
+                f'{self.host.name}: {why}; install Python 3.11 or name it in hosts.toml: python = "/path/to/python3"'
             )
         return SurgvqaError(f"{self.host.name}: the agent did not start (exit {status}): {last}")
 

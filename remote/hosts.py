@@ -13,9 +13,12 @@ OpenSSH resolves its own configuration (`ssh -G`: Include, Match, tokens), so th
 
 from __future__ import annotations
 
+import getpass
 import glob
 import os
+import re
 import shlex
+import socket
 import subprocess
 import tomllib
 from dataclasses import dataclass, field, fields
@@ -99,6 +102,36 @@ class Host:
     def jump(self) -> str:
         return self.setting("proxyjump")
 
+    @property
+    def proxy_command(self) -> str:
+        """For a shell, as ssh_config(5) has it; '' when there is none."""
+        return self._with_tokens(self.setting("proxycommand"))
+
+    @property
+    def identity_files(self) -> list[str]:
+        """The private keys that are there."""
+        files = [os.path.expanduser(self._with_tokens(file)) for file in self.ssh.get("identityfile", [])]
+        files = [re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), file) for file in files]
+        return [file for file in files if os.path.isfile(file)]
+
+    def _with_tokens(self, text: str) -> str:
+        """`text` with its % tokens filled in, which `ssh -G` leaves to do in these values (ssh_config(5), TOKENS)."""
+        given = self.setting("host") or self.target.rpartition("@")[2]
+        tokens = {
+            "%": "%",
+            "d": os.path.expanduser("~"),
+            "h": self.hostname,
+            "i": str(os.getuid()),
+            "k": self.setting("hostkeyalias") or given,
+            "L": socket.gethostname().partition(".")[0],
+            "l": socket.gethostname(),
+            "n": given,
+            "p": str(self.port),
+            "r": self.user,
+            "u": getpass.getuser(),
+        }
+        return re.sub("%(.)", lambda token: tokens.get(token[1], token[0]), text)
+
 
 def ssh_config_option() -> list[str]:
     """-F FILE when the environment names another ssh configuration than the user's."""
@@ -114,6 +147,8 @@ def read_hosts_files(workspace: Path) -> dict[str, HostEntry]:
             continue
         try:
             document = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{file}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{file}: not valid TOML: {error}") from None
         for name, table in document.items():
@@ -188,14 +223,23 @@ def ssh_config_names() -> list[str]:
             return
         seen.add(file)
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            keyword, _, rest = line.strip().replace("=", " ", 1).partition(" ")
+            keyword, *words = _words(line) or [""]
             if keyword.lower() == "include":
-                for pattern in rest.split():
+                for pattern in words:
                     path = Path(os.path.expanduser(pattern))
                     for found in sorted(glob.glob(str(path if path.is_absolute() else start.parent / path))):
                         read(Path(found))
             elif keyword.lower() == "host":
-                names.extend(n for n in rest.split() if not set(n) & set("*?!") and n not in names)
+                names.extend(n for n in words if not set(n) & set("*?!") and n not in names)
 
     read(start)
     return names
+
+
+def _words(line: str) -> list[str]:
+    """A line of ssh_config: keyword and arguments, "=" or blanks between them, quoted or not, without the comment."""
+    keyword, rest = re.fullmatch(r"\s*(\w*)\s*=?(.*)", line).groups()
+    try:
+        return [keyword, *shlex.split(rest, comments=True)]
+    except ValueError:  # a quote that is not closed: ssh refuses the file, and says so when it is asked
+        return [keyword]

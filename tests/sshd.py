@@ -271,6 +271,14 @@ def laptop(tmp_path, monkeypatch):
     end_processes_below(tmp_path)
 
 
+def until(true, patience_s: float = 30.0) -> None:
+    """Waits for it."""
+    deadline = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
 def processes_naming(path: Path) -> list[int]:
     """Those, but ourselves, whose command line holds `path`."""
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]

@@ -10,7 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from sshd import TRAIN, Relay, Sshd, free_port, laptop, stub_train, venv_there  # noqa: F401
+from sshd import (
+    TRAIN,
+    Relay,
+    Sshd,
+    cmdline,
+    free_port,
+    laptop,  # noqa: F401
+    processes_naming,
+    stub_train,
+    until,
+    venv_there,
+)
 
 from remote import connection, hosts, jobs
 from remote import setup as setup_room
@@ -104,6 +115,75 @@ def test_a_proxy_jump_is_as_strict_as_the_host(laptop):  # noqa: F811
         door.stop()
 
 
+def test_a_proxy_command_runs_in_a_shell_with_ssh_s_tokens(laptop, monkeypatch):  # noqa: F811
+    """Another port than 22, ~, a variable and a redirection: as OpenSSH does it; it ends with the connection."""
+    relay = laptop.root / "laptop_home" / "relay.py"
+    relay.write_text(
+        "import os, socket, sys, threading\n"
+        "there = socket.create_connection((sys.argv[1], int(sys.argv[2])))\n"
+        "def copy():\n"
+        "    while data := os.read(0, 65536):\n"
+        "        there.sendall(data)\n"
+        "threading.Thread(target=copy, daemon=True).start()\n"
+        "while data := there.recv(65536):\n"
+        "    os.write(1, data)\n"
+    )
+    monkeypatch.setenv("WHERE", str(laptop.root))
+    log = laptop.root / "proxy %.log"
+    command = f'{sys.executable} ~/relay.py %h %p %r %n >/dev/fd/1 2>"$WHERE/proxy %%.log"'
+    laptop.server.write_config(more=f"ProxyCommand {command}")
+    with laptop.connect() as remote:
+        remote.call("probe", venv="venv")
+        (proxy,) = processes_naming(relay)
+        assert cmdline(proxy).split(b"\0")[2:6] == [b"127.0.0.1", b"%d" % laptop.server.port, b"root", b"gpuhost"]
+    until(lambda: not processes_naming(relay))
+    assert log.exists()
+    laptop.server.write_config(more="ProxyCommand exit 3")
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        laptop.connect()
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize("pattern", ["keys/%r@%h", "keys/of_%n", "${KEYS}/100%%"])
+def test_identity_files_have_ssh_s_tokens(laptop, monkeypatch, pattern):  # noqa: F811
+    keys = laptop.root / "laptop_home" / "keys"
+    keys.mkdir()
+    monkeypatch.setenv("KEYS", str(keys))
+    user = laptop.connect().host.user
+    for name in (f"{user}@127.0.0.1", "of_gpuhost", "100%"):
+        (keys / name).write_text((laptop.server.root / "user_key").read_text())
+        (keys / name).chmod(0o600)
+    text = laptop.server.config.read_text()
+    pattern = pattern if pattern.startswith("$") else f"~/{pattern}"
+    laptop.server.config.write_text(text.replace(str(laptop.server.root / "user_key"), pattern))
+    laptop.connect().close()
+
+
+def test_a_proxy_jump_to_itself_is_one_line(laptop):  # noqa: F811
+    """`Host *` with a ProxyJump catches the jump host too."""
+    text = laptop.server.config.read_text()
+    laptop.server.config.write_text(f"{text}\nHost door\n HostName 127.0.0.1\nHost *\n ProxyJump door\n")
+    with pytest.raises(UsageError, match=r"circle.*ProxyJump none"):
+        laptop.connect()
+
+
+@pytest.mark.parametrize(
+    ("hop", "address", "port"),
+    [
+        ("root@[::1]:2222", "::1", 2222),
+        ("[fe80::1]", "fe80::1", 22),
+        ("ssh://me@10.0.0.1:23/", "10.0.0.1", 23),
+        ("me@10.0.0.1", "10.0.0.1", 22),
+    ],
+)
+def test_a_jump_host_may_be_an_ipv6_address(tmp_path, monkeypatch, hop, address, port):
+    (tmp_path / "config").write_text("")
+    monkeypatch.setenv("SURGVQA_SSH_CONFIG", str(tmp_path / "config"))
+    found = connection.jump_host(hop, "gpuhost")
+    assert (found.hostname, found.port) == (address, port)
+
+
 def test_every_failure_is_one_line_that_says_what_to_do(laptop, monkeypatch):  # noqa: F811
     def failure(kind, name="gpuhost"):
         with pytest.raises(kind) as caught:
@@ -156,6 +236,23 @@ def test_a_talkative_login_shell_and_an_old_looking_workspace_name(laptop):  # n
     assert not list(laptop.root.rglob("pwned"))
 
 
+def test_the_python_of_a_home_and_one_that_is_too_old(laptop):  # noqa: F811
+    """~ is the home there; Python 3.6 cannot even read the agent."""
+    tools = laptop.server.home / "my tools"
+    tools.mkdir()
+    (tools / "python3").symlink_to(sys.executable)
+    laptop.host(python="~/my tools/python3")
+    with laptop.connect() as remote:
+        remote.call("probe", venv="venv")
+    old = tools / "old"
+    shown = "import sys; sys.version_info = (3, 6, 9); sys.version = '3.6.9 (default)'"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{shown}; exec(sys.argv[1])" "$4"\n')
+    old.chmod(0o755)
+    laptop.host(python="~/my tools/old")
+    with laptop.connect() as remote, pytest.raises(SurgvqaError, match=r"Python 3\.6\.9 is too old.*hosts\.toml"):
+        remote.call("probe", venv="venv")
+
+
 def test_a_silent_host_is_given_up(laptop, monkeypatch):  # noqa: F811
     relay = Relay(laptop.server.port)
     laptop.server.write_config(port=relay.port)
@@ -183,6 +280,16 @@ def test_hosts_come_from_ssh_and_from_hosts_toml(laptop, tmp_path):  # noqa: F81
     assert listed["gpuhost"]["state"] == "reachable" and listed["gpuhost"]["price_per_hour"] == 1.29
     assert listed["gpuhost"]["skew"] and listed["other"]["hostname"] == "127.0.0.9"
     assert listed["other"]["state"] == "unreachable"
+
+
+def test_host_lines_are_read_as_ssh_reads_them(tmp_path, monkeypatch):
+    config = tmp_path / "config"
+    config.write_text(
+        'Host\ta "b c" # not this\nhost=d\n  Host = e f\n#Host g\nHost "h\nInclude\t"more"\nMatch host i\n'
+    )
+    (tmp_path / "more").write_text("Host j !k *.l\n")
+    monkeypatch.setenv("SURGVQA_SSH_CONFIG", str(config))
+    assert hosts.ssh_config_names() == ["a", "b c", "d", "e", "f", "j"]
 
 
 @pytest.mark.parametrize(

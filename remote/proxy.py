@@ -1,0 +1,48 @@
+"""A connection through the user's ProxyCommand, which a shell runs as OpenSSH has it run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+
+import fabric
+import paramiko
+
+
+class Proxy(paramiko.ProxyCommand):
+    """Its input and output in place of a socket. paramiko's own runs no shell, and spins when the command has ended."""
+
+    def __init__(self, command: str):
+        self.cmd = [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {command}"]
+        self.timeout = None
+        self.process = subprocess.Popen(
+            self.cmd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+        )
+
+    def recv(self, size: int) -> bytes:
+        """Up to `size` bytes, none at the end; TimeoutError after the socket's timeout."""
+        ready, _, _ = select.select([self.process.stdout], [], [], self.timeout)
+        if not ready:
+            raise TimeoutError
+        return os.read(self.process.stdout.fileno(), size)
+
+    def close(self) -> None:
+        """Ends the command and what it started."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+
+
+class Connection(fabric.Connection):
+    """Fabric's, whose own way to a ProxyCommand knows no port but 22."""
+
+    def open_gateway(self) -> object:
+        return Proxy(self.gateway) if isinstance(self.gateway, str) else super().open_gateway()
