@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from textual.events import AppBlur, AppFocus, Key
-from textual.widgets import Input, Log, OptionList, Static
+from textual.widgets import Footer, Input, Log, OptionList, Static
 
 from surgvqa import config, gpu, runs
 from tui.app import Panel, main
@@ -114,6 +114,21 @@ async def test_help_lists_the_keys_and_q_in_it_does_not_quit(root):
         assert not isinstance(app.screen, Help) and app.is_running
 
 
+@pytest.mark.parametrize("size", SIZES)
+async def test_help_says_how_to_leave_it_and_wraps_below_itself(root, size):
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        await pilot.press("1", "question_mark")
+        await settle(pilot, lambda: isinstance(app.screen, Help) and app.screen.query(".help-text"))
+        await pilot.pause()
+        assert "Esc closes this" in str(app.screen.query_one(".help-end", Static).content)
+        assert {about.region.x for about in app.screen.query(".help-text")} == {
+            app.screen.query(".help-key").first().region.right
+        }
+        await pilot.press("escape")
+        await settle(pilot, lambda: not isinstance(app.screen, Help))
+
+
 async def test_the_palette_offers_what_the_screen_can_do_now(root):
     app = panel(root)
     async with app.run_test() as pilot:
@@ -184,6 +199,35 @@ async def test_a_run_that_has_ended_is_drawn_anew_at_another_width(root):
         await pilot.resize_terminal(80, 24)
         await settle(pilot, lambda: len(text(app, "#facts").splitlines()) == 2)
         assert len(text(app, "#gauge").splitlines()) == 2
+
+
+async def test_runs_of_one_name_are_told_apart(root):
+    ids = []
+    for _ in range(2):
+        with training(root, name="a name that is long") as run:
+            ids.append(run.id)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
+        options = app.screen.query_one("#runs", OptionList)
+        await settle(pilot, lambda: options.option_count == 2)
+        for run_id in ids:
+            row = str(options.get_option(run_id).prompt)
+            assert "a name that … " + run_id[-3:] in row and len(row) <= 38
+        await pilot.resize_terminal(80, 24)
+        await settle(pilot, lambda: "a name that is long" in str(app.screen.query_one("#chart-panel").border_title))
+
+
+async def test_a_log_with_nothing_in_it_says_so(root):
+    run = training(root)
+    (run.folder / "log.txt").write_text("")
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
+        await settle(pilot, lambda: app.screen.query_one("#log-panel").border_subtitle == "nothing written")
+        (run.folder / "log.txt").write_text("a word\n")
+        await settle(pilot, lambda: not app.screen.query_one("#log-panel").border_subtitle)
 
 
 async def test_another_run_is_attached_from_the_list(root):
@@ -360,6 +404,7 @@ async def test_an_evaluation_is_shown_by_question_type(root):
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and "tool_presence" in text(app, "#text"))
         shown = text(app, "#text")
         assert "71.0 %" in shown and "90.0 %" in shown and "one answer for nearly all" in shown
+        await settle(pilot, lambda: text(app, "#text").count("█") > 20)  # 90 % at the width that the panel has
 
 
 async def test_chart_keys(root):
@@ -542,6 +587,32 @@ async def test_a_preset_is_shown_before_it_is_applied(root, size):
         assert app.screen.query_one("#field-num_frames", Field).text == "6"
 
 
+async def test_a_small_terminal_shows_all_that_a_preset_would_change(root):
+    """Eight presets, of which one is looked at: what it changes and the key that applies it are on the screen."""
+    (root / "presets").mkdir()
+    for i in range(4):
+        (root / "presets" / f"own{i}.toml").write_text(
+            f'reason = "r"\ngives_up = "g"\n[settings]\nnum_frames = {i + 2}\n'
+        )
+    app = panel(root)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("3")
+        await pilot.pause()
+        await settle(pilot, lambda: len(text(app, "#presets").splitlines()) == 8)
+        await pilot.press("f12")
+        await settle(pilot, lambda: "would change" in text(app, "#presets"))
+        await pilot.pause()
+        shown, side = app.screen.query_one("#presets"), app.screen.query_one("#train-side")
+        await settle(pilot, lambda: shown.region.bottom <= side.region.bottom)
+        lines = text(app, "#presets").splitlines()
+        assert "Enter applies" in lines[-1] and "F12" in "".join(lines) and "F6" not in "".join(lines)
+        assert not app.screen.check_action("launch", ())
+        await pilot.press("escape")
+        await settle(pilot, lambda: "F6" in text(app, "#presets") and app.screen.check_action("launch", ()))
+        footer = app.screen.query_one(Footer)
+        assert max(key.region.right for key in footer.query("FooterKey")) <= 80
+
+
 def test_preset_changes_name_what_holds_a_value(root):
     settings = Settings("train", config.load_workspace(root))
     settings.edit("num_frames", "8")
@@ -667,6 +738,18 @@ async def test_a_dry_run_that_is_refused_says_so(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: "no such folder" in text(app, "#merge-text"), 60)
+
+
+async def test_what_a_field_of_the_merge_is_for_stands_below(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("1")
+        await pilot.pause()
+        form = app.screen.query_one("#merge-form")
+        await settle(pilot, lambda: "Stage-1 checkpoint folder" in str(form.border_subtitle))
+        await pilot.press("down", "down", "down")
+        await settle(pilot, lambda: "audio_projector.pt" in str(form.border_subtitle))
+        assert not app.screen.check_action("revert", ())
 
 
 async def test_what_was_wrong_is_said_no_longer_when_it_is_mended(root):

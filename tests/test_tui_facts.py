@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from tui.facts import out_of_memory, waiting
+from tui.facts import how_far, out_of_memory, time_left, waiting
 from tui.follow import RunModel
 
 
@@ -20,3 +20,20 @@ def test_what_was_done_about_a_lack_of_memory_comes_first():
     assert out_of_memory(oom) == ["out of GPU memory at step 40: going on with fewer; tried to allocate 0.62 GB"]
     assert out_of_memory({"step": None, "text": "batch of 8: tried"}) == ["out of GPU memory: batch of 8: tried"]
     assert out_of_memory(None) == []
+
+
+def test_what_a_phase_has_done_is_not_what_the_training_has():
+    """Before the first step: the time left is the phase's, and a phase that is over is no bar at 100 %."""
+    model = RunModel({"command": "train"})
+    follower = SimpleNamespace(model=model, active=True)
+    model.feed([{"kind": "phase", "name": "encode", "text": "frames"}])
+    model.feed([{"kind": "progress", "phase": "encode", "t": t, "done": 10 * t, "total": 40} for t in (1.0, 3.0)])
+    assert how_far(follower)[0] == 0.75 and time_left(follower) == "1 s left to encode"
+    model.feed([{"kind": "phase", "name": "train", "text": "100 steps"}])
+    assert how_far(follower) == (None, "") and time_left(follower) == ""
+    model.feed([{"kind": "metric", "t": 9.0 + step, "step": step, "total_steps": 100, "loss": 2.0} for step in (1, 2)])
+    assert how_far(follower)[0] == 0.02 and time_left(follower) == "1 min 38 s left"
+    ended = RunModel({"command": "evaluate"})
+    ended.feed([{"kind": "progress", "phase": "generate", "done": 9, "total": 9}, {"kind": "phase", "name": "score"}])
+    ended.feed([{"kind": "finished", "state": "finished"}])
+    assert how_far(SimpleNamespace(model=ended, active=False))[0] == 1

@@ -7,11 +7,12 @@ import time
 
 import pytest
 from sshd import TRAIN, Relay, laptop, processes_naming, stub_train  # noqa: F401
-from test_tui import panel, settle, text
+from test_tui import panel, settle, text, training
 from textual.widgets import Log, OptionList
 
 from remote.connection import Unreachable
-from surgvqa import config, runs
+from surgvqa import config, gpu, runs
+from surgvqa.budget import NO_GPU
 from surgvqa.errors import SurgvqaError
 from tui.chart import Chart
 from tui.host import HostTarget
@@ -210,6 +211,29 @@ async def test_an_unknown_host_key_is_shown_and_asked_once(laptop):  # noqa: F81
         await pilot.press("y")
         await settle(pilot, lambda: "connected" in text(app, "#where"))
         assert "ssh-ed25519" in laptop.server.known_hosts.read_text()
+
+
+async def test_another_machine_shows_nothing_of_this_one(laptop):  # noqa: F811
+    """Neither its memory on Monitor nor, on Train, that it has no GPU."""
+    training(laptop.workspace)
+    laptop.server.known_hosts.write_text("")
+    app = panel(laptop.workspace)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
+        await settle(pilot, lambda: "1.5 GB of 28.5 GB budget" in text(app, "#gauge"))
+        await pilot.press("3")
+        await settle(pilot, lambda: "predicted of 28.5 GB" in text(app, "#memory"))
+        assert (NO_GPU in " ".join(text(app, "#memory").split())) == (not gpu.any_gpu())
+        await open_picker(app, pilot)
+        await pilot.press("down", "enter")
+        await settle(pilot, lambda: isinstance(app.screen, HostKey))
+        await pilot.press("n")
+        await settle(pilot, lambda: "refused" in text(app, "#where"))
+        await settle(pilot, lambda: NO_GPU not in " ".join(text(app, "#memory").split()))
+        await pilot.press("4")
+        await settle(pilot, lambda: text(app, "#gauge") == "no memory figures yet")
+        await pilot.press("2")
+        await settle(pilot, lambda: "h tries it again" in text(app, "#host-text"))
 
 
 async def test_a_changed_host_key_is_refused_with_the_reason(laptop):  # noqa: F811

@@ -64,3 +64,16 @@ def test_the_report_names_the_slowest_kind() -> None:
     for row in kinds:
         del row["seconds"]  # a report from before they were told
     assert "threads" not in report.merge_report({"by_kind": kinds}, 100).plain
+
+
+def test_what_to_do_next_is_said() -> None:
+    """After the merge, and after an audit that found nothing."""
+    assert "3 trains on it" in report.merge_report({}, 100).plain
+    assert "3 trains on it" in report.audit({"ok": True}).plain
+    assert "3 trains on it" not in report.audit({"ok": False}).plain
+
+
+def test_types_of_different_counts_stand_below_each_other() -> None:
+    types = {name: {"n": n, "keyword_accuracy": 0.5, "majority_accuracy": 0.5} for name, n in (("a", 8), ("b", 120))}
+    rows = report.evaluation({"by_type": types}, 100).plain.splitlines()[1:]
+    assert len({row.index("majority") for row in rows}) == 1

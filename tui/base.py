@@ -267,5 +267,8 @@ class Help(ModalScreen[None]):
         with VerticalScroll(classes="dialog wide"):
             yield Static(self.heading, classes="question", markup=False)
             yield Static(self.about, classes="detail", markup=False)
-            rows = [Content.assemble((f"{key:>12}  ", "bold $footer-key-foreground"), text) for key, text in self.rows]
-            yield Static(Content("\n").join(rows))
+            for key, text in self.rows:
+                with Horizontal(classes="help-row"):
+                    yield Static(key, classes="help-key", markup=False)
+                    yield Static(text, classes="help-text", markup=False)
+            yield Static(Content.assemble(("Esc", "$footer-key-foreground"), " closes this"), classes="help-end")

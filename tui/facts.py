@@ -95,11 +95,13 @@ def how_far(follower: Follower) -> tuple[float | None, str]:
 
 
 def time_left(follower: Follower) -> str:
-    """`12 min 05 s left` while it runs, `took …` afterwards, '' when it is not known."""
+    """`12 min 05 s left` while it runs (before a training's steps: of this phase), `took …` afterwards, '' when it is
+    not known."""
+    model = follower.model
     if not follower.active:
-        return f"took {words.seconds(follower.model.elapsed_s)}"
-    left = follower.model.left_s
-    return "" if left is None else f"{words.seconds(left)} left"
+        return f"took {words.seconds(model.elapsed_s)}"
+    before = f" to {model.phase}" if model.command == "train" and not model.total_steps else ""
+    return "" if model.left_s is None else f"{words.seconds(model.left_s)} left{before}"
 
 
 def pace(follower: Follower) -> str:

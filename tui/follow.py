@@ -146,8 +146,9 @@ class RunModel:
 
     @property
     def current(self) -> Progress | None:
-        """The progress of the phase at hand."""
-        return self.progress.get(self.phase) or (list(self.progress.values())[-1] if self.progress else None)
+        """The progress of the phase at hand; of an ended job, that of the last phase that had any."""
+        last = list(self.progress.values())[-1] if self.progress and self.finished else None
+        return self.progress.get(self.phase) or last
 
     @property
     def left_s(self) -> float | None:

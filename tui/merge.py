@@ -14,7 +14,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 
 from surgvqa.config import MergeOptions, settings_of
-from tui import report
+from tui import report, words
 from tui.base import Confirm, PanelScreen
 from tui.follow import Follower
 from tui.form import Field, Form
@@ -79,6 +79,12 @@ class MergeScreen(PanelScreen):
         super().on_resize()
         self.call_after_refresh(self.draw)
 
+    @on(Field.Focused)
+    def _focused(self, event: Field.Focused) -> None:
+        """What the field is for stands below the fields."""
+        form = self.query_one("#merge-form")
+        form.border_subtitle = words.clip(event.field.help, max(20, self.app.size.width - 8))
+
     # --- plan --------------------------------------------------------------------------------------------------------
 
     @on(Field.Edited)
@@ -141,7 +147,9 @@ class MergeScreen(PanelScreen):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         merging = self.follower is not None and self.follower.active
-        if action in ("merge", "plan", "audit", "revert"):
+        if action == "revert":
+            return bool(self.settings.edited) and not merging
+        if action in ("merge", "plan", "audit"):
             return not merging
         return merging if action == "stop" else super().check_action(action, parameters)
 

@@ -146,8 +146,9 @@ class MonitorScreen(PanelScreen):
         self.query_one(Log).clear()
         if follower is None:
             self.query_one("#picture", ContentSwitcher).current = "chart-panel"
-            for pane in ("#facts", "#legend", "#gauge"):
+            for pane in ("#facts", "#legend"):
                 self.query_one(pane, Pane).show(Content(""))
+            self.query_one(Gauge).show_devices({}, 0.0)
             self.query_one("#facts").border_title = "run"
         self.show_list()
         options = self.query_one("#runs", OptionList)
@@ -211,13 +212,14 @@ class MonitorScreen(PanelScreen):
     def _row(run: RunSummary, attached: str | None) -> Content:
         mark = words.STATE_MARKS.get(run.state, "?")
         style = words.STATE_STYLES.get(run.state, "")
-        name = run.name or run.id.rsplit("-", 1)[-1]
+        part = run.id.rsplit("-", 1)[-1]  # runs that go on from each other have one name
+        name = f"{words.clip(run.name, 13)} {part}" if run.name else part
         return Content.assemble(
             ("▸" if run.id == attached else " ", "bold $accent"),
             (mark, style),
             (f" {words.ago(run.started):<6} ", "$muted"),
             f"{run.command:<9}",
-            (words.clip(name, 14), "bold" if run.id == attached else "$muted"),
+            (words.clip(name, 18), "bold" if run.id == attached else "$muted"),
         )
 
     def show_facts(self) -> None:
@@ -228,6 +230,7 @@ class MonitorScreen(PanelScreen):
         panel = self.query_one("#facts", Pane)
         panel.border_title = words.clip(follower.model.option("run_name") or follower.run_id, 36)
         narrow = self.app.size.width < WIDE
+        self.query_one("#chart-panel").border_title = f"loss · {panel.border_title}" if narrow else "loss"
         draw, width = (facts_in_two_lines, self.app.size.width - 2) if narrow else (facts, panel.size.width)
         panel.show(draw(follower, max(20, width), self.resumable()))
 
@@ -238,7 +241,10 @@ class MonitorScreen(PanelScreen):
             return
         model = follower.model
         curve = model.command == "train" or bool(model.train.xs)
-        self.query_one("#picture", ContentSwitcher).current = "chart-panel" if curve else "text-panel"
+        switcher, shown = self.query_one("#picture", ContentSwitcher), "chart-panel" if curve else "text-panel"
+        if switcher.current != shown:
+            switcher.current = shown
+            self.call_after_refresh(self.show_picture)  # when the panel that was hidden has its width
         if curve:
             self.show_chart(model)
             return
@@ -292,7 +298,9 @@ class MonitorScreen(PanelScreen):
             following = not self.unseen and (log.is_vertical_scroll_end or not log.size.height)
             log.write_lines(lines)
             self.unseen = 0 if following else self.unseen + len(lines)
-        self.query_one("#log-panel").border_subtitle = f"+{self.unseen:,} lines · t follows" if self.unseen else ""
+        empty = "" if log.line_count else "nothing written"
+        new = f"+{self.unseen:,} lines · t follows" if self.unseen else ""
+        self.query_one("#log-panel").border_subtitle = new or empty
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 

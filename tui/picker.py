@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from tui.app import Panel
 
 NAME = 20
+NO_HOSTS = (
+    "No hosts: neither ~/.ssh/config nor hosts.toml names one.\n"
+    "Put one into ~/.ssh/config and press h again:\n\n"
+    "    Host gpuhost\n        HostName 132.145.138.210\n        User ubuntu"
+)
 
 
 class HostPicker(ModalScreen[str | None]):
@@ -65,7 +70,7 @@ class HostPicker(ModalScreen[str | None]):
         else:
             for name, row in rows.items():
                 listed.replace_option_prompt(name, row)
-        none = "" if self.known else "No hosts: neither ~/.ssh/config nor hosts.toml names one."
+        none = "" if self.known else NO_HOSTS
         self.query_one("#hosts-detail", Static).update(Content(self.problem or none))
 
     def _row(self, name: str, entry: HostEntry) -> Content:

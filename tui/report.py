@@ -8,6 +8,7 @@ from typing import Any
 
 from textual.content import Content
 
+from surgvqa.console import counted
 from tui import words
 from tui.follow import Follower, Progress
 
@@ -77,7 +78,7 @@ def job_progress(follower: Follower, width: int) -> Content:
     head = Content.assemble(
         words.state(follower.state),
         "  ",
-        (model.phase or "starting", "bold"),
+        (model.phase, "bold"),
         (f"  {model.phase_text}" if model.phase_text else "", MUTED),
     )
     begun = [replace(shard, phase=shard_name(shard.phase)) for shard in list(model.shards.values())[-SHARDS_SHOWN:]]
@@ -128,7 +129,7 @@ def merge_plan(data: dict[str, Any], width: int) -> Content:
         f"{data[key]:,} {label}"
         for key, label in (
             ("modules_merged", "modules merged"),
-            ("tensors_replaced", "tensors replaced"),
+            ("tensors_replaced", "replaced"),
             ("tensors_cast", "cast"),
             ("tensors_copied", "copied untouched"),
         )
@@ -143,8 +144,14 @@ def merge_plan(data: dict[str, Any], width: int) -> Content:
         *facts([("tensors", ", ".join(tensors) or None)]),
         *shard_rows(data.get("shards") or [], width),
         "",
-        Content.assemble(("m", "bold $footer-key-foreground"), (" starts the merge", MUTED)),
+        key_hints(("m", "starts the merge")),
     )
+
+
+def key_hints(*keys: tuple[str, str]) -> Content:
+    """What to do next, by key."""
+    hints = [Content.assemble((key, "bold $footer-key-foreground"), (f" {text}", MUTED)) for key, text in keys]
+    return Content("   ").join(hints)
 
 
 def shard_rows(shards: list[dict[str, Any]], width: int) -> list[Content]:
@@ -154,7 +161,7 @@ def shard_rows(shards: list[dict[str, Any]], width: int) -> list[Content]:
         Content.assemble(
             (f"{'shards' if i == 0 else '':<18}", MUTED),
             f"{words.clip(str(shard.get('file')), room):<{room}} ",
-            (f"{words.size(shard.get('bytes') or 0):>9}  {shard.get('tensors', 0):,} tensors", MUTED),
+            (f"{words.size(shard.get('bytes') or 0):>9}  {counted(shard.get('tensors', 0), 'tensor')}", MUTED),
         )
         for i, shard in enumerate(shards[:SHARDS_SHOWN])
     ]
@@ -186,7 +193,10 @@ def merge_report(data: dict[str, Any], width: int) -> Content:
         ("lost to rounding", f"{lost:.2%} of the change (median of the modules)" if lost is not None else None),
         ("Stage 2", how or None),
     ]
-    head = Content.assemble(("✓ merged", "bold $success"), (f"  {data.get('output', '')}", MUTED))
+    head = lines(
+        Content.assemble(("✓ merged", "bold $success"), (f"  {data.get('output', '')}", MUTED)),
+        key_hints(("a", "audits it"), ("2", "sends it to a GPU host"), ("3", "trains on it")),
+    )
     bars = layer_bars(deltas(data.get("by_layer"), "layer"), "layer", width)
     kinds = layer_bars(deltas(data.get("by_kind"), "kind"), "kind", width)
     return lines(
@@ -242,6 +252,7 @@ def audit(data: dict[str, Any]) -> Content:
         Content.assemble(verdict, (f"  {data.get('tensors', 0):,} tensors: {dtypes}", MUTED)),
         *(problem(_text(p)) for p in (data.get("problems") or [])[:50]),
         *offenders,
+        *([key_hints(("2", "sends it to a GPU host"), ("3", "trains on it"))] if good else []),
     )
 
 
@@ -261,6 +272,7 @@ def evaluation(result: dict[str, Any], width: int) -> Content:
     by_type = result.get("by_type") or {}
     label = min(28, max((len(t) for t in by_type), default=0))
     bar = max(8, min(50, width - label - 34))
+    most = max((len(str(entry.get("n", ""))) for entry in by_type.values()), default=0)
     collapsed = set(result.get("collapsed_types") or [])
     for name, entry in sorted(by_type.items()):
         value = next(
@@ -273,7 +285,7 @@ def evaluation(result: dict[str, Any], width: int) -> Content:
                 (f"{words.clip(name, label):<{label}} ", "bold $warning" if name in collapsed else ""),
                 words.bar(bar, value, style),
                 f" {percent(value):>7}",
-                (f" of {entry['n']}" if "n" in entry else "", MUTED),
+                (f" of {entry['n']:<{most}}" if "n" in entry else "", MUTED),
                 (f"  majority {percent(majority)}" if majority is not None else "", MUTED),
             )
         )
@@ -346,7 +358,7 @@ def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
             ("u", "bold $footer-key-foreground"), f" sends {words.size(sent)} in about {words.seconds(seconds)}"
         )
         if sent
-        else Content.assemble(("✓ ", "$success"), "all of it is there"),
+        else Content.assemble(("✓ ", "$success"), "all of it is there   ", key_hints(("3", "trains there"))),
         Content.assemble(
             (f"times at {words.size(rate)}/s, {words.size(plan['free_bytes'])} free there", MUTED), enough
         ),

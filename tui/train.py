@@ -15,7 +15,7 @@ from presets import Preset, PresetError, load_presets
 from surgvqa.config import TrainOptions, settings_of
 from surgvqa.errors import SurgvqaError
 from tui import report, words
-from tui.base import PanelScreen
+from tui.base import WIDE, PanelScreen
 from tui.form import Field, Form
 from tui.gauge import memory_bar, predicted_bar, predicted_legend
 from tui.prediction import Prediction, predict
@@ -60,7 +60,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
 }
 PRESET_KEYS = tuple(f"f{number}" for number in range(5, 13))
-PRESETS = Binding.Group("presets")
 LEAST_BAR = 6
 """Columns below which a bar would say nothing."""
 
@@ -78,9 +77,18 @@ class TrainScreen(PanelScreen):
         Binding("l", "launch", "launch"),
         Binding("enter", "apply", "apply", priority=True),
         Binding("escape", "leave", "leave", priority=True),
+        Binding(
+            PRESET_KEYS[0],
+            "preview(0)",
+            "presets",
+            key_display="F5 …",
+            priority=True,
+            tooltip="What the first preset would change; F6 the second, and so on",
+        ),
         *(
-            Binding(key, f"preview({i})", f"preset {i + 1}", key_display=key.upper(), priority=True, group=PRESETS)
+            Binding(key, f"preview({i})", f"preset {i + 1}", key_display=key.upper(), priority=True, show=False)
             for i, key in enumerate(PRESET_KEYS)
+            if i
         ),
         Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
     ]
@@ -91,6 +99,8 @@ class TrainScreen(PanelScreen):
         self.presets: list[Preset] = []
         self.previewed: str | None = None
         self.predictions: dict[str, Prediction] = {}
+        self.shown_for: tuple[str | None, str] | None = None
+        """Preset and machine for which this is drawn."""
 
     def body(self) -> ComposeResult:
         known = settings_of(TrainOptions)
@@ -122,11 +132,8 @@ class TrainScreen(PanelScreen):
         self.show_all()
 
     async def tick(self) -> None:
-        self.show_all_if_preset_changed()
-
-    def show_all_if_preset_changed(self) -> None:
-        """Nothing on this screen moves by itself; a preset chosen elsewhere is the exception."""
-        if self.app.preset != getattr(self, "_shown_preset", None):
+        """Nothing on this screen moves by itself; a preset or a host chosen elsewhere is the exception."""
+        if self.shown_for != (self.app.preset, self.app.target.name):
             self.show_all()
 
     def on_resize(self) -> None:
@@ -138,7 +145,7 @@ class TrainScreen(PanelScreen):
 
     def show_all(self) -> None:
         """Fields, presets and memory anew."""
-        self._shown_preset = self.app.preset
+        self.shown_for = (self.app.preset, self.app.target.name)
         try:
             self.settings.fill(self.query_one(Form), self.app.preset)
         except SurgvqaError as error:
@@ -156,8 +163,11 @@ class TrainScreen(PanelScreen):
         width = max(20, panel.size.width or 40)
         named = 7 + max((len(preset.name) for preset in self.presets), default=0)
         rows: list[Content] = []
+        crowded = self.previewed is not None and self.app.size.width < WIDE  # what would change matters more
         for key, preset in zip(PRESET_KEYS, self.presets):
             chosen, looked_at = preset.name == self.app.preset, preset.name == self.previewed
+            if crowded and not (chosen or looked_at):
+                continue
             style = "bold $success" if chosen else "bold $accent" if looked_at else ""
             mark = "●" if chosen else "›" if looked_at else " "
             line = Content.assemble((f"{key.upper():>3} ", "$footer-key-foreground"), (f"{mark} {preset.name}", style))
@@ -260,6 +270,8 @@ class TrainScreen(PanelScreen):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action in ("apply", "leave"):
             return self.previewed is not None
+        if action == "launch":
+            return self.previewed is None  # with which preset, is to be said first
         if action == "preview":
             return len(self.presets) > int(str(parameters[0]))
         if action == "revert":

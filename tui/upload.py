@@ -136,7 +136,11 @@ class UploadScreen(PanelScreen):
             entry = reached.entry
             price = "" if entry.price_per_hour is None else f"{entry.price_per_hour:.2f} per hour"
             rows.append(report.waiting("  ·  ".join(part for part in (at, entry.gpus, price) if part)))
-        if host.light.kind in ("unreachable", "unknown key"):
+        if host.light.kind == "refused":
+            rows.append(report.key_hints(("h", "tries it again, or chooses another")))
+        elif host.light.kind == "unreachable":
+            rows += [report.waiting(host.light.text), report.waiting("tried again by itself until it answers")]
+        elif host.light.kind == "unknown key":
             rows.append(report.waiting(host.light.text))
         elif facts:
             free = f"{words.size(facts['free'])} free"
