@@ -55,7 +55,7 @@ HELP = {
 }
 
 
-LAUNCH_FLAGS = ("--json", "--follow", "--wait", "--share")
+LAUNCH_FLAGS = ("--json", "--follow", "--wait", "--share", "--accept_new_host_key")
 
 
 def build_parser() -> Parser:
@@ -120,12 +120,21 @@ def build_parser() -> Parser:
 
 def split_job(argv: list[str]) -> tuple[list[str], list[str]]:
     """`launch [options] HOST [options] COMMAND …`: our own words, and those of the command there."""
-    plain = [i for i, word in enumerate(argv) if not word.startswith("-")]
+    plain = [i for i, word in enumerate(argv) if not word.startswith("-") and argv[i - 1 : i] != ["--workspace"]]
     if not plain or argv[plain[0]] != "launch":
         return argv, []
-    start = next((i for i in plain[2:] if argv[i] in config.COMMAND_OPTIONS), len(argv))
-    ours = [word for word in argv[start:] if word in LAUNCH_FLAGS]  # `launch HOST train … --follow` is meant for us
-    return argv[:start] + ours, [word for word in argv[start:] if word not in LAUNCH_FLAGS]
+    start = plain[2] if len(plain) > 2 else len(argv)
+    ours, job, rest = argv[:start], [], argv[start:]
+    while rest:  # `launch HOST train … --follow` is meant for us
+        word = rest.pop(0)
+        if word == "--workspace":
+            ours += [word, *rest[:1]]
+            del rest[:1]
+        elif word in LAUNCH_FLAGS or word.startswith("--workspace="):
+            ours.append(word)
+        elif word != "--detach":  # as every job on a host is
+            job.append(word)
+    return ours, job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -153,6 +162,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:  # a disk here that is full, a folder that cannot be written
+        print(f"surgvqa-remote {name}: {error.filename or 'here'}: {error.strerror or error}", file=sys.stderr)
         return 1
     if arguments.json:
         print(json.dumps(outcome.data, indent=1, default=str))
@@ -315,9 +327,7 @@ def _launch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     if not arguments.job:
         raise UsageError("name the command to launch: surgvqa-remote launch HOST train …")
     command, *argv = arguments.job
-    if command not in config.COMMAND_OPTIONS:
-        known = config.COMMAND_OPTIONS
-        raise UsageError(f"{command}: no command that a host can run{config.nearest(command, known)}")
+    jobs.check_command(command)
     argv, needs = jobs.paths_for_host(command, argv, workspace)
     with _connect(arguments, workspace) as remote:
         _same_version(remote)

@@ -20,15 +20,15 @@ from surgvqa.runs import Run
 BLOCK = 1 << 18
 ATTEMPTS = 8
 OPTIMISER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-"""Needed to resume, not to evaluate: left on the host unless asked for."""
+"""Needed to resume, not to evaluate: left on the host unless asked for. start.json, which may hold secrets, always."""
 
 
 def wanted_files(listed: list[list[Any]], everything: bool) -> list[tuple[str, int, int]]:
     """(path, size, mtime) of the files that are worth bringing home."""
-    files = [(inside(path, "file"), size, mtime) for path, size, mtime in listed]
+    files = [(inside(path, "file"), size, mtime) for path, size, mtime in listed if path != "start.json"]
     if everything:
         return files
-    return [f for f in files if f[0].rsplit("/", 1)[-1] not in OPTIMISER_FILES and f[0] != "start.json"]
+    return [f for f in files if f[0].rsplit("/", 1)[-1] not in OPTIMISER_FILES]
 
 
 def fetch(remote: Remote, folder: str, target: Path, run: Run, everything: bool = False) -> dict[str, Any]:
@@ -61,9 +61,14 @@ def fetch(remote: Remote, folder: str, target: Path, run: Run, everything: bool 
         )
         done: set[str] = set()
         try:
-            process.stdin.write(payload({"workspace": remote.host.entry.workspace, **request}))
-            process.stdin.close()
+            with contextlib.suppress(OSError):  # ssh that has ended says why below
+                process.stdin.write(payload({"workspace": remote.host.entry.workspace, **request}))
+                process.stdin.close()
             for path, count in _receive(remote, process.stdout, target, times):
+                if count is None:
+                    run.warning(f"{path} is gone there meanwhile: the run goes on")
+                    done.add(path)
+                    continue
                 received += count
                 run.progress("fetch", min(total, here + received), total, "bytes", file=path)
                 if not count:
@@ -110,18 +115,21 @@ def _here(file: Path, size: int, mtime_ns: int) -> bool:
 
 
 def _receive(remote: Remote, stream: Any, target: Path, times: dict[str, int]):
-    """Yields (path, bytes) as they come and (path, 0) for a file that is whole and in its place."""
+    """Yields (path, bytes) as they come, (path, 0) for a file that is whole and in its place, (path, None) for one
+    that the host has no more."""
     line = b""
-    for _ in range(1000):  # a login shell may speak first
+    while not line.endswith(Replies.MARK):  # a login shell may speak first, and end without a newline
         line = stream.readline()
-        if not line or line == Replies.MARK:
-            break
-    if line != Replies.MARK:
-        raise _Broken
+        if not line:
+            raise _Broken
     while True:
         header = _message(remote, stream)
         if "done" in header:
             return
+        if header.get("gone"):
+            _part(target, header["path"]).unlink(missing_ok=True)
+            yield header["path"], None
+            continue
         path, offset, size = inside(header["path"], "file"), header["offset"], header["size"]
         part = _part(target, path)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -131,16 +139,19 @@ def _receive(remote: Remote, stream: Any, target: Path, times: dict[str, int]):
         with open(part, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
-        with open(part, "ab") as file:
-            left = size - offset
-            while left:
-                block = stream.read1(min(BLOCK, left))
-                if not block:
-                    raise _Broken
-                file.write(block)
-                digest.update(block)
-                left -= len(block)
-                yield path, len(block)
+        try:
+            with open(part, "ab") as file:
+                left = size - offset
+                while left:
+                    block = stream.read1(min(BLOCK, left))
+                    if not block:
+                        raise _Broken
+                    file.write(block)
+                    digest.update(block)
+                    left -= len(block)
+                    yield path, len(block)
+        except OSError as error:
+            raise SurgvqaError(f"{target / path}: {error.strerror}; run it again to go on from here") from None
         trailer = _message(remote, stream)
         if trailer["sha256"] != digest.hexdigest():
             part.unlink()

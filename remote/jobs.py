@@ -11,7 +11,8 @@ from typing import Any
 
 from remote.connection import Remote, Unreachable
 from remote.plan import remote_name
-from surgvqa.config import COMMAND_OPTIONS, Path_, Workspace, settings_of
+from surgvqa.cli import COMMANDS
+from surgvqa.config import COMMAND_OPTIONS, NONE, Path_, Setting, Workspace, nearest, settings_of
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import STOP_GRACE_S, EventTail, Run
 
@@ -19,41 +20,55 @@ SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 """Taken from our environment; they travel on standard input and are on no command line, in no log, in no run.json."""
 EXCLUSIVE = ("train", "evaluate")
 """Commands that want the GPU for themselves."""
+MADE_THERE = ("output_path", "output_dir", "feature_cache_dir")
+"""Paths that a job makes itself; the others are its input."""
 BACKOFF_S = (1, 2, 4, 8, 15, 30)
+
+
+def check_command(command: str) -> None:
+    """UsageError for what has no run folder, by which a job on the host is known."""
+    known = [name for name, row in COMMANDS.items() if row.job]
+    if command not in known:
+        hint = nearest(command, known)
+        raise UsageError(f"{command}: not a job that a host can run; those are {', '.join(known)}{hint}")
 
 
 def paths_for_host(command: str, argv: list[str], workspace: Workspace) -> tuple[list[str], list[str]]:
     """`argv` with local paths turned into their names on the host, and the inputs that must be there."""
     settings = settings_of(COMMAND_OPTIONS[command])
-    made_there = {"output_path", "output_dir", "fix"}
-    turned, needs = [], []
+    turned: list[str] = []
+    needs: list[str] = []
+
+    def there(option: Setting | None, value: str) -> str:
+        if option is None or option.type is not Path_ or (option.optional and value in NONE):
+            return value
+        if option.name == "checkpoint" and not os.path.exists(value):
+            return value  # a run id of the host
+        name = remote_name(value, workspace, made_there=True)
+        if option.name not in MADE_THERE:
+            needs.append(name)
+        return name
+
     option = None
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             option = settings.get(name)
-            if equals and option is not None and option.type is Path_:
-                word = f"--{name}={remote_name(value, workspace, made_there=True)}"
-                value = word.partition("=")[2]
-                needs += [] if name in made_there else [value]
-        elif option is not None and option.type is Path_:
-            if option.name == "checkpoint" and not os.path.exists(word):
-                turned.append(word)  # a run id of the host
-                continue
-            word = remote_name(word, workspace, made_there=True)
-            needs += [] if option.name in made_there else [word]
-        turned.append(word)
+            turned.append(f"--{name}={there(option, value)}" if equals else word)
+        else:
+            turned.append(there(option, word))
     return turned, needs
 
 
 def resume_argv(argv: list[str], run_id: str) -> list[str]:
-    """The arguments of a run, to go on with it: --resume names the run, an older --resume is dropped."""
+    """The arguments of a run, to go on with it: --resume names the run; what was meant for that alone is dropped."""
     kept, skip = [], False
     for word in argv:
-        if skip or word.startswith("--resume="):
+        name, equals, _ = word.partition("=")
+        if skip:
             skip = False
-        elif word == "--resume":
-            skip = True
+        elif name in ("--resume", "--run_id", "--workspace"):
+            skip = not equals
         else:
             kept.append(word)
     return [*kept, "--resume", run_id]
@@ -69,8 +84,7 @@ def launch(
     share: bool = False,
 ) -> dict[str, Any]:
     """Starts the job; it lives on without us. Returns its run id and folder there."""
-    if command not in COMMAND_OPTIONS or command == "host":
-        raise UsageError(f"{command}: no command that runs on a host (merge, train, evaluate, …)")
+    check_command(command)
     return remote.call(
         "launch",
         venv=remote.host.entry.venv,

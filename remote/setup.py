@@ -115,8 +115,10 @@ def setup(
             content = base64.b64encode(wheel.read_bytes()).decode()
             path = remote.call("prepare", wheel_name=wheel.name, wheel=content)["wheel"]
         run.phase("venv", facts["venv"])
-        options = ["--system-site-packages"] if system_site_packages else []
-        execute(remote, [facts["python"], "-m", "venv", *options, facts["venv"]], "making the virtual environment")
+        # One that stands keeps its settings: made again, it would lose --system-site-packages, and the host's torch.
+        if system_site_packages or not facts["has_venv"] or not _has_pip(remote, python):
+            options = ["--system-site-packages"] if system_site_packages else []
+            execute(remote, [facts["python"], "-m", "venv", *options, facts["venv"]], "making the virtual environment")
         run.phase("install", f"surgvqa[{extra}] and what it needs" if extra else "surgvqa")
         words = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
         target = f"surgvqa[{extra}] @ {PurePosixPath(path).as_uri()}" if extra else path
@@ -144,6 +146,11 @@ def setup(
         "doctor": doctor,
         "seconds": time.monotonic() - began,
     }
+
+
+def _has_pip(remote: Remote, python: str) -> bool:
+    """Whether the environment was made to its end."""
+    return list(remote.stream("execute", argv=[python, "-m", "pip", "--version"]))[-1].get("exit_code") == 0
 
 
 def execute(remote: Remote, argv: list[str], what: str, run: Run | None = None) -> list[str]:

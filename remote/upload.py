@@ -19,7 +19,7 @@ from remote.hosts import resolve
 from remote.options import UploadOptions
 from remote.plan import Hashes, Item, Way, cheapest, data_sources, folder_sources, remote_name
 from remote.transfer import Transfer, Verifier, changed
-from surgvqa.config import COMMAND_OPTIONS, Path_, Workspace, settings_of
+from surgvqa.config import COMMAND_OPTIONS, NONE, Path_, Workspace, settings_of
 from surgvqa.console import human_seconds
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
@@ -111,6 +111,7 @@ def known_rate(host: str, rate: float | None = None) -> float | None:
 def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, accept_new_host_key: bool) -> Outcome:
     """The whole job; events go to `run`."""
     began = time.monotonic()
+    settings = host_settings(workspace)
     run.phase("connect", host)
     target = resolve(host, workspace.root)
     # Most hosts have AES hardware: the streams' connections are made while ours is, and while the plan is made.
@@ -140,7 +141,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
             send_item(remote, item, run, hashes, facts, reserve, streams=options.streams, patience_s=options.patience_s)
             for item in [*(chosen.items if chosen else []), *data]
         ]
-        remote.ask("settings", text=host_settings(workspace))
+        remote.ask("settings", text=settings)
         merged_there = None
         if chosen and chosen.output:
             merged_there = merge_there(remote, chosen, run)
@@ -332,7 +333,10 @@ def send_item(
             result["probed"] = transfer.history
             there = verifier.wait(patience_s)
             for entry in item.entries:
-                stat = os.stat(entry.source)
+                try:
+                    stat = os.stat(entry.source)
+                except OSError:
+                    raise changed(entry.source) from None
                 if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
                     raise changed(entry.source)
             wrong = [i for i, entry in enumerate(item.entries) if there[i] != entry.sha256]
@@ -371,9 +375,13 @@ def host_settings(workspace: Workspace) -> str:
 
     def value(key: str, raw: Any, known: dict[str, Any]) -> str:
         setting = known.get(key)
-        if setting is not None and setting.type is Path_:
-            raw = [remote_name(r, workspace) for r in raw] if isinstance(raw, list) else remote_name(raw, workspace)
-        return f"{key} = {json.dumps(raw, ensure_ascii=False)}"
+        if raw is None:
+            raw = NONE[0]
+        elif setting is not None and setting.type is Path_:
+            names = [remote_name(path, workspace, made_there=True) for path in (raw if setting.repeated else [raw])]
+            raw = names if setting.repeated else names[0]
+        text = json.dumps(raw, ensure_ascii=False).replace("\x7f", "\\u007f")  # which TOML wants escaped
+        return f"{key} = {text}"
 
     everything = {n: s for options in COMMAND_OPTIONS.values() for n, s in settings_of(options).items()}
     lines += [value(key, raw, everything) for key, raw in workspace.values.items() if key != "host"]

@@ -24,6 +24,10 @@ LORA_TARGETS = r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|do
 """The author's LoraConfig.target_modules, in the checkpoint's own (old) key names."""
 
 
+NONE = ("none", "None", "null", "")
+"""Texts that stand for no value, where a setting may have none."""
+
+
 class Path_(str):
     """A path option: relative to the workspace in surgvqa.toml, to the current folder on the command line."""
 
@@ -302,7 +306,7 @@ def convert(setting: Setting, value: Any, where: str) -> Any:
     def bad(expected: str) -> UsageError:
         return UsageError(f"{where}: {setting.name} is {value!r}, expected {expected}")
 
-    if value is None or (setting.optional and value in ("None", "none", "null", "")):
+    if value is None or (setting.optional and value in NONE):
         if setting.optional:
             return None
         raise bad("a value")

@@ -328,6 +328,17 @@ def test_setup_installs_our_wheel_and_notices_skew(laptop):  # noqa: F811
     assert "version 0.0.1, here" in refused and "surgvqa-remote setup gpuhost" in refused
 
 
+def test_setup_leaves_an_environment_that_is_there_as_it_is(laptop):  # noqa: F811
+    """The user's own, made with --system-site-packages for the host's torch: made again, it would lose that."""
+    own = laptop.root / "own"
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", own], check=True)
+    before = (own / "pyvenv.cfg").read_text()
+    assert "include-system-site-packages = true" in before
+    laptop.host(python=sys.executable, venv=str(own))
+    laptop.command("setup", "gpuhost", "--extra", "", check=None)  # what pip then finds is not what is tested here
+    assert (own / "pyvenv.cfg").read_text() == before
+
+
 def test_setup_wants_a_python_that_is_new_enough(laptop, monkeypatch):  # noqa: F811
     monkeypatch.setattr(setup_room, "MINIMUM", (9, 9))
     with laptop.connect() as remote, pytest.raises(UsageError, match=r"3\.11 or newer.*hosts\.toml"):
@@ -417,6 +428,54 @@ def test_a_run_comes_home_verified_and_resumed(laptop):  # noqa: F811
     assert again["received_bytes"] == 0 and again["files"] == answer["files"]
     everything = laptop.json("fetch", "gpuhost", "last", "--to", str(target), "--all")
     assert everything["files"] > again["files"] and (target / run / "adapter" / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("banner", ["printf no-newline", "seq 200000"])
+def test_a_run_comes_home_past_a_talkative_login_shell(laptop, banner):  # noqa: F811
+    laptop.server.stop()
+    laptop.server.extra = f'ForceCommand {banner}; eval "$SSH_ORIGINAL_COMMAND"'
+    laptop.server.start()
+    folder = laptop.there / "runs" / "20260101-000000-train-abc"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"id": folder.name, "command": "train", "started": 1}))
+    assert laptop.json("fetch", "gpuhost", "last")["files"] == 1
+
+
+def test_a_run_that_goes_on_comes_home_as_it_is(laptop):  # noqa: F811
+    """While files come, one grows and a checkpoint is rotated away; secrets stay there whatever is asked for."""
+    folder = laptop.there / "runs" / "20260101-000000-train-abc"
+    (folder / "checkpoint-10").mkdir(parents=True)
+    for name in ("checkpoint-10/adapter.bin", "events.jsonl", "run.json", "start.json"):
+        (folder / name).write_text("{}\n")
+    target = laptop.workspace / "home"
+    progress = Run.create(laptop.workspace / "runs", "fetch")
+    with laptop.connect() as remote:
+        call = remote.call
+
+        def then_it_goes_on(op, **params):
+            answer = call(op, **params)
+            (folder / "checkpoint-10" / "adapter.bin").unlink()
+            (folder / "events.jsonl").write_text("{}\n{}\n")
+            return answer
+
+        remote.call = then_it_goes_on
+        fetch(remote, f"runs/{folder.name}", target, progress, everything=True)
+    assert sorted(f.name for f in target.rglob("*") if f.is_file()) == ["events.jsonl", "run.json"]
+    assert (target / "events.jsonl").read_text() == "{}\n{}\n"
+    assert "checkpoint-10/adapter.bin is gone there meanwhile" in (progress.folder / "events.jsonl").read_text()
+
+
+def test_a_disk_that_is_full_here_is_one_line(laptop):  # noqa: F811
+    """A limit on the size of files stands in for it."""
+    folder = laptop.there / "runs" / "20260101-000000-train-abc"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"id": folder.name, "command": "train", "started": 1}))
+    (folder / "big").write_bytes(bytes(3_000_000))
+    words = f"ulimit -f 1000; exec {sys.executable} -m remote fetch gpuhost last"
+    done = subprocess.run(["bash", "-c", words], cwd=laptop.workspace, capture_output=True, text=True, timeout=60)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert last.startswith("surgvqa-remote fetch: ") and "File too large" in last and "big" in last
 
 
 # --- manners ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
 
 from remote import connection, jobs
+from remote.cli import main, split_job
 from remote.connection import Unreachable
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.supervisor import descendants, process_identity
@@ -250,6 +251,70 @@ def test_local_paths_become_the_hosts(host):
     turned, needs = jobs.paths_for_host("train", argv, workspace)
     assert turned == ["--model_name_or_path", "models/merged", "--frames_dir=my frames", "--seed", "1"]
     assert needs == ["models/merged", "my frames"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "turned", "needs"),
+    [
+        (["--feature_cache_dir", "cache"], ["--feature_cache_dir", "cache"], []),  # the job makes it
+        (["--eval_data_path", "none"], ["--eval_data_path", "none"], []),
+        (["--eval_data_path=none"], ["--eval_data_path=none"], []),
+        (["--eval_audio_dir="], ["--eval_audio_dir="], []),
+        (["--do_eval", "--frames_dir", "a"], ["--do_eval", "--frames_dir", "a"], ["a"]),
+    ],
+)
+def test_what_is_no_input_need_not_be_there(tmp_path, monkeypatch, argv, turned, needs):
+    from surgvqa.config import load_workspace
+
+    monkeypatch.chdir(tmp_path)
+    assert jobs.paths_for_host("train", argv, load_workspace(tmp_path)) == (turned, needs)
+
+
+@pytest.mark.parametrize("argv", [["--checkpoint", "last"], ["--checkpoint=last"]])
+def test_a_run_id_of_the_host_is_no_path(tmp_path, monkeypatch, argv):
+    from surgvqa.config import load_workspace
+
+    monkeypatch.chdir(tmp_path)
+    assert jobs.paths_for_host("evaluate", argv, load_workspace(tmp_path)) == (argv, [])
+
+
+@pytest.mark.parametrize(
+    ("argv", "ours", "job"),
+    [
+        ("launch h train --seed 1", "launch h", "train --seed 1"),
+        ("launch h --workspace demo train", "launch h --workspace demo", "train"),
+        ("launch --workspace train --share h merge", "launch --workspace train --share h", "merge"),
+        ("launch --workspace=demo h train", "launch --workspace=demo h", "train"),
+        ("launch train train", "launch train", "train"),
+        (
+            "launch h train --follow --workspace demo --seed 1 --accept_new_host_key --json",
+            "launch h --follow --workspace demo --accept_new_host_key --json",
+            "train --seed 1",
+        ),
+        ("launch h train --detach", "launch h", "train"),  # it is one already
+        ("launch h trian --seed 1", "launch h", "trian --seed 1"),
+        ("launch h", "launch h", ""),
+        ("stop h train", "stop h train", ""),
+    ],
+)
+def test_words_for_us_and_words_for_the_job(argv, ours, job):
+    assert split_job(argv.split()) == (ours.split(), job.split())
+
+
+def test_a_resumed_job_has_its_own_run_id_alone():
+    """With the old one's a failure at its start would be told to the old run's folder."""
+    argv = ["--seed", "1", "--workspace", "/a", "--run_id=old", "--resume", "older", "--run_id", "old", "--bf16"]
+    assert jobs.resume_argv(argv, "old") == ["--seed", "1", "--bf16", "--resume", "old"]
+
+
+@pytest.mark.parametrize("command", ["audit", "ask", "budget", "check-data", "demo", "host"])
+def test_what_is_no_job_is_not_launched(tmp_path, monkeypatch, capsys, command):
+    """It would refuse the run folder on the host, and nobody would see why."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "gpuhost", command, "x"]) == 2
+    assert "merge, train, evaluate" in capsys.readouterr().err
+    with pytest.raises(UsageError):
+        jobs.launch(None, command, [], needs=[])
 
 
 def test_following_lags_less_than_a_second(host):

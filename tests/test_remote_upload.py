@@ -56,6 +56,32 @@ def until(true, patience_s: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def test_the_hosts_settings_say_what_ours_say(tmp_path):
+    """Values that are none, paths below runs/, which the host makes itself, and letters that TOML wants escaped."""
+    from surgvqa.config import load_workspace
+
+    (tmp_path / "surgvqa.toml").write_text(
+        'host = "h"\nframes_dir = "/data/my frames"\neval_data_path = ""\n'
+        '[train]\noutput_dir = "runs/first"\nsave_total_limit = "none"\nrun_name = "q\\"\\u007f \\\\ ü"\n'
+        '[evaluate]\ncheckpoint = "runs/first"\n'
+    )
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "surgvqa.toml").write_text(upload_room.host_settings(load_workspace(tmp_path)))
+    read = load_workspace(there)
+    assert read.values == {"frames_dir": str(there / "my frames"), "eval_data_path": None}
+    first = str(there / "runs" / "first")
+    train = {"output_dir": first, "save_total_limit": None, "run_name": 'q"\x7f \\ ü'}
+    assert read.by_command == {"train": train, "evaluate": {"checkpoint": first}}
+
+
+def test_settings_that_the_host_cannot_have_are_found_before_anything_is_sent(laptop):  # noqa: F811
+    checkpoint(laptop.workspace / "merged", {"model.safetensors": 1000})
+    (laptop.workspace / "surgvqa.toml").write_text('model_name_or_path = "merged"\nframes_dir = "venv/frames"\n')
+    said = laptop.command("upload", "gpuhost", check=2).stderr
+    assert "cannot have the name 'venv/frames'" in said and not laptop.there.exists()
+
+
 class Sender:
     """Sends folders over one connection, as `upload` does."""
 
@@ -238,6 +264,16 @@ def test_a_source_that_changes_meanwhile_is_noticed(sender, laptop):  # noqa: F8
     item = sender.item(source)
     os.utime(source / "model-1.safetensors", (1, 1))
     with pytest.raises(SurgvqaError, match=r"model-1.*changed while it was sent"):
+        sender.send(item)
+    assert not (laptop.there / "merged").exists()
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "config.json"])
+def test_a_source_that_is_gone_meanwhile_is_one_line(sender, laptop, name):  # noqa: F811
+    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 1000})
+    item = sender.item(source)
+    (source / name).unlink()
+    with pytest.raises(SurgvqaError, match=name):
         sender.send(item)
     assert not (laptop.there / "merged").exists()
 

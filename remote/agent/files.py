@@ -225,17 +225,26 @@ def listing(channel: Any, workspace: str, folder: str) -> dict[str, Any]:
     for path in sorted(walk(root)):
         full = os.path.join(root, path)
         if os.path.isfile(full) and not os.path.islink(full):
-            stat = os.stat(full)
-            found.append([path, stat.st_size, stat.st_mtime_ns])
+            with contextlib.suppress(FileNotFoundError):  # a run that goes on rotates its checkpoints
+                stat = os.stat(full)
+                found.append([path, stat.st_size, stat.st_mtime_ns])
     return {"files": found}
 
 
 def send(channel: Any, workspace: str, folder: str, wanted: list[Any]) -> dict[str, Any]:
-    """Sends files from given offsets: {"path", "offset", "size"}, the bytes, then {"path", "sha256"} of the whole."""
+    """Sends files from given offsets: {"path", "offset", "size"}, the bytes, then {"path", "sha256"} of the whole.
+
+    {"path", "gone": true} for one that is there no more.
+    """
     root = within(workspace, folder)
     for path, offset in wanted:
         digest = hashlib.sha256()
-        with open(within(root, path), "rb", buffering=0) as file:
+        try:
+            source = open(within(root, path), "rb", buffering=0)  # noqa: SIM115
+        except FileNotFoundError:
+            channel.say({"path": path, "gone": True})
+            continue
+        with source as file:
             size = os.fstat(file.fileno()).st_size  # a file that grows is sent as it is now
             offset = offset if offset <= size else 0
             channel.say({"path": path, "offset": offset, "size": size})
