@@ -5,6 +5,7 @@ Afterwards nothing needs the encoders: they leave the GPU, and a step reads feat
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,12 +60,15 @@ def open_store(
     model: AudioQwen2VLForConditionalGeneration, checkpoint: str, processors: Processors, folder: Path
 ) -> FeatureStore:
     """The feature cache in `folder`, for this model's encoders and processors."""
+    weights = open_checkpoint(checkpoint)
     settings = {
+        "vision": weights.config.get("vision_config"),
+        "audio": model.config.audio_encoder_config,
         "image_processor": processors.image_processor.to_dict(),
         "feature_extractor": processors.feature_extractor.to_dict(),
         "audio_tokens": processors.num_audio_tokens,
     }
-    return FeatureStore(folder, encoder_fingerprint(open_checkpoint(checkpoint), model.dtype), settings)
+    return FeatureStore(folder, encoder_fingerprint(weights, model.dtype), settings)
 
 
 def encoders_trainable(model: torch.nn.Module) -> bool:
@@ -86,9 +90,7 @@ def fill_cache(
     run.phase("encode", "frames and questions, once for all epochs")
     frames = {store.frame_key(p, d.image_size): (p, d) for d in datasets for clip in d.frame_paths for p in clip}
     sounds = {store.audio_key(p): (p, d) for d in datasets for p in d.audio_paths}
-    new_frames = {k: v for k, v in frames.items() if k not in store}
-    new_sounds = {k: v for k, v in sounds.items() if k not in store}
-    needed = _size(model, new_frames, new_sounds)
+    needed = _size(model, _missing(frames, store), _missing(sounds, store))
     if not store.make_room(needed, capacity_bytes, {*frames, *sounds}):
         run.warning(
             f"the feature cache would need {needed / 1e9:.1f} GB more and may hold {capacity_bytes / 1e9:g} GB "
@@ -96,8 +98,10 @@ def fill_cache(
         )
         return False
     store.hold()
+    new_frames, new_sounds = _missing(frames, store), _missing(sounds, store)  # until now another job could evict some
     for key in (*(frames.keys() - new_frames.keys()), *(sounds.keys() - new_sounds.keys())):
-        os.utime(store.path(key))  # used now: the last to be evicted
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(store.path(key))  # used now: the last to be evicted
     done, total = 0, len(new_frames) + len(new_sounds)
     processors = datasets[0].processors
     # Both start decoding now: what reads sound takes seconds to import, in its worker processes.
@@ -257,6 +261,10 @@ def _write(entries: list[Entry], store: FeatureStore) -> int:
     for key, features, notes in entries:
         store.put(key, features, **notes)
     return len(entries)
+
+
+def _missing(entries: dict[str, Any], store: FeatureStore) -> dict[str, Any]:
+    return {key: item for key, item in entries.items() if key not in store}
 
 
 def _size(model: Any, frames: dict[str, tuple[str, ClipDataset]], sounds: dict[str, Any]) -> int:

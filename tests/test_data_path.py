@@ -60,6 +60,13 @@ def test_other_colour_modes_become_rgb(tmp_path):
         assert load_frame(file, 512).mode == "RGB"
 
 
+def test_a_frame_of_16_bits_is_named_and_never_white(tmp_path):
+    file = tmp_path / "deep.png"
+    Image.fromarray(np.full((32, 32), 1000, dtype=np.uint16)).save(file)
+    with pytest.raises(UsageError, match=r"deep.png .*8 bits"):
+        load_frame(file, 512)
+
+
 def test_a_broken_frame_is_named_and_never_black(tmp_path):
     noise(400, 400).save(tmp_path / "whole.jpg")
     content = (tmp_path / "whole.jpg").read_bytes()

@@ -105,6 +105,39 @@ def test_nothing_is_evicted_while_another_job_reads(store, tmp_path):
     assert key not in store
 
 
+def test_what_is_released_can_be_evicted_though_a_forked_worker_lives(store, tmp_path):
+    key = filled(store, tmp_path)
+    size = store.path(key).stat().st_size
+    store.hold()
+    context = multiprocessing.get_context("fork")
+    done = context.Event()
+    worker = context.Process(target=done.wait, args=(60,))
+    worker.start()
+    try:
+        store.release()
+        assert store.make_room(size, size, keep=set()) and key not in store
+    finally:
+        done.set()
+        worker.join()
+
+
+def test_a_cache_that_cannot_be_used_is_told_in_one_line(tmp_path):
+    folder = tmp_path / "cache"
+    folder.write_text("a file")
+    store = FeatureStore(folder, "encoders-1", {})
+    for use in (store.hold, lambda: store.make_room(1, 10, keep=set()), lambda: store.put("ab12", torch.ones(1))):
+        with pytest.raises(SurgvqaError, match=r"feature cache cannot be .*--feature_cache off"):
+            use()
+
+
+def test_other_users_can_read_what_they_may(store, tmp_path):
+    old = os.umask(0o027)
+    try:
+        assert store.path(filled(store, tmp_path)).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(old)
+
+
 def test_the_ram_copy_is_bounded(store, tmp_path):
     store.ram_bytes = 3 * 64
     keys = [filled(store, tmp_path, f"{n}.jpg", bytes([n])) for n in range(5)]

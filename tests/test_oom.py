@@ -381,6 +381,37 @@ def test_a_run_that_retreats_at_once_is_one_that_began_so(world, tmp_path, out_o
 
 
 @model
+def test_a_retreat_whose_frames_replace_the_old_ones_in_a_full_cache_goes_on(world, tmp_path, out_of_memory):
+    """While a worker process, which has inherited the lock of the cache, works ahead with the old frames."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0)
+    for file in (world.root / "frames").rglob("*.jpg"):
+        square = tmp_path / "frames" / file.relative_to(world.root / "frames")
+        square.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 255, (168, 168, 3), dtype=np.uint8)).save(square)
+    step_1 = lambda _, trainer: (trainer.state.global_step, trainer.train_dataset.dataset.image_size) == (1, 168)  # noqa: E731
+    out_of_memory(*places()["forward"], step_1)
+    options = {**SHARED, "gradient_accumulation_steps": 1, "max_steps": 8, "image_size": 168}
+    runs, sizes = [], []
+    for workers, capacity in ((0, 1e9), (1, 190e3)):
+        cache = tmp_path / f"cache of {capacity}"
+        began = world.train_options(
+            **options,
+            frames_dir=str(tmp_path / "frames"),
+            feature_cache_dir=str(cache),
+            feature_cache_gb=capacity / 1e9,
+        )
+        began.extra = {"dataloader_num_workers": str(workers)}
+        runs.append(Watched(began, tmp_path / f"{workers}", FEWER.replace("num_frames = 1", "num_frames = 2")))
+        sizes.append(sum(file.stat().st_size for file in cache.rglob("*.safetensors")))
+    assert sizes[1] <= 190e3 < sizes[0], "some of the old frames had to go"
+    assert_same(*runs)
+    assert not any("encoding in every step" in event["text"] for event in runs[1].of("warning"))
+
+
+@model
 def test_a_retreat_that_runs_out_of_memory_while_it_encodes_is_met_by_the_next(world, tmp_path, out_of_memory):
     from surgvqa.model import AudioQwen2VLForConditionalGeneration
 

@@ -24,6 +24,10 @@ Item = dict[str, Any]
 """Arrays by name; with a feature cache also tensors, numpy has no bfloat16."""
 
 
+class FeaturesGone(SurgvqaError):
+    """An entry of the feature cache is gone or damaged."""
+
+
 class ClipDataset:
     """`dataset[i]` is sample i, encoded; see `encode` for the arrays.
 
@@ -98,17 +102,25 @@ class ClipDataset:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        sample = self.samples[index]
-        words = {
-            "input_mode": self.input_mode,
-            "question": sample.question,
-            "answer": sample.answer if self.with_answer else None,
-        }
+        words = self._words(index)
         if self.store is not None:
             return self._from_cache(index, words)
         return encode(
             self.processors, self.frame_paths[index], self.audio_paths[index], image_size=self.image_size, **words
         )
+
+    def words(self, index: int) -> Item:
+        """What can be had of sample `index` without its frames: labels, as many supervised ones as `self[index]` has,
+        and the ids of a prompt without frames."""
+        return ids_and_labels(self.processors, (), **self._words(index))
+
+    def _words(self, index: int) -> dict[str, Any]:
+        sample = self.samples[index]
+        return {
+            "input_mode": self.input_mode,
+            "question": sample.question,
+            "answer": sample.answer if self.with_answer else None,
+        }
 
     def _from_cache(self, index: int, words: dict[str, Any]) -> Item:
         """As `encode`, with image_features [image tokens, hidden] and audio_features [audio tokens, d_model]."""
@@ -128,7 +140,7 @@ class ClipDataset:
     def _entry(self, key: str, path: str) -> tuple[Any, dict[str, str]]:
         entry = self.store.get(key)
         if entry is None:
-            raise SurgvqaError(
+            raise FeaturesGone(
                 f"{self.store.path(key)}: the cached features of {path} are gone or damaged; go on with --resume, "
                 "which encodes them again"
             )
@@ -146,7 +158,7 @@ def loaded(loader: Iterable[Any]) -> Iterator[Any]:
     """What a data loader gives; an unreadable file is told in one line, whichever process met it."""
     try:
         yield from loader
-    except UsageError as error:
+    except SurgvqaError as error:
         raise of_worker(error) from error
 
 

@@ -15,9 +15,10 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ class FeatureStore:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         self._remember(key, (features, notes))
         return features, notes
@@ -113,20 +115,15 @@ class FeatureStore:
         path, features = self.path(key), features.detach().cpu().contiguous()
         checksum = zlib.crc32(features.view(torch.uint8).numpy())
         data = save_safetensors({"features": features}, metadata={**notes, "crc32": str(checksum)})
-        try:
+        temporary = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
+        with _one_line(path, "written", "free some disk space"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-                try:
-                    file.write(data)
-                except OSError:
-                    os.unlink(file.name)
-                    raise
-            os.replace(file.name, path)
-        except OSError as error:
-            raise SurgvqaError(
-                f"{path}: the feature cache cannot be written ({error.strerror}); free some disk space, or use "
-                "--feature_cache off"
-            ) from None
+            try:
+                temporary.write_bytes(data)  # not by tempfile, whose files nobody else may read
+                os.replace(temporary, path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def _remember(self, key: str, entry: tuple[torch.Tensor, dict[str, str]]) -> None:
         size = entry[0].nbytes
@@ -141,13 +138,15 @@ class FeatureStore:
     # --- keeping it bounded ------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Marks the cache as in use by this process, until it ends."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "in_use.lock", "a")  # noqa: SIM115  (held for the life of the process)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        """Marks the cache as in use by this process, until it ends. Only from now on do entries that are there stay."""
+        with _one_line(self.folder, "used", "name another --feature_cache_dir"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "in_use.lock", "a")  # noqa: SIM115  (held for the life of the process)
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def release(self) -> None:
-        """Ends `hold`: entries may be removed again."""
+        """Ends `hold`: entries may be removed again, also those that a data loader's worker still reads."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing is not enough: the worker has inherited it
         self._lock.close()
 
     def make_room(self, needed: int, capacity: int, keep: set[str]) -> bool:
@@ -155,10 +154,11 @@ class FeatureStore:
 
         Entries in `keep` stay, and while another job uses the cache nothing is removed. Call before `hold`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob("??/.*.tmp"):  # of a writer that was killed; a live one holds the lock
-            if self._alone():
-                stale.unlink(missing_ok=True)
+        with _one_line(self.folder, "used", "name another --feature_cache_dir"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob("??/.*.tmp"):  # of a writer that was killed; a live one holds the lock
+                if self._alone():
+                    stale.unlink(missing_ok=True)
         entries = []
         for file in self.folder.glob("??/*.safetensors"):
             with contextlib.suppress(OSError):
@@ -184,3 +184,13 @@ class FeatureStore:
             except OSError:
                 return False
             return True
+
+
+@contextlib.contextmanager
+def _one_line(path: Path, how: str, way_out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SurgvqaError(
+            f"{path}: the feature cache cannot be {how} ({error.strerror}); {way_out}, or use --feature_cache off"
+        ) from None

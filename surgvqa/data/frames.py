@@ -44,6 +44,8 @@ def load_frame(path: str | os.PathLike[str], image_size: int) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):  # Pillow would make all above 255 of it white
+                raise ValueError(f"mode {file.mode}: more than 8 bits a pixel; convert it to 8 bits")
             image = file.convert("RGB")
     except Exception as error:  # Pillow's plugins raise anything on broken files: OSError, SyntaxError, struct.error, …
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be decoded ({error})"
