@@ -13,6 +13,7 @@ class UsageError(SurgvqaError):
     exit_code = 2
 
 
-def of_worker(error: UsageError) -> UsageError:
+def of_worker(error: SurgvqaError) -> SurgvqaError:
     """The error without the traceback that torch puts before its text when it comes from a data loader's worker."""
-    return UsageError(str(error).strip().splitlines()[-1].removeprefix("surgvqa.errors.UsageError: "))
+    kind = type(error)
+    return kind(str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: "))

@@ -193,6 +193,16 @@ def _check_output(options: TrainOptions, checkpoint: Checkpoint) -> None:
         if folder.resolve() == checkpoint.folder.resolve():
             raise UsageError(f"{folder}: output_dir is the checkpoint itself; choose another folder")
         resumed = Path(options.resume).resolve() if options.resume else None
+        if folder.is_dir():
+            with trained.only_one(folder):
+                pass
+        if resumed in [checkpoint.resolve() for checkpoint in trained.checkpoints(folder)]:
+            newer = next((c for c in trained.newer_than(resumed) if not trained.damage_of(c)), None)
+            if newer:
+                raise UsageError(
+                    f"{newer}: is of a later step than {resumed.name}, and would be taken for the newest of the run "
+                    "that goes on there; choose another output_dir, or delete it"
+                )
         if resumed not in (folder.resolve(), *(c.resolve() for c in trained.checkpoints(folder))):
             earlier = trained.read(folder)
             if earlier or trained.checkpoints(folder) or (folder / trained.ADAPTER).exists():

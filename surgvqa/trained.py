@@ -10,11 +10,15 @@ A checkpoint is written under another name and renamed when it is whole.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
+import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,9 @@ RETREATED = ("num_frames", "image_size", "gradient_checkpointing", "checkpointed
 """Options that a run changes when it runs out of memory; surgvqa.json has what they became, run.json what was asked."""
 RESUME_FILES = (ADAPTER, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 """What a checkpoint must have to be resumed from."""
+BUSY_S = 12.0
+"""So long a training that was killed may still hold its output folder: its worker processes look every 5 s whether it
+lives."""
 
 
 @dataclass
@@ -134,6 +141,35 @@ def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inheri
     return Inherited(values, f"trained with ({trained.run or trained.folder.name})")
 
 
+@contextlib.contextmanager
+def only_one(output_dir: Path) -> Iterator[None]:
+    """While entered, no other training has this output folder. UsageError when one has it already.
+
+    The folder itself is locked, so nothing is left behind; where a file system knows no such locks, nobody is kept out.
+    """
+    descriptor, deadline = os.open(output_dir, os.O_RDONLY), time.monotonic() + BUSY_S
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    other = read(output_dir)
+                    run = other.run if other and other.run else "another training"
+                    raise UsageError(
+                        f"{output_dir}: {run} is at work there; wait for it, stop it, or choose another output_dir"
+                    ) from None
+                time.sleep(0.2)
+            except OSError:
+                break
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for worker processes, which have inherited it
+        os.close(descriptor)
+
+
 def _absolute(options: dict[str, Any], base: Path) -> dict[str, Any]:
     """Path options relative to `base` made absolute."""
     known = settings_of(TrainOptions)
@@ -172,6 +208,18 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, skipped
         skipped.append(f"{checkpoint.name}: {damage}")
     return None, skipped
+
+
+def newer_than(checkpoint: Path) -> list[Path]:
+    """The checkpoints of later steps beside it, the last one first."""
+    return list(itertools.takewhile(lambda other: other != checkpoint, checkpoints(checkpoint.parent)))
+
+
+def put_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it counts as none; its new place."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def damage_of(checkpoint: Path) -> str | None:

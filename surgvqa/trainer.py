@@ -7,7 +7,6 @@ the data and random state as they were after the last optimiser step.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from surgvqa import trained
+from surgvqa import resume, trained
 from surgvqa.data.numbered import Batch, Numbered
 from surgvqa.data.prompt import IGNORED
 from surgvqa.errors import SurgvqaError, UsageError
@@ -91,9 +90,11 @@ class EventTrainer(Trainer):
         self.compilations: dict[str, int] = {}
         """So far, when layers are compiled (layers.compilations)."""
         self.activity = "start"
-        """For an out-of-memory report: load batch, forward and backward, optimizer, evaluate or save."""
+        """For an out-of-memory report: load batch, forward and backward, optimizer, report, evaluate or save."""
         self.window = Window(time.monotonic())
         self.stopping = False
+        self.resumed: Path | None = None
+        """The checkpoint that this training goes on from."""
         self._rng: dict[str, Any] | None = None
         self._losses: list[float] = []
         self._non_finite = 0
@@ -107,6 +108,11 @@ class EventTrainer(Trainer):
         self._staging: str | None = None
         self._samples_at_once: int | None = None
         """Samples of an evaluation batch that go through the model at once, after one did not fit."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether the weights and the optimiser are as the last step left them, should work be cut short now."""
+        return self.activity not in ("start", "optimizer", "save")
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -235,6 +241,7 @@ class EventTrainer(Trainer):
         if self._non_finite < MAX_NON_FINITE:
             self.events.warning(f"step {step} is not finite ({what}): left out, the weights stay as they were")
             return
+        self.save_last_step()
         good = next(iter(trained.checkpoints(Path(self.args.output_dir))), None)
         raise SurgvqaError(
             f"steps {step - self._non_finite + 1} to {step} are not finite ({what}); last good checkpoint: "
@@ -244,6 +251,7 @@ class EventTrainer(Trainer):
     def end_of_step(self) -> None:
         """After an optimiser step: its metric event."""
         window, state = self.window, self.state
+        self.activity = "report"
         elapsed = max(time.monotonic() - window.began, 1e-9)
         self._seconds += elapsed
         self._waited_s += window.waited_s
@@ -355,7 +363,7 @@ class EventTrainer(Trainer):
 
     def reported_eval_loss(self) -> float | None:
         """The evaluation loss of the state that is the result."""
-        return self.state.best_metric if self.args.load_best_model_at_end else self._last_eval_loss
+        return self._is_best_of[1] if self._is_best_of else self._last_eval_loss
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -437,13 +445,20 @@ class EventTrainer(Trainer):
     def end_with(self, checkpoint: Path) -> None:
         """The result of a run whose last checkpoint is of its last step: the best state of it, or that one."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if self.args.load_best_model_at_end and os.path.isdir(self.state.best_model_checkpoint or ""):
+        self._load_from_checkpoint(str(checkpoint))
+        resume.begin(self)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
-        else:
-            self.restore(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore(resume_from_checkpoint)
+        self.resumed = Path(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        asked = resume.hyperparameters(self.optimizer)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint:
+            resume.keep_asked(self.optimizer, self.lr_scheduler, asked, checkpoint)
 
     def _load_best_model(self) -> None:
         self.restore(self.state.best_model_checkpoint)
@@ -463,6 +478,10 @@ class EventCallback(TrainerCallback):
 
     def __init__(self, trainer: EventTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.resumed:
+            resume.begin(self.trainer)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> Any:
         if args.eval_strategy == "steps" and state.global_step >= state.max_steps:

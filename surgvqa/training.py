@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
 
 from presets import ladder
-from surgvqa import allocator, layers, memory, retreat, trained
+from surgvqa import allocator, layers, memory, resume, retreat, trained
 from surgvqa.checkpoint import usable_cores
 from surgvqa.config import TrainOptions, nearest, settings_of
 from surgvqa.data.collate import Collator
@@ -25,7 +25,7 @@ from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
 from surgvqa.device import attention_kernel, choose_device, choose_dtype, memory_limit_gb
 from surgvqa.encode import use_cache
-from surgvqa.errors import UsageError, of_worker
+from surgvqa.errors import SurgvqaError, UsageError, of_worker
 from surgvqa.lora import adapter_parameters, add_lora
 from surgvqa.model import choose_attention, load_model
 from surgvqa.oom import StepDown, take
@@ -44,6 +44,7 @@ NOT_OURS = {
     "output_dir": "it is an option of its own",
     "deepspeed": "one GPU only",
     "fsdp": "one GPU only",
+    "remove_unused_columns": "the model needs all that a batch holds",
 }
 
 
@@ -66,11 +67,11 @@ def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = 
         "report_to": options.report_to.split(","),
         "prediction_loss_only": True,
         "remove_unused_columns": False,
+        "max_steps": options.max_steps if options.max_steps > 0 else -1,  # 0 would be one step
         "label_names": ["labels"],
         "logging_nan_inf_filter": False,  # it waits for the GPU at each micro step; EventTrainer looks once a step
         "disable_tqdm": True,
         "dataloader_num_workers": min(4, usable_cores() // 2) if device.type == "cuda" else 0,
-        "restore_callback_states_from_checkpoint": options.early_stopping_patience > 0,
     }
     same_name = {f.name for f in fields(TrainingArguments)} & set(settings_of(TrainOptions))
     for name in same_name - set(values) - {"gradient_checkpointing"}:  # that one we switch on in the model
@@ -80,6 +81,8 @@ def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = 
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from None
+    if arguments.label_smoothing_factor:  # Trainer's own way takes this model's labels for shifted ones
+        raise UsageError("--label_smoothing_factor: not with this model, whose loss has no smoothing")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never torch's DataParallel
     return arguments
 
@@ -123,13 +126,18 @@ def train(options: TrainOptions, run: Run) -> dict[str, Any]:
     A stop that was asked for ends in a checkpoint and state "stopped".
     """
     output_dir = Path(options.output_dir or run.folder / "checkpoints").absolute()
-    resumed = _find_checkpoint(options, run)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with trained.only_one(output_dir):
+        return _train(options, output_dir, run)
+
+
+def _train(options: TrainOptions, output_dir: Path, run: Run) -> dict[str, Any]:
+    resumed = resume.find_checkpoint(options, output_dir, run)
     record = trained.record_of(options, output_dir, run)
     for note in schedule(options)[1]:
         run.warning(note)
     arguments = training_arguments(options, output_dir, run.id)
     device = arguments.device
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_json_atomic(output_dir / trained.RECORD, record.document())
 
     run.phase("read data", f"{options.train_data_path}")
@@ -273,27 +281,6 @@ def _forecast(
     )
 
 
-def _find_checkpoint(options: TrainOptions, run: Run) -> Path | None:
-    """The checkpoint to resume from: the one named, or the newest whole one of the run named."""
-    if not options.resume:
-        return None
-    folder = Path(options.resume).absolute()
-    if folder.name.startswith("checkpoint-") and not trained.checkpoints(folder):
-        damage = trained.damage_of(folder)
-        if damage:
-            raise UsageError(f"{folder}: cannot be resumed from: {damage}")
-        run.phase("resume", str(folder))
-        return folder
-    checkpoint, skipped = trained.newest_whole_checkpoint(folder)
-    for text in skipped:
-        run.warning(f"skipped {text}")
-    if checkpoint is None:
-        run.warning(f"{folder}: no whole checkpoint there; starting at step 0")
-    else:
-        run.phase("resume", str(checkpoint))
-    return checkpoint
-
-
 def _datasets(options: TrainOptions, processors: Processors, run: Run) -> tuple[ClipDataset, ClipDataset | None]:
     wanted = [(options.train_data_path, options.audio_dir)]
     if evaluates(options):
@@ -379,7 +366,11 @@ def _run_trainer(trainer: EventTrainer, checkpoint: Path | None, total_steps: in
         return stop
     except torch.OutOfMemoryError as error:
         lack = take(error, trainer, drop_gradients=True)  # where nothing can be tried again
-        intact = trainer.activity not in ("optimizer", "save")
-        raise trainer.step_down.stop(lack, trainer, intact) from None
-    except UsageError as error:
-        raise of_worker(error) from error
+        raise trainer.step_down.stop(lack, trainer, trainer.intact) from None
+    except Exception as error:  # a frame that cannot be read, a worker that was killed, a service of W&B's that died
+        if trainer.intact:
+            with contextlib.suppress(Exception):
+                trainer.save_last_step()
+        if isinstance(error, SurgvqaError):
+            raise of_worker(error) from error
+        raise

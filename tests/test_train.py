@@ -198,6 +198,7 @@ model = pytest.mark.model
 def test_options_become_training_arguments():
     from surgvqa.training import training_arguments
 
+    assert training_arguments(options_for(max_steps=0, device="cpu"), Path("out")).max_steps == -1
     options = options_for(warmup_ratio=0.25, save_total_limit=1, device="cpu", optim="auto", report_to="none")
     options.extra = {"lr_scheduler_type": "cosine", "weight_decay": "0.1", "dataloader_drop_last": "true"}
     arguments = training_arguments(options, Path("out"))
@@ -220,6 +221,8 @@ def test_options_become_training_arguments():
         ({"weight_decay": "much"}, "weight_decay"),
         ({"lr_scheduler_type": "spiral"}, "spiral"),
         ({"resume_from_checkpoint": "x"}, "--resume"),
+        ({"label_smoothing_factor": "0.1"}, "label_smoothing_factor"),
+        ({"remove_unused_columns": "true"}, "remove_unused_columns"),
         ({"fp16": "true", "bf16": "true"}, "fp16"),
     ],
 )
@@ -541,6 +544,26 @@ def test_released_encoders_point_into_the_checkpoint_and_are_the_same(world):
     assert all(p.data_ptr() != place and torch.equal(p, was) for p, place, was in before) and len(before) > 20
     assert all(torch.equal(b, was) for b, was in buffers)
     assert others == {name: p.data_ptr() for name, p in loaded.model.language_model.named_parameters()}
+
+
+def test_encoders_that_compute_otherwise_with_the_same_weights_have_other_features(world, tmp_path):
+    import torch
+
+    from surgvqa import encode, model
+    from surgvqa.data.processors import load_processors
+
+    frame = str(next((world.root / "frames").rglob("*.jpg")))
+    loaded = model.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
+
+    def key(checkpoint: Path) -> str:
+        return encode.open_store(loaded, str(checkpoint), load_processors(checkpoint), tmp_path).frame_key(frame, 84)
+
+    shutil.copytree(world.checkpoint, tmp_path / "other")
+    assert key(tmp_path / "other") == key(world.checkpoint)
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    config["vision_config"]["num_heads"] = 1
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    assert key(tmp_path / "other") != key(world.checkpoint)
 
 
 def test_steps_that_are_not_finite_change_nothing_and_three_end_the_run(world, tmp_path, monkeypatch):
