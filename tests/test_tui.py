@@ -121,7 +121,7 @@ async def test_help_says_how_to_leave_it_and_wraps_below_itself(root, size):
         await pilot.press("1", "question_mark")
         await settle(pilot, lambda: isinstance(app.screen, Help) and app.screen.query(".help-text"))
         await pilot.pause()
-        assert "Esc closes this" in str(app.screen.query_one(".help-end", Static).content)
+        assert app.screen.query_one(".dialog").border_subtitle == "Esc closes"
         assert {about.region.x for about in app.screen.query(".help-text")} == {
             app.screen.query(".help-key").first().region.right
         }
@@ -217,6 +217,15 @@ async def test_runs_of_one_name_are_told_apart(root):
             assert "a name that … " + run_id[-3:] in row and len(row) <= 38
         await pilot.resize_terminal(80, 24)
         await settle(pilot, lambda: "a name that is long" in str(app.screen.query_one("#chart-panel").border_title))
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_a_run_without_a_loss_is_not_said_to_be_none(root, size):
+    runs.Run.create(root / "runs", "train", options=options(run_name="first")).phase("encode", "frames")
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and "encode" in text(app, "#facts"))
+        await settle(pilot, lambda: app.screen.query_one(Chart).empty.startswith("The first loss comes"))
 
 
 async def test_a_log_with_nothing_in_it_says_so(root):

@@ -271,4 +271,6 @@ class Help(ModalScreen[None]):
                 with Horizontal(classes="help-row"):
                     yield Static(key, classes="help-key", markup=False)
                     yield Static(text, classes="help-text", markup=False)
-            yield Static(Content.assemble(("Esc", "$footer-key-foreground"), " closes this"), classes="help-end")
+
+    def on_mount(self) -> None:
+        self.query_one(".dialog").border_subtitle = "Esc closes"

@@ -181,6 +181,7 @@ class MonitorScreen(PanelScreen):
             return
         chart = self.query_one(Chart)
         chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
+        chart.empty = FIRST_LOSS
         self.show_log(follower.log if first else lines or [])
         self.show_figures()
         self.keys_changed()
