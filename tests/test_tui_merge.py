@@ -68,9 +68,9 @@ def test_the_report_names_the_slowest_kind() -> None:
 
 def test_what_to_do_next_is_said() -> None:
     """After the merge, and after an audit that found nothing."""
-    assert "3 trains on it" in report.merge_report({}, 100).plain
-    assert "3 trains on it" in report.audit({"ok": True}).plain
-    assert "3 trains on it" not in report.audit({"ok": False}).plain
+    assert "3 to Train" in report.merge_report({}, 100).plain
+    assert "3 to Train" in report.audit({"ok": True}).plain
+    assert "3 to Train" not in report.audit({"ok": False}).plain
 
 
 def test_types_of_different_counts_stand_below_each_other() -> None:

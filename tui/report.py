@@ -195,7 +195,7 @@ def merge_report(data: dict[str, Any], width: int) -> Content:
     ]
     head = lines(
         Content.assemble(("✓ merged", "bold $success"), (f"  {data.get('output', '')}", MUTED)),
-        key_hints(("a", "audits it"), ("2", "sends it to a GPU host"), ("3", "trains on it")),
+        key_hints(("a", "audits it"), ("2", "goes on to Upload"), ("3", "to Train")),
     )
     bars = layer_bars(deltas(data.get("by_layer"), "layer"), "layer", width)
     kinds = layer_bars(deltas(data.get("by_kind"), "kind"), "kind", width)
@@ -252,7 +252,7 @@ def audit(data: dict[str, Any]) -> Content:
         Content.assemble(verdict, (f"  {data.get('tensors', 0):,} tensors: {dtypes}", MUTED)),
         *(problem(_text(p)) for p in (data.get("problems") or [])[:50]),
         *offenders,
-        *([key_hints(("2", "sends it to a GPU host"), ("3", "trains on it"))] if good else []),
+        *([key_hints(("2", "goes on to Upload"), ("3", "to Train"))] if good else []),
     )
 
 
