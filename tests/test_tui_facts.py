@@ -33,6 +33,10 @@ def test_what_a_phase_has_done_is_not_what_the_training_has():
     assert how_far(follower) == (None, "") and time_left(follower) == ""
     model.feed([{"kind": "metric", "t": 9.0 + step, "step": step, "total_steps": 100, "loss": 2.0} for step in (1, 2)])
     assert how_far(follower)[0] == 0.02 and time_left(follower) == "1 min 38 s left"
+    model.feed([{"kind": "metric", "t": 99.0, "step": 100, "total_steps": 100}, {"kind": "phase", "name": "evaluate"}])
+    assert time_left(follower) == ""  # the last evaluation is still to come
+    model.feed([{"kind": "progress", "phase": "evaluate", "t": t, "done": t, "total": 120} for t in (100.0, 110.0)])
+    assert time_left(follower) == "10 s left"
     ended = RunModel({"command": "evaluate"})
     ended.feed([{"kind": "progress", "phase": "generate", "done": 9, "total": 9}, {"kind": "phase", "name": "score"}])
     ended.feed([{"kind": "finished", "state": "finished"}])

@@ -152,10 +152,11 @@ class RunModel:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds left: by the pace of the optimiser steps when there are any, else by the phase's progress."""
-        if self.total_steps and self.first_step and self.last_step and self.last_step[0] > self.first_step[0]:
+        """Seconds left: by the pace of the optimiser steps while some are to come, else by the phase's progress."""
+        more = self.total_steps - self.step if self.total_steps else 0
+        if more > 0 and self.first_step and self.last_step and self.last_step[0] > self.first_step[0]:
             pace = (self.last_step[1] - self.first_step[1]) / (self.last_step[0] - self.first_step[0])
-            return max(0.0, (self.total_steps - self.step) * pace)
+            return more * pace
         return self.current.left_s if self.current else None
 
     @property
