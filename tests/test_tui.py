@@ -21,7 +21,7 @@ from tui.base import Confirm, Help
 from tui.chart import Chart
 from tui.follow import RunModel
 from tui.form import Editor, Field
-from tui.monitor import MonitorScreen
+from tui.monitor import MonitorScreen, Search
 from tui.settings import Settings, preset_changes
 from tui.target import LocalTarget
 
@@ -450,6 +450,26 @@ async def test_the_log_counts_what_came_while_one_reads_above(root):
         await pilot.press("t")
         await settle(pilot, lambda: log.is_vertical_scroll_end)
         assert app.screen.unseen == 0
+
+
+async def test_the_search_of_the_log_is_left_by_enter_or_escape(root):
+    training(root)
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.check_action("search", ()))
+        for key, said in (("escape", ""), ("enter", "1 line with 'markup'")):
+            for typed in ("slash", *"markup"):  # at once, as over a slow line
+                app.post_message(Key(typed, typed if len(typed) == 1 else None))
+            field = app.screen.query_one(Search)
+            await settle(pilot, lambda field=field: field.value == "markup" and field.has_focus)
+            shown = [
+                active.binding.description for active in app.screen.active_bindings.values() if active.binding.show
+            ]
+            assert "leave it" in shown and "zoom" not in shown
+            await pilot.press(key)
+            await settle(pilot, lambda field=field: not field.display and app.screen.query_one(Log).has_focus)
+            assert said in text(app, "#notice") and app.is_running
+            field.value = ""
 
 
 async def test_stop_asks_first(root, monkeypatch):

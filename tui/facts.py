@@ -136,11 +136,11 @@ def ending(follower: Follower, resumable: bool) -> list[Content]:
         said = follower.model.errors or [line for line in follower.log if line.strip()]
         why = said[-1] if said else "no word in its log"
         text = why if follower.state == "failed" else f"its process is gone; last words: {why}"
-        then = "c continues from the last checkpoint" if resumable else "the log says more; 3 starts anew"
+        then = ("c", "continues from the last checkpoint") if resumable else ("3", "starts anew; the log says more")
         way_on = follower.model.way_on
         if way_on:
-            then = f"o goes on from the last checkpoint {way_on[0]}"
-        return [Content.assemble((text, "$error")), report.waiting(then)]
+            then = ("o", f"goes on from the last checkpoint {way_on[0]}")
+        return [Content.assemble((text, "$error")), report.key_hints(then)]
     return report.warnings(out_of_memory(follower.model.oom) + follower.model.warnings[-2:])
 
 

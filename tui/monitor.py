@@ -14,6 +14,7 @@ from textual.content import Content
 from textual.widgets import ContentSwitcher, Input, Log, OptionList
 from textual.widgets.option_list import Option
 
+from surgvqa.console import counted
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs import RunSummary
 from tui import report, words
@@ -30,6 +31,16 @@ NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs ap
 NO_RUNS_THERE = "No runs on {host} yet.\nSend checkpoint and data with 2, then start training with 3."
 ZOOM = "Zoom into the newest part, and out"
 FIRST_LOSS = "The first loss comes with the first optimiser step."
+
+
+class Search(Input):
+    """Words to find in the log; it is there only while they are typed."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "find"), Binding("escape", "leave", "leave it")]
+
+    def action_leave(self) -> None:
+        self.display = False
+        self.screen.query_one(Log).focus()
 
 
 class MonitorScreen(PanelScreen):
@@ -86,13 +97,13 @@ class MonitorScreen(PanelScreen):
                         yield Pane(id="text")
                 with Vertical(id="log-panel", classes="panel"):
                     yield Log(id="log", max_lines=5000)
-                    yield Input(placeholder="find in the log", compact=True, id="search")
+                    yield Search(placeholder="find in the log", compact=True)
 
     async def on_mount(self) -> None:
         titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "log-panel": "log", "facts": "run"}
         for id, title in titles.items():
             self.query_one(f"#{id}").border_title = title
-        self.query_one("#search").display = False
+        self.query_one(Search).display = False
         self.query_one(Log).anchor()
         if self.follower is None:
             self.attach_newest()
@@ -337,7 +348,7 @@ class MonitorScreen(PanelScreen):
             option = self.query_one("#runs", OptionList).highlighted_option if self.is_mounted else None
             return bool(option and (follower is None or option.id != follower.run_id))
         if action in ("log_scale", "zoom", "pan", "whole"):
-            return bool(follower and follower.model.train.xs)
+            return bool(follower and follower.model.train.xs) and not isinstance(self.focused, Search)
         if action in ("follow_log", "search", "search_again"):
             return bool(follower and follower.log) and (action != "follow_log" or self.unseen > 0)
         return super().check_action(action, parameters)
@@ -381,15 +392,14 @@ class MonitorScreen(PanelScreen):
         self.keys_changed()
 
     def action_search(self) -> None:
-        field = self.query_one("#search", Input)
+        field = self.query_one(Search)
         field.display = True
-        field.focus()
+        self.set_focus(field)
 
-    @on(Input.Submitted, "#search")
-    def _search(self, event: Input.Submitted) -> None:
+    @on(Search.Submitted)
+    def _search(self, event: Search.Submitted) -> None:
         self.sought = event.value.lower()
-        self.query_one("#search").display = False
-        self.query_one(Log).focus()
+        self.query_one(Search).action_leave()
         self.action_search_again()
 
     def action_search_again(self) -> None:
@@ -404,7 +414,7 @@ class MonitorScreen(PanelScreen):
         top = log.scroll_offset.y
         line = next((i for i in reversed(found) if i < top), found[-1])
         log.scroll_to(y=line, animate=False, force=True)
-        self.say(f"{len(found)} lines hold {self.sought!r}; n goes to the next")
+        self.say(f"{counted(len(found), 'line')} with {self.sought!r}; n goes to the next")
 
     def action_stop(self) -> None:
         """Asks first."""
