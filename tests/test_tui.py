@@ -346,7 +346,9 @@ async def test_one_key_goes_on_as_an_out_of_memory_error_proposes(root, monkeypa
     run.emit("oom", step=30, phase="evaluate", text="tried to allocate", next_preset="small",
              next_settings={"num_frames": 6, "gradient_checkpointing": True})  # fmt: skip
     with pytest.raises(config.UsageError), run:
-        raise config.UsageError(f"out of GPU memory at step 30: {'tried to allocate ' * 20}")
+        raise config.UsageError(
+            "out of GPU memory at step 30: tried; go on with preset small: surgvqa train --resume x"
+        )
     launched = []
 
     async def launch(*argv, **_):
@@ -359,6 +361,7 @@ async def test_one_key_goes_on_as_an_out_of_memory_error_proposes(root, monkeypa
         await pilot.press("4")
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
         await settle(pilot, lambda: "o goes on from the last checkpoint as in preset small" in text(app, "#facts"))
+        assert "step 30: tried" in text(app, "#facts") and "--resume" not in text(app, "#facts")
         await pilot.press("o")
         await settle(pilot, lambda: launched)
         assert launched == [("train", "--resume", run.id, "--num_frames=6", "--gradient_checkpointing=true")]

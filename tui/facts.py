@@ -139,6 +139,7 @@ def ending(follower: Follower, resumable: bool) -> list[Content]:
         then = ("c", "continues from the last checkpoint") if resumable else ("3", "starts anew; the log says more")
         way_on = follower.model.way_on
         if way_on:
+            text = text.partition("; go on with ")[0]  # the key does what this would have one type
             then = ("o", f"goes on from the last checkpoint {way_on[0]}")
         return [Content.assemble((text, "$error")), report.key_hints(then)]
     return report.warnings(out_of_memory(follower.model.oom) + follower.model.warnings[-2:])

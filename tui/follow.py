@@ -180,7 +180,7 @@ class RunModel:
         if self.oom_survived or not settings:
             return None
         named = ", ".join(f"{name} {words.value(value)}" for name, value in settings.items())
-        text = f"as in preset {preset}" if preset else f"with {named}"
+        text = f"as in preset {preset}: {named}" if preset else f"with {named}"
         return text, [f"--{name}={words.value(value)}" for name, value in settings.items()]
 
     # --- events ------------------------------------------------------------------------------------------------------
