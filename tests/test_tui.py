@@ -678,6 +678,17 @@ async def test_the_predicted_peak_stands_against_the_budget(root):
         assert "spare for speed: 2" in shown and "of 28 layers recompute" in shown
 
 
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_prediction_is_as_wide_as_its_panel(root, size):
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        await pilot.press("3")
+        await settle(pilot, lambda: "predicted of 28.5 GB" in text(app, "#memory"))
+        for id in ("#memory", "#presets"):
+            width = app.screen.query_one(id).size.width
+            await settle(pilot, lambda id=id, width=width: len(text(app, id).splitlines()[1]) == width)
+
+
 async def test_launch_is_refused_with_the_checks_own_line(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:

@@ -201,6 +201,7 @@ class MergeScreen(PanelScreen):
     @work(group="plan", exclusive=True, exit_on_error=False)
     async def action_audit(self) -> None:
         """Audits the merged checkpoint from its headers."""
+        self.say("")
         self.show("audit", report.waiting("reading the headers …"))
         answer = await self.app.here.command("audit", str(self.output()))
         self.show("audit", report.audit(answer.data) if answer.data else report.problem(answer.error))

@@ -241,6 +241,7 @@ class TrainScreen(PanelScreen):
             self.predictions[preset.name] = await predict(self.settings, preset.name, here=self.app.host is None)
         self.show_presets()
         self.show_memory()
+        self.call_after_refresh(self._preview_changed)  # at the width that the panels have with all that in them
 
     def show_memory(self) -> None:
         """The configuration's predicted memory against the budget."""

@@ -291,7 +291,10 @@ class UploadScreen(PanelScreen):
             self.say(f"{follower.model.command} stopped; the next one goes on there")
 
 
-NOTHING = "Nothing to send: surgvqa.toml names no checkpoint and no data."
+NOTHING = (
+    "Nothing to send: surgvqa.toml names no checkpoint and no data.\n"
+    "Put stage1_model_path, stage2_adapter_path, train_data_path, frames_dir and audio_dir there, then press p."
+)
 
 
 def _host_of(info: dict[str, Any]) -> str | None:

@@ -98,7 +98,7 @@ def short_path(path: object, root: Path | None = None) -> str:
     text = str(path)
     for base, prefix in ((root, ""), (Path.home(), "~/")):
         if base and Path(text).is_absolute() and Path(text).is_relative_to(base):
-            return prefix + str(Path(text).relative_to(base))
+            return (prefix + str(Path(text).relative_to(base))).removesuffix("/.")
     return text
 
 
