@@ -25,7 +25,7 @@ from remote.options import UploadOptions
 from surgvqa import __version__, config, runs
 from surgvqa.cli import Parser, add_option, forgive_encoding, normalise
 from surgvqa.config import Workspace
-from surgvqa.console import JobView, human_seconds
+from surgvqa.console import JobView, human_seconds, terminal
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 
@@ -167,9 +167,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"surgvqa-remote {name}: {error.filename or 'here'}: {error.strerror or error}", file=sys.stderr)
         return 1
     if arguments.json:
-        print(json.dumps(outcome.data, indent=1, default=str))
+        print(json.dumps(runs.finite(outcome.data), indent=1, default=str))
     elif outcome.show:
-        outcome.show(Console(highlight=False))
+        outcome.show(terminal())
     return 0 if outcome.ok else 1
 
 
@@ -386,7 +386,7 @@ def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
             elif kind == "log" and log:
                 view.console.print(event["text"], end="", markup=False)
             elif kind == "error":
-                view.console.print(f"error: {event['text']}", markup=False)
+                view.console.print(f"error: {event.get('text')}", markup=False)
             elif kind not in ("log", "state"):
                 view.show(event)
     finally:
@@ -403,7 +403,7 @@ def _runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
     def show(console: Console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)
-        table.columns[0].no_wrap = True  # it is there to be copied
+        table.columns[0].no_wrap = table.columns[3].no_wrap = True  # the id is there to be copied
         for r in data["runs"]:
             ago = human_seconds(max(0, data["time"] - r["started"]))  # the host's clock, whatever ours says
             table.add_row(r["id"], r["command"], r["state"], f"{ago} ago", str(r["steps"] or ""), r["name"])
@@ -474,7 +474,7 @@ def _gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         if watch is None:
             data = remote.call("gpus", venv=venv, watch=None)
             return Outcome(data, show=lambda console: console.print(draw(data["gpus"], data.get("note"))))
-        console = Console(highlight=False)
+        console = terminal()
         with suppress(KeyboardInterrupt):
             for sample in remote.stream("gpus", venv=venv, watch=watch):
                 if arguments.json:

@@ -340,6 +340,8 @@ def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> dict[str, Any]:
 
 def show(console: Any, data: dict[str, Any]) -> None:
     """A few lines: what it is, the dtypes, then everything that is wrong."""
+    from rich.text import Text
+
     from surgvqa.console import counted, human_bytes
 
     console.print(
@@ -349,7 +351,7 @@ def show(console: Any, data: dict[str, Any]) -> None:
     )
     for dtype, count in data["dtypes"].items():
         colour = "green" if dtype == "BF16" else "red"
-        console.print(f"  [{colour}]{dtype:<8}[/{colour}] {counted(count, 'tensor')}")
+        console.print(Text.assemble("  ", (f"{dtype:<8}", colour), f" {counted(count, 'tensor')}"))
     for entry in data["offenders"][:SHOWN]:
         text = f"  not BF16: {entry['name']}  {entry['dtype']}  {entry['shape']}  {entry['shard']}"
         console.print(text, style="red", markup=False)
@@ -359,7 +361,8 @@ def show(console: Any, data: dict[str, Any]) -> None:
     if more:
         console.print(f"  … and {more} more (--json lists all)")
     if data["ok"]:
-        console.print("[green]ok[/green]: every tensor is BF16" + (" and finite" if "not_finite" in data else ""))
+        finite = " and finite" if "not_finite" in data else ""
+        console.print(Text.assemble(("ok", "green"), f": every tensor is BF16{finite}"))
     if "fixed" in data:
         console.print(f"BF16 copy: {data['fixed']['checkpoint']}: {'ok' if data['fixed']['ok'] else 'not ok'}")
         for text in data["fixed"]["problems"][:SHOWN]:

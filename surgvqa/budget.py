@@ -136,7 +136,7 @@ def _show(
     for group, heading in GROUPS.items():
         rows = [c for c in prediction.components if c.group == group]
         if group in ("weights", "training", "activations"):
-            table.add_row(Text(heading, "bold"), "", f"[bold]{sum(c.bytes for c in rows) / GB:.2f}[/bold]", "")
+            table.add_row(Text(heading, "bold"), "", Text(f"{sum(c.bytes for c in rows) / GB:.2f}", "bold"), "")
         for c in rows:
             largest = Text(f"({c.peak_bytes / GB:.2f} earlier)" if c.peak_bytes > c.bytes else "", "dim")
             share = bar(c.bytes / GB / budget_gb, WIDTH, alarm=False)

@@ -77,6 +77,10 @@ class Job:
     side_files: dict[str, bytes] = field(default_factory=dict)
     """config.json, tokenizer files, …: small, written last."""
 
+    def __post_init__(self) -> None:
+        if self.output.is_symlink():  # to another disk, mostly: `partial` has to stand beside what it becomes
+            self.output = self.output.resolve()
+
     @property
     def partial(self) -> Path:
         return self.output.with_name(self.output.name + ".partial")

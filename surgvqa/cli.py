@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa import __version__, allocator, config, runs, trained
-from surgvqa.console import JobView, OutputToLog
+from surgvqa.console import JobView, OutputToLog, terminal
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 
@@ -256,6 +256,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `surgvqa runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except OSError as error:  # a folder that cannot be read, or is gone
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"surgvqa {name}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     return 0 if outcome.ok else 1
 
 
@@ -269,23 +273,27 @@ def forgive_encoding() -> None:
 def answer(outcome: Outcome, as_json: bool) -> None:
     """What the command found, on stdout."""
     if as_json:
-        print(json.dumps(outcome.data, indent=1, default=str), flush=True)
+        print(json.dumps(runs.finite(outcome.data), indent=1, default=str), flush=True)
     elif outcome.show:
-        from rich.console import Console
-
-        outcome.show(Console(highlight=False))
+        outcome.show(terminal())
 
 
 def record_failure(argv: list[str], error: SurgvqaError) -> None:
     """A launched job that could not even be asked says so in the run folder that was made for it."""
-    if "--run_id" not in argv[:-1]:
-        return
 
     def value(option: str) -> str | None:
-        return argv[argv.index(option) + 1] if option in argv[:-1] else None
+        """The last one counts, as for argparse."""
+        found = None
+        for word, after in zip(argv, [*argv[1:], None]):
+            name, equals, text = word.partition("=")
+            if name == option:
+                found = text if equals else after
+        return found
 
-    root = Path(value("--workspace") or config.find_workspace())
-    folder = root / "runs" / str(value("--run_id"))
+    run_id = value("--run_id")
+    if not run_id:
+        return
+    folder = Path(value("--workspace") or config.find_workspace()) / "runs" / run_id
     if folder.is_dir() and runs.finished_event(folder) is None:
         with suppress(SurgvqaError), runs.Run(folder):
             raise error

@@ -335,7 +335,7 @@ def convert(setting: Setting, value: Any, where: str) -> Any:
             raise bad("a whole number" if setting.type is int else "a number") from None
     if setting.choices and str(value) not in setting.choices:
         raise bad("one of " + ", ".join(setting.choices))
-    return setting.type(value)
+    return Path_(os.path.expanduser(str(value))) if setting.type is Path_ else setting.type(value)
 
 
 def _single(setting: Setting) -> Setting:
@@ -429,7 +429,7 @@ def _file_value(known: dict[str, Setting], key: str, value: Any, file: Path, tab
         raise UsageError(f"{file}: unknown key {table}{key}{nearest(key, known)}")
     value = convert(known[key], value, str(file))
     if known[key].type is Path_ and value is not None:
-        absolute = [Path_(file.parent / os.path.expanduser(v)) for v in (value if isinstance(value, list) else [value])]
+        absolute = [Path_(file.parent / v) for v in (value if isinstance(value, list) else [value])]
         value = absolute if isinstance(value, list) else absolute[0]
     return value
 

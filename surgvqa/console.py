@@ -53,11 +53,16 @@ def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
     return Text.assemble((filled, colour), ("─" * (width - len(filled)), "dim"))
 
 
+def terminal() -> Console:
+    """stdout, which shows text as it is: brackets in a name are no markup, :x: is no emoji."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 class JobView:
     """Draws events on stderr: a bar for the phase at hand, a line for what stays. Plain lines without a terminal."""
 
     def __init__(self, stream: Any = None):
-        self.console = Console(file=stream or sys.stderr, highlight=False)
+        self.console = Console(file=stream or sys.stderr, highlight=False, emoji=False)
         self.live = self.console.is_terminal
         self.progress: Progress | None = None
         self.task: TaskID | None = None

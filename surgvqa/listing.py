@@ -31,8 +31,7 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
 
     def show(console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)
-        table.columns[0].no_wrap = True  # it is there to be copied
-        table.columns[3].no_wrap = True
+        table.columns[0].no_wrap = table.columns[3].no_wrap = True  # the id is there to be copied
         for r in listed:
             started = time.strftime("%m-%d %H:%M", time.localtime(r.started))
             table.add_row(r.id, r.command, r.state, started, str(r.steps or ""), r.name)

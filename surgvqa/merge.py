@@ -306,6 +306,8 @@ def _dry_run(plan: Plan) -> Outcome:
     fits = data["output_bytes"] <= data["free_bytes"]
 
     def show(console: Any) -> None:
+        from rich.text import Text
+
         console.print(f"{data['output']}: {counted(len(data['shards']), 'shard')}, {human_bytes(data['output_bytes'])}")
         for shard in data["shards"]:
             tensors = counted(shard["tensors"], "tensor")
@@ -316,7 +318,7 @@ def _dry_run(plan: Plan) -> Outcome:
         )
         console.print(f"free disk {human_bytes(data['free_bytes'])}: {'enough' if fits else 'not enough'}")
         for text in plan.warnings:
-            console.print(f"[yellow]warning:[/yellow] {text}")
+            console.print(Text.assemble(("warning:", "yellow"), f" {text}"))
 
     return Outcome(data, ok=fits, show=show)
 

@@ -135,6 +135,15 @@ def _refuse(file: Path, config: dict[str, Any]) -> None:
     for key, why in _REFUSED.items():
         if config.get(key):
             raise UsageError(f"{file}: {key}: {why}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise UsageError(f"{file}: {key} is {pattern!r}, expected an object of regular expressions and numbers")
+        for part in pattern:
+            try:
+                re.compile(part)
+            except re.error:
+                raise UsageError(f"{file}: {key} has {part!r}, which is no regular expression") from None
     start = str(config.get("init_lora_weights") or "").lower()
     if start.startswith(_REFUSED_INIT):
         raise UsageError(
@@ -187,7 +196,7 @@ def _module(adapter: Adapter, raw_name: str, module: str, found: dict[str, Tenso
         raise UsageError(f"{weight.file}: {weight.name} is {weight.dtype}; merge onto a BF16, F16 or F32 base")
     rank = _pattern_value(config.get("rank_pattern"), raw_name, config.get("r"))
     alpha = _pattern_value(config.get("alpha_pattern"), raw_name, config.get("lora_alpha"))
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise UsageError(f"{adapter.folder / CONFIG_FILE}: r={rank!r}, lora_alpha={alpha!r}; expected numbers")
     if a.shape[0] != rank or len(b.shape) < 2 or b.shape[1] != rank:
         rows = a.shape[0]

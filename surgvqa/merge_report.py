@@ -170,6 +170,8 @@ def _read_text(file: Path) -> str:
 
 def show_report(console: Any, data: dict[str, Any], report: dict[str, Any]) -> None:
     """The report for people: a bar per layer, what was lost, what looks wrong."""
+    from rich.text import Text
+
     rate = human_bytes(int(data["bytes"] / max(data["seconds"], 1e-9)))
     console.print(
         f"{data['output']}: {human_bytes(data['bytes'])} in {counted(data['shards'], 'shard')}, "
@@ -195,4 +197,4 @@ def show_report(console: Any, data: dict[str, Any], report: dict[str, Any]) -> N
             f"{slowest['seconds']:.1f} s for {counted(slowest['modules'], 'module')}"
         )
     for text in report["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {text}", markup=True)
+        console.print(Text.assemble(("warning:", "yellow"), f" {text}"))

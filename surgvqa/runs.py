@@ -100,14 +100,14 @@ def write_json_atomic(path: Path, document: Any) -> None:
     os.replace(temporary, path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: they become null, and a chart draws a gap."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 
@@ -167,7 +167,7 @@ class Run:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Appends one event. A full disk loses the event, never the job."""
-        event = {"v": 1, "t": round(time.time(), 3), "kind": kind, **_finite(fields)}
+        event = {"v": 1, "t": round(time.time(), 3), "kind": kind, **finite(fields)}
         line = (json.dumps(event, ensure_ascii=False, default=str) + "\n").encode()
         with self._lock:
             try:

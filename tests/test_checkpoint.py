@@ -694,6 +694,21 @@ def test_empty_output_folder_is_taken(tmp_path: Path, base: Path) -> None:
     is_whole(tmp_path / "out", base)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path: Path, base: Path, there: bool) -> None:
+    """To another disk, mostly: nothing of it may land beside the link, and the link stays."""
+    large = tmp_path / "large disk" / "out"
+    large.parent.mkdir()
+    if there:
+        large.mkdir()
+    (tmp_path / "small").mkdir()
+    link = tmp_path / "small" / "merged"
+    link.symlink_to(large)
+    write(make_job(base, link))
+    is_whole(large, base)
+    assert link.is_symlink() and [f.name for f in link.parent.iterdir()] == ["merged"]
+
+
 def test_disk_is_checked_first(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_writer, "free_bytes", lambda _: 5_000)
     job = make_job(base, tmp_path / "deep" / "er" / "out")

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from surgvqa import cli
+from surgvqa import cli, runs
+from surgvqa.outcome import Outcome
 
 
 def surgvqa(*arguments, cwd=None):
@@ -132,3 +133,44 @@ def test_an_example_can_be_asked(name):
     _, *argv = shlex.split(cli.COMMANDS[name].example)
     arguments, unknown = cli.build_parser().parse_known_args(argv)
     assert arguments.command == name and not unknown and "…" not in cli.COMMANDS[name].example
+
+
+NAMED = "a [x][/] [bold]b :x:"
+
+
+def test_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
+    """Brackets are rich's markup, and :x: its emoji: a run name with them vanished in part, or ended in a traceback."""
+    monkeypatch.chdir(tmp_path)
+    options = {"run_name": {"value": NAMED, "from": "command line"}}
+    with runs.Run.create(tmp_path / "runs", "train", options=options):
+        pass
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["runs"]) == 0 and NAMED in capsys.readouterr().out
+    other = NAMED.replace("/", "")
+    (tmp_path / other).mkdir()
+    assert cli.main(["runs", "--workspace", other]) == 0 and other in capsys.readouterr().out
+
+
+def test_json_has_no_nan(capsys):
+    """Which is no JSON: jq and every browser refuse it."""
+    cli.answer(Outcome({"train_loss": float("nan"), "by": [{"x": float("inf")}]}), as_json=True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"train_loss": None, "by": [{"x": None}]}
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["runs"]) == 1
+    assert capsys.readouterr().err == "surgvqa runs: No such file or directory\n"
+
+
+@pytest.mark.parametrize("named", [["--workspace", "w"], ["--workspace=w"]])
+def test_a_job_that_could_not_be_asked_says_so_in_its_own_folder(tmp_path, monkeypatch, named):
+    """The last --run_id counts, as it does for argparse."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("old", "new"):
+        (tmp_path / "w" / "runs" / run).mkdir(parents=True)
+    assert cli.main(["evaluate", *named, "--run_id", "old", "--predictions", "none", "--run_id=new"]) == 2
+    assert runs.finished_event(tmp_path / "w" / "runs" / "new")["exit_code"] == 2
+    assert runs.finished_event(tmp_path / "w" / "runs" / "old") is None

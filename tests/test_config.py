@@ -132,3 +132,11 @@ def test_a_workspace_file_that_cannot_be_read_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_text", refused)
     with pytest.raises(UsageError, match=r"surgvqa\.toml: Permission denied"):
         config.load_workspace(tmp_path)
+
+
+def test_a_home_is_filled_in_where_the_shell_does_not(monkeypatch):
+    """bash leaves --stage1_model_path=~/stage1 as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    known = config.settings_of(config.MergeOptions)["stage1_model_path"]
+    assert config.convert(known, "~/stage 1", "command line") == "/home/me/stage 1"
+    assert config.convert(known, "a/~", "command line") == "a/~"

@@ -541,6 +541,9 @@ def edited(folder: Path, **changes: Any) -> None:
         ({"r": 5}, "r=5 but lora_A has 4 rows in model.layers.0.down_proj; is this the adapter's own config?"),
         ({"use_dora": True}, "use_dora=True, but model.layers.0.down_proj has no lora_magnitude_vector"),
         ({"lora_alpha": None}, "lora_alpha=None; expected numbers"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan; expected numbers"),
+        ({"rank_pattern": [4]}, "rank_pattern is [4], expected an object of regular expressions and numbers"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern has '(', which is no regular expression"),
     ],
 )
 def test_adapters_that_cannot_be_merged(tmp_path: Path, changes: dict[str, Any], text: str) -> None:

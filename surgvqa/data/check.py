@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from surgvqa.config import CheckDataOptions, Workspace
 from surgvqa.data.samples import (
@@ -223,7 +223,7 @@ def _in_several(groups: Sequence[set[Any]]) -> set[Any]:
 def _show_file(console: Console, file: File) -> None:
     """Label balance by question type: a bar in which each label has its shade, most frequent first."""
     clips = len({sample.clip for sample in file.samples})
-    console.print(f"[bold]{escape(file.path)}[/bold]  {len(file.samples):,} samples, {clips:,} clips")
+    console.print(Text.assemble((file.path, "bold"), f"  {len(file.samples):,} samples, {clips:,} clips"))
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("question type", no_wrap=True)
     table.add_column("samples", justify="right")
@@ -232,8 +232,9 @@ def _show_file(console: Console, file: File) -> None:
     for kind, counts in sorted(file.labels.items()):
         ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         labels = " · ".join(f"{label} {count}" for label, count in ranked)
-        only = "[yellow]one label only[/yellow]  " if len(ranked) == 1 else ""
-        table.add_row(escape(kind), str(counts.total()), _coloured(_bar([n for _, n in ranked])), only + escape(labels))
+        only = ("one label only  " if len(ranked) == 1 else "", "yellow")
+        bar = _coloured(_bar([n for _, n in ranked]))
+        table.add_row(kind, str(counts.total()), bar, Text.assemble(only, labels))
     console.print(table)
 
 
@@ -247,17 +248,17 @@ def _bar(counts: Sequence[int]) -> str:
     return "".join(SHADES[min(label, len(SHADES) - 1)] for label in labels)
 
 
-def _coloured(bar: str) -> str:
-    """The bar as rich markup, a colour a label."""
+def _coloured(bar: str) -> Text:
+    """The bar with a colour a label."""
     parts = ("".join(group) for _, group in groupby(bar))
-    return "".join(f"[{COLOURS[SHADES.index(part[0])]}]{part}[/]" for part in parts)
+    return Text.assemble(*((part, COLOURS[SHADES.index(part[0])]) for part in parts))
 
 
 def _show_notes(console: Console, files: list[File], data: dict[str, Any]) -> None:
     """What is no error but bears on what a score is worth; a yellow bullet where there is something to see."""
 
     def note(text: str, remarkable: bool = False) -> None:
-        console.print(f"{'[yellow]•[/yellow]' if remarkable else '•'} {escape(text)}")
+        console.print(Text.assemble(("•", "yellow" if remarkable else ""), f" {text}"))
 
     several = len(files) > 1
     by_file = ", ".join(f"{_name(f['file'])} {100 * f['majority_accuracy']:.1f} %" for f in data["files"])
@@ -291,10 +292,10 @@ def _show_problems(console: Console, findings: Findings, deep: bool) -> None:
     ]
     for title, texts in kinds:
         if texts:
-            console.print(f"[red]{len(texts):,} {title}[/red]")
+            console.print(Text(f"{len(texts):,} {title}", "red"))
             for text in texts[:SHOWN]:
-                console.print(f"  {escape(text)}", soft_wrap=True)
+                console.print(Text(f"  {text}"), soft_wrap=True)
             if len(texts) > SHOWN:
                 console.print(f"  … and {len(texts) - SHOWN:,} more (--json lists them all)")
     if not any(texts for _, texts in kinds):
-        console.print(f"[green]every frame and every spoken question is there{' and decodes' if deep else ''}[/green]")
+        console.print(Text(f"every frame and every spoken question is there{' and decodes' if deep else ''}", "green"))
