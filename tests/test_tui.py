@@ -279,6 +279,21 @@ async def test_a_failed_run_shows_its_error(root):
 
 
 @pytest.mark.parametrize("size", SIZES)
+async def test_the_whole_error_is_on_the_screen(root, size):
+    """What to do stands at the end of it."""
+    run = training(root)
+    with pytest.raises(config.UsageError), run:
+        raise config.UsageError(
+            "/a/long/path/of/a/file.jsonl:17: " + "found this, expected that, " * 6 + "then-do-this"
+        )
+    app = panel(root)
+    async with app.run_test(size=size) as pilot:
+        await pilot.press("4")
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and "then-do-this" in text(app, "#facts"))
+        await settle(pilot, lambda: "then-do-this" in app.export_screenshot() and "starts" in app.export_screenshot())
+
+
+@pytest.mark.parametrize("size", SIZES)
 async def test_the_gauge_tells_tensors_from_what_is_cached_and_from_the_driver(root, size):
     run = runs.Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))
     run.emit("gpu", device=0, backend="cuda", process_bytes=26.9e9, allocated_bytes=20e9, reserved_bytes=26e9,

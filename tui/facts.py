@@ -42,8 +42,8 @@ def facts(follower: Follower, width: int, resumable: bool) -> Content:
 
 
 def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Content:
-    """For a small terminal: state and bar, then the figures, then a line of trouble when there is some, and one of what
-    to do when it ended badly."""
+    """For a small terminal: state and bar, then the figures, then a line of trouble when there is some; of a run that
+    ended badly the whole of it, and what to do."""
     model = follower.model
     share, count = how_far(follower)
     head = Content.assemble(standing(follower), "  ", (model.command, "bold"))
@@ -55,8 +55,10 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     last = waiting(follower, least=STARVED) or ("" if rate is None else f"lr {rate:.2e}")
     figures = [count, pace(follower), time_left(follower), last]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
-    trouble = ending(follower, resumable)[: 1 if follower.active else 2]
-    return report.lines(head, second, *(line.truncate(width, ellipsis=True) for line in trouble))
+    trouble = ending(follower, resumable)
+    if follower.state not in ("failed", "died"):
+        trouble = [line.truncate(width, ellipsis=True) for line in trouble[: 1 if follower.active else 2]]
+    return report.lines(head, second, *trouble)
 
 
 def standing(follower: Follower) -> Content:
