@@ -70,9 +70,11 @@ class UnknownHostKey(SurgvqaError):
         name = HostKeys.hash_host(host.key_name) if host.setting("hashknownhosts") == "yes" else host.key_name
         file = host.known_hosts_files[0]
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        before = file.read_bytes() if file.exists() else b""
+        newline = "\n" if before and not before.endswith(b"\n") else ""  # else the key before it would be lost
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(f"{name} {self.key.get_name()} {self.key.get_base64()}\n")
+            stream.write(f"{newline}{name} {self.key.get_name()} {self.key.get_base64()}\n")
 
 
 def fingerprint(key: paramiko.PKey) -> str:

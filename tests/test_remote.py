@@ -60,6 +60,15 @@ def test_an_unknown_key_is_refused_shown_and_remembered_when_told(laptop):  # no
     assert subprocess.run(words).returncode == 0  # OpenSSH reads it too
 
 
+def test_a_remembered_key_leaves_the_others_as_they_are(laptop):  # noqa: F811
+    """known_hosts that an editor left without a newline at its end."""
+    other = f"elsewhere {(laptop.server.root / 'host_key.pub').read_text().strip()}"
+    laptop.server.known_hosts.write_text(other)
+    connect("gpuhost", laptop.workspace, accept_new_host_key=True).close()
+    first, second = laptop.server.known_hosts.read_text().splitlines()
+    assert first == other and second.startswith("|1|")
+
+
 def test_a_changed_key_is_refused_always(laptop):  # noqa: F811
     laptop.server.stop()
     laptop.server.new_host_key()

@@ -307,6 +307,27 @@ def test_a_resumed_job_has_its_own_run_id_alone():
     assert jobs.resume_argv(argv, "old") == ["--seed", "1", "--bf16", "--resume", "old"]
 
 
+def test_a_disk_that_fills_up_while_a_job_is_launched_keeps_no_secret(tmp_path, monkeypatch):
+    from remote.agent import jobs as on_host
+
+    dump = json.dump
+
+    def full(document, file, **options):
+        if "env" in document:
+            file.write("the key")
+            file.flush()
+            raise OSError(28, "No space left on device")
+        dump(document, file, **options)
+
+    monkeypatch.setattr(json, "dump", full)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").touch()
+    asked = {"command": "train", "argv": [], "needs": [], "env": {}, "secrets": {"K": "the key"}, "exclusive": False}
+    with pytest.raises(OSError, match="No space left"):
+        on_host.launch(None, str(tmp_path), "venv", **asked)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["audit", "ask", "budget", "check-data", "demo", "host"])
 def test_what_is_no_job_is_not_launched(tmp_path, monkeypatch, capsys, command):
     """It would refuse the run folder on the host, and nobody would see why."""

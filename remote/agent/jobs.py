@@ -152,28 +152,30 @@ def launch(
     folder = Path(workspace, "runs", run_id)
     folder.mkdir(parents=True)
     full = [command, *argv, "--workspace", workspace]
-    run_folders.write_json_atomic(
-        folder / "run.json",
-        {
-            "v": 1,
-            "id": run_id,
-            "command": command,
-            "argv": [command, *argv],
-            "cwd": workspace,
-            "host": platform.node(),
-            "pid": None,
-            "started": time.time(),
-        },
-    )
+    info = {
+        "v": 1,
+        "id": run_id,
+        "command": command,
+        "argv": [command, *argv],
+        "cwd": workspace,
+        "host": platform.node(),
+        "pid": None,
+        "started": time.time(),
+    }
     start = {
         "argv": [python, "-m", "surgvqa", *full, "--run_id", run_id],
         "cwd": workspace,
         "env": {**os.environ, **env, **secrets, "SURGVQA_DETACHED": "1", "PYTHONUNBUFFERED": "1"},
         "locks": locks,
     }
-    descriptor = os.open(folder / "start.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump(start, file)
+    try:
+        run_folders.write_json_atomic(folder / "run.json", info)
+        descriptor = os.open(folder / "start.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(start, file)
+    except OSError:
+        _discard(folder)
+        raise
     words = [python, "-m", "surgvqa.supervisor", str(folder)]
     said, warning = None, ""
     if _lingers() and shutil.which("systemd-run"):
@@ -186,11 +188,7 @@ def launch(
             warning = "this host ends your processes at logout (KillUserProcesses): run loginctl enable-linger there"
     if said.get("state") != "running":
         reason = said.get("error") or _last_line(folder / "log.txt")
-        for name in ("start.json", "run.json", "log.txt", "supervisor.json", "exit.json"):
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        _discard(folder)
         if said.get("state") == "busy":
             raise SurgvqaError(
                 "the GPU is taken by run {}; stop it, wait, or launch with --share".format(said["holder"])
@@ -199,6 +197,16 @@ def launch(
             reason += "; the host has another version of surgvqa: run surgvqa-remote setup"
         raise SurgvqaError(f"the job did not start: {reason}")
     return {"run": run_id, "folder": str(folder), "warning": warning}
+
+
+def _discard(folder: Path) -> None:
+    """Takes back the folder of a job that did not start: what was written into it, by exact name."""
+    half = f".run.json.{os.getpid()}.tmp"
+    for name in ("start.json", "run.json", half, "log.txt", "supervisor.json", "exit.json"):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _supervised(workspace: str, folder: Path, words: list[str]) -> dict[str, Any] | None:
