@@ -23,7 +23,13 @@ GROUPS = {
 NO_GPU = "on a GPU; this machine has none"
 WIDTH = 15
 """Of a bar, in cells; the table fits 80 columns."""
-AT_LEAST = {"num_frames": 1, "image_size": 28, "per_device_train_batch_size": 1, "lora_r": 1}
+AT_LEAST = {
+    "num_frames": 1,
+    "image_size": 28,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "lora_r": 1,
+}
 
 
 def check(options: BudgetOptions) -> None:
@@ -40,6 +46,9 @@ def check(options: BudgetOptions) -> None:
 def run(options: BudgetOptions, workspace: Workspace) -> Outcome:
     """Exit code 0 when the predicted peak is within the budget, 1 when it is not."""
     sizes, weights = checkpoint_sizes(options.model_name_or_path) if options.model_name_or_path else (Sizes(), None)
+    layers, recompute = sizes.num_hidden_layers, options.checkpointed_layers
+    if recompute is not None and not 0 <= recompute <= layers:
+        raise UsageError(f"checkpointed_layers is {recompute}, expected 0 to {layers}: the language model's layers")
     configuration = memory.configuration(sizes, options)
     prediction = memory.predict(sizes, configuration, weights)
     fits = prediction.fits(options.budget_gb)

@@ -539,7 +539,16 @@ def test_budget_drawn_fits_80_columns_and_says_what_to_change(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--num_frames", "0"], ["--budget_gb", "0"], ["--image_size", "5"], ["--lora_dropout", "1"]]
+    "arguments",
+    [
+        ["--num_frames", "0"],
+        ["--budget_gb", "0"],
+        ["--image_size", "5"],
+        ["--lora_dropout", "1"],
+        ["--gradient_accumulation_steps", "0"],
+        ["--checkpointed_layers", "-1"],
+        ["--checkpointed_layers", "29"],  # the real model has 28
+    ],
 )
 def test_budget_refuses_numbers_that_mean_nothing(arguments, capsys):
     assert cli.main(["budget", *arguments]) == 2
