@@ -693,6 +693,18 @@ async def test_the_predicted_peak_stands_against_the_budget(root):
         assert "spare for speed: 2" in shown and "of 28 layers recompute" in shown
 
 
+async def test_a_budget_that_is_none_is_shown_as_exceeded(root):
+    """A slip of the finger while the budget is typed."""
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await pilot.press("3")
+        await settle(pilot, lambda: "predicted of 28.5 GB" in text(app, "#memory"))
+        app.screen.settings.edit("budget_gb", "-100")
+        app.screen.show_all()
+        await settle(pilot, lambda: "over by" in text(app, "#memory"))
+        assert text(app, "#notice") == ""
+
+
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_prediction_is_as_wide_as_its_panel(root, size):
     app = panel(root)
@@ -808,6 +820,16 @@ async def test_what_a_field_of_the_merge_is_for_stands_below(root):
         await pilot.press("down", "down", "down")
         await settle(pilot, lambda: "audio_projector.pt" in str(form.border_subtitle))
         assert not app.screen.check_action("revert", ())
+
+
+async def test_what_a_setting_of_the_training_is_for_stands_below_where_there_is_no_room_beside(root):
+    app = panel(root)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("3")
+        form = app.screen.query_one("#train-form")
+        await settle(pilot, lambda: "name of the run" in str(form.border_subtitle))
+        await pilot.resize_terminal(120, 36)
+        await settle(pilot, lambda: not form.border_subtitle and "name of the run" in text(app, "#about"))
 
 
 async def test_what_was_wrong_is_said_no_longer_when_it_is_mended(root):

@@ -54,7 +54,7 @@ def memory_bar(
     if peak > at and cells[peak_cell][0] == "━":
         cells[peak_cell] = ("┃", "$muted")
     if budget is not None:
-        cells[min(width - 1, int(budget / scale * width))] = ("┃", BUDGET_STYLE)
+        cells[max(0, min(width - 1, int(budget / scale * width)))] = ("┃", BUDGET_STYLE)
     return Content.assemble(*cells)
 
 

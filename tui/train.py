@@ -202,6 +202,11 @@ class TrainScreen(PanelScreen):
         if field:
             rows += [Content.assemble((f"--{field.key}", "bold")), report.waiting(field.help)]
         self.query_one("#about", Static).update(report.lines(*rows))
+        room = self.app.size.width - 8
+        below = (
+            words.clip(field.help, room) if field and self.app.size.width < WIDE else ""
+        )  # `about` has no room there
+        self.query_one("#train-form").border_subtitle = below
 
     def _changes(self) -> list[Content | str]:
         assert self.previewed
