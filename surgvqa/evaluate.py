@@ -75,9 +75,11 @@ def model_folders(options: EvaluateOptions | AskOptions) -> tuple[Path, Path | N
     folder = Path(options.checkpoint)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; expected an adapter or checkpoint folder, or a run id")
-    if not (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        unfinished, _ = trained.newest_whole_checkpoint(folder)  # of a run that has not ended
-        if unfinished is None and trained.read(folder):
+    record = trained.read(folder)
+    whole = (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file()
+    if not whole or (record and record.step is None):  # a run that has not ended, perhaps in the folder of one that has
+        unfinished, _ = trained.newest_whole_checkpoint(folder)
+        if unfinished is None and record and not whole:
             raise UsageError(f"{folder}: a training run's folder in which no adapter has been saved yet")
         folder = unfinished or folder
     if not (folder / ADAPTER_CONFIG).is_file():

@@ -50,6 +50,8 @@ class Trained:
     extra: dict[str, str] = field(default_factory=dict)
     cwd: str = ""
     """Where it ran: on a GPU host, the workspace there."""
+    step: int | None = None
+    """Of the adapter beside it. None: a training has begun and not ended; an adapter there is an earlier one's."""
 
     def document(self) -> dict[str, Any]:
         """What surgvqa.json holds."""
@@ -82,8 +84,8 @@ def read(folder: Path) -> Trained | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / RECORD}: not a record of training ({error}); delete it to go on without") from None
-    extra, cwd = document.get("extra") or {}, document.get("cwd") or ""
-    return Trained(folder, options, document.get("run"), document.get("preset"), extra, cwd)
+    extra, cwd, step = document.get("extra") or {}, document.get("cwd") or "", document.get("step")
+    return Trained(folder, options, document.get("run"), document.get("preset"), extra, cwd, step)
 
 
 def find(name: str, workspace: Workspace) -> Trained:

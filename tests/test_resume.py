@@ -223,6 +223,28 @@ def test_a_moved_folder_still_has_its_best_state_and_a_lost_one_is_told(four_ste
     assert lost.result["eval_loss"] != 0.001 and lost.result["best_checkpoint"] is None
 
 
+def test_a_run_that_goes_on_where_another_ended_is_not_taken_for_its_result(world, tmp_path, monkeypatch):
+    from surgvqa import evaluate
+    from surgvqa.trainer import EventTrainer
+
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    first = Watched(world.train_options(max_steps=1, **saving), tmp_path)
+    asked = world.evaluate_options(checkpoint=str(first.output))
+    assert evaluate.model_folders(asked) == (world.checkpoint, first.output)
+    report = EventTrainer.end_of_step
+
+    def stops(self):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        report(self)
+
+    monkeypatch.setattr(EventTrainer, "end_of_step", stops)
+    output = {"output_dir": str(first.output), "resume": str(first.output)}
+    second = Watched(world.train_options(max_steps=4, **saving, **output), tmp_path)
+    assert second.result["state"] == "stopped"
+    assert evaluate.model_folders(asked) == (world.checkpoint, first.output / "checkpoint-2")
+
+
 def test_two_trainings_do_not_share_an_output_folder(world, tmp_path, monkeypatch):
     output = tmp_path / "out"
     output.mkdir()
