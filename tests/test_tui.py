@@ -199,6 +199,9 @@ async def test_a_run_that_has_ended_is_drawn_anew_at_another_width(root):
         await pilot.resize_terminal(80, 24)
         await settle(pilot, lambda: len(text(app, "#facts").splitlines()) == 2)
         assert len(text(app, "#gauge").splitlines()) == 2
+        await settle(pilot, lambda: app.focused is None)  # there is no room for the run list
+        await pilot.resize_terminal(120, 36)
+        await settle(pilot, lambda: isinstance(app.focused, OptionList))
 
 
 async def test_runs_of_one_name_are_told_apart(root):

@@ -112,7 +112,14 @@ class MonitorScreen(PanelScreen):
 
     def on_resize(self) -> None:
         super().on_resize()
-        self.call_after_refresh(self.show_figures)  # when the panels have their new widths
+        self.call_after_refresh(self._resized)
+
+    def _resized(self) -> None:
+        """The panels have their new widths, and the list, where it is back, the keys again."""
+        self.show_figures()
+        options = self.query_one("#runs", OptionList)
+        if self.focused is None and options.focusable and self.app.size.width >= WIDE:
+            options.focus()
 
     # --- attaching and following -------------------------------------------------------------------------------------
 
