@@ -36,7 +36,7 @@ BOOTSTRAP = (
 def bootstrap(python: str) -> str:
     """The remote command: the only words that the host's shell reads."""
     home = "~/" if python.startswith("~/") else ""  # the one thing that the shell is to fill in
-    return f'{home}{shlex.quote(python[len(home) :])} -I -S -c "{BOOTSTRAP}"'
+    return f'{home}{shlex.quote(python[len(home) :])} -I -S -X utf8 -c "{BOOTSTRAP}"'
 
 
 @functools.cache

@@ -255,7 +255,7 @@ def test_the_python_of_a_home_and_one_that_is_too_old(laptop):  # noqa: F811
         remote.call("probe", venv="venv")
     old = tools / "old"
     shown = "import sys; sys.version_info = (3, 6, 9); sys.version = '3.6.9 (default)'"
-    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{shown}; exec(sys.argv[1])" "$4"\n')
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{shown}; exec(sys.argv[-1])" "$@"\n')
     old.chmod(0o755)
     laptop.host(python="~/my tools/old")
     with laptop.connect() as remote, pytest.raises(SurgvqaError, match=r"Python 3\.6\.9 is too old.*hosts\.toml"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,27 @@ def test_what_is_no_job_is_not_launched(tmp_path, monkeypatch, capsys, command):
     assert "merge, train, evaluate" in capsys.readouterr().err
     with pytest.raises(UsageError):
         jobs.launch(None, command, [], needs=[])
+
+
+def test_names_are_utf8_in_a_latin_1_locale_too(host):
+    """As they are here, whatever the host's locale: in the upload, in the job, and on the way home."""
+    locale = host.root / "de_DE.ISO-8859-1"
+    made = shutil.which("localedef") and subprocess.run(["localedef", "-i", "de_DE", "-f", "ISO-8859-1", locale])
+    if not made or made.returncode:
+        pytest.skip("no localedef, or no locales to make one from (apt-get install locales)")
+    host.server.stop()
+    host.server.environment = f"LC_ALL={locale.name} LOCPATH={host.root}"
+    host.server.start()
+    (host.workspace / "ü€").mkdir()
+    (host.workspace / "ü€" / "中.json").write_text("{}")
+    host.json("upload", "gpuhost", "--model_name_or_path", "ü€")
+    assert (host.there / "ü€" / "中.json").read_text() == "{}"
+    run = host.json("launch", "gpuhost", "--wait", *TRAIN, "--max_steps", "1", "--run_name", "ü€ 中")["run"]
+    assert host.json("runs", "gpuhost")["runs"][0]["name"] == "ü€ 中"
+    host.json("fetch", "gpuhost", run)
+    assert (
+        json.loads((host.workspace / "runs" / run / "run.json").read_text())["options"]["run_name"]["value"] == "ü€ 中"
+    )
 
 
 def test_following_lags_less_than_a_second(host):

@@ -26,6 +26,7 @@ POLL_S = 0.2
 STATE_EVERY_S = 1.0
 EXIT_PATIENCE_S = 10.0
 READ_AT_ONCE = 1 << 18
+UTF8 = ("-X", "utf8")  # names are what they were where they came from, whatever the locale here
 FOLLOWED = ("events.jsonl", "log.txt")
 SYSTEMD_RUN = [
     *("systemd-run", "--user", "--quiet", "--collect", "--same-dir"),
@@ -163,7 +164,7 @@ def launch(
         "started": time.time(),
     }
     start = {
-        "argv": [python, "-m", "surgvqa", *full, "--run_id", run_id],
+        "argv": [python, *UTF8, "-m", "surgvqa", *full, "--run_id", run_id],
         "cwd": workspace,
         "env": {**os.environ, **env, **secrets, "SURGVQA_DETACHED": "1", "PYTHONUNBUFFERED": "1"},
         "locks": locks,
@@ -176,7 +177,7 @@ def launch(
     except OSError:
         _discard(folder)
         raise
-    words = [python, "-m", "surgvqa.supervisor", str(folder)]
+    words = [python, *UTF8, "-m", "surgvqa.supervisor", str(folder)]
     said, warning = None, ""
     if _lingers() and shutil.which("systemd-run"):
         # A lingering user manager outlives every logout, whatever logind.conf says.
