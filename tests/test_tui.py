@@ -158,6 +158,8 @@ def test_bad_command_lines_are_one_line(tmp_path, capsys):
     (tmp_path / "surgvqa.toml").write_text("presett = 1\n")
     assert main(["--workspace", str(tmp_path)]) == 2
     assert "did you mean preset" in capsys.readouterr().err
+    assert main(["--nope"]) == 2
+    assert capsys.readouterr().err == "surgvqa-tui: unrecognized arguments: --nope\n"
 
 
 # --- monitor ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from textual.worker import Worker
 
 from presets import PresetError, load_presets
 from surgvqa import config
+from surgvqa.cli import Parser
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import RunSummary
 from tui.base import TITLES, WIDE, Help, PanelScreen
@@ -267,7 +268,7 @@ class Panel(App[None]):
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of the panel."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="surgvqa-tui",
         description="The panel: merge, upload, train and monitor. Closing it never harms a running job.",
         epilog="example: surgvqa-tui --demo",
@@ -301,8 +302,8 @@ def open_workspace(arguments: argparse.Namespace) -> config.Workspace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the panel; 0 when it was closed, 2 when it could not be opened."""
-    arguments = build_parser().parse_args(argv)
     try:
+        arguments = build_parser().parse_args(argv)
         workspace = open_workspace(arguments)
         panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"))
     except (SurgvqaError, PresetError) as error:
