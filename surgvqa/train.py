@@ -47,6 +47,7 @@ def check(options: TrainOptions) -> None:
     check_samples(options.train_data_path, options.frames_dir, options.audio_dir)
     if evaluates(options):
         check_samples(options.eval_data_path, options.frames_dir, options.eval_audio_dir or options.audio_dir)
+    _check_resumed(options)
     _check_output(options, checkpoint)
     from surgvqa.training import training_arguments  # only now: it takes seconds
 
@@ -182,6 +183,19 @@ def _check_values(options: TrainOptions) -> None:
         raise UsageError(f"lora_target_modules {options.lora_target_modules!r}: {error}") from None
     if "wandb" in options.report_to.split(",") and importlib.util.find_spec("wandb") is None:
         raise UsageError("report_to is wandb, but wandb is not installed: pip install wandb, or --report_to none")
+
+
+def _check_resumed(options: TrainOptions) -> None:
+    """What was trained is never begun anew by --resume: only a run that left nothing starts at step 0."""
+    folder = Path(options.resume or ".")
+    if not options.resume or folder.name.startswith("checkpoint-"):
+        return
+    checkpoint, damaged = trained.newest_whole_checkpoint(folder)
+    if checkpoint is None and (damaged or (folder / trained.ADAPTER).is_file()):
+        raise UsageError(
+            f"{folder}: no checkpoint to resume from ({damaged[0] if damaged else 'none was kept'}), only trained "
+            "adapters; bring it here whole, or train anew without --resume into another output_dir"
+        )
 
 
 def _check_output(options: TrainOptions, checkpoint: Checkpoint) -> None:

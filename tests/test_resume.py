@@ -205,6 +205,24 @@ def test_going_back_needs_a_folder_of_its_own(four_steps, world, tmp_path):
     assert "checkpoint-3" in [path.name for path in trained.checkpoints(damaged.output)]
 
 
+def test_what_was_trained_is_not_begun_anew(four_steps, world, tmp_path):
+    """As when a run was fetched without its optimiser, or kept no checkpoint."""
+    output = tmp_path / "out"
+    shutil.copytree(four_steps.output, output)
+    options = world.train_options(**four_steps.options, output_dir=str(output), resume=str(output))
+    train.check(options)
+    for file in output.glob("checkpoint-*/optimizer.pt"):
+        file.unlink()
+    with pytest.raises(UsageError, match=r"no checkpoint to resume from \(checkpoint-4: optimizer.pt is missing\)"):
+        train.check(options)
+    for checkpoint in trained.checkpoints(output):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(UsageError, match="none was kept"):
+        train.check(options)
+    (output / trained.ADAPTER).unlink()
+    train.check(options)  # nothing is lost by step 0
+
+
 def test_a_moved_folder_still_has_its_best_state_and_a_lost_one_is_told(four_steps, again, tmp_path):
     best = four_steps.result["best_checkpoint"]
     assert best.endswith("checkpoint-4")
