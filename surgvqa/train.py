@@ -15,7 +15,7 @@ from typing import Any
 from rich.filesize import decimal as human_bytes
 
 from surgvqa import trained
-from surgvqa.checkpoint import Checkpoint, open_checkpoint
+from surgvqa.checkpoint import Checkpoint, flat_config, open_checkpoint
 from surgvqa.config import TrainOptions
 from surgvqa.data.samples import AudioIndex, FrameIndex, Sample, read_samples
 from surgvqa.errors import UsageError
@@ -36,6 +36,8 @@ AT_LEAST = {
     "logging_steps": 1,
     "save_total_limit": 1,
     "early_stopping_patience": 0,
+    "checkpointed_layers": 0,
+    "seed": 0,
 }
 METRICS = ("eval_loss", "loss")
 
@@ -44,6 +46,9 @@ def check(options: TrainOptions) -> None:
     """UsageError for whatever would stop the run later: options, checkpoint, samples, files, output folder, disk."""
     _check_values(options)
     checkpoint = open_checkpoint(options.model_name_or_path).require_sound()
+    layers = flat_config(checkpoint.config).get("num_hidden_layers")
+    if layers and options.checkpointed_layers and options.checkpointed_layers > layers:
+        raise UsageError(f"checkpointed_layers is {options.checkpointed_layers}, expected 0 to {layers}: its layers")
     check_samples(options.train_data_path, options.frames_dir, options.audio_dir)
     if evaluates(options):
         check_samples(options.eval_data_path, options.frames_dir, options.eval_audio_dir or options.audio_dir)
@@ -169,8 +174,9 @@ def _check_values(options: TrainOptions) -> None:
         raise UsageError(f"lora_dropout is {options.lora_dropout}, expected 0 <= dropout < 1")
     if options.num_train_epochs <= 0 and options.max_steps <= 0:
         raise UsageError(f"num_train_epochs is {options.num_train_epochs} and max_steps is not given: nothing to train")
-    if options.learning_rate <= 0:
-        raise UsageError(f"learning_rate is {options.learning_rate}, expected more than 0")
+    for name in ("learning_rate", "budget_gb"):
+        if getattr(options, name) <= 0:
+            raise UsageError(f"{name} is {getattr(options, name):g}, expected more than 0")
     if evaluates(options) and options.metric_for_best_model not in METRICS:
         raise UsageError(
             f"metric_for_best_model is {options.metric_for_best_model}; training evaluates the loss only: eval_loss"

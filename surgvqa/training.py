@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from presets import ladder
 from surgvqa import allocator, layers, memory, resume, retreat, trained
@@ -83,6 +84,10 @@ def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = 
         raise UsageError(" ".join(str(error).split())) from None
     if arguments.label_smoothing_factor:  # Trainer's own way takes this model's labels for shifted ones
         raise UsageError("--label_smoothing_factor: not with this model, whose loss has no smoothing")
+    missing = set(arguments.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        known = ", ".join(["none", *get_available_reporting_integrations()])
+        raise UsageError(f"report_to is {options.report_to}; expected what is installed and switched on here: {known}")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # never torch's DataParallel
     return arguments
 
