@@ -137,6 +137,12 @@ PART_OF = (
 """Beginning of a tensor's (old) name -> the part that it belongs to; the first that fits."""
 
 
+def require_layers(count: int | None, layers: int) -> None:
+    """UsageError unless `count` of a language model's `layers` can recompute; None is no count."""
+    if count is not None and not 0 <= count <= layers:
+        raise UsageError(f"checkpointed_layers is {count}, expected 0 to {layers} (the language model's layers)")
+
+
 def checkpoint_sizes(folder: str | Path) -> tuple[Sizes, dict[str, list[int]]]:
     """Sizes and weights ({part: parameters of each tensor}) of a checkpoint, from its headers and config.json.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from presets import Preset, load_presets
 from surgvqa import gpu, memory
-from surgvqa.architecture import Sizes, checkpoint_sizes
+from surgvqa.architecture import Sizes, checkpoint_sizes, require_layers
 from surgvqa.config import BudgetOptions, Workspace, convert, settings_of
 from surgvqa.errors import UsageError
 from surgvqa.memory import GB, Prediction
@@ -46,9 +46,7 @@ def check(options: BudgetOptions) -> None:
 def run(options: BudgetOptions, workspace: Workspace) -> Outcome:
     """Exit code 0 when the predicted peak is within the budget, 1 when it is not."""
     sizes, weights = checkpoint_sizes(options.model_name_or_path) if options.model_name_or_path else (Sizes(), None)
-    layers, recompute = sizes.num_hidden_layers, options.checkpointed_layers
-    if recompute is not None and not 0 <= recompute <= layers:
-        raise UsageError(f"checkpointed_layers is {recompute}, expected 0 to {layers}: the language model's layers")
+    require_layers(options.checkpointed_layers, sizes.num_hidden_layers)
     configuration = memory.configuration(sizes, options)
     prediction = memory.predict(sizes, configuration, weights)
     fits = prediction.fits(options.budget_gb)

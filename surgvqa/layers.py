@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from surgvqa.errors import UsageError
+from surgvqa.architecture import require_layers
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -56,8 +56,7 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
     """
     found = forwards(model)
     count = len(found) if count is None else count
-    if not 0 <= count <= len(found):
-        raise UsageError(f"checkpointed_layers is {count}, expected 0 to {len(found)} (the model's layers)")
+    require_layers(count, len(found))
     for number, forward in enumerate(found):
         forward.recomputes = number < count
     return count

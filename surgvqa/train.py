@@ -15,7 +15,8 @@ from typing import Any
 from rich.filesize import decimal as human_bytes
 
 from surgvqa import trained
-from surgvqa.checkpoint import Checkpoint, flat_config, open_checkpoint
+from surgvqa.architecture import checkpoint_sizes, require_layers
+from surgvqa.checkpoint import Checkpoint, open_checkpoint
 from surgvqa.config import TrainOptions
 from surgvqa.data.samples import AudioIndex, FrameIndex, Sample, read_samples
 from surgvqa.errors import UsageError
@@ -36,7 +37,6 @@ AT_LEAST = {
     "logging_steps": 1,
     "save_total_limit": 1,
     "early_stopping_patience": 0,
-    "checkpointed_layers": 0,
     "seed": 0,
 }
 METRICS = ("eval_loss", "loss")
@@ -46,9 +46,7 @@ def check(options: TrainOptions) -> None:
     """UsageError for whatever would stop the run later: options, checkpoint, samples, files, output folder, disk."""
     _check_values(options)
     checkpoint = open_checkpoint(options.model_name_or_path).require_sound()
-    layers = flat_config(checkpoint.config).get("num_hidden_layers")
-    if layers and options.checkpointed_layers and options.checkpointed_layers > layers:
-        raise UsageError(f"checkpointed_layers is {options.checkpointed_layers}, expected 0 to {layers}: its layers")
+    require_layers(options.checkpointed_layers, checkpoint_sizes(options.model_name_or_path)[0].num_hidden_layers)
     check_samples(options.train_data_path, options.frames_dir, options.audio_dir)
     if evaluates(options):
         check_samples(options.eval_data_path, options.frames_dir, options.eval_audio_dir or options.audio_dir)

@@ -18,3 +18,13 @@ def oracle(tmp_path_factory) -> Path:
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     return folder / "fork-oracle"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A workspace whose data does not exist yet."""
+    (tmp_path / "surgvqa.toml").write_text(
+        'preset = "baseline-8f-512px"\nimage_size = 512\ntrain_data_path = "train.jsonl"\nframes_dir = "frames"\n'
+        'audio_dir = "audio"\n[merge]\noutput_path = "merged"\n'
+    )
+    return tmp_path

@@ -113,7 +113,7 @@ def test_schedule_agrees_with_itself(given, planned, notes):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"budget_gb": -1.0}, "budget_gb is -1, expected more than 0"),
-        ({"checkpointed_layers": -1}, "checkpointed_layers is -1, expected at least 0"),
+        ({"checkpointed_layers": -1}, "checkpointed_layers is -1, expected 0 to 2"),
         ({"checkpointed_layers": 99}, "checkpointed_layers is 99, expected 0 to 2"),
         ({"seed": -3}, "seed"),
         ({"report_to": "wandb,nonsense"}, "report_to is wandb,nonsense; expected what is installed"),

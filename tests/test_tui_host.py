@@ -6,8 +6,8 @@ import os
 import time
 
 import pytest
+from panels import panel, settle, text, training
 from sshd import TRAIN, Relay, laptop, processes_naming, stub_train  # noqa: F401
-from test_tui import panel, settle, text, training
 from textual.widgets import Log, OptionList
 
 from remote.connection import Unreachable

@@ -1,0 +1,51 @@
+"""For tests of the panel: a workspace, runs in it, and what the panel shows."""
+
+import json
+import time
+from pathlib import Path
+
+from textual.widgets import Static
+
+from surgvqa import config, runs
+from tui.app import Panel
+from tui.target import LocalTarget
+
+SIZES = [(80, 24), (120, 36)]
+
+
+def panel(root: Path, host: str | None = None) -> Panel:
+    return Panel(LocalTarget(config.load_workspace(root)), host)
+
+
+def options(**values):
+    return {name: {"value": value, "from": "command line"} for name, value in values.items()}
+
+
+def training(root: Path, steps: int = 30, name: str = "first", **more) -> runs.Run:
+    """A run folder of a training that this very process seems to do."""
+    run = runs.Run.create(root / "runs", "train", options=options(run_name=name, budget_gb=28.5), **more)
+    run.phase("train", f"{steps} steps")
+    for step in range(1, steps + 1):
+        run.emit("metric", step=step, total_steps=100, loss=3.0 / step, learning_rate=1e-4, samples_per_s=2.5)
+    run.emit("eval", step=steps, eval_loss=0.75)
+    run.emit("gpu", device=0, backend="host", process_bytes=1.5e9, total_bytes=16e9)
+    (run.folder / "log.txt").write_text("loading\nengine text [/x] is no markup\n")
+    return run
+
+
+def die(run: runs.Run) -> None:
+    """As if the process were gone: its identity fits no living one."""
+    info = runs.read_run_json(run.folder)
+    (run.folder / "run.json").write_text(json.dumps({**info, "identity": "gone"}))
+
+
+async def settle(pilot, condition, seconds: float = 15.0) -> None:
+    """Waits for what the next ticks will bring."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await pilot.pause(0.05)
+
+
+def text(app: Panel, selector: str) -> str:
+    return str(app.screen.query_one(selector, Static).content)
