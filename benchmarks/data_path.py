@@ -25,12 +25,12 @@ import engine
 import torch
 from torch.utils.data import DataLoader
 
-from surgvqa.checkpoint import usable_cores
-from surgvqa.config import DataOptions
+from surgvqa.checkpoint.folder import usable_cores
+from surgvqa.config.options import DataOptions
 from surgvqa.data.audio import audio_features, load_audio
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset, ids_and_labels
-from surgvqa.data.features import FeatureStore
+from surgvqa.data.feature_store import FeatureStore
 from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import load_processors
 from surgvqa.data.samples import read_samples

@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import old_way
 import torch
 
-import surgvqa.training
-from surgvqa import layers, retreat, train
-from surgvqa.config import TrainOptions, convert, settings_of
-from surgvqa.lora import adapter_parameters, add_lora
-from surgvqa.runs import Run
-from surgvqa.trainer import EventTrainer
+from surgvqa.config.options import TrainOptions, convert, settings_of
+from surgvqa.memory import retreat
+from surgvqa.model import layers
+from surgvqa.model.adapter import adapter_parameters, add_lora
+from surgvqa.runs.folder import Run
+from surgvqa.training import command, recipe
+from surgvqa.training.trainer import EventTrainer
 
 SMOOTHED_OVER = 5
 """Steps of the running mean that is compared beside the single steps."""
@@ -58,7 +59,7 @@ class Watched(EventTrainer):
 def ours(options: TrainOptions, at: set[int], folder: Path) -> tuple[type[Watched], list[float], dict[str, Any]]:
     """Trains; (what was remembered, the loss of each step, the result)."""
     Watched.at, Watched.weights, Watched.gradients, Watched.windows = frozenset(at | {1}), {}, {}, []
-    surgvqa.training.EventTrainer = Watched
+    recipe.EventTrainer = Watched
     losses = []
 
     def observe(event: dict[str, Any]) -> None:
@@ -66,8 +67,8 @@ def ours(options: TrainOptions, at: set[int], folder: Path) -> tuple[type[Watche
             losses.append(event["loss"])
 
     with Run.create(folder / "runs", "train", observer=observe) as run:
-        train.check(options)
-        return Watched, losses, train.run(options, run).data
+        command.check(options)
+        return Watched, losses, command.run(options, run).data
 
 
 def put(model: Any, weights: Tensors) -> None:
@@ -154,7 +155,7 @@ def main() -> None:
         "optim": "adamw_torch",
     }
     if given.bf16:
-        for module in (surgvqa.training, old_way):
+        for module in (recipe, old_way):
             module.choose_dtype = lambda *_: torch.bfloat16
     known = settings_of(TrainOptions)
     names, texts = [n.removeprefix("--") for n in given.options[::2]], given.options[1::2]

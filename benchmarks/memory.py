@@ -29,9 +29,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from surgvqa import activations, memory
-from surgvqa.architecture import Clip, Sizes, patch_grid, thumbnail_size
-from surgvqa.config import LoraOptions
+from surgvqa.config.options import LoraOptions
+from surgvqa.memory import activations, predict
+from surgvqa.model.sizes import Clip, Sizes, patch_grid, thumbnail_size
 
 WITHIN, UNDER = 0.03, 0.02
 """The promise: within 3 % of the measured allocated peak, never more than 2 % too low."""
@@ -118,13 +118,13 @@ CASES = [  # what the promise names comes first; cases with the same adapter sta
 # --- predicted -------------------------------------------------------------------------------------------------------
 
 
-def configuration(case: Case, sizes: Sizes, kernel: str = "flash") -> memory.Configuration:
+def configuration(case: Case, sizes: Sizes, kernel: str = "flash") -> predict.Configuration:
     """What the prediction is asked for; `kernel` computes attention (device.attention_kernel)."""
     grid = patch_grid(*thumbnail_size(1240, 1080, case.px), sizes)
     image = case.frames * grid[0] * grid[1] // sizes.spatial_merge_size**2
     answer = 0 if case.generates else ANSWER
     clip = Clip(case.frames, grid, image, sizes.max_source_positions, TEXT, answer)
-    return memory.Configuration(
+    return predict.Configuration(
         clip=clip,
         batch=case.batch,
         accumulation=case.accumulation,
@@ -143,9 +143,11 @@ def configuration(case: Case, sizes: Sizes, kernel: str = "flash") -> memory.Con
     )
 
 
-def predicted(case: Case, sizes: Sizes, kernel: str) -> memory.Prediction:
+def predicted(case: Case, sizes: Sizes, kernel: str) -> predict.Prediction:
     """The prediction of a case."""
-    return (memory.predict_generation if case.generates else memory.predict)(sizes, configuration(case, sizes, kernel))
+    return (predict.predict_generation if case.generates else predict.predict)(
+        sizes, configuration(case, sizes, kernel)
+    )
 
 
 # --- measured --------------------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class Bench:
         import real_size
         import torch
 
-        from surgvqa.device import attention_kernel
+        from surgvqa.model.device import attention_kernel
 
         self.device, self.torch = device, torch
         config = SimpleNamespace(**real_size.CONFIG)
@@ -171,8 +173,8 @@ class Bench:
         """A model with the adapter, the layer options and the encoders that the case wants."""
         import real_size
 
-        from surgvqa import layers
-        from surgvqa.lora import add_lora
+        from surgvqa.model import layers
+        from surgvqa.model.adapter import add_lora
 
         fresh = case.adapter_key() != self.key
         if fresh:
@@ -379,7 +381,7 @@ def report(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
 
 def sampling_cost() -> str:
     """What one GPU sample costs; at one a second it must stay under 1 % of a core (10 ms)."""
-    from surgvqa import gpu
+    from surgvqa.machine import gpu
 
     gpu.sample_process(0)
     began, count = time.process_time(), 50

@@ -76,7 +76,7 @@ def make_inputs(folder: Path, size: str) -> tuple[Path, Path, int]:
     import torch
     from safetensors.torch import save_file
 
-    from surgvqa.config import LORA_TARGETS
+    from surgvqa.config.options import LORA_TARGETS
 
     s = SIZES[size]
     generator = torch.Generator().manual_seed(0)
@@ -156,9 +156,9 @@ def child(method: str, base: str, adapter: str, output: str, max_shard_size: str
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
     else:
-        from surgvqa import merge
-        from surgvqa.config import MergeOptions, Path_
-        from surgvqa.runs import Run
+        from surgvqa.config.options import MergeOptions, Path_
+        from surgvqa.merge import command
+        from surgvqa.runs.folder import Run
     if method.endswith("-cuda"):
         torch.zeros(1, device="cuda")  # the context is part of starting up
     imports = resident("VmRSS")
@@ -178,7 +178,7 @@ def child(method: str, base: str, adapter: str, output: str, max_shard_size: str
             device="cuda" if method == "ours-cuda" else "cpu",
         )
         with Run.create(Path(output).parent / "runs", "merge") as run:
-            merge.run(options, run)
+            command.run(options, run)
         told = json.loads((Path(output) / "merge_report.json").read_text())["seconds_by_phase"]
     seconds, cpu = time.perf_counter() - began, time.process_time() - before
     memory = {"peak_rss": resident("VmHWM"), "imports_rss": imports}

@@ -22,17 +22,17 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, get_scheduler
 
-from surgvqa import layers
-from surgvqa.config import EvaluateOptions, TrainOptions
+from surgvqa.config.options import EvaluateOptions, TrainOptions
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.data.processors import load_processors
 from surgvqa.data.prompt import IGNORED
 from surgvqa.data.samples import read_samples
-from surgvqa.device import choose_device, choose_dtype
-from surgvqa.lora import add_lora
-from surgvqa.model import choose_attention, load_model
-from surgvqa.training import choose_optimiser
+from surgvqa.model import layers
+from surgvqa.model.adapter import add_lora
+from surgvqa.model.audio_qwen2vl import choose_attention, load_model
+from surgvqa.model.device import choose_device, choose_dtype
+from surgvqa.training.recipe import choose_optimiser
 
 Batch = dict[str, torch.Tensor]
 OURS = ("position_ids", "host_ids", "supervised", "tokens")

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from surgvqa import allocator
+from surgvqa.memory import allocator
 
 allocator.grow_segments()  # before torch is imported
 
@@ -44,11 +44,11 @@ import torch
 from PIL import Image
 
 from presets import ladder
-from surgvqa import train, trained
 from surgvqa.errors import SurgvqaError
-from surgvqa.layers import forwards
-from surgvqa.runs import Run
-from surgvqa.trainer import EventTrainer
+from surgvqa.model.layers import forwards
+from surgvqa.runs.folder import Run
+from surgvqa.training import command, results
+from surgvqa.training.trainer import EventTrainer
 
 LAYERS, BATCH, ACCUMULATION = 4, 4, 2
 LITTLE = 200e6
@@ -172,7 +172,7 @@ class Trial:
             Run.create(folder / "runs", "train", observer=observe) as run,
         ):
             try:
-                self.result = train.run(options, run).data
+                self.result = command.run(options, run).data
             except SurgvqaError as error:
                 self.error = str(error)
             except Exception as error:  # the other trials go on
@@ -198,7 +198,7 @@ class Trial:
             wrong.append(f"steps {sorted(losses)}, expected 1 to {steps}")
         if not all(math.isfinite(loss) for loss in losses.values()):
             wrong.append(f"losses {losses}")
-        if not self.error and not (self.output / trained.ADAPTER).is_file():
+        if not self.error and not (self.output / results.ADAPTER).is_file():
             wrong.append("no adapter")
         return wrong
 

@@ -70,7 +70,7 @@ def useful_flops(model: Any, tokens: int, trained: int) -> float:
     token), all three products of the trained ones (6), causal attention forward and backward (7·L²·hidden a layer)."""
     from torch import nn
 
-    from surgvqa.layers import decoder_layers
+    from surgvqa.model.layers import decoder_layers
 
     layers = decoder_layers(model)
     frozen = sum(m.weight.numel() for n, m in layers.named_modules() if isinstance(m, nn.Linear) and "lora" not in n)
@@ -84,8 +84,8 @@ class Bench:
         import bitsandbytes
         import real_size
 
-        from surgvqa.config import LoraOptions
-        from surgvqa.lora import add_lora
+        from surgvqa.config.options import LoraOptions
+        from surgvqa.model.adapter import add_lora
 
         self.model = real_size.build("sdpa")
         self.peft_model = add_lora(self.model, LoraOptions(lora_r=64, lora_alpha=16, lora_dropout=0.05))
@@ -99,7 +99,7 @@ class Bench:
         import real_size
         import torch
 
-        from surgvqa import layers
+        from surgvqa.model import layers
 
         torch.manual_seed(0)
         for parameter, fresh in zip(self.trained, self.fresh):
@@ -139,7 +139,7 @@ class Bench:
         import torch
         import torch.nn.functional as F
 
-        from surgvqa import layers
+        from surgvqa.model import layers
 
         v = {**OLD, **variant}
         data = self.prepare(v)

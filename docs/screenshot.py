@@ -8,12 +8,12 @@ from pathlib import Path
 
 from textual.pilot import Pilot
 
-from surgvqa.config import load_workspace
+from surgvqa.config.options import load_workspace
 from surgvqa.errors import SurgvqaError
 from tui.app import Panel
-from tui.base import TITLES
-from tui.monitor import MonitorScreen
-from tui.target import LocalTarget
+from tui.screens.base import TITLES
+from tui.screens.monitor import MonitorScreen
+from tui.targets.target import LocalTarget
 
 OUT = Path(__file__).with_name("panel.svg")
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from remote.cli import main
+from remote.cli.commands import main
 
 sys.exit(main())

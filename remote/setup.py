@@ -16,10 +16,10 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from remote.connection import Remote
+from remote.ssh.connection import Remote
 from surgvqa import __version__
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import Run
+from surgvqa.runs.folder import Run
 
 PACKAGES = ("surgvqa", "remote", "tui", "presets")
 MINIMUM = (3, 11)

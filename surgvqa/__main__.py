@@ -2,6 +2,6 @@
 
 import sys
 
-from surgvqa.cli import main
+from surgvqa.cli.main import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint import DTYPE_BYTES, INDEX_FILE, header_bytes
+from surgvqa.checkpoint.folder import DTYPE_BYTES, INDEX_FILE, header_bytes
 
 Spec = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -50,7 +50,7 @@ def write_folder(folder: Path, shards: list[Spec], config: dict[str, Any] | None
 
 def read_tensors(folder: Path) -> dict[str, bytes]:
     """The bytes of every tensor of a folder, read by our own header reader's offsets."""
-    from surgvqa.checkpoint import open_checkpoint
+    from surgvqa.checkpoint.folder import open_checkpoint
 
     found = {}
     for name, info in open_checkpoint(folder).require_sound().tensors.items():

@@ -6,24 +6,25 @@ from pathlib import Path
 
 from textual.widgets import Static
 
-from surgvqa import config, runs
+from surgvqa.config.options import load_workspace
+from surgvqa.runs import folder
 from tui.app import Panel
-from tui.target import LocalTarget
+from tui.targets.target import LocalTarget
 
 SIZES = [(80, 24), (120, 36)]
 
 
 def panel(root: Path, host: str | None = None) -> Panel:
-    return Panel(LocalTarget(config.load_workspace(root)), host)
+    return Panel(LocalTarget(load_workspace(root)), host)
 
 
 def options(**values):
     return {name: {"value": value, "from": "command line"} for name, value in values.items()}
 
 
-def training(root: Path, steps: int = 30, name: str = "first", **more) -> runs.Run:
+def training(root: Path, steps: int = 30, name: str = "first", **more) -> folder.Run:
     """A run folder of a training that this very process seems to do."""
-    run = runs.Run.create(root / "runs", "train", options=options(run_name=name, budget_gb=28.5), **more)
+    run = folder.Run.create(root / "runs", "train", options=options(run_name=name, budget_gb=28.5), **more)
     run.phase("train", f"{steps} steps")
     for step in range(1, steps + 1):
         run.emit("metric", step=step, total_steps=100, loss=3.0 / step, learning_rate=1e-4, samples_per_s=2.5)
@@ -33,9 +34,9 @@ def training(root: Path, steps: int = 30, name: str = "first", **more) -> runs.R
     return run
 
 
-def die(run: runs.Run) -> None:
+def die(run: folder.Run) -> None:
     """As if the process were gone: its identity fits no living one."""
-    info = runs.read_run_json(run.folder)
+    info = folder.read_run_json(run.folder)
     (run.folder / "run.json").write_text(json.dumps({**info, "identity": "gone"}))
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from surgvqa.config import EvaluateOptions, TrainOptions
+from surgvqa.config.options import EvaluateOptions, TrainOptions
 from surgvqa.demo.tokenizer import write_tokenizer
 from surgvqa.demo.weights import Sizes, write_stage1
 

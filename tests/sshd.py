@@ -115,7 +115,7 @@ class Sshd:
 
     def sessions(self) -> list[int]:
         """Pids of the session processes below our listener."""
-        from surgvqa.supervisor import descendants
+        from surgvqa.runs.supervisor import descendants
 
         below = descendants(self.process.pid) if self.process else []
         titles = {pid: cmdline(pid) for pid in below}
@@ -228,7 +228,7 @@ class Laptop:
         (self.workspace / "hosts.toml").write_text("\n".join([f"[{self.server.name}]", *lines]) + "\n")
 
     def connect(self):
-        from remote.connection import connect
+        from remote.ssh.connection import connect
 
         return connect(self.server.name, self.workspace)
 
@@ -287,7 +287,7 @@ def processes_naming(path: Path) -> list[int]:
 
 def end_processes_below(folder: Path) -> None:
     """Ends the processes that a test left behind: those whose command line or folder names its temporary folder."""
-    from surgvqa.supervisor import end_all
+    from surgvqa.runs.supervisor import end_all
 
     named = []
     for entry in os.listdir("/proc"):
@@ -301,7 +301,7 @@ def end_processes_below(folder: Path) -> None:
 
 
 STUB_TRAIN = '''
-"""Stands in for surgvqa.train on the host, so that launching can be tested without a model: all else is real."""
+"""Stands in for surgvqa.training.command on the host: launching without a model, all else is real."""
 import os, subprocess, sys, time, types
 from pathlib import Path
 
@@ -331,9 +331,9 @@ def run(options, run):
     (run.folder / "adapter" / "optimizer.pt").write_bytes(b"x" * 1000)
     return Outcome({"steps": steps, "train_loss": 1.0 / steps})
 
-module = types.ModuleType("surgvqa.train")
+module = types.ModuleType("surgvqa.training.command")
 module.run = run
-sys.modules["surgvqa.train"] = module
+sys.modules["surgvqa.training.command"] = module
 '''
 
 

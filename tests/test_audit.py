@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from checkpoint_kit import Spec, write_folder
 
-from surgvqa import audit as room
-from surgvqa.audit import audit, expected_tensors
-from surgvqa.checkpoint import INDEX_FILE, header_bytes, open_checkpoint
-from surgvqa.config import AuditOptions, Path_
+from surgvqa.checkpoint import audit as room
+from surgvqa.checkpoint.audit import audit, expected_tensors
+from surgvqa.checkpoint.folder import INDEX_FILE, header_bytes, open_checkpoint
+from surgvqa.config.options import AuditOptions, Path_
 from surgvqa.errors import UsageError
 
 CONFIG: dict[str, Any] = {
@@ -163,7 +163,7 @@ def test_eighteen_gigabytes_in_a_blink_without_torch(tmp_path: Path) -> None:
     count, total = sparse_real_checkpoint(tmp_path / "real")
     assert total > 17.5e9 and count > 1200
     script = (
-        "import sys; from surgvqa.cli import main; code = main(); "
+        "import sys; from surgvqa.cli.main import main; code = main(); "
         "heavy = {'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules); assert not heavy, heavy; "
         "sys.exit(code)"
     )

@@ -24,8 +24,8 @@ from checkpoint_kit import read_tensors, write_file, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgvqa import checkpoint_writer, runs, shard_writer
-from surgvqa.checkpoint import (
+from surgvqa.checkpoint import shard_writer, writer
+from surgvqa.checkpoint.folder import (
     INDEX_FILE,
     TensorInfo,
     flat_config,
@@ -37,9 +37,10 @@ from surgvqa.checkpoint import (
     to_old_name,
     whisper_config,
 )
-from surgvqa.checkpoint_writer import MANIFEST_FILE, Job, Writer, file_identity
+from surgvqa.checkpoint.shards import Copy, Files, plan_shards, split_rows, tensor_bytes
+from surgvqa.checkpoint.writer import MANIFEST_FILE, Job, Writer, file_identity
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.shards import Copy, Files, plan_shards, split_rows, tensor_bytes
+from surgvqa.runs import folder
 
 SHARDS = [{f"layer.{k}.{i}": ("BF16", (30, 7 + i)) for i in range(4)} for k in range(5)]
 PAGES = [{f"layer.{k}.{i}": ("BF16", (30, 3 + 70 * i)) for i in range(4)} for k in range(5)]
@@ -296,7 +297,7 @@ def sized(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     """A base and the shard size for it; one with shards below a page, one with pages and several blocks a tensor."""
     shards, most = request.param
     write_folder(tmp_path / "base", shards)
-    monkeypatch.setattr("surgvqa.shards.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("surgvqa.checkpoint.shards.BLOCK_BYTES", 5000)
     return tmp_path / "base", most
 
 
@@ -309,7 +310,7 @@ def is_whole(output: Path, base: Path) -> None:
     assert shards == set(report["shards"])
     assert {f.name for f in output.iterdir()} == shards | {INDEX_FILE, "report.json", "config.json", "vocab.json"}
     for name, facts in report["shards"].items():
-        assert checkpoint_writer.sha256_file(output / name) == facts["sha256"]
+        assert writer.sha256_file(output / name) == facts["sha256"]
     assert not output.with_name(output.name + ".partial").exists()
 
 
@@ -332,7 +333,7 @@ def test_past_the_page_cache_or_not_the_bytes_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str | None
 ) -> None:
     write_folder(tmp_path / "base", PAGES)
-    monkeypatch.setattr("surgvqa.shards.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("surgvqa.checkpoint.shards.BLOCK_BYTES", 5000)
     pwrite, control = os.pwrite, fcntl.fcntl
     direct, cached = [], []
 
@@ -393,7 +394,7 @@ def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     A worker that may not begin a block prepares what is to come.
     """
     monkeypatch.setattr(shard_writer, "BUFFER_BYTES", 8192)
-    monkeypatch.setattr(checkpoint_writer, "MAX_WORKERS", 16)
+    monkeypatch.setattr(writer, "MAX_WORKERS", 16)
     room = shard_writer.HELD_BLOCKS * 8192
     small = {f"small.{i}": ("BF16", (30, 40 + i)) for i in range(40)}
     write_folder(tmp_path / "base", [small, {"large": ("BF16", (30, 3000)), **{f"x.{n}": s for n, s in small.items()}}])
@@ -551,7 +552,7 @@ def test_truly_full_disk(tmp_path: Path, base: Path) -> None:
             write(make_job(base, disk / "out"))
         assert list(disk.iterdir()) == []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint_writer, "free_bytes", lambda _: 10**9)  # the space went after the check
+            patch.setattr(writer, "free_bytes", lambda _: 10**9)  # the space went after the check
             with pytest.raises(SurgvqaError, match="the disk is full"):
                 write(make_job(base, disk / "out"))
         assert not (disk / "out").exists()
@@ -614,7 +615,7 @@ class Disk:
                 self.real["rename"](new, old)
             if before is not None:
                 new.write_bytes(before)
-        for file in (f for folder in folders if folder.is_dir() for f in folder.iterdir()):
+        for file in (f for place in folders if place.is_dir() for f in place.iterdir()):
             if file.stat().st_ino in self.dirty:
                 size = file.stat().st_size
                 kept = chance.randrange(size + 1)
@@ -665,13 +666,13 @@ def test_other_inputs_start_again_and_say_so(tmp_path: Path, base: Path) -> None
 
 def test_what_others_made_is_never_touched(tmp_path: Path, base: Path) -> None:
     output, partial = tmp_path / "out", tmp_path / "out.partial"
-    for folder in (output, partial):
-        folder.mkdir()
-        (folder / "thesis.tex").write_text("years of work")
+    for place in (output, partial):
+        place.mkdir()
+        (place / "thesis.tex").write_text("years of work")
         with pytest.raises(SurgvqaError, match="move it away"):
             write(make_job(base, output))
-        assert (folder / "thesis.tex").read_text() == "years of work"
-        shutil.rmtree(folder)
+        assert (place / "thesis.tex").read_text() == "years of work"
+        shutil.rmtree(place)
     assert not partial.exists()
     process = start(base, output, 0.05)
     wait_for(lambda: (partial / MANIFEST_FILE).exists())
@@ -710,7 +711,7 @@ def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path: Path, base
 
 
 def test_disk_is_checked_first(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_writer, "free_bytes", lambda _: 5_000)
+    monkeypatch.setattr(writer, "free_bytes", lambda _: 5_000)
     job = make_job(base, tmp_path / "deep" / "er" / "out")
     text = r"needs 1\d\.\d kB, 5\.0 kB are free; free some or name a folder on another"
     with pytest.raises(SurgvqaError, match=text):
@@ -734,7 +735,7 @@ def test_header_bytes_are_aligned() -> None:
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    runs.write_json_atomic(tmp_path / "x.json", {"a": 1})
+    folder.write_json_atomic(tmp_path / "x.json", {"a": 1})
     assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
 
 

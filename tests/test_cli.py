@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from surgvqa import cli, runs
+from surgvqa.cli import main
 from surgvqa.outcome import Outcome
+from surgvqa.runs import folder
 
 
 def surgvqa(*arguments, cwd=None):
@@ -19,10 +20,10 @@ def surgvqa(*arguments, cwd=None):
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in cli.COMMANDS)])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in main.COMMANDS)])
 def test_help_has_an_example(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
+        main.main(arguments)
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert arguments == ["--help"] or f"example: surgvqa {arguments[0]}" in text.replace("\n", " ")
@@ -43,7 +44,7 @@ def test_help_has_an_example(arguments, capsys):
 )
 def test_a_usage_error_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(arguments) == 2
+    assert main.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and said in captured.err
     assert captured.err.startswith("surgvqa") and captured.err.count("\n") == 1
@@ -58,23 +59,23 @@ def test_json_is_one_document_on_stdout(tmp_path):
 
 
 def test_dashes_are_underscores_but_values_keep_theirs():
-    assert cli.normalise(["check-data", "a-b.jsonl", "--frames-dir=x-y", "--audio-dir", "p-q", "--", "--a-b"]) == [
+    assert main.normalise(["check-data", "a-b.jsonl", "--frames-dir=x-y", "--audio-dir", "p-q", "--", "--a-b"]) == [
         "check-data", "a-b.jsonl", "--frames_dir=x-y", "--audio_dir", "p-q", "--", "--a-b",
     ]  # fmt: skip
 
 
 def test_options_of_training_arguments_pass_through():
-    assert cli.extra_options("train", ["--weight_decay", "0.1", "--tf32", "--optim_args=a=b"]) == {
+    assert main.extra_options("train", ["--weight_decay", "0.1", "--tf32", "--optim_args=a=b"]) == {
         "weight_decay": "0.1",
         "tf32": "true",
         "optim_args": "a=b",
     }
 
 
-ROOMS = sorted({command.room.split(":")[0] for command in cli.COMMANDS.values()})
+ROOMS = sorted({command.room.split(":")[0] for command in main.COMMANDS.values()})
 
 
-@pytest.mark.parametrize("module", ["surgvqa.cli", *ROOMS])
+@pytest.mark.parametrize("module", ["surgvqa.cli.main", *ROOMS])
 def test_no_room_imports_the_heavy_libraries(module):
     check = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'numpy', 'peft') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
@@ -86,7 +87,8 @@ def test_the_allocator_is_set_before_torch_is_there_unless_the_user_did(given, e
     """torch reads the setting when it is imported: later it would do nothing, and did nothing once."""
     code = """
 import os, sys
-from surgvqa import allocator, cli
+from surgvqa.cli import main as cli
+from surgvqa.memory import allocator
 there, ask = [], allocator.grow_segments
 def watched():
     there.append("torch" in sys.modules)
@@ -106,7 +108,7 @@ print(there, os.environ.get("PYTORCH_ALLOC_CONF"))
 def test_what_needs_torch_says_so_in_one_line(monkeypatch, capsys, command):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
-    assert cli.main([command]) == 1
+    assert main.main([command]) == 1
     shown = capsys.readouterr().err
     assert shown == f"surgvqa {command}: torch not installed here; {command} needs: pip install 'surgvqa[train]'\n"
 
@@ -114,7 +116,7 @@ def test_what_needs_torch_says_so_in_one_line(monkeypatch, capsys, command):
 def test_an_impossible_budget_is_refused_by_presets_too(tmp_path, monkeypatch, capsys):
     (tmp_path / "surgvqa.toml").write_text("budget_gb = -5")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["presets"]) == 2
+    assert main.main(["presets"]) == 2
     assert "budget_gb is -5, expected more than 0" in capsys.readouterr().err
 
 
@@ -127,12 +129,12 @@ def test_a_terminal_that_has_no_bars_is_no_crash(tmp_path, command):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", main.COMMANDS)
 def test_an_example_can_be_asked(name):
     """Only the files that it names may be missing, and "…" is no file's name."""
-    _, *argv = shlex.split(cli.COMMANDS[name].example)
-    arguments, unknown = cli.build_parser().parse_known_args(argv)
-    assert arguments.command == name and not unknown and "…" not in cli.COMMANDS[name].example
+    _, *argv = shlex.split(main.COMMANDS[name].example)
+    arguments, unknown = main.build_parser().parse_known_args(argv)
+    assert arguments.command == name and not unknown and "…" not in main.COMMANDS[name].example
 
 
 NAMED = "a [x][/] [bold]b :x:"
@@ -142,18 +144,18 @@ def test_names_are_shown_as_they_are(tmp_path, monkeypatch, capsys):
     """Brackets are rich's markup, and :x: its emoji: a run name with them vanished in part, or ended in a traceback."""
     monkeypatch.chdir(tmp_path)
     options = {"run_name": {"value": NAMED, "from": "command line"}}
-    with runs.Run.create(tmp_path / "runs", "train", options=options):
+    with folder.Run.create(tmp_path / "runs", "train", options=options):
         pass
     monkeypatch.setenv("COLUMNS", "200")
-    assert cli.main(["runs"]) == 0 and NAMED in capsys.readouterr().out
+    assert main.main(["runs"]) == 0 and NAMED in capsys.readouterr().out
     other = NAMED.replace("/", "")
     (tmp_path / other).mkdir()
-    assert cli.main(["runs", "--workspace", other]) == 0 and other in capsys.readouterr().out
+    assert main.main(["runs", "--workspace", other]) == 0 and other in capsys.readouterr().out
 
 
 def test_json_has_no_nan(capsys):
     """Which is no JSON: jq and every browser refuse it."""
-    cli.answer(Outcome({"train_loss": float("nan"), "by": [{"x": float("inf")}]}), as_json=True)
+    main.answer(Outcome({"train_loss": float("nan"), "by": [{"x": float("inf")}]}), as_json=True)
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"train_loss": None, "by": [{"x": None}]}
 
 
@@ -161,7 +163,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert cli.main(["runs"]) == 1
+    assert main.main(["runs"]) == 1
     assert capsys.readouterr().err == "surgvqa runs: No such file or directory\n"
 
 
@@ -171,6 +173,6 @@ def test_a_job_that_could_not_be_asked_says_so_in_its_own_folder(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for run in ("old", "new"):
         (tmp_path / "w" / "runs" / run).mkdir(parents=True)
-    assert cli.main(["evaluate", *named, "--run_id", "old", "--predictions", "none", "--run_id=new"]) == 2
-    assert runs.finished_event(tmp_path / "w" / "runs" / "new")["exit_code"] == 2
-    assert runs.finished_event(tmp_path / "w" / "runs" / "old") is None
+    assert main.main(["evaluate", *named, "--run_id", "old", "--predictions", "none", "--run_id=new"]) == 2
+    assert folder.finished_event(tmp_path / "w" / "runs" / "new")["exit_code"] == 2
+    assert folder.finished_event(tmp_path / "w" / "runs" / "old") is None

@@ -2,7 +2,17 @@
 
 import pytest
 
-from surgvqa import config
+from surgvqa.config.options import (
+    COMMAND_OPTIONS,
+    WORKSPACE_FILE,
+    MergeOptions,
+    TrainOptions,
+    convert,
+    find_workspace,
+    load_workspace,
+    resolve,
+    settings_of,
+)
 from surgvqa.errors import UsageError
 
 MERGE = {"stage1_model_path": "a", "stage2_adapter_path": "b"}
@@ -10,22 +20,22 @@ TRAIN = {"model_name_or_path": "m", "train_data_path": "t", "frames_dir": "f", "
 
 
 def workspace(folder, text=""):
-    (folder / config.WORKSPACE_FILE).write_text(text)
-    return config.load_workspace(folder)
+    (folder / WORKSPACE_FILE).write_text(text)
+    return load_workspace(folder)
 
 
 def test_each_source_lies_over_the_one_below(tmp_path):
     space = workspace(tmp_path, "learning_rate = 1e-3\nnum_frames = 4\n[evaluate]\nnum_frames = 2\n")
-    resolved = config.resolve("train", {**TRAIN, "seed": 7}, space, preset="oom-6f-384px")
+    resolved = resolve("train", {**TRAIN, "seed": 7}, space, preset="oom-6f-384px")
     assert (resolved.options.image_size, resolved.sources["image_size"]) == (384, "preset oom-6f-384px")
     assert (resolved.options.num_frames, resolved.sources["num_frames"]) == (4, "surgvqa.toml")
     assert (resolved.options.seed, resolved.sources["seed"]) == (7, "command line")
     assert (resolved.options.lora_r, resolved.sources["lora_r"]) == (64, "default")
-    assert config.resolve("evaluate", {}, space).options.num_frames == 2, "a command's own table wins"
+    assert resolve("evaluate", {}, space).options.num_frames == 2, "a command's own table wins"
 
 
 def test_the_first_preset_applies_when_none_is_named(tmp_path):
-    assert config.resolve("train", TRAIN, workspace(tmp_path)).preset == "baseline-8f-512px"
+    assert resolve("train", TRAIN, workspace(tmp_path)).preset == "baseline-8f-512px"
 
 
 def test_paths_of_the_file_belong_to_the_workspace(tmp_path):
@@ -50,49 +60,49 @@ def test_paths_of_the_file_belong_to_the_workspace(tmp_path):
 def test_a_bad_workspace_file_is_named_with_the_key(tmp_path, text, said):
     with pytest.raises(UsageError) as error:
         workspace(tmp_path, text)
-    assert said in str(error.value) and config.WORKSPACE_FILE in str(error.value)
+    assert said in str(error.value) and WORKSPACE_FILE in str(error.value)
     assert "\n" not in str(error.value) or "TOML" in str(error.value)
 
 
 def test_what_is_missing_is_named_at_once(tmp_path):
     with pytest.raises(UsageError, match="--stage1_model_path, --stage2_adapter_path"):
-        config.resolve("merge", {}, workspace(tmp_path))
+        resolve("merge", {}, workspace(tmp_path))
 
 
 def test_a_budget_is_that_of_the_training_described(tmp_path):
     (tmp_path / "stage1").mkdir()
     text = '[merge]\nstage1_model_path = "stage1"\n[train]\nmodel_name_or_path = "merged"\nlora_r = 8\n'
     space = workspace(tmp_path, text)
-    options = config.resolve("budget", {}, space).options
+    options = resolve("budget", {}, space).options
     assert options.lora_r == 8
     assert options.model_name_or_path == str(tmp_path / "stage1"), "before the merge the sizes are the base's"
     (tmp_path / "merged").mkdir()
-    assert config.resolve("budget", {}, space).options.model_name_or_path == str(tmp_path / "merged")
+    assert resolve("budget", {}, space).options.model_name_or_path == str(tmp_path / "merged")
 
 
 def test_an_unknown_preset_names_the_nearest(tmp_path):
     with pytest.raises(UsageError, match="did you mean oom-6f-512px"):
-        config.resolve("train", TRAIN, workspace(tmp_path), preset="oom-6f-513px")
+        resolve("train", TRAIN, workspace(tmp_path), preset="oom-6f-513px")
 
 
 def test_the_workspace_is_found_from_below(tmp_path):
     workspace(tmp_path)
     below = tmp_path / "runs" / "x"
     below.mkdir(parents=True)
-    assert config.find_workspace(below) == tmp_path
-    assert config.find_workspace(tmp_path.parent) == tmp_path.parent
+    assert find_workspace(below) == tmp_path
+    assert find_workspace(tmp_path.parent) == tmp_path.parent
 
 
 def test_run_json_records_where_every_value_came_from(tmp_path):
-    record = config.resolve("merge", MERGE, workspace(tmp_path), extra={"weight_decay": "0.1"}).record()
+    record = resolve("merge", MERGE, workspace(tmp_path), extra={"weight_decay": "0.1"}).record()
     assert record["stage1_model_path"] == {"value": "a", "from": "command line"}
     assert record["max_shard_size"]["from"] == "default"
     assert record["weight_decay"] == {"value": "0.1", "from": "command line"}
 
 
 def test_every_option_says_what_it_is():
-    for options_class in config.COMMAND_OPTIONS.values():
-        for setting in config.settings_of(options_class).values():
+    for options_class in COMMAND_OPTIONS.values():
+        for setting in settings_of(options_class).values():
             assert setting.help, f"{options_class.__name__}.{setting.name} has no help"
 
 
@@ -108,7 +118,7 @@ def test_a_workspace_preset_replaces_the_ladder(tmp_path):
     assert presets.load_presets(tmp_path)[0].name == "small"
     (tmp_path / "presets" / "bad.toml").write_text('reason = "r"\n')
     with pytest.raises(UsageError, match=r"bad\.toml"):
-        config.resolve("train", TRAIN, workspace(tmp_path))
+        resolve("train", TRAIN, workspace(tmp_path))
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
@@ -116,7 +126,7 @@ def test_a_number_is_finite(tmp_path, number):
     with pytest.raises(UsageError, match=r"budget_gb is .*expected a number"):
         workspace(tmp_path, f"budget_gb = {number}")
     with pytest.raises(UsageError, match="expected a whole number"):
-        config.convert(config.settings_of(config.TrainOptions)["seed"], number, "command line")
+        convert(settings_of(TrainOptions)["seed"], number, "command line")
 
 
 def test_a_wrong_type_is_named_in_plain_words(tmp_path):
@@ -128,15 +138,15 @@ def test_a_workspace_file_that_cannot_be_read_says_so(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    (tmp_path / config.WORKSPACE_FILE).write_text("seed = 1")
+    (tmp_path / WORKSPACE_FILE).write_text("seed = 1")
     monkeypatch.setattr("pathlib.Path.read_text", refused)
     with pytest.raises(UsageError, match=r"surgvqa\.toml: Permission denied"):
-        config.load_workspace(tmp_path)
+        load_workspace(tmp_path)
 
 
 def test_a_home_is_filled_in_where_the_shell_does_not(monkeypatch):
     """bash leaves --stage1_model_path=~/stage1 as it is."""
     monkeypatch.setenv("HOME", "/home/me")
-    known = config.settings_of(config.MergeOptions)["stage1_model_path"]
-    assert config.convert(known, "~/stage 1", "command line") == "/home/me/stage 1"
-    assert config.convert(known, "a/~", "command line") == "a/~"
+    known = settings_of(MergeOptions)["stage1_model_path"]
+    assert convert(known, "~/stage 1", "command line") == "/home/me/stage 1"
+    assert convert(known, "a/~", "command line") == "a/~"

@@ -2,7 +2,7 @@
 
 import io
 
-from surgvqa.console import JobView
+from surgvqa.terminal.job_view import JobView
 
 
 def shown(*events: dict) -> str:

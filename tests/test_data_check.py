@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from surgvqa.cli import main
+from surgvqa.cli.main import main
 
 REAL = Path(__file__).parents[2] / "shared/data/real-colon-vqa"
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from surgvqa.config import DataOptions
+from surgvqa.config.options import DataOptions
 from surgvqa.data.samples import Sample
 from surgvqa.errors import UsageError
 

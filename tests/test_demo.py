@@ -16,8 +16,8 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("espeakng_loader")
 
 from presets import ladder  # noqa: E402
-from surgvqa import config  # noqa: E402
-from surgvqa.cli import main  # noqa: E402
+from surgvqa.cli.main import main  # noqa: E402
+from surgvqa.config import options  # noqa: E402
 from surgvqa.demo import workspace  # noqa: E402
 from surgvqa.demo.questions import QUESTION_TYPES  # noqa: E402
 from surgvqa.demo.shots import CLIP_FRAMES, Shot, clips_of, draw_shots  # noqa: E402
@@ -159,8 +159,8 @@ def test_bfloat16_is_rounded_to_nearest_even(value):
 
 
 def test_checkpoint_is_whole_bf16_and_of_the_known_architecture(tmp_path):
-    from surgvqa.audit import audit
-    from surgvqa.checkpoint import open_checkpoint
+    from surgvqa.checkpoint.audit import audit
+    from surgvqa.checkpoint.folder import open_checkpoint
     from surgvqa.demo.tokenizer import write_tokenizer
     from surgvqa.demo.weights import Sizes, write_stage1
 
@@ -194,11 +194,11 @@ def test_another_seed_does_not_overwrite(tmp_path):
 
 def test_settings_and_presets_are_valid_and_the_presets_are_the_ladder(tmp_path):
     workspace._write_settings(tmp_path)
-    loaded = config.load_workspace(tmp_path)
-    train = config.resolve("train", {}, loaded)
+    loaded = options.load_workspace(tmp_path)
+    train = options.resolve("train", {}, loaded)
     assert train.preset == "demo-8f-112px" and train.options.image_size == workspace.IMAGE_SIZE
     assert [p.name for p in ladder(tmp_path)] == list(workspace.PRESETS)
-    config.resolve("merge", {}, loaded)
+    options.resolve("merge", {}, loaded)
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from surgvqa import cli, config, doctor, gpu
+from surgvqa.cli import main
+from surgvqa.config import options
+from surgvqa.machine import doctor, gpu
 
 ROOMY = SimpleNamespace(free=500_000_000_000, total=1_000_000_000_000)
 HEALTHY = {
@@ -44,7 +46,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu, "driver_problem", lambda: problem)
         monkeypatch.setattr(gpu, "sample_devices", lambda: [card] if devices is None else devices)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
-        found = {f.name: f for f in doctor.examine(config.load_workspace(tmp_path))}
+        found = {f.name: f for f in doctor.examine(options.load_workspace(tmp_path))}
         assert all(f.mend for f in found.values() if f.status in ("warn", "bad")), "every fault has a way to mend it"
         return found
 
@@ -157,7 +159,7 @@ def test_the_probe_is_python_and_survives_missing_packages():
 
 @pytest.mark.model
 def test_this_machine(capsys):
-    code = cli.main(["doctor", "--json"])
+    code = main.main(["doctor", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert document["ok"] == (code == 0)
     assert {"python", "torch", "attention", "disk"} <= {f["name"] for f in document["findings"]}

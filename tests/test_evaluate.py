@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import small
 
-from surgvqa import ask, cli, evaluate, train, trained
-from surgvqa.config import AskOptions, EvaluateOptions, load_workspace
+from surgvqa.cli import main
+from surgvqa.config.options import AskOptions, EvaluateOptions, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import Run
+from surgvqa.evaluation import ask
+from surgvqa.evaluation import command as evaluate
+from surgvqa.runs.folder import Run
+from surgvqa.training import command as train
+from surgvqa.training import results
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real-colon-vqa"
 model = pytest.mark.model
@@ -73,11 +77,11 @@ def _ask_options(world, learned, **changes) -> AskOptions:
 def test_the_published_figure_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = str(REAL / "predictions_qwen2_zeroshot.jsonl")
-    assert cli.main(["evaluate", "--predictions", file, "--json"]) == 0
+    assert main.main(["evaluate", "--predictions", file, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["samples"] == 1000 and report["keyword_accuracy"] == pytest.approx(0.36)
     assert len((tmp_path / "runs" / report["run"] / "predictions.jsonl").read_text().splitlines()) == 1000
-    assert cli.main(["evaluate", "--predictions", file]) == 0
+    assert main.main(["evaluate", "--predictions", file]) == 0
     shown = capsys.readouterr().out
     assert "36.0" in shown and "lesion_motion_direction" in shown and "collapsed" in shown
 
@@ -107,7 +111,7 @@ def test_an_adapter_needs_its_base(world, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no \*\.safetensors"):
         evaluate.check(world.evaluate_options(checkpoint=str(tmp_path / "empty")))
-    (tmp_path / "empty" / trained.RECORD).write_text('{"options": {}}')
+    (tmp_path / "empty" / results.RECORD).write_text('{"options": {}}')
     with pytest.raises(UsageError, match="no adapter has been saved yet"):
         evaluate.check(world.evaluate_options(checkpoint=str(tmp_path / "empty")))
 
@@ -191,7 +195,7 @@ def test_a_frame_that_cannot_be_read_is_an_error_and_no_score(world, tmp_path):
 def test_out_of_memory_halves_the_batch(world, tmp_path, monkeypatch):
     import torch
 
-    from surgvqa.generate import Answerer
+    from surgvqa.evaluation.generate import Answerer
 
     original = Answerer.answer
 
@@ -215,7 +219,8 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
     """A prediction of 1 GB a sample beside 2 GB, and what the options ask for all the same."""
     from types import SimpleNamespace
 
-    from surgvqa import generate, memory
+    from surgvqa.evaluation import generate
+    from surgvqa.memory import predict
 
     def predicted(batch):
         return SimpleNamespace(predicted_peak_gb=2 + batch, fits=lambda budget_gb: 2 + batch <= budget_gb)
@@ -227,7 +232,7 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
 
     assert told(batch_size=None)[0] == 8  # a CPU
     monkeypatch.setattr(generate, "_predict", lambda *_: predicted)
-    tight = 5 * (1 + memory.MARGIN / 2)  # 5 GB would leave no margin
+    tight = 5 * (1 + predict.MARGIN / 2)  # 5 GB would leave no margin
     count, text = told(batch_size=None, budget_gb=tight)
     assert count == 2 and f"2 at once (4.0 of {tight:.1f} GB predicted)" in text
     assert told(batch_size=None, budget_gb=28.5)[0] == 4  # all there are
@@ -241,9 +246,9 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
 def test_the_prediction_of_an_evaluation_knows_adapter_frames_and_cache(world, learned, tmp_path):
     from types import SimpleNamespace
 
-    from surgvqa import generate
     from surgvqa.data.dataset import ClipDataset
     from surgvqa.data.samples import read_samples
+    from surgvqa.evaluation import generate
 
     options = world.evaluate_options(checkpoint=str(learned.folder / "checkpoints"))
     answerer = generate.load_answerer(options)
@@ -263,7 +268,7 @@ def test_the_prediction_of_an_evaluation_knows_adapter_frames_and_cache(world, l
 def test_a_run_id_brings_its_settings_along(world, learned, monkeypatch, capfd):
     monkeypatch.chdir(world.root)
     data = f"--eval_data_path {world.eval} --frames_dir {world.root}/frames --audio_dir {world.root}/audio"
-    assert cli.main(f"evaluate --checkpoint {learned.id} {data} --max_new_tokens 4 --device cpu --json".split()) == 0
+    assert main.main(f"evaluate --checkpoint {learned.id} {data} --max_new_tokens 4 --device cpu --json".split()) == 0
     report = json.loads(capfd.readouterr().out)
     recorded = json.loads((world.root / "runs" / report["run"] / "run.json").read_text())["options"]
     assert recorded["num_frames"]["value"] == 2 and recorded["image_size"]["value"] == 84
@@ -271,7 +276,7 @@ def test_a_run_id_brings_its_settings_along(world, learned, monkeypatch, capfd):
     assert recorded["model_name_or_path"]["value"] == str(world.checkpoint)
     # What is named on the command line wins.
     given = {"checkpoint": learned.id, "num_frames": 1}
-    inherited = trained.inherit("evaluate", given, load_workspace(world.root))
+    inherited = results.inherit("evaluate", given, load_workspace(world.root))
     assert inherited.values["num_frames"] == 2 and given["checkpoint"] == str(learned.folder / "checkpoints")
 
 
@@ -284,6 +289,6 @@ def test_ask_prints_the_answer_alone(world, learned, capfd):
     row = json.loads(world.train.read_text().splitlines()[0])
     command = ["ask", "--checkpoint", options.checkpoint, "--frames", *options.frames, "--audio", options.audio]
     capfd.readouterr()
-    assert cli.main([*command, "--num_frames", "2", "--image_size", "84", "--device", "cpu"]) == 0
+    assert main.main([*command, "--num_frames", "2", "--image_size", "84", "--device", "cpu"]) == 0
     assert capfd.readouterr().out.strip() == outcome.data["answer"]
     assert row["short_answer"] in outcome.data["answer"]

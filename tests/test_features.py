@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the feature cache needs the [train] extra")
 
-from surgvqa.data.features import FeatureStore  # noqa: E402
+from surgvqa.data.feature_store import FeatureStore  # noqa: E402
 from surgvqa.errors import SurgvqaError  # noqa: E402
 
 pytestmark = pytest.mark.model

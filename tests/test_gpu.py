@@ -11,7 +11,8 @@ import pynvml
 import pytest
 from rich.console import Console
 
-from surgvqa import cli, gpu
+from surgvqa.cli import main
+from surgvqa.machine import gpu
 
 
 def unsupported(*_):
@@ -169,11 +170,11 @@ def test_no_driver_is_an_answer(monkeypatch, capsys, code, words):
 
     monkeypatch.setattr(pynvml, "nvmlInit", init)
     monkeypatch.setattr(gpu, "_initialised", False)
-    assert cli.main(["gpus", "--json"]) == 0
+    assert main.main(["gpus", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["gpus"] == []
     assert words in document["note"]
-    assert cli.main(["gpus"]) == 0
+    assert main.main(["gpus"]) == 0
     assert words in capsys.readouterr().out
     assert gpu.sample_process(0)["backend"] == "host"
 
@@ -191,7 +192,7 @@ def test_the_drawing_names_processes_and_survives_missing_figures(nvml, capsys):
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
 def test_a_silly_interval_is_refused(seconds, capsys):
-    assert cli.main(["gpus", "--watch", seconds]) == 2
+    assert main.main(["gpus", "--watch", seconds]) == 2
     assert "--watch" in capsys.readouterr().err
 
 

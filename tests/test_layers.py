@@ -98,7 +98,7 @@ def slope_error(model, name: str) -> float:
 
 def test_with_dropout_what_is_kept_and_who_recomputes_changes_no_gradient():
     """In one run: products only, then more and more layers recompute, as in a retreat; beside all kept."""
-    from surgvqa import layers
+    from surgvqa.model import layers
 
     model = built(dropout=0.3)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -125,7 +125,7 @@ def test_with_dropout_what_is_kept_and_who_recomputes_changes_no_gradient():
 @pytest.mark.skipif(version("torch") >= "2.14", reason="known of torch up to 2.13")
 def test_the_test_above_sees_torchs_fault(monkeypatch):
     """Without dropout_seeds the gradients are wrong, also with no layer recomputing."""
-    from surgvqa import dropout_seeds, layers
+    from surgvqa.model import dropout_seeds, layers
 
     monkeypatch.setattr(dropout_seeds, "keep", lambda: None)
     model = built(dropout=0.3)
@@ -137,7 +137,7 @@ def test_the_test_above_sees_torchs_fault(monkeypatch):
 
 @pytest.mark.parametrize("count", [0, 2])
 def test_without_dropout_compiled_layers_have_the_gradients_of_plain_ones(count):
-    from surgvqa import layers
+    from surgvqa.model import layers
 
     model = built(dropout=0.0, modules=r".*_proj")
     layers.checkpoint_layers(model.get_base_model(), 0)
@@ -164,7 +164,7 @@ def kept(model) -> float:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_layer_that_recomputes_keeps_its_input_alone(compiled):
     """Whichever transformers it is: since 5.23 its own checkpoint is within what is compiled, and keeps more."""
-    from surgvqa import layers
+    from surgvqa.model import layers
 
     model = built(dropout=0.3, modules=r".*_proj")
     if compiled:

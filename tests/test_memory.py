@@ -13,8 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgvqa import activations, cli, gpu, memory
-from surgvqa.architecture import (
+from surgvqa.cli import main
+from surgvqa.config.options import BudgetOptions, DataOptions, LoraOptions, TrainOptions
+from surgvqa.errors import UsageError
+from surgvqa.machine import gpu
+from surgvqa.memory import activations, predict
+from surgvqa.model.sizes import (
     MAX_PIXELS,
     MIN_PIXELS,
     Clip,
@@ -24,8 +28,6 @@ from surgvqa.architecture import (
     patch_grid,
     thumbnail_size,
 )
-from surgvqa.config import BudgetOptions, DataOptions, LoraOptions, TrainOptions
-from surgvqa.errors import UsageError
 
 REAL = Sizes()
 
@@ -33,7 +35,7 @@ REAL = Sizes()
 def plain(**overrides):
     """The old way of running: encoders in each step, no compilation, PEFT's casts; 8 frames at 512 px."""
     old = dict(cached_features=False, encoders_resident=True, compiled=False, casts_lora_inputs=True)
-    return memory.configuration(REAL, DataOptions(), **(old | overrides))
+    return predict.configuration(REAL, DataOptions(), **(old | overrides))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def plain(**overrides):
 
 def test_the_real_model_has_8_93_billion_parameters():
     assert sum(map(sum, REAL.weights().values())) == 8_932_932_096  # counted on the GPU: 8.933 B
-    assert sum(memory.adapter_tensors(REAL, LoraOptions())) == 166_068_224  # counted by PEFT: 166.1 M
+    assert sum(predict.adapter_tensors(REAL, LoraOptions())) == 166_068_224  # counted by PEFT: 166.1 M
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_sizes_come_from_the_headers(tmp_path):
 @pytest.mark.parametrize("without", ["audio_encoder", "visual", "model.embed_tokens"])
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, without, capsys):
     folder = write_checkpoint(tmp_path / "c", SMALL, without)
-    assert cli.main(["budget", "--model_name_or_path", str(folder)]) == 2
+    assert main.main(["budget", "--model_name_or_path", str(folder)]) == 2
     assert str(folder) in capsys.readouterr().err
 
 
@@ -159,7 +161,7 @@ def test_the_peak_is_within_one_percent_and_a_half_of_what_was_measured(override
     embeddings on the GPU."""
     clip = Clip(8, (32, 36), 2304, 1500, 60, 16)
     predicted = (
-        memory.predict(REAL, plain(**overrides, clip=clip)).predicted_peak_gb
+        predict.predict(REAL, plain(**overrides, clip=clip)).predicted_peak_gb
         + 2 * REAL.weights()["embeddings"][0] / 1e9
     )
     assert predicted / measured_gb == pytest.approx(1, abs=0.015)
@@ -168,11 +170,11 @@ def test_the_peak_is_within_one_percent_and_a_half_of_what_was_measured(override
 def test_what_each_choice_saves_is_what_was_measured_without_it():
     """H100, docs/benchmarks.md: logits everywhere 26.61 GB beside 21.45, 32-bit AdamW 22.40; as shipped no layer
     recomputes at 28.11, all do at 18.23."""
-    saved = dict(memory.choices(REAL, plain(casts_lora_inputs=True)))
+    saved = dict(predict.choices(REAL, plain(casts_lora_inputs=True)))
     assert saved["logits at the answer only"] == pytest.approx(26.61 - 21.45, abs=0.1)
     assert saved["8-bit AdamW"] == pytest.approx(22.40 - 21.45, abs=0.1)
     assert "frames and questions encoded once, the encoders off the GPU" not in saved
-    shipped = dict(memory.choices(REAL, plain(**COMPILED, keep="products", checkpointed_layers=0)))
+    shipped = dict(predict.choices(REAL, plain(**COMPILED, keep="products", checkpointed_layers=0)))
     assert shipped["28 of 28 layers do not recompute, a third less to compute in each"] == pytest.approx(-9.88, abs=0.1)
     assert shipped["frames and questions encoded once, the encoders off the GPU"] > 2.6  # their weights
     assert shipped["compiled layers keep only matrix products"] > 10
@@ -180,7 +182,7 @@ def test_what_each_choice_saves_is_what_was_measured_without_it():
 
 def test_the_components_add_up_to_the_fullest_phase():
     for count in (None, 14, 0):
-        found = memory.predict(REAL, plain(checkpointed_layers=count))
+        found = predict.predict(REAL, plain(checkpointed_layers=count))
         assert found.peak_bytes == pytest.approx(max(found.phases.values()))
         assert found.phases[found.phase] == max(found.phases.values())
         assert found.predicted_peak_gb < found.predicted_reserved_gb < found.predicted_driver_gb
@@ -188,7 +190,7 @@ def test_the_components_add_up_to_the_fullest_phase():
 
 def test_more_of_anything_takes_more_memory():
     def peak(options=None, **overrides):
-        return memory.predict(REAL, memory.configuration(REAL, options or DataOptions(), **overrides)).peak_bytes
+        return predict.predict(REAL, predict.configuration(REAL, options or DataOptions(), **overrides)).peak_bytes
 
     assert peak(DataOptions(num_frames=4)) < peak(DataOptions(num_frames=6)) < peak(DataOptions(num_frames=8))
     assert peak(DataOptions(image_size=384)) < peak(DataOptions(image_size=512)) < peak(DataOptions(image_size=768))
@@ -211,43 +213,43 @@ def test_no_configuration_breaks_it(frames, px, batch, kept, casts, compiled, ad
         model_name_or_path="", train_data_path="", frames_dir="", audio_dir="", num_frames=frames, image_size=px,
         lora_dropout=dropout,
     )  # fmt: skip
-    c = memory.configuration(
+    c = predict.configuration(
         REAL, options, batch=batch, checkpointed_layers=kept, casts_lora_inputs=casts, compiled=compiled,
         adapter_bytes=adapter_bytes, accumulation=accumulation,
     )  # fmt: skip
-    found = memory.predict(REAL, c)
+    found = predict.predict(REAL, c)
     assert all(x.bytes >= 0 and x.peak_bytes >= x.bytes for x in found.components)
     assert found.peak_bytes > 15e9
 
 
 def test_fit_takes_the_fewest_recomputing_layers_with_a_margin():
-    found = memory.fit(REAL, plain(), 28.5)
+    found = predict.fit(REAL, plain(), 28.5)
     count = found.configuration.checkpointed_layers
     assert 0 < count < 28
-    assert found.predicted_peak_gb <= 28.5 * (1 - memory.MARGIN)
-    assert memory.predict(REAL, plain(checkpointed_layers=count - 1)).predicted_peak_gb > 28.5 * (1 - memory.MARGIN)
-    assert memory.fit(REAL, plain(), 20) is None
+    assert found.predicted_peak_gb <= 28.5 * (1 - predict.MARGIN)
+    assert predict.predict(REAL, plain(checkpointed_layers=count - 1)).predicted_peak_gb > 28.5 * (1 - predict.MARGIN)
+    assert predict.fit(REAL, plain(), 20) is None
 
 
 @pytest.mark.parametrize("attention", ["flash", "cudnn"])
 def test_the_default_configuration_fits_and_spends_the_spare_on_speed(attention):
     """On a 40 GB card's budget next to no layer recomputes and only products are kept; with more room all are."""
-    c = memory.configuration(REAL, DataOptions(), attention=attention)
-    found = memory.fit(REAL, c, 28.5)
-    assert 27.5 < found.predicted_peak_gb < 28.5 * (1 - memory.MARGIN)
+    c = predict.configuration(REAL, DataOptions(), attention=attention)
+    found = predict.fit(REAL, c, 28.5)
+    assert 27.5 < found.predicted_peak_gb < 28.5 * (1 - predict.MARGIN)
     assert found.configuration.keep == "products" and found.configuration.checkpointed_layers <= 3
-    assert memory.fit(REAL, c, 28.5, capped=True).predicted_reserved_gb < 28.5 * (1 - memory.MARGIN)
-    roomy = memory.fit(REAL, c, 60).configuration
+    assert predict.fit(REAL, c, 28.5, capped=True).predicted_reserved_gb < 28.5 * (1 - predict.MARGIN)
+    roomy = predict.fit(REAL, c, 60).configuration
     assert (roomy.keep, roomy.checkpointed_layers) == ("all", 0)
-    between = memory.fit(REAL, c, 35).configuration
+    between = predict.fit(REAL, c, 35).configuration
     assert (between.keep, between.checkpointed_layers) == ("products", 0)
-    assert memory.fit(REAL, replace(c, keep="all"), 35).configuration.checkpointed_layers > 0
+    assert predict.fit(REAL, replace(c, keep="all"), 35).configuration.checkpointed_layers > 0
 
 
 @pytest.mark.parametrize("pattern", ["(", "model.layers.0.nothing"])
 def test_a_pattern_that_matches_nothing_is_refused(pattern):
     with pytest.raises(UsageError, match="lora_target_modules"):
-        memory.predict_options(BudgetOptions(lora_target_modules=pattern))
+        predict.predict_options(BudgetOptions(lora_target_modules=pattern))
 
 
 def test_allocator_blocks():
@@ -398,7 +400,7 @@ def test_activations_are_those_of_upstreams_layers(
     recomputing, dropout, casts, adapter_bytes, labels, batch, monkeypatch
 ):
     sizes = replace(REAL, num_hidden_layers=3)
-    c = memory.Configuration(
+    c = predict.Configuration(
         clip=Clip(0, (0, 0), 0, 1400, 588, 12),
         batch=batch,
         lora=LoraOptions(lora_dropout=dropout),
@@ -409,7 +411,7 @@ def test_activations_are_those_of_upstreams_layers(
         cached_features=True,
         expandable_segments=True,
     )
-    found = memory.predict(sizes, c)
+    found = predict.predict(sizes, c)
     predicted = sum(x.bytes for x in found.components if x.name in ACTIVATIONS)
     measured = trace_step(sizes, c, monkeypatch)
     assert predicted / measured == pytest.approx(1, abs=0.015), (
@@ -437,7 +439,7 @@ def partition(sizes, c, monkeypatch):
     from transformers import Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-    from surgvqa import layers
+    from surgvqa.model import layers
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if c.attention == "cudnn":
@@ -502,7 +504,7 @@ def test_compiled_layers_keep_what_torchs_partitioner_keeps(keep, dropout, atten
     """The real model's proportions at a quarter of its width."""
     sizes = replace(REAL, hidden_size=896, num_attention_heads=7, num_key_value_heads=1, intermediate_size=4736)
     lora = LoraOptions(lora_r=16, lora_dropout=dropout)
-    c = memory.Configuration(
+    c = predict.Configuration(
         clip=Clip(0, (0, 0), 0, 900, 48, 12), lora=lora, compiled=True, keep=keep, attention=attention
     )
     predicted = sum(activations.layer_tensors(sizes, c, set(sizes.projections())).values())
@@ -516,19 +518,19 @@ def test_compiled_layers_keep_what_torchs_partitioner_keeps(keep, dropout, atten
 
 
 def test_budget_says_yes_and_no(capsys):
-    assert cli.main(["budget", "--json"]) == 0
+    assert main.main(["budget", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["fits"] is True
     assert document["predicted_peak_gb"] < document["budget_gb"] == 28.5
     allocated = [c["gb"] for c in document["components"] if c["group"] in ("weights", "training", "activations")]
     assert sum(allocated) == pytest.approx(document["predicted_peak_gb"])
     assert document["sequence_tokens"] == 3886
-    assert cli.main(["budget", "--json", "--budget_gb", "19", "--gradient_checkpointing", "false"]) == 1
+    assert main.main(["budget", "--json", "--budget_gb", "19", "--gradient_checkpointing", "false"]) == 1
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
 def test_budget_drawn_fits_80_columns_and_says_what_to_change(capsys):
-    assert cli.main(["budget", "--gradient_checkpointing", "false"]) == 1
+    assert main.main(["budget", "--gradient_checkpointing", "false"]) == 1
     drawn = capsys.readouterr().out
     assert max(map(len, drawn.splitlines())) <= 80
     assert "does not fit" in drawn
@@ -551,12 +553,12 @@ def test_budget_drawn_fits_80_columns_and_says_what_to_change(capsys):
     ],
 )
 def test_budget_refuses_numbers_that_mean_nothing(arguments, capsys):
-    assert cli.main(["budget", *arguments]) == 2
+    assert main.main(["budget", *arguments]) == 2
     assert arguments[0].strip("-") in capsys.readouterr().err
 
 
 def test_presets_show_their_peaks(capsys):
-    assert cli.main(["presets", "--json"]) == 0
+    assert main.main(["presets", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["presets"]
     peaks = [p["predicted_peak_gb"] for p in listed if p["rung"] is not None]
     assert peaks == sorted(peaks, reverse=True)
@@ -565,6 +567,6 @@ def test_presets_show_their_peaks(capsys):
 
 @pytest.mark.model
 def test_rows_are_padded_as_the_trainer_pads():
-    from surgvqa import training
+    from surgvqa.training import recipe
 
-    assert training.LENGTH_BUCKET == activations.LENGTH_BUCKET
+    assert recipe.LENGTH_BUCKET == activations.LENGTH_BUCKET

@@ -20,12 +20,12 @@ from hypothesis import strategies as st  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
-from surgvqa import lora_math, merge  # noqa: E402
-from surgvqa.audit import audit  # noqa: E402
-from surgvqa.checkpoint import header_bytes, open_checkpoint, read_json, usable_cores  # noqa: E402
-from surgvqa.config import MergeOptions, Path_  # noqa: E402
+from surgvqa.checkpoint.audit import audit  # noqa: E402
+from surgvqa.checkpoint.folder import header_bytes, open_checkpoint, read_json, usable_cores  # noqa: E402
+from surgvqa.config.options import MergeOptions, Path_  # noqa: E402
 from surgvqa.errors import SurgvqaError, UsageError  # noqa: E402
-from surgvqa.runs import Run  # noqa: E402
+from surgvqa.merge import arithmetic, command  # noqa: E402
+from surgvqa.runs.folder import Run  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -38,9 +38,9 @@ def run_merge(tmp: Path, base: Path, adapter: Path, output: str = "merged", **op
         output_path=Path_(tmp / output),
         **{"device": "cpu", **options},
     )
-    merge.check(given_)
+    command.check(given_)
     with Run.create(tmp / "runs", "merge") as run:
-        merge.run(given_, run)
+        command.run(given_, run)
     return tmp / output
 
 
@@ -341,10 +341,10 @@ def test_one_call_to_blas_gives_the_bits_of_two(
 ) -> None:
     """Over several tiles and blocks; whatever this machine's BLAS allows, and the two steps."""
     if one_call is False:
-        monkeypatch.setattr(lora_math, "adds_last", lambda *_: False)
-    monkeypatch.setattr("surgvqa.shards.BLOCK_BYTES", 100_000)
-    monkeypatch.setattr(lora_math, "TILE_ROWS", 64)
-    monkeypatch.setattr(lora_math, "TILE_NUMEL", 64 * 200)
+        monkeypatch.setattr(arithmetic, "adds_last", lambda *_: False)
+    monkeypatch.setattr("surgvqa.checkpoint.shards.BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(arithmetic, "TILE_ROWS", 64)
+    monkeypatch.setattr(arithmetic, "TILE_NUMEL", 64 * 200)
     base, adapter, theirs = trained(tmp_path, {**LORA, "r": 16}, size=300, inner=600)
     assert differences(load(run_merge(tmp_path, base, adapter)), theirs) == []
 
@@ -355,7 +355,7 @@ def test_a_blas_that_adds_in_another_order_is_found_out(monkeypatch: pytest.Monk
             w += b[:, k : k + 1] * a[k]
         return w
 
-    tried = lora_math.adds_last.__wrapped__  # not the cached one
+    tried = arithmetic.adds_last.__wrapped__  # not the cached one
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda w, b, a: w.add_(b @ a))
     assert tried(64, 16, 200)
     monkeypatch.setattr(torch.Tensor, "addmm_", from_w_on)
@@ -366,13 +366,13 @@ def test_a_blas_that_adds_in_another_order_is_found_out(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("case", ["lora", "odd scale", "fp16 base", "embedding", "fan_in_fan_out", "dora"])
 def test_the_gpus_way_gives_the_bits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Its steps (whole blocks, two calls, a result beside W), run on the CPU."""
-    begin = lora_math.Merged.__init__
+    begin = arithmetic.Merged.__init__
 
-    def as_on_gpu(self: lora_math.Merged, *arguments: Any) -> None:
+    def as_on_gpu(self: arithmetic.Merged, *arguments: Any) -> None:
         begin(self, *arguments)
         self.on_gpu = True
 
-    monkeypatch.setattr(lora_math.Merged, "__init__", as_on_gpu)
+    monkeypatch.setattr(arithmetic.Merged, "__init__", as_on_gpu)
     lora, options = CASES[case]
     base, adapter, theirs = trained(tmp_path, {**LORA, **lora}, **options)
     assert differences(load(run_merge(tmp_path, base, adapter)), theirs) == []
@@ -402,8 +402,8 @@ sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
 from surgvqa import checkpoint_writer, merge
-from surgvqa.config import MergeOptions, Path_
-from surgvqa.runs import Run
+from surgvqa.config.options import MergeOptions, Path_
+from surgvqa.runs.folder import Run
 def resident(which):
     return int(re.search(which + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 checkpoint_writer.usable_cores = lambda: 16
@@ -452,15 +452,15 @@ def test_peak_memory_does_not_grow_with_the_cores(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ahead", [True, False], ids=["prepared", "not prepared"])
 def test_report_figures_are_those_of_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool) -> None:
     """Whether or not a worker had the time to prepare the module."""
-    prepare, fill = lora_math.Merged.prepare, lora_math.Merged.fill
+    prepare, fill = arithmetic.Merged.prepare, arithmetic.Merged.fill
 
-    def prepared(self: lora_math.Merged, start: int, out: memoryview) -> None:
+    def prepared(self: arithmetic.Merged, start: int, out: memoryview) -> None:
         prepare(self)
         fill(self, start, out)
 
-    monkeypatch.setattr(lora_math.Merged, "prepare", lambda _: None)
+    monkeypatch.setattr(arithmetic.Merged, "prepare", lambda _: None)
     if ahead:
-        monkeypatch.setattr(lora_math.Merged, "fill", prepared)
+        monkeypatch.setattr(arithmetic.Merged, "fill", prepared)
     base, adapter, _ = trained(tmp_path, {**LORA, "lora_alpha": 7}, size=300, inner=600)
     merged = run_merge(tmp_path, base, adapter)
     report = read_json(merged / "merge_report.json")
@@ -513,7 +513,7 @@ def test_report_names_the_suspicious(tmp_path: Path) -> None:
         stage1_model_path=Path_(base), stage2_adapter_path=Path_(adapter), output_path=Path_(tmp_path / "merged")
     )
     with Run.create(tmp_path / "runs", "merge") as run:
-        outcome = merge.run(options, run)
+        outcome = command.run(options, run)
     assert not outcome.ok  # a NaN in the output is a bad answer
     text = "\n".join(outcome.data["warnings"])
     assert "model.layers.1.up_proj.weight: NaN" in text
@@ -605,13 +605,13 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
         max_shard_size="6kB", dry_run=True,
     )  # fmt: skip
     with Run.create(tmp_path / "runs", "merge") as run:
-        outcome = merge.run(options, run)
+        outcome = command.run(options, run)
     assert outcome.ok and not list(tmp_path.glob("merged*"))
     assert outcome.data["modules_merged"] == 8 and outcome.data["free_bytes"] > 0
     assert sum(s["tensors"] for s in outcome.data["shards"]) == len(load(base))
     options.dry_run = False
     with Run.create(tmp_path / "runs", "merge") as run:
-        merge.run(options, run)
+        command.run(options, run)
     written = {f.name: f.stat().st_size for f in (tmp_path / "merged").glob("*.safetensors")}
     assert written == {s["file"]: s["bytes"] for s in outcome.data["shards"]}  # the plan is what happens
     total = sum(f.stat().st_size for f in (tmp_path / "merged").iterdir())
@@ -629,7 +629,7 @@ def test_same_inputs_give_the_same_bytes_and_a_second_call_finds_them(tmp_path: 
     one = run_merge(tmp_path, base, adapter, "one", max_shard_size="6kB")
     two = run_merge(tmp_path, base, adapter, "two", max_shard_size="6kB")
     for file in one.iterdir():
-        if file.name != merge.REPORT_FILE:
+        if file.name != command.REPORT_FILE:
             assert file.read_bytes() == (two / file.name).read_bytes()
     before = {f.name: f.stat().st_mtime_ns for f in one.iterdir()}
     run_merge(tmp_path, base, adapter, "one", max_shard_size="6kB")

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import Qwen2VLConfig, modeling_flash_attention_utils  # noqa: E402
 
-from surgvqa import layers, lora  # noqa: E402
-from surgvqa.checkpoint import to_old_name  # noqa: E402
-from surgvqa.config import LORA_TARGETS, LoraOptions  # noqa: E402
+from surgvqa.checkpoint.folder import to_old_name  # noqa: E402
+from surgvqa.config.options import LORA_TARGETS, LoraOptions  # noqa: E402
 from surgvqa.data.collate import Collator  # noqa: E402
 from surgvqa.errors import SurgvqaError, UsageError  # noqa: E402
-from surgvqa.lora import add_lora, load_adapter, save_adapter  # noqa: E402
-from surgvqa.model import AudioQwen2VLForConditionalGeneration, choose_attention, load_model  # noqa: E402
+from surgvqa.model import adapter, layers  # noqa: E402
+from surgvqa.model.adapter import add_lora, load_adapter, save_adapter  # noqa: E402
+from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration, choose_attention, load_model  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -523,7 +523,7 @@ def with_weights(peft_model):
     """The adapter with random B matrices: a fresh LoRA adds nothing."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in lora.adapter_parameters(peft_model).items():
+        for name, parameter in adapter.adapter_parameters(peft_model).items():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
     return peft_model
@@ -575,7 +575,7 @@ NEW_TARGETS = LORA_TARGETS.replace(r"model\.layers", r"model\.language_model\.la
 @pytest.mark.parametrize("targets", [LORA_TARGETS, NEW_TARGETS])
 def test_the_pattern_may_use_old_or_new_names(checkpoint, targets):
     model = add_lora(load(checkpoint), options(lora_target_modules=targets))
-    names = set(lora.adapter_parameters(model))
+    names = set(adapter.adapter_parameters(model))
     assert len(names) == 2 * 7 * 2 + 1
     assert "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight" in names
     assert "base_model.model.audio_projector.weight" in names
@@ -613,19 +613,19 @@ def test_save_and_load_give_the_same_model(checkpoint, tmp_path):
     assert torch.equal(again(**batch).logits, expected)
     assert not any(p.requires_grad for p in again.parameters()) and not again.training
     save_adapter(again, tmp_path / "b")
-    first, second = (tmp_path / name / lora.WEIGHTS for name in "ab")
+    first, second = (tmp_path / name / adapter.WEIGHTS for name in "ab")
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_what_is_saved_is_in_the_authors_format(checkpoint, tmp_path):
     save_adapter(add_lora(load(checkpoint), options(lora_r=4)), tmp_path, {"num_frames": 8})
-    assert sorted(p.name for p in tmp_path.iterdir()) == [lora.CONFIG, lora.WEIGHTS, lora.SETTINGS]
-    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [adapter.CONFIG, adapter.WEIGHTS, adapter.SETTINGS]
+    config = json.loads((tmp_path / adapter.CONFIG).read_text())
     assert config["target_modules"] == LORA_TARGETS and config["modules_to_save"] == ["audio_projector"]
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
     assert config["base_model_name_or_path"] == str(checkpoint)
-    assert json.loads((tmp_path / lora.SETTINGS).read_text()) == {"num_frames": 8}
-    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / lora.WEIGHTS).items()}
+    assert json.loads((tmp_path / adapter.SETTINGS).read_text()) == {"num_frames": 8}
+    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / adapter.WEIGHTS).items()}
     assert shapes["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"] == (4, 96)
     assert shapes["base_model.model.audio_projector.weight"] == (64, 128)
 
@@ -642,10 +642,10 @@ def test_variants_of_lora_load_as_peft_means_them(checkpoint, tmp_path, change):
     ranks = {name.replace("model.", "language_model."): r for name, r in config.get("rank_pattern", {}).items()}
     told = LoraConfig(target_modules=NEW_TARGETS, **config | {"rank_pattern": ranks})
     theirs = with_weights(get_peft_model(load(checkpoint), told))
-    tensors = {name: p.detach().clone() for name, p in lora.adapter_parameters(theirs).items()}
-    save_file(tensors, tmp_path / lora.WEIGHTS)
+    tensors = {name: p.detach().clone() for name, p in adapter.adapter_parameters(theirs).items()}
+    save_file(tensors, tmp_path / adapter.WEIGHTS)
     on_disk = {"peft_type": "LORA", "target_modules": LORA_TARGETS} | config
-    (tmp_path / lora.CONFIG).write_text(json.dumps(on_disk))
+    (tmp_path / adapter.CONFIG).write_text(json.dumps(on_disk))
     ours = load_adapter(load(checkpoint), tmp_path)
     assert close(ours(**sample(1)).logits, theirs(**sample(1)).logits)
 
@@ -653,10 +653,10 @@ def test_variants_of_lora_load_as_peft_means_them(checkpoint, tmp_path, change):
 def saved_adapter(folder: Path, checkpoint: Path, spoil=None, **config) -> Path:
     save_adapter(with_weights(add_lora(load(checkpoint), options())), folder)
     if spoil:
-        tensors = load_file(folder / lora.WEIGHTS)
+        tensors = load_file(folder / adapter.WEIGHTS)
         spoil(tensors)
-        save_file(tensors, folder / lora.WEIGHTS)
-    file = folder / lora.CONFIG
+        save_file(tensors, folder / adapter.WEIGHTS)
+    file = folder / adapter.CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return folder
 
@@ -694,8 +694,8 @@ def test_no_adapter_and_a_truncated_adapter_are_usage_errors(checkpoint, tmp_pat
     with pytest.raises(UsageError, match=r"adapter_config\.json"):
         load_adapter(load(checkpoint), tmp_path / "none")
     folder = saved_adapter(tmp_path / "a", checkpoint)
-    whole = (folder / lora.WEIGHTS).read_bytes()
-    (folder / lora.WEIGHTS).write_bytes(whole[:-100])
+    whole = (folder / adapter.WEIGHTS).read_bytes()
+    (folder / adapter.WEIGHTS).write_bytes(whole[:-100])
     with pytest.raises(UsageError, match="not a whole safetensors file"):
         load_adapter(load(checkpoint), folder)
 
@@ -712,7 +712,7 @@ def test_new_names_in_an_adapter_file_load_too(checkpoint, tmp_path):
 def test_a_save_that_breaks_off_leaves_the_old_adapter_whole(checkpoint, tmp_path, monkeypatch):
     folder = saved_adapter(tmp_path, checkpoint)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    monkeypatch.setattr(lora, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(adapter, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_adapter(add_lora(load(checkpoint), options()), folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -726,7 +726,7 @@ def gpu(monkeypatch, capability: tuple[int, int], flash_attn, accepted: bool = T
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
-    monkeypatch.setattr("surgvqa.model.is_flash_attn_2_available", lambda: accepted)
+    monkeypatch.setattr("surgvqa.model.audio_qwen2vl.is_flash_attn_2_available", lambda: accepted)
 
 
 def test_attention_on_a_cpu_is_sdpa_and_says_why(monkeypatch):

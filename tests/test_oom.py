@@ -13,11 +13,12 @@ import pytest
 import small
 
 from presets import ladder
-from surgvqa import memory, retreat, train, trained
-from surgvqa.architecture import Sizes
-from surgvqa.config import TrainOptions, load_workspace
+from surgvqa.config.options import TrainOptions, load_workspace
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs import Run
+from surgvqa.memory import predict, retreat
+from surgvqa.model.sizes import Sizes
+from surgvqa.runs.folder import Run
+from surgvqa.training import command, results
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
 ON_A_GPU = (
@@ -47,11 +48,11 @@ def forecast(monkeypatch):
 
 def test_fit_takes_the_fewest_recomputing_layers_within_the_budget(forecast):
     found = retreat.fit(options_for(), 28, forecast, 28.5)
-    assert found.prediction.predicted_peak_gb <= 28.5 * (1 - memory.MARGIN) and found.warning is None
+    assert found.prediction.predicted_peak_gb <= 28.5 * (1 - predict.MARGIN) and found.warning is None
     assert found.prediction.configuration.checkpointed_layers == found.recomputing
     if found.recomputing:
         fewer = forecast.of(options_for(checkpointed_layers=found.recomputing - 1))
-        assert fewer.predicted_peak_gb > 28.5 * (1 - memory.MARGIN)
+        assert fewer.predicted_peak_gb > 28.5 * (1 - predict.MARGIN)
     tight = retreat.fit(options_for(), 28, forecast, found.prediction.predicted_peak_gb - 2)
     assert found.recomputing < tight.recomputing < 28
     assert f"{tight.recomputing} of 28 layers" in tight.text and "the fewest that fit" in tight.text
@@ -118,7 +119,7 @@ def test_under_a_cap_what_is_reserved_must_fit(forecast):
     assert descent(options_for(enforce_budget=True), 28, forecast, between)[0] == "oom-8f-384px"
     plans = [retreat.fit(options_for(enforce_budget=capped), 28, forecast, 28.5) for capped in (False, True)]
     assert plans[0].prediction.predicted_reserved_gb > plans[1].prediction.predicted_reserved_gb
-    assert plans[1].prediction.predicted_reserved_gb <= 28.5 * (1 - memory.MARGIN) and plans[1].warning is None
+    assert plans[1].prediction.predicted_reserved_gb <= 28.5 * (1 - predict.MARGIN) and plans[1].warning is None
 
 
 def test_in_an_evaluation_recomputing_is_no_retreat():
@@ -143,9 +144,15 @@ model = pytest.mark.model
     ],
 )
 def test_the_sizes_are_read_from_the_message(text, sizes):
-    from surgvqa import oom
+    from surgvqa.training import step_down
 
-    assert tuple(oom.size_in(text, where) for where in (oom.REQUESTED, oom.ALLOCATED, oom.UNALLOCATED)) == sizes
+    assert (
+        tuple(
+            step_down.size_in(text, where)
+            for where in (step_down.REQUESTED, step_down.ALLOCATED, step_down.UNALLOCATED)
+        )
+        == sizes
+    )
 
 
 @model
@@ -154,19 +161,19 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
     """By the time that the error is met, temporaries are gone: the allocator's own figures would say 'in pieces'."""
     import torch
 
-    from surgvqa import oom
+    from surgvqa.training import step_down
 
-    monkeypatch.setattr(oom, "allocator_bytes", lambda: (2**30, 9 * 2**30))
-    monkeypatch.setattr(oom, "owners", lambda trainer, allocated: {})
+    monkeypatch.setattr(step_down, "allocator_bytes", lambda: (2**30, 9 * 2**30))
+    monkeypatch.setattr(step_down, "owners", lambda trainer, allocated: {})
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=3),
         activity="forward and backward",
         args=SimpleNamespace(device=torch.device("cpu")),
         optimizer=None,
         window=SimpleNamespace(inputs=[]),
-        aside=oom.Aside(),
+        aside=step_down.Aside(),
     )
-    lack = oom.take(torch.OutOfMemoryError(ON_A_GPU.replace("192.00 MiB", free)), trainer)
+    lack = step_down.take(torch.OutOfMemoryError(ON_A_GPU.replace("192.00 MiB", free)), trainer)
     assert lack.is_fragmentation is in_pieces and lack.allocated_bytes == 9 * 2**30
     assert lack.text.startswith("tried to allocate 0.62 GB; 9.7 GB allocated, 0.") and len(lack.text) < 80
 
@@ -175,7 +182,7 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
 def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch):
     import torch
 
-    from surgvqa import oom
+    from surgvqa.training import step_down
 
     device, emptied = torch.device("cpu"), []
     table, moments = torch.arange(4.0), [torch.randn(3), torch.randn(3)]
@@ -183,9 +190,9 @@ def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch
     batch = {"labels": torch.tensor([1, -100]), "shown": (8, 512), "gone": torch.ones(1)}
     before = [moments[0].clone(), moments[1].clone(), batch["labels"].clone()]
     on_device = [weakref.ref(value) for value in (batch["labels"], batch["gone"])]
-    monkeypatch.setattr(oom, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device]))
+    monkeypatch.setattr(step_down, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device]))
 
-    aside = oom.Aside()
+    aside = step_down.Aside()
     aside.put((*states.values(), batch), device)
     aside_now = [states[0]["moment"], states[1]["moment"], batch["labels"]]
     assert emptied == [[True, True]] and all(one is not other for one, other in zip(aside_now, moments))
@@ -229,7 +236,7 @@ class Watched:
     `rows` the image rows (pixels or features) that the model got."""
 
     def __init__(self, options, folder: Path, presets: str | tuple[str, ...] = ()):
-        from surgvqa.trainer import EventTrainer
+        from surgvqa.training.trainer import EventTrainer
 
         (folder / "presets").mkdir(parents=True, exist_ok=True)
         for number, text in enumerate([presets] if isinstance(presets, str) else presets):
@@ -255,7 +262,7 @@ class Watched:
             patched.setattr(EventTrainer, "compute_loss", compute_loss)
             self.run = run
             try:
-                self.result = train.run(options, run).data
+                self.result = command.run(options, run).data
             except SurgvqaError as error:
                 self.error = str(error)
         self.output = Path(options.output_dir or run.folder / "checkpoints")
@@ -271,7 +278,7 @@ class Watched:
 
     def logged(self) -> list[float]:
         """Trainer's own losses, which go to W&B."""
-        state = json.loads((trained.checkpoints(self.output)[0] / "trainer_state.json").read_text())
+        state = json.loads((results.checkpoints(self.output)[0] / "trainer_state.json").read_text())
         return [row["loss"] for row in state["log_history"] if "loss" in row]
 
     def actions(self) -> list[str]:
@@ -295,7 +302,7 @@ def assert_same_adapter(one: Watched, other: Watched):
     import torch
     from safetensors.torch import load_file
 
-    left, right = (load_file(run.output / trained.ADAPTER) for run in (one, other))
+    left, right = (load_file(run.output / results.ADAPTER) for run in (one, other))
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
@@ -330,7 +337,7 @@ def out_of_memory(monkeypatch):
 def places():
     from accelerate import Accelerator
 
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     return {"forward": (EventTrainer, "compute_loss"), "backward": (Accelerator, "backward")}
 
@@ -358,7 +365,7 @@ def test_recomputing_from_any_micro_step_on_changes_no_bit(world, straight, tmp_
     assert event["memory"]["frozen weights"] > event["memory"]["adapters"] == 11520 * 4
     (change,) = run.of("retreat")
     assert change["settings"] == {"gradient_checkpointing": True, "checkpointed_layers": 2}
-    record = trained.read(run.output)
+    record = results.read(run.output)
     assert record.options["checkpointed_layers"] == 2 and record.options["num_frames"] == 2
 
 
@@ -413,7 +420,7 @@ def test_a_retreat_whose_frames_replace_the_old_ones_in_a_full_cache_goes_on(wor
 
 @model
 def test_a_retreat_that_runs_out_of_memory_while_it_encodes_is_met_by_the_next(world, tmp_path, out_of_memory):
-    from surgvqa.model import AudioQwen2VLForConditionalGeneration
+    from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
 
     straight = Watched(world.train_options(num_frames=1, image_size=28, **SHARED), tmp_path / "straight")
     encoded: list[int] = []
@@ -447,7 +454,7 @@ def test_a_retreat_in_the_middle_goes_on_with_the_same_samples_and_can_be_resume
 
 @model
 def test_a_stopped_run_goes_on_with_what_it_retreated_to(world, tmp_path, out_of_memory, monkeypatch):
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     out_of_memory(*places()["forward"], lambda count, _: count == 3)
     whole = Watched(world.train_options(**SHARED), tmp_path / "whole", FEWER)
@@ -465,7 +472,7 @@ def test_a_stopped_run_goes_on_with_what_it_retreated_to(world, tmp_path, out_of
     monkeypatch.undo()
     assert stopped.result["state"] == "stopped" and stopped.result["steps"] == 2
     for name in (stopped.run.id, str(stopped.output), str(stopped.output / "checkpoint-2")):
-        found = trained.find(name, load_workspace(tmp_path / "stopped"))
+        found = results.find(name, load_workspace(tmp_path / "stopped"))
         assert (found.options["num_frames"], found.preset) == (1, "own-0")
     again = found.options | {"resume": str(stopped.output), "output_dir": str(stopped.output)}
     resumed = Watched(TrainOptions(**again), tmp_path / "stopped")
@@ -506,7 +513,7 @@ def test_a_later_optimiser_step_that_is_cut_short_is_never_saved(world, straight
     out_of_memory(torch.optim.AdamW, "step", lambda count, _: count == 3)
     run = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
     assert "out of GPU memory at step 2 (optimizer)" in run.error and run.actions() == ["stopping"]
-    assert [c.name for c in trained.checkpoints(run.output)] == ["checkpoint-2", "checkpoint-1"]
+    assert [c.name for c in results.checkpoints(run.output)] == ["checkpoint-2", "checkpoint-1"]
     assert run.losses() == {step: loss for step, loss in straight.losses().items() if step <= 2}
 
 
@@ -526,7 +533,7 @@ def test_an_evaluation_halves_its_batch_and_its_loss_stays(world, tmp_path, out_
     whole = Watched(world.train_options(**options), tmp_path / "whole")
     import torch
 
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     original = EventTrainer.compute_loss
 
@@ -548,7 +555,7 @@ def test_an_evaluation_halves_its_batch_and_its_loss_stays(world, tmp_path, out_
 
 @model
 def test_an_evaluation_that_fits_no_sample_begins_again_with_the_next_preset(world, tmp_path, out_of_memory):
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     evaluated = {"eval_data_path": str(world.eval), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     out_of_memory(EventTrainer, "prediction_step", lambda count, _: count == 3)
@@ -568,24 +575,24 @@ def test_the_best_state_keeps_the_settings_that_it_was_trained_with(world, tmp_p
     out_of_memory(*places()["backward"], lambda count, _: count == 3)
     run = Watched(world.train_options(**SHARED, **evaluated, greater_is_better=True), tmp_path, FEWER)
     assert run.error is None and run.result["best_checkpoint"].endswith("checkpoint-1")
-    assert trained.read(run.output / "checkpoint-2").options["num_frames"] == 1
-    assert trained.read(run.output).options["num_frames"] == 2 and trained.read(run.output).preset is None
+    assert results.read(run.output / "checkpoint-2").options["num_frames"] == 1
+    assert results.read(run.output).options["num_frames"] == 2 and results.read(run.output).preset is None
 
 
 @model
 def test_a_save_is_tried_again(world, straight, tmp_path, out_of_memory, monkeypatch):
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     out_of_memory(EventTrainer, "_save_optimizer_and_scheduler", lambda count, _: count == 2)
     run = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
     assert_same(run, straight)
     assert run.actions() == ["trying again with an emptied cache"] and run.of("oom")[0]["phase"] == "save"
-    assert [c.name for c in trained.checkpoints(run.output)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+    assert [c.name for c in results.checkpoints(run.output)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     monkeypatch.undo()
     out_of_memory(EventTrainer, "_save_optimizer_and_scheduler", lambda count, _: count >= 2)
     twice = Watched(world.train_options(**SHARED), tmp_path)
     assert "out of GPU memory at step 2 (save)" in twice.error
-    assert [c.name for c in trained.checkpoints(twice.output)] == ["checkpoint-1"]
+    assert [c.name for c in results.checkpoints(twice.output)] == ["checkpoint-1"]
     assert not list(twice.output.glob(".*"))
 
 
@@ -593,9 +600,9 @@ def test_a_save_is_tried_again(world, straight, tmp_path, out_of_memory, monkeyp
 def test_fragmentation_is_met_without_giving_anything_up_once_a_step(
     world, straight, tmp_path, out_of_memory, monkeypatch
 ):
-    from surgvqa import oom
+    from surgvqa.training import step_down
 
-    monkeypatch.setattr(oom, "allocator_bytes", lambda: (20 * 2**30, 22 * 2**30))
+    monkeypatch.setattr(step_down, "allocator_bytes", lambda: (20 * 2**30, 22 * 2**30))
     out_of_memory(*places()["forward"], lambda count, _: count in (2, 6, 8))
     run = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
     assert_same(run, straight)
@@ -612,9 +619,9 @@ def test_the_ladder_ends_with_a_checkpoint_and_a_message(world, tmp_path, out_of
     assert "out of GPU memory at step 2" in run.error and "smallest preset" in run.error and "\n" not in run.error
     assert [event["step"] for event in run.of("oom")] == [2, 2, 2, 2] and run.actions()[-1] == "stopping"
     assert len(run.of("retreat")) == 1 and [e["name"] for e in run.of("preset")] == ["own-0", "own-1"]
-    checkpoint, skipped = trained.newest_whole_checkpoint(run.output)
+    checkpoint, skipped = results.newest_whole_checkpoint(run.output)
     assert checkpoint.name == "checkpoint-2" and not skipped
-    assert trained.read(checkpoint).options["image_size"] == 28
+    assert results.read(checkpoint).options["image_size"] == 28
 
 
 @model
@@ -624,23 +631,23 @@ def test_on_oom_fail_stops_with_a_checkpoint_and_the_advice(world, straight, tmp
     (event,) = run.of("oom")
     assert event["action"] == "stopping" and event["next_preset"] == "own-0"
     assert f"surgvqa train --resume {run.run.id} --num_frames 1 --image_size 84" in run.error
-    assert trained.newest_whole_checkpoint(run.output)[0].name == "checkpoint-1"
-    assert trained.read(run.output).options["num_frames"] == 2  # nothing was given up
+    assert results.newest_whole_checkpoint(run.output)[0].name == "checkpoint-1"
+    assert results.read(run.output).options["num_frames"] == 2  # nothing was given up
 
 
 @model
 def test_a_run_on_a_gpu_is_fitted_and_its_phases_are_measured(world, tmp_path, monkeypatch):
     """The forecast of a GPU on a CPU: the plan is made of it, and every retreat has to be predicted to fit."""
-    from surgvqa import training
+    from surgvqa.training import recipe
 
-    monkeypatch.setattr(training, "_forecast", lambda options, *_, **__: retreat.Forecast(options, (84, 56)))
+    monkeypatch.setattr(recipe, "_forecast", lambda options, *_, **__: retreat.Forecast(options, (84, 56)))
     options = world.train_options(eval_data_path=str(world.eval), max_steps=2, keep_activations="all")
     predicted = [
         retreat.Forecast(options, (84, 56)).of(retreat.changed(options, checkpointed_layers=n)).predicted_peak_gb
         for n in range(3)
     ]
     assert predicted[0] > predicted[1]
-    options.budget_gb = (predicted[0] + predicted[1]) / 2 / (1 - memory.MARGIN)
+    options.budget_gb = (predicted[0] + predicted[1]) / 2 / (1 - predict.MARGIN)
     run = Watched(options, tmp_path)
     (plan,) = [event for event in run.of("phase") if event["name"] == "plan"]
     assert plan["checkpointed_layers"] == 1 and plan["predicted_peak_gb"] == predicted[1]
@@ -654,9 +661,9 @@ def test_a_run_on_a_gpu_is_fitted_and_its_phases_are_measured(world, tmp_path, m
 
 @model
 def test_an_oom_event_names_the_largest_owners_by_prediction(world, tmp_path, out_of_memory, monkeypatch):
-    from surgvqa import training
+    from surgvqa.training import recipe
 
-    monkeypatch.setattr(training, "_forecast", lambda options, *_, **__: retreat.Forecast(options, (84, 56)))
+    monkeypatch.setattr(recipe, "_forecast", lambda options, *_, **__: retreat.Forecast(options, (84, 56)))
     options = world.train_options(max_steps=1, checkpointed_layers=0, keep_activations="all")
     out_of_memory(*places()["forward"], lambda count, _: count == 1)
     run = Watched(options, tmp_path)
@@ -677,10 +684,10 @@ async def test_one_key_in_the_monitor_goes_on_from_the_last_step(world, tmp_path
 
     from textual.widgets import Static
 
-    from surgvqa import cli
-    from surgvqa.runs import list_runs
+    from surgvqa.cli import main
+    from surgvqa.runs.folder import list_runs
     from tui.app import Panel
-    from tui.target import LocalTarget
+    from tui.targets.target import LocalTarget
 
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets/own.toml").write_text(FEWER)
@@ -690,7 +697,7 @@ async def test_one_key_in_the_monitor_goes_on_from_the_last_step(world, tmp_path
     named = [f"--{name}={value}" for name, value in asked.items() if value != getattr(known, name, None)]
     needed = [f"--{name}={asked[name]}" for name in NEEDED]
     out_of_memory(*places()["backward"], lambda count, _: count == 4)
-    assert cli.main(["train", *needed, *named]) == 1
+    assert main.main(["train", *needed, *named]) == 1
     (failed,) = list_runs(tmp_path / "runs")
     panel = Panel(LocalTarget(load_workspace(tmp_path)))
 
@@ -717,7 +724,7 @@ async def test_one_key_in_the_monitor_goes_on_from_the_last_step(world, tmp_path
     assert [event["step"] for event in events if event["kind"] == "metric"] == [2, 3]
     result = events[-1]["result"]
     assert result["resumed_from"].endswith("checkpoint-1")
-    record = trained.read(Path(result["output_dir"]))
+    record = results.read(Path(result["output_dir"]))
     assert (record.options["num_frames"], record.options["image_size"]) == (1, 84)
     log = file.with_name("log.txt").read_text()
     assert "Warning" not in log and "kernels" not in log, "of libraries, about what nobody can change here"

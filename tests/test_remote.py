@@ -23,13 +23,14 @@ from sshd import (
     venv_there,
 )
 
-from remote import connection, hosts, jobs
 from remote import setup as setup_room
 from remote.agent.jobs import parse_smi
-from remote.connection import AuthenticationFailed, ChangedHostKey, Remote, UnknownHostKey, Unreachable, connect
-from remote.fetch import fetch
+from remote.jobs import launch
+from remote.jobs.fetch import fetch
+from remote.ssh import connection, hosts
+from remote.ssh.connection import AuthenticationFailed, ChangedHostKey, Remote, UnknownHostKey, Unreachable, connect
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import Run
+from surgvqa.runs.folder import Run
 
 pytestmark = pytest.mark.slow
 
@@ -203,7 +204,7 @@ def test_every_failure_is_one_line_that_says_what_to_do(laptop, monkeypatch):  #
     assert "ssh-copy-id" in failure(AuthenticationFailed)
     laptop.server.write_config(port=free_port())
     assert "connection refused" in failure(Unreachable)
-    monkeypatch.setattr("remote.connection.CONNECT_TIMEOUT_S", 1)
+    monkeypatch.setattr("remote.ssh.connection.CONNECT_TIMEOUT_S", 1)
     laptop.server.config.write_text(laptop.server.config.read_text().replace("127.0.0.1", "192.0.2.1"))
     began = time.monotonic()
     failure(Unreachable)
@@ -265,7 +266,7 @@ def test_the_python_of_a_home_and_one_that_is_too_old(laptop):  # noqa: F811
 def test_a_silent_host_is_given_up(laptop, monkeypatch):  # noqa: F811
     relay = Relay(laptop.server.port)
     laptop.server.write_config(port=relay.port)
-    monkeypatch.setattr("remote.connection.CHANNEL_TIMEOUT_S", 2)
+    monkeypatch.setattr("remote.ssh.connection.CHANNEL_TIMEOUT_S", 2)
     with laptop.connect() as remote:
         relay.freeze()
         began = time.monotonic()
@@ -413,8 +414,8 @@ def test_a_run_comes_home_verified_and_resumed(laptop):  # noqa: F811
     target = laptop.workspace / "home"
     with laptop.connect() as remote:
         command, *argv = [*TRAIN, "--max_steps", "2"]
-        run = jobs.launch(remote, command, argv, needs=[])["run"]
-        list(jobs.Follower(remote, run))
+        run = launch.launch(remote, command, argv, needs=[])["run"]
+        list(launch.Follower(remote, run))
         big = laptop.there / "runs" / run / "adapter" / "adapter_model.safetensors"
         big.write_bytes(os.urandom(30_000_000))
         progress = Run.create(laptop.workspace / "runs", "fetch")
@@ -502,7 +503,7 @@ def test_the_command_line_has_surgvqas_manners(tmp_path):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, remote.cli, remote.upload, remote.jobs, remote.fetch, remote.setup; "
+        "import sys, remote.cli.commands, remote.upload.command, remote.jobs.launch, remote.jobs.fetch, remote.setup; "
         "bad = {'torch', 'numpy', 'transformers', 'textual'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

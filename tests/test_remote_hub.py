@@ -14,7 +14,7 @@ from checkpoint_kit import write_file, write_folder
 from hub_server import COMMIT, Hub
 from sshd import laptop  # noqa: F401
 
-from remote import hub as hub_room
+from remote.upload import hub as hub_room
 from surgvqa.errors import UsageError
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]  # merging needs torch

@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import pytest
 from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
 
-from remote import connection, jobs
-from remote.cli import main, split_job
-from remote.connection import Unreachable
+from remote.cli.commands import main, split_job
+from remote.jobs import launch
+from remote.ssh import connection
+from remote.ssh.connection import Unreachable
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.supervisor import descendants, process_identity
+from surgvqa.runs.supervisor import descendants, process_identity
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ def host(laptop):  # noqa: F811
 
 def start(remote, *more, **options):
     command, *argv = [*TRAIN, *more]
-    return jobs.launch(remote, command, argv, needs=[], **options)["run"]
+    return launch.launch(remote, command, argv, needs=[], **options)["run"]
 
 
 def until(true, patience_s=20.0):
@@ -50,7 +51,7 @@ def supervisor_of(host, run):
 def test_a_job_runs_to_its_end_and_says_how(host):
     with host.connect() as remote:
         run = start(remote, "--max_steps", "5")
-        follower = jobs.Follower(remote, run)
+        follower = launch.Follower(remote, run)
         events = list(follower)
     assert [e["step"] for e in events if e["kind"] == "metric"] == [1, 2, 3, 4, 5]
     assert "training starts" in "".join(e["text"] for e in events if e["kind"] == "log")
@@ -69,7 +70,7 @@ def test_a_job_outlives_connection_client_and_sshd(host):
     host.server.start()
     with host.connect() as remote:
         assert remote.call("runs", run="last")["state"] == "running"
-        assert jobs.stop(remote, run, grace_s=5)["state"] == "stopped"
+        assert launch.stop(remote, run, grace_s=5)["state"] == "stopped"
     assert process_identity(before["pid"]) is None
 
 
@@ -80,7 +81,7 @@ def test_stop_leaves_nothing_of_the_job_and_touches_nothing_else(host):
         folder = host.there / "runs" / run
         until(lambda: (folder / "events.jsonl").exists() and len(descendants(supervisor_of(host, run)["pid"])) == 4)
         family = descendants(supervisor_of(host, run)["pid"])
-        answer = jobs.stop(remote, run, grace_s=1.0)
+        answer = launch.stop(remote, run, grace_s=1.0)
     assert answer["state"] == "stopped" and answer["exit"]["signal"] == signal.SIGKILL
     assert [p for p in family if process_identity(p)] == []
     assert bystander.poll() is None
@@ -100,7 +101,7 @@ def test_stop_with_a_stale_pid_touches_nobody(host, differs):
     (folder / "run.json").write_text(json.dumps({"id": folder.name, "command": "train", "started": 1, **stale}))
     (folder / "supervisor.json").write_text(json.dumps(stale))
     with host.connect() as remote:
-        assert jobs.stop(remote, "last", grace_s=0.5)["state"] == "died"
+        assert launch.stop(remote, "last", grace_s=0.5)["state"] == "died"
     assert stranger.poll() is None
     stranger.kill()
     stranger.wait()
@@ -109,7 +110,7 @@ def test_stop_with_a_stale_pid_touches_nobody(host, differs):
 def test_a_killed_job_is_dead_and_says_by_what(host):
     with host.connect() as remote:
         run = start(remote, "--run_name", "killed")
-        follower = jobs.Follower(remote, run)
+        follower = launch.Follower(remote, run)
         events = list(follower)
     assert follower.state == "died" and follower.outcome["exit"]["signal"] == 9
     assert any(e["kind"] == "error" and "SIGKILL" in e["text"] for e in events)
@@ -140,7 +141,7 @@ open(sys.argv[1], "a").write('{"v": 1, "t": 2.0, "kind": "finished", "state": "d
 
 def test_a_failing_job_fails(host):
     with host.connect() as remote:
-        follower = jobs.Follower(remote, start(remote, "--run_name", "fails"))
+        follower = launch.Follower(remote, start(remote, "--run_name", "fails"))
         events = list(follower)
     assert follower.state == "failed" and follower.outcome["exit"]["exit_code"] == 1
     assert any(e["kind"] == "error" and "no such luck" in e["text"] for e in events)
@@ -154,7 +155,7 @@ def test_the_supervisor_killed_does_not_hide_the_job(host):
         assert remote.call("runs", run=run)["state"] == "running"
         with pytest.raises(SurgvqaError, match=run):  # the job itself still holds the GPU
             start(remote)
-        assert jobs.stop(remote, run, grace_s=5)["state"] == "stopped"
+        assert launch.stop(remote, run, grace_s=5)["state"] == "stopped"
 
 
 def test_one_job_has_the_gpu(host):
@@ -179,9 +180,9 @@ def test_one_job_has_the_gpu(host):
         assert [r["id"] for r in remote.call("runs")["runs"]] == started  # the refused left no folder
         second = start(remote, share=True)
         for run in (started[0], second):
-            jobs.stop(remote, run, grace_s=5)
+            launch.stop(remote, run, grace_s=5)
         third = start(remote, "--max_steps", "1")
-        assert jobs.Follower(remote, third).__iter__() and list(jobs.Follower(remote, third))
+        assert launch.Follower(remote, third).__iter__() and list(launch.Follower(remote, third))
 
 
 def test_a_gpu_that_somebody_else_computes_on_is_not_shared(host):
@@ -203,7 +204,7 @@ def test_a_gpu_that_somebody_else_computes_on_is_not_shared(host):
         run = start(remote)
         with pytest.raises(SurgvqaError, match=run):  # now GPU 1 is taken as well
             start(remote)
-        jobs.stop(remote, run, grace_s=5)
+        launch.stop(remote, run, grace_s=5)
     stranger.kill()
     stranger.wait()
 
@@ -220,7 +221,7 @@ def test_secrets_and_environment_arrive_and_leave_no_trace(host, monkeypatch):
         until(lambda: (folder / "argv.txt").exists())
         below = [supervisor_of(host, run)["pid"], *descendants(supervisor_of(host, run)["pid"])]
         lines = b"".join(Path(f"/proc/{p}/cmdline").read_bytes() for p in below)
-        jobs.stop(remote, run, grace_s=5)
+        launch.stop(remote, run, grace_s=5)
     env = eval((folder / "env.txt").read_text())
     assert env["WANDB_API_KEY"] == secret and env["ODD"] == "a b $(touch /tmp/never) \n x"
     assert secret.encode() not in lines and not Path("/tmp/never").exists()
@@ -231,15 +232,15 @@ def test_secrets_and_environment_arrive_and_leave_no_trace(host, monkeypatch):
 
 def test_launch_refuses_what_is_not_there(host):
     with host.connect() as remote, pytest.raises(UsageError, match=r"elsewhere is not in .* upload first"):
-        jobs.launch(remote, "train", [], needs=["elsewhere"])
+        launch.launch(remote, "train", [], needs=["elsewhere"])
     (host.there / ".surgvqa" / "ready").mkdir(parents=True)
     (host.there / ".surgvqa" / "ready" / "merged.json").write_text('{"state": "publishing", "files": {}}')
     with host.connect() as remote, pytest.raises(SurgvqaError, match="did not come to its end"):
-        jobs.launch(remote, "train", [], needs=["merged"])
+        launch.launch(remote, "train", [], needs=["merged"])
 
 
 def test_local_paths_become_the_hosts(host):
-    from surgvqa.config import load_workspace
+    from surgvqa.config.options import load_workspace
 
     workspace = load_workspace(host.workspace)
     argv = [
@@ -249,7 +250,7 @@ def test_local_paths_become_the_hosts(host):
         "--seed",
         "1",
     ]
-    turned, needs = jobs.paths_for_host("train", argv, workspace)
+    turned, needs = launch.paths_for_host("train", argv, workspace)
     assert turned == ["--model_name_or_path", "models/merged", "--frames_dir=my frames", "--seed", "1"]
     assert needs == ["models/merged", "my frames"]
 
@@ -265,18 +266,18 @@ def test_local_paths_become_the_hosts(host):
     ],
 )
 def test_what_is_no_input_need_not_be_there(tmp_path, monkeypatch, argv, turned, needs):
-    from surgvqa.config import load_workspace
+    from surgvqa.config.options import load_workspace
 
     monkeypatch.chdir(tmp_path)
-    assert jobs.paths_for_host("train", argv, load_workspace(tmp_path)) == (turned, needs)
+    assert launch.paths_for_host("train", argv, load_workspace(tmp_path)) == (turned, needs)
 
 
 @pytest.mark.parametrize("argv", [["--checkpoint", "last"], ["--checkpoint=last"]])
 def test_a_run_id_of_the_host_is_no_path(tmp_path, monkeypatch, argv):
-    from surgvqa.config import load_workspace
+    from surgvqa.config.options import load_workspace
 
     monkeypatch.chdir(tmp_path)
-    assert jobs.paths_for_host("evaluate", argv, load_workspace(tmp_path)) == (argv, [])
+    assert launch.paths_for_host("evaluate", argv, load_workspace(tmp_path)) == (argv, [])
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_words_for_us_and_words_for_the_job(argv, ours, job):
 def test_a_resumed_job_has_its_own_run_id_alone():
     """With the old one's a failure at its start would be told to the old run's folder."""
     argv = ["--seed", "1", "--workspace", "/a", "--run_id=old", "--resume", "older", "--run_id", "old", "--bf16"]
-    assert jobs.resume_argv(argv, "old") == ["--seed", "1", "--bf16", "--resume", "old"]
+    assert launch.resume_argv(argv, "old") == ["--seed", "1", "--bf16", "--resume", "old"]
 
 
 def test_a_disk_that_fills_up_while_a_job_is_launched_keeps_no_secret(tmp_path, monkeypatch):
@@ -336,7 +337,7 @@ def test_what_is_no_job_is_not_launched(tmp_path, monkeypatch, capsys, command):
     assert main(["launch", "gpuhost", command, "x"]) == 2
     assert "merge, train, evaluate" in capsys.readouterr().err
     with pytest.raises(UsageError):
-        jobs.launch(None, command, [], needs=[])
+        launch.launch(None, command, [], needs=[])
 
 
 def test_names_are_utf8_in_a_latin_1_locale_too(host):
@@ -363,7 +364,7 @@ def test_names_are_utf8_in_a_latin_1_locale_too(host):
 def test_following_lags_less_than_a_second(host):
     with host.connect() as remote:
         run = start(remote, "--max_steps", "40")
-        lags = [time.time() - e["t"] for e in jobs.Follower(remote, run) if e["kind"] == "metric"]
+        lags = [time.time() - e["t"] for e in launch.Follower(remote, run) if e["kind"] == "metric"]
     late = lags[10:]  # the job had begun before we listened
     assert max(late) < 1.0, lags
 
@@ -372,7 +373,7 @@ def test_following_survives_dropped_connections_without_loss(host):
     """sshd's sessions are killed, later the whole sshd for a second; every event arrives exactly once."""
     with host.connect() as remote:
         run = start(remote, "--max_steps", "100")
-        follower = jobs.Follower(remote, run)
+        follower = launch.Follower(remote, run)
         steps, lost = [], 0
         for event in follower:
             if event["kind"] == "metric":
@@ -393,7 +394,7 @@ def test_a_dead_link_is_unreachable_and_not_dead(host, monkeypatch):
     host.server.write_config(port=relay.port)
     with host.connect() as remote:
         run = start(remote)
-        follower = jobs.Follower(remote, run)
+        follower = launch.Follower(remote, run)
         seen = iter(follower)
         until(lambda: next(seen)["kind"] == "metric" and follower.state == "running")
         relay.freeze()
@@ -406,7 +407,7 @@ def test_a_dead_link_is_unreachable_and_not_dead(host, monkeypatch):
         event = next(e for e in seen if e["kind"] == "connection" and e["state"] == "connected")
         steps = [next(e for e in seen if e["kind"] == "metric")["step"] for _ in range(100)]
         assert steps == list(range(steps[0], steps[0] + 100))
-        jobs.stop(remote, run, grace_s=5)
+        launch.stop(remote, run, grace_s=5)
     relay.close()
 
 
@@ -416,7 +417,7 @@ def test_a_slow_link_is_no_lost_one(host):
     host.server.write_config(port=relay.port)
     with host.connect() as remote:
         run = start(remote, "--max_steps", "20")
-        seen = list(jobs.Follower(remote, run))
+        seen = list(launch.Follower(remote, run))
     assert [e["step"] for e in seen if e["kind"] == "metric"] == list(range(1, 21))
     assert not [e for e in seen if e["kind"] == "connection"]
     relay.close()
@@ -427,9 +428,9 @@ def test_the_host_gone_for_good_can_be_given_up(host):
         run = start(remote, "--max_steps", "100000")
         host.server.stop()
         with pytest.raises(Unreachable):
-            list(jobs.Follower(remote, run, give_up_s=1.0))
+            list(launch.Follower(remote, run, give_up_s=1.0))
         host.server.start()
-        jobs.stop(remote, run, grace_s=5)
+        launch.stop(remote, run, grace_s=5)
 
 
 def test_a_rotated_and_a_truncated_log_are_noticed(host):
@@ -440,7 +441,7 @@ def test_a_rotated_and_a_truncated_log_are_noticed(host):
     (folder / "log.txt").write_text("one\n")
     (folder / "events.jsonl").write_text('{"v":1,"t":1,"kind":"phase","name":"a"}\n{"v":1,"t"')
     with host.connect() as remote:
-        follower = jobs.Follower(remote, "last")
+        follower = launch.Follower(remote, "last")
         seen = iter(follower)
         texts = []
 
@@ -476,10 +477,10 @@ def test_runs_shows_those_started_by_hand_and_clocks_do_not_matter(host, monkeyp
     with host.connect() as remote:
         until(lambda: any(r["state"] == "running" for r in remote.call("runs")["runs"]))
         run = next(r for r in remote.call("runs")["runs"] if r["state"] == "running")
-        seen = iter(jobs.Follower(remote, run["id"]))
+        seen = iter(launch.Follower(remote, run["id"]))
         assert next(e for e in seen if e["kind"] == "metric")
         seen.close()
-        assert jobs.stop(remote, run["id"], grace_s=5)["state"] == "stopped"
+        assert launch.stop(remote, run["id"], grace_s=5)["state"] == "stopped"
     assert by_hand.wait(5) is not None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sshd import Relay, laptop, processes_naming  # noqa: F401
 
-from surgvqa import runs
+from surgvqa.runs.folder import state_of
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def ended(process: subprocess.Popen[str], folder: Path, *signals: int) -> str:
     for number in signals:
         process.send_signal(number)
     said = process.communicate(timeout=60)[1].splitlines()[-1]
-    assert process.returncode == 1 and runs.state_of(folder) == "stopped"
+    assert process.returncode == 1 and state_of(folder) == "stopped"
     return said
 
 

@@ -12,7 +12,7 @@ import pytest
 from sshd import TRAIN, laptop, stub_train  # noqa: F401
 from test_remote_jobs import start, until
 
-from remote import jobs
+from remote.jobs import launch
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_a_job_is_a_unit_of_its_own_and_outlives_the_logout(host):
     seen = (folder / run / "events.jsonl").stat().st_size
     until(lambda: (folder / run / "events.jsonl").stat().st_size > seen)  # it goes on
     with host.connect() as remote:
-        answer = jobs.stop(remote, run, grace_s=5)
+        answer = launch.stop(remote, run, grace_s=5)
         assert answer["state"] == "stopped" and answer["exit"]["swept"] >= 3
         units = ["env", "XDG_RUNTIME_DIR=/run/user/0", "systemctl", "--user", "list-units", "--all", "--no-legend"]
         until(lambda: "surgvqa-" not in said(remote, *units))
@@ -78,5 +78,5 @@ def test_without_its_manager_the_supervisor_starts_by_itself(host):
     with host.connect() as remote:
         said(remote, "kill", "-KILL", said(remote, "cat", "/run/user/0/manager.pid"))
         run = start(remote, "--max_steps", "2")
-        follower = jobs.Follower(remote, run)
+        follower = launch.Follower(remote, run)
         assert list(follower) and follower.state == "finished"

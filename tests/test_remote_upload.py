@@ -19,15 +19,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sshd import Relay, cmdline, laptop  # noqa: F401
 
-from remote import transfer as transfer_room
-from remote import upload as upload_room
 from remote.agent import staging as staging_room
-from remote.agent_process import Reserve
-from remote.connection import ChangedHostKey
-from remote.plan import Hashes, Item, Way, cheapest, folder_sources
+from remote.ssh.connection import ChangedHostKey
+from remote.ssh.process import Reserve
+from remote.upload import command as upload_room
+from remote.upload import streams as transfer_room
+from remote.upload.plan import Hashes, Item, Way, cheapest, folder_sources
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import Run
-from surgvqa.supervisor import descendants
+from surgvqa.runs.folder import Run
+from surgvqa.runs.supervisor import descendants
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ def until(true, patience_s: float = 30.0) -> None:
 
 def test_the_hosts_settings_say_what_ours_say(tmp_path):
     """Values that are none, paths below runs/, which the host makes itself, and letters that TOML wants escaped."""
-    from surgvqa.config import load_workspace
+    from surgvqa.config.options import load_workspace
 
     (tmp_path / "surgvqa.toml").write_text(
         'host = "h"\nframes_dir = "/data/my frames"\neval_data_path = ""\n'

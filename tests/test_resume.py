@@ -12,10 +12,10 @@ import pytest
 import small
 from test_train import Watched, assert_same_adapter
 
-from surgvqa import train, trained
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import Run
+from surgvqa.runs.folder import Run
+from surgvqa.training import command, results
 
 pytestmark = pytest.mark.model
 
@@ -76,7 +76,7 @@ def test_early_stopping_can_begin_and_become_more_patient(four_steps, again, tmp
     never_better = {"max_steps": 9, "learning_rate": 1e-12, "eval_steps": 1, "save_steps": 1}
     began = again(four_steps, early_stopping_patience=2, **never_better)
     assert began.result["steps"] == 6
-    checkpoint = next(iter(trained.checkpoints(began.output)))
+    checkpoint = next(iter(results.checkpoints(began.output)))
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"] == {"early_stopping_patience_counter": 2}
     options = {**four_steps.options, **never_better, "early_stopping_patience": 4}
@@ -85,7 +85,7 @@ def test_early_stopping_can_begin_and_become_more_patient(four_steps, again, tmp
 
 
 def world_options(run: Watched, **changes):
-    return train.TrainOptions(**{**trained.read(run.output).options, **changes})
+    return command.TrainOptions(**{**results.read(run.output).options, **changes})
 
 
 def test_states_of_another_optimiser_are_told(four_steps, again):
@@ -117,7 +117,7 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(
     step,
 ):
     """Stopped in the last micro step of an epoch, or in the evaluation after it."""
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     original = getattr(EventTrainer, place)
 
@@ -144,7 +144,7 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(
 
 def test_an_error_between_steps_costs_no_step(world, tmp_path, monkeypatch):
     """Here a file that a worker process cannot read; checkpoints come at the end of an epoch only."""
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     load, report = ClipDataset.__getitem__, EventTrainer.end_of_step
     broken = tmp_path / "from now on"
@@ -165,12 +165,12 @@ def test_an_error_between_steps_costs_no_step(world, tmp_path, monkeypatch):
     options.extra = {"dataloader_num_workers": "1", "dataloader_prefetch_factor": "1"}
     run = Watched(options, tmp_path / "runs")
     assert str(run.error) == "the frame is gone"
-    checkpoint, _ = trained.newest_whole_checkpoint(run.output)
+    checkpoint, _ = results.newest_whole_checkpoint(run.output)
     assert int(checkpoint.name.partition("-")[2]) == max(run.losses()) >= 3
 
 
 def test_steps_that_are_not_finite_leave_the_last_good_one(world, tmp_path, monkeypatch):
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     compute = EventTrainer.compute_loss
 
@@ -180,7 +180,7 @@ def test_steps_that_are_not_finite_leave_the_last_good_one(world, tmp_path, monk
 
     monkeypatch.setattr(EventTrainer, "compute_loss", compute_loss)
     run = Watched(world.train_options(max_steps=8, save_strategy="no"), tmp_path)
-    checkpoint, _ = trained.newest_whole_checkpoint(run.output)
+    checkpoint, _ = results.newest_whole_checkpoint(run.output)
     assert "steps 4 to 6 are not finite" in str(run.error) and f"checkpoint: {checkpoint};" in str(run.error)
 
 
@@ -193,16 +193,16 @@ def test_going_back_needs_a_folder_of_its_own(four_steps, world, tmp_path):
     shutil.copytree(four_steps.output, output)
     back = {**four_steps.options, "resume": str(output / "checkpoint-2"), "save_total_limit": 1, "max_steps": 3}
     with pytest.raises(UsageError, match=r"checkpoint-4: is of a later step than checkpoint-2.*output_dir"):
-        train.check(world.train_options(**back, output_dir=str(output)))
+        command.check(world.train_options(**back, output_dir=str(output)))
     other = world.train_options(**back, output_dir=str(tmp_path / "other"))
-    train.check(other)
+    command.check(other)
     assert Watched(other, tmp_path / "runs").result["resumed_from"] == str(output / "checkpoint-2")
 
     (output / "checkpoint-4/optimizer.pt").unlink()
-    train.check(world.train_options(**back, output_dir=str(output)))
+    command.check(world.train_options(**back, output_dir=str(output)))
     damaged = Watched(world.train_options(**back, output_dir=str(output)), tmp_path / "runs")
     assert (output / "damaged-checkpoint-4").is_dir()
-    assert "checkpoint-3" in [path.name for path in trained.checkpoints(damaged.output)]
+    assert "checkpoint-3" in [path.name for path in results.checkpoints(damaged.output)]
 
 
 def test_what_was_trained_is_not_begun_anew(four_steps, world, tmp_path):
@@ -210,17 +210,17 @@ def test_what_was_trained_is_not_begun_anew(four_steps, world, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(four_steps.output, output)
     options = world.train_options(**four_steps.options, output_dir=str(output), resume=str(output))
-    train.check(options)
+    command.check(options)
     for file in output.glob("checkpoint-*/optimizer.pt"):
         file.unlink()
     with pytest.raises(UsageError, match=r"no checkpoint to resume from \(checkpoint-4: optimizer.pt is missing\)"):
-        train.check(options)
-    for checkpoint in trained.checkpoints(output):
+        command.check(options)
+    for checkpoint in results.checkpoints(output):
         shutil.rmtree(checkpoint)
     with pytest.raises(UsageError, match="none was kept"):
-        train.check(options)
-    (output / trained.ADAPTER).unlink()
-    train.check(options)  # nothing is lost by step 0
+        command.check(options)
+    (output / results.ADAPTER).unlink()
+    command.check(options)  # nothing is lost by step 0
 
 
 def test_a_moved_folder_still_has_its_best_state_and_a_lost_one_is_told(four_steps, again, tmp_path):
@@ -242,13 +242,13 @@ def test_a_moved_folder_still_has_its_best_state_and_a_lost_one_is_told(four_ste
 
 
 def test_a_run_that_goes_on_where_another_ended_is_not_taken_for_its_result(world, tmp_path, monkeypatch):
-    from surgvqa import evaluate
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.evaluation import command
+    from surgvqa.training.trainer import EventTrainer
 
     saving = {"save_strategy": "steps", "save_steps": 1}
     first = Watched(world.train_options(max_steps=1, **saving), tmp_path)
     asked = world.evaluate_options(checkpoint=str(first.output))
-    assert evaluate.model_folders(asked) == (world.checkpoint, first.output)
+    assert command.model_folders(asked) == (world.checkpoint, first.output)
     report = EventTrainer.end_of_step
 
     def stops(self):
@@ -260,7 +260,7 @@ def test_a_run_that_goes_on_where_another_ended_is_not_taken_for_its_result(worl
     output = {"output_dir": str(first.output), "resume": str(first.output)}
     second = Watched(world.train_options(max_steps=4, **saving, **output), tmp_path)
     assert second.result["state"] == "stopped"
-    assert evaluate.model_folders(asked) == (world.checkpoint, first.output / "checkpoint-2")
+    assert command.model_folders(asked) == (world.checkpoint, first.output / "checkpoint-2")
 
 
 def test_two_trainings_do_not_share_an_output_folder(world, tmp_path, monkeypatch):
@@ -272,13 +272,13 @@ def test_two_trainings_do_not_share_an_output_folder(world, tmp_path, monkeypatc
         [sys.executable, "-c", code, output], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        monkeypatch.setattr(trained, "BUSY_S", 0.3)
+        monkeypatch.setattr(results, "BUSY_S", 0.3)
         options = world.train_options(output_dir=str(output), max_steps=1)
         with pytest.raises(UsageError, match="at work there"):
-            train.check(options)
+            command.check(options)
         with Run.create(tmp_path / "runs", "train") as run, pytest.raises(UsageError, match="at work there"):
-            train.run(options, run)
+            command.run(options, run)
         assert not list(output.iterdir())
         other.stdin.close()
-    train.check(options)
+    command.check(options)
     assert Watched(options, tmp_path / "runs").result["steps"] == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from surgvqa.errors import UsageError
-from surgvqa.score import LabelSet, keyword_correct, read_predictions, score
+from surgvqa.evaluation.score import LabelSet, keyword_correct, read_predictions, score
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "real-colon-vqa"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here")

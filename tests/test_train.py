@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import small
 
-from surgvqa import cli, runs, train, trained
-from surgvqa.config import TrainOptions, load_workspace
+from surgvqa.cli import main
+from surgvqa.config.options import TrainOptions, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import Run
+from surgvqa.runs.folder import Run, finished_event, last_step, launch, state_of, stop
+from surgvqa.training import command, results
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ class Watched:
         with Run.create(runs_dir, "train", observer=observe) as run:
             self.run = run
             try:
-                self.result = train.run(options, run).data
+                self.result = command.run(options, run).data
             except SurgvqaError as error:
                 self.error = error
                 self.result = None
@@ -54,7 +55,7 @@ class Watched:
 def adapter_of(folder: Path):
     from safetensors.torch import load_file
 
-    return load_file(folder / trained.ADAPTER)
+    return load_file(folder / results.ADAPTER)
 
 
 def assert_same_adapter(left: Path, right: Path, **tolerance):
@@ -101,7 +102,7 @@ def options_for(**changes) -> TrainOptions:
     ],
 )
 def test_schedule_agrees_with_itself(given, planned, notes):
-    values, said = train.schedule(options_for(**given))
+    values, said = command.schedule(options_for(**given))
     assert planned.items() <= values.items()
     assert len(said) == notes
 
@@ -132,7 +133,7 @@ def test_check_names_what_is_wrong(world, changes, problem):
     if changes.get("eval_data_path") == "eval":
         changes = changes | {"eval_data_path": str(world.eval)}
     with pytest.raises(UsageError) as caught:
-        train.check(world.train_options(**changes))
+        command.check(world.train_options(**changes))
     assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -140,39 +141,39 @@ def test_check_finds_a_missing_frame_and_a_missing_question(world, tmp_path):
     shutil.copytree(world.root / "frames", tmp_path / "frames")
     (tmp_path / "frames/v1/v1_301.jpg").unlink()
     with pytest.raises(UsageError, match=r"train.jsonl:4: .*v1_301"):
-        train.check(world.train_options(frames_dir=str(tmp_path / "frames")))
+        command.check(world.train_options(frames_dir=str(tmp_path / "frames")))
     shutil.copytree(world.root / "audio", tmp_path / "audio")
     (tmp_path / "audio/v1/qa_5.wav").unlink()
     with pytest.raises(UsageError, match=r"train.jsonl:6: .*qa_5"):
-        train.check(world.train_options(audio_dir=str(tmp_path / "audio")))
+        command.check(world.train_options(audio_dir=str(tmp_path / "audio")))
 
 
 def test_check_keeps_other_runs_results(world, tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     with pytest.raises(UsageError, match="--resume"):
-        train.check(world.train_options(output_dir=str(tmp_path)))
+        command.check(world.train_options(output_dir=str(tmp_path)))
     with pytest.raises(UsageError, match="checkpoint itself"):
-        train.check(world.train_options(output_dir=str(world.checkpoint)))
+        command.check(world.train_options(output_dir=str(world.checkpoint)))
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="a file"):
-        train.check(world.train_options(output_dir=str(tmp_path / "file")))
+        command.check(world.train_options(output_dir=str(tmp_path / "file")))
 
 
 def test_check_wants_room_on_the_disk(world, monkeypatch):
-    from surgvqa.checkpoint import open_checkpoint
+    from surgvqa.checkpoint.folder import open_checkpoint
 
-    size = train.adapter_size(open_checkpoint(world.checkpoint), world.train_options())
+    size = command.adapter_size(open_checkpoint(world.checkpoint), world.train_options())
     assert size == 11520  # r=4 on seven projections of two layers, and the projector
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     with pytest.raises(UsageError, match="100 bytes free"):
-        train.check(world.train_options())
+        command.check(world.train_options())
 
 
 def test_a_checkpoint_that_is_not_whole_is_told(tmp_path):
-    assert trained.newest_whole_checkpoint(tmp_path) == (None, [])
+    assert results.newest_whole_checkpoint(tmp_path) == (None, [])
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
-    checkpoint, skipped = trained.newest_whole_checkpoint(tmp_path)
+    checkpoint, skipped = results.newest_whole_checkpoint(tmp_path)
     assert checkpoint is None
     assert skipped == ["checkpoint-3: adapter_model.safetensors is missing"]
 
@@ -180,18 +181,18 @@ def test_a_checkpoint_that_is_not_whole_is_told(tmp_path):
 def test_an_unknown_run_is_an_error(tmp_path):
     workspace = load_workspace(tmp_path)
     with pytest.raises(UsageError, match="nor is it a folder"):
-        trained.find("20260101", workspace)
+        results.find("20260101", workspace)
     with pytest.raises(UsageError, match="no such folder"):
-        trained.find("./nothing/here", workspace)
+        results.find("./nothing/here", workspace)
     with Run.create(workspace.runs_dir, "train") as training:
         pass
     with Run.create(workspace.runs_dir, "merge") as run:
         pass
-    assert trained.find("last", workspace).run == training.id
+    assert results.find("last", workspace).run == training.id
     with pytest.raises(UsageError, match="merge run"):
-        trained.find(run.id, workspace)
+        results.find(run.id, workspace)
     with pytest.raises(UsageError, match="nothing says how it was trained"):
-        trained.inherit("train", {"resume": str(tmp_path)}, workspace)
+        results.inherit("train", {"resume": str(tmp_path)}, workspace)
 
 
 # --- with a model -----------------------------------------------------------------------------------------------------
@@ -201,7 +202,7 @@ model = pytest.mark.model
 
 @model
 def test_options_become_training_arguments():
-    from surgvqa.training import training_arguments
+    from surgvqa.training.recipe import training_arguments
 
     assert training_arguments(options_for(max_steps=0, device="cpu"), Path("out")).max_steps == -1
     options = options_for(warmup_ratio=0.25, save_total_limit=1, device="cpu", optim="auto", report_to="none")
@@ -235,7 +236,7 @@ def test_wrong_extra_options_fail_before_the_model_loads(world, extra, problem):
     options = world.train_options()
     options.extra = extra
     with pytest.raises(UsageError) as caught:
-        train.check(options)
+        command.check(options)
     assert problem in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -284,7 +285,7 @@ def test_the_result_is_the_best_state_in_old_names(straight):
     assert "base_model.model.audio_projector.weight" in names
     record = json.loads((straight.output / "surgvqa.json").read_text())
     assert record["step"] == best and record["run"] == straight.run.id and record["options"]["num_frames"] == 2
-    assert len(trained.checkpoints(straight.output)) == 2  # save_total_limit
+    assert len(results.checkpoints(straight.output)) == 2  # save_total_limit
     assert not list(straight.output.glob(".*"))
 
 
@@ -336,7 +337,7 @@ def test_packed_rows_train_and_evaluate_as_samples_apart(world, tmp_path, featur
 
 @model
 def test_worker_processes_decode_the_same_and_tell_a_broken_file_in_one_line(world, tmp_path, monkeypatch):
-    from surgvqa import encode
+    from surgvqa.model import encode
 
     def entries(folder: Path) -> dict[str, list]:
         from safetensors.torch import load_file
@@ -366,7 +367,7 @@ def test_worker_processes_decode_the_same_and_tell_a_broken_file_in_one_line(wor
 @model
 def test_waiting_for_data_is_measured(world, tmp_path, monkeypatch):
     from surgvqa.data.dataset import ClipDataset
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     load, train_on = ClipDataset.__getitem__, EventTrainer.training_step
     monkeypatch.setattr(ClipDataset, "__getitem__", lambda *a: time.sleep(0.1) or load(*a))
@@ -413,7 +414,7 @@ def test_compiled_layers_are_counted_and_a_failure_is_told_once(world, tmp_path,
 
 def stop_at(micro_step: int, monkeypatch):
     """SIGTERM to ourselves while the given micro step (1, 2, …) runs."""
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     count = 0
     original = EventTrainer.training_step
@@ -446,11 +447,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(world, straight, tmp_path, 
         first = Watched(options, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert first.result["state"] == "stopped" and first.result["steps"] == saved
-    assert runs.state_of(first.run.folder) == "stopped" and first.run.exit_code == 0
+    assert state_of(first.run.folder) == "stopped" and first.run.exit_code == 0
     workspace = load_workspace(tmp_path)
     (tmp_path / "runs").symlink_to(tmp_path)
     given = {"resume": first.run.id}
-    trained.inherit("train", given, workspace)  # an id becomes its output folder
+    results.inherit("train", given, workspace)  # an id becomes its output folder
     second = Watched(
         world.train_options(**{**options.__dict__, "resume": given["resume"], "output_dir": str(first.output)}),
         tmp_path,
@@ -465,7 +466,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(world, straight, tmp_path, 
 @model
 def test_resume_skips_a_damaged_checkpoint_and_ends_a_finished_run(world, straight, tmp_path):
     shutil.copytree(straight.output, tmp_path / "out")
-    whole = trained.checkpoints(tmp_path / "out")[0]
+    whole = results.checkpoints(tmp_path / "out")[0]
     options = world.train_options(output_dir=str(tmp_path / "out"), resume=str(tmp_path / "out"), max_steps=6)
     done = Watched(options, tmp_path / "runs")
     assert done.result["steps"] == 6 and not done.losses()
@@ -488,7 +489,7 @@ def _raise(watched: Watched):
 def test_without_evaluation_the_last_state_is_the_result(world, tmp_path):
     run = Watched(world.train_options(max_steps=2, save_strategy="no"), tmp_path)
     assert run.result["state"] == "finished" and run.result["eval_loss"] is None
-    assert (run.output / trained.ADAPTER).is_file()
+    assert (run.output / results.ADAPTER).is_file()
     assert any("nothing is evaluated" in event["text"] for event in run.of("warning"))
 
 
@@ -513,10 +514,11 @@ def test_the_model_is_told_to_train_once_and_again_whenever_a_part_of_it_is_not(
 
     import torch
 
-    from surgvqa import lora, model, trainer
+    from surgvqa.model import adapter, audio_qwen2vl
+    from surgvqa.training import trainer
 
-    base = model.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
-    tuned = lora.add_lora(base, world.train_options())
+    base = audio_qwen2vl.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
+    tuned = adapter.add_lora(base, world.train_options())
     tuned.train = MethodType(trainer._train, tuned)
     dropout = next(m for m in tuned.modules() if isinstance(m, torch.nn.Dropout))
     visits = []
@@ -536,11 +538,11 @@ def test_released_encoders_point_into_the_checkpoint_and_are_the_same(world):
     import torch
     from safetensors import safe_open
 
-    from surgvqa import encode, model
+    from surgvqa.model import audio_qwen2vl, encode
 
     with safe_open(next(world.checkpoint.glob("*.safetensors")), "pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    loaded = model.load_model(world.checkpoint, dtype=dtype, device="cpu", attn_implementation="sdpa")
+    loaded = audio_qwen2vl.load_model(world.checkpoint, dtype=dtype, device="cpu", attn_implementation="sdpa")
     encoders = (loaded.model.visual, loaded.audio_encoder)
     before = [(p, p.data_ptr(), p.clone()) for encoder in encoders for p in encoder.parameters()]
     others = {name: p.data_ptr() for name, p in loaded.model.language_model.named_parameters()}
@@ -554,11 +556,11 @@ def test_released_encoders_point_into_the_checkpoint_and_are_the_same(world):
 def test_encoders_that_compute_otherwise_with_the_same_weights_have_other_features(world, tmp_path):
     import torch
 
-    from surgvqa import encode, model
     from surgvqa.data.processors import load_processors
+    from surgvqa.model import audio_qwen2vl, encode
 
     frame = str(next((world.root / "frames").rglob("*.jpg")))
-    loaded = model.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
+    loaded = audio_qwen2vl.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
 
     def key(checkpoint: Path) -> str:
         return encode.open_store(loaded, str(checkpoint), load_processors(checkpoint), tmp_path).frame_key(frame, 84)
@@ -572,7 +574,7 @@ def test_encoders_that_compute_otherwise_with_the_same_weights_have_other_featur
 
 
 def test_steps_that_are_not_finite_change_nothing_and_three_end_the_run(world, tmp_path, monkeypatch):
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     original = EventTrainer.compute_loss
     bad: set[int] = set()
@@ -599,7 +601,7 @@ def test_steps_that_are_not_finite_change_nothing_and_three_end_the_run(world, t
 def test_out_of_memory_is_saved_and_says_how_to_go_on(world, tmp_path, monkeypatch, place):
     import torch
 
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     name = {"forward": "training_step", "evaluation": "prediction_step"}[place]
     original = getattr(EventTrainer, name)
@@ -617,7 +619,7 @@ def test_out_of_memory_is_saved_and_says_how_to_go_on(world, tmp_path, monkeypat
     (event,) = run.of("oom")
     assert event["step"] == 2 and event["requested_bytes"] == 2 * 2**30
     assert event["next_preset"] is None and "smallest preset" in str(run.error)  # 84 px are fewer than any preset's
-    assert trained.newest_whole_checkpoint(run.output)[0].name == "checkpoint-2"
+    assert results.newest_whole_checkpoint(run.output)[0].name == "checkpoint-2"
 
 
 @model
@@ -652,7 +654,7 @@ def test_the_old_command_line_works_as_it_is(world, tmp_path, monkeypatch, capfd
         --warmup_ratio 0.0 --do_eval --eval_strategy steps --eval_steps 10 --save_strategy steps --save_steps 50
         --save_total_limit 1 --load_best_model_at_end True --metric_for_best_model eval_loss --bf16 True
         --report_to wandb --image-size 84 --json"""
-    assert cli.main(command.split()) == 0
+    assert main.main(command.split()) == 0
     result = document(capfd.readouterr().out)
     assert result["steps"] == 2 and result["eval_loss"] > 0
     output = tmp_path / "checkpoints/surgical_vqa_bf16"
@@ -662,11 +664,11 @@ def test_the_old_command_line_works_as_it_is(world, tmp_path, monkeypatch, capfd
     recorded = json.loads((run / "run.json").read_text())["options"]["num_train_epochs"]
     assert recorded == {"value": 1.0, "from": "command line"}
 
-    assert cli.main([*command.split()]) == 2  # the same again would overwrite it
+    assert main.main([*command.split()]) == 2  # the same again would overwrite it
     assert f"--resume {result['run']}" in capfd.readouterr().err
     # Resuming takes everything over from the run; what is named wins.
     assert (
-        cli.main(
+        main.main(
             ["train", "--resume", "surgical-vqa-bf16-001", "--num_train_epochs", "2", "--report_to", "none", "--json"]
         )
         == 0
@@ -683,23 +685,24 @@ def test_a_detached_run_stops_cleanly(world, tmp_path):
         f"model_name_or_path = '{world.checkpoint}'\ntrain_data_path = '{world.train}'\nimage_size = 84\n"
         f"frames_dir = '{world.root}/frames'\naudio_dir = '{world.root}/audio'\n"
     )
-    folder = runs.launch("train", ["--max_steps", "10000", "--device", "cpu"], tmp_path)
+    folder = launch("train", ["--max_steps", "10000", "--device", "cpu"], tmp_path)
     deadline = time.monotonic() + 120
-    while runs.last_step(folder) < 2:
-        assert time.monotonic() < deadline and runs.state_of(folder) in ("starting", "running"), (
+    while last_step(folder) < 2:
+        assert time.monotonic() < deadline and state_of(folder) in ("starting", "running"), (
             folder / "log.txt"
         ).read_text()
         time.sleep(0.2)
-    assert runs.stop(folder) == "stopped"
-    finished = runs.finished_event(folder)
+    assert stop(folder) == "stopped"
+    finished = finished_event(folder)
     assert finished["exit_code"] == 0 and finished["result"]["steps"] >= 2
     assert "'loss'" not in (folder / "log.txt").read_text(), "our own lines say it, Trainer's are not printed too"
-    checkpoint, skipped = trained.newest_whole_checkpoint(folder / "checkpoints")
+    checkpoint, skipped = results.newest_whole_checkpoint(folder / "checkpoints")
     assert checkpoint.name == f"checkpoint-{finished['result']['steps']}" and not skipped
 
 
 def test_the_rooms_import_light():
-    code = "import sys, surgvqa.train, surgvqa.evaluate, surgvqa.ask; assert not {'torch', 'numpy'} & set(sys.modules)"
+    rooms = "surgvqa.training.command, surgvqa.evaluation.command, surgvqa.evaluation.ask"
+    code = f"import sys, {rooms}; assert not {{'torch', 'numpy'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

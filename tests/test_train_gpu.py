@@ -7,8 +7,9 @@ import signal
 import pytest
 import small
 
-from surgvqa import evaluate, train
-from surgvqa.runs import Run
+from surgvqa.evaluation import command as evaluate
+from surgvqa.runs.folder import Run
+from surgvqa.training import command as train
 
 torch = pytest.importorskip("torch")
 pytestmark = [
@@ -30,7 +31,7 @@ def _train(options, folder):
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
 def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
-    from surgvqa.trainer import EventTrainer
+    from surgvqa.training.trainer import EventTrainer
 
     world = small.build(tmp_path / "small", samples=16)
     shared = {
@@ -83,7 +84,7 @@ def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
 def test_token_embeddings_on_the_host_give_the_same(tmp_path):
     import test_model
 
-    from surgvqa.model import load_model
+    from surgvqa.model.audio_qwen2vl import load_model
 
     world = small.build(tmp_path / "small", samples=1)
     model = load_model(world.checkpoint, dtype=torch.bfloat16, device="cuda", attn_implementation="sdpa")

@@ -14,12 +14,13 @@ from panels import SIZES, die, options, panel, settle, text, training
 from textual.events import Key
 from textual.widgets import Log, OptionList, Static
 
-from surgvqa import config, runs
+from surgvqa.config.options import UsageError
+from surgvqa.runs.folder import Run, read_run_json, state_of
 from tui.app import Panel, main
-from tui.base import Confirm, Help
-from tui.chart import Chart
-from tui.follow import RunModel
-from tui.monitor import MonitorScreen, Search
+from tui.follow.follower import RunModel
+from tui.screens.base import Confirm, Help
+from tui.screens.monitor import MonitorScreen, Search
+from tui.widgets.chart import Chart
 
 # --- the frame -------------------------------------------------------------------------------------------------------
 
@@ -119,7 +120,7 @@ async def test_a_started_panel_attaches_to_the_newest_running_run(root, size):
         await check_attached(panel(root), run, step, size)
 
 
-async def check_attached(app: Panel, run: runs.Run, step: int, size) -> None:
+async def check_attached(app: Panel, run: Run, step: int, size) -> None:
     async with app.run_test(size=size) as pilot:
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
         await settle(pilot, lambda: app.screen.follower.model.train.xs)
@@ -171,7 +172,7 @@ async def test_runs_of_one_name_are_told_apart(root):
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_a_run_without_a_loss_is_not_said_to_be_none(root, size):
-    runs.Run.create(root / "runs", "train", options=options(run_name="first")).phase("encode", "frames")
+    Run.create(root / "runs", "train", options=options(run_name="first")).phase("encode", "frames")
     app = panel(root)
     async with app.run_test(size=size) as pilot:
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and "encode" in text(app, "#facts"))
@@ -219,8 +220,8 @@ async def test_a_dead_run_says_why_and_what_to_do(root):
 
 async def test_a_failed_run_shows_its_error(root):
     run = training(root)
-    with pytest.raises(config.UsageError), run:
-        raise config.UsageError("train.jsonl:17: no field video_id")
+    with pytest.raises(UsageError), run:
+        raise UsageError("train.jsonl:17: no field video_id")
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
         await pilot.press("4")
@@ -232,10 +233,8 @@ async def test_a_failed_run_shows_its_error(root):
 async def test_the_whole_error_is_on_the_screen(root, size):
     """What to do stands at the end of it."""
     run = training(root)
-    with pytest.raises(config.UsageError), run:
-        raise config.UsageError(
-            "/a/long/path/of/a/file.jsonl:17: " + "found this, expected that, " * 6 + "then-do-this"
-        )
+    with pytest.raises(UsageError), run:
+        raise UsageError("/a/long/path/of/a/file.jsonl:17: " + "found this, expected that, " * 6 + "then-do-this")
     app = panel(root)
     async with app.run_test(size=size) as pilot:
         await pilot.press("4")
@@ -245,7 +244,7 @@ async def test_the_whole_error_is_on_the_screen(root, size):
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_gauge_tells_tensors_from_what_is_cached_and_from_the_driver(root, size):
-    run = runs.Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))
+    run = Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))
     run.emit("gpu", device=0, backend="cuda", process_bytes=26.9e9, allocated_bytes=20e9, reserved_bytes=26e9,
              total_bytes=85e9)  # fmt: skip
     app = panel(root)
@@ -263,7 +262,7 @@ async def test_the_gauge_tells_tensors_from_what_is_cached_and_from_the_driver(r
 def test_the_screenshot_is_of_the_newest_training(root, tmp_path):
     with training(root, name="the curve"):
         pass
-    with runs.Run.create(root / "runs", "evaluate", run_id="99991231-235959-evaluate-fff"):
+    with Run.create(root / "runs", "evaluate", run_id="99991231-235959-evaluate-fff"):
         pass
     drawn = tmp_path / "panel.svg"
     script = Path(__file__).parents[1] / "docs/screenshot.py"
@@ -274,7 +273,7 @@ def test_the_screenshot_is_of_the_newest_training(root, tmp_path):
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_gauge_names_every_gpu_and_who_holds_it(root, size):
     """What a run on the first of three GPUs writes, its prediction too."""
-    run = runs.Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))
+    run = Run.create(root / "runs", "train", options=options(run_name="first", budget_gb=28.5))
     run.emit("phase", name="plan", text="…", fit="2 of 28 layers recomputed (the fewest that fit: 28.2 of 28.5 GB)",
              predicted={"language model": 13e9, "kept": 9e9, "a": 2e9, "b": 1e9, "c": 1})  # fmt: skip
     run.emit(
@@ -310,10 +309,8 @@ async def test_one_key_goes_on_as_an_out_of_memory_error_proposes(root, monkeypa
     run = training(root)
     run.emit("oom", step=30, phase="evaluate", text="tried to allocate", next_preset="small",
              next_settings={"num_frames": 6, "gradient_checkpointing": True})  # fmt: skip
-    with pytest.raises(config.UsageError), run:
-        raise config.UsageError(
-            "out of GPU memory at step 30: tried; go on with preset small: surgvqa train --resume x"
-        )
+    with pytest.raises(UsageError), run:
+        raise UsageError("out of GPU memory at step 30: tried; go on with preset small: surgvqa train --resume x")
     launched = []
 
     async def launch(*argv, **_):
@@ -342,8 +339,8 @@ async def test_an_out_of_memory_error_that_was_survived_proposes_nothing(root):
     run = training(root)
     run.emit("oom", step=30, text="tried to allocate", next_preset="small", next_settings={"num_frames": 6})
     run.emit("metric", step=31, total_steps=100, loss=0.1)
-    with pytest.raises(config.UsageError), run:
-        raise config.UsageError("disk full")
+    with pytest.raises(UsageError), run:
+        raise UsageError("disk full")
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
         await pilot.press("4")
@@ -356,7 +353,7 @@ async def test_a_resumed_run_shows_the_whole_curve(root):
     with training(root, steps=30, name="first") as first:
         pass
     checkpoint = first.folder / "checkpoints" / "checkpoint-20"
-    again = runs.Run.create(root / "runs", "train", options=options(resume=str(checkpoint)))
+    again = Run.create(root / "runs", "train", options=options(resume=str(checkpoint)))
     for step in (21, 22):
         again.emit("metric", step=step, total_steps=100, loss=0.5)
     app = panel(root)
@@ -368,7 +365,7 @@ async def test_a_resumed_run_shows_the_whole_curve(root):
 
 
 async def test_an_evaluation_is_shown_by_question_type(root):
-    run = runs.Run.create(root / "runs", "evaluate")
+    run = Run.create(root / "runs", "evaluate")
     with run:
         run.result = {
             "keyword_accuracy": 0.71,
@@ -561,13 +558,13 @@ def test_a_job_outlives_the_panel_that_started_it(root, oracle):
         wait_for(lambda: b"modules merged" in terminal())
         os.write(process.terminal, b"m")
         folder = wait_for(lambda: next((p.parent for p in (root / "runs").glob("*/run.json")), None))
-        wait_for(lambda: runs.read_run_json(folder).get("pid"))
+        wait_for(lambda: read_run_json(folder).get("pid"))
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         os.waitpid(process.pid, 0)
         os.close(process.terminal)  # the terminal hangs up
-    wait_for(lambda: runs.state_of(folder) not in ("starting", "running"))
-    assert runs.state_of(folder) == "finished"
+    wait_for(lambda: state_of(folder) not in ("starting", "running"))
+    assert state_of(folder) == "finished"
     assert (root / "merged" / "merge_report.json").is_file()
 
 

@@ -6,14 +6,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgvqa import runs
-from surgvqa.config import Workspace
-from tui.chart import Canvas, Chart, Column, Mark, Series, decimate, log_ticks, nice_ticks, running_mean, tick_text
-from tui.facts import sparkline
-from tui.follow import Device, Progress, RunModel
-from tui.form import PathSuggester
-from tui.gauge import memory_bar
-from tui.target import LocalTarget
+from surgvqa.config.options import Workspace
+from surgvqa.runs import folder
+from tui.content.facts import sparkline
+from tui.follow.follower import Device, Progress, RunModel
+from tui.targets.target import LocalTarget
+from tui.widgets.chart import (
+    Canvas,
+    Chart,
+    Column,
+    Mark,
+    Series,
+    decimate,
+    log_ticks,
+    nice_ticks,
+    running_mean,
+    tick_text,
+)
+from tui.widgets.form import PathSuggester
+from tui.widgets.gauge import memory_bar
 from tui.words import bar, clip
 
 NAN = float("nan")
@@ -207,13 +218,13 @@ def test_the_model_of_a_run():
 
 def test_ended_runs_are_read_once_and_again_when_their_files_change(tmp_path, monkeypatch):
     target = LocalTarget(Workspace(tmp_path, {}, {}))
-    with runs.Run.create(tmp_path / "runs", "train", run_id="a"):
+    with folder.Run.create(tmp_path / "runs", "train", run_id="a"):
         pass
-    live = runs.Run.create(tmp_path / "runs", "train", run_id="b")
+    live = folder.Run.create(tmp_path / "runs", "train", run_id="b")
     assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "running"}
     read = []
-    summary = runs.summary
-    monkeypatch.setattr(runs, "summary", lambda folder: read.append(folder.name) or summary(folder))
+    summary = folder.summary
+    monkeypatch.setattr(folder, "summary", lambda folder: read.append(folder.name) or summary(folder))
     assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "running"} and read == ["b"]
     live.emit("finished", state="stopped", exit_code=0, result={})
     assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "stopped"}

@@ -2,8 +2,8 @@
 
 from types import SimpleNamespace
 
-from tui.facts import how_far, out_of_memory, time_left, waiting
-from tui.follow import RunModel
+from tui.content.facts import how_far, out_of_memory, time_left, waiting
+from tui.follow.follower import RunModel
 
 
 def test_a_starved_gpu_is_visible():

@@ -10,15 +10,17 @@ from panels import panel, settle, text, training
 from sshd import TRAIN, Relay, laptop, processes_naming, stub_train  # noqa: F401
 from textual.widgets import Log, OptionList
 
-from remote.connection import Unreachable
-from surgvqa import config, gpu, runs
-from surgvqa.budget import NO_GPU
+from remote.ssh.connection import Unreachable
+from surgvqa.config import options
 from surgvqa.errors import SurgvqaError
-from tui.chart import Chart
-from tui.host import HostTarget
-from tui.link import Detached, Link
-from tui.monitor import MonitorScreen
-from tui.picker import HostKey, HostPicker
+from surgvqa.machine import gpu
+from surgvqa.memory.budget import NO_GPU
+from surgvqa.runs.folder import Run, read_run_json, state_of
+from tui.dialogs.hosts import HostKey, HostPicker
+from tui.screens.monitor import MonitorScreen
+from tui.targets.host import HostTarget
+from tui.targets.link import Detached, Link
+from tui.widgets.chart import Chart
 
 pytestmark = pytest.mark.slow
 
@@ -69,12 +71,12 @@ def test_a_lost_connection_is_unreachable_since_and_comes_back(laptop, link):  #
 
 
 def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("tui.link.SILENCE_S", 5.0)  # test_remote_jobs waits as long as the user does
-    monkeypatch.setattr("remote.connection.CHANNEL_TIMEOUT_S", 3)
+    monkeypatch.setattr("tui.targets.link.SILENCE_S", 5.0)  # test_remote_jobs waits as long as the user does
+    monkeypatch.setattr("remote.ssh.connection.CHANNEL_TIMEOUT_S", 3)
     relay = Relay(laptop.server.port)
     laptop.server.write_config(port=relay.port)
     run = remote_run(laptop)
-    target = HostTarget("gpuhost", config.load_workspace(laptop.workspace))
+    target = HostTarget("gpuhost", options.load_workspace(laptop.workspace))
     try:
         wait_for(lambda: target.light.kind == "connected")
         feed = target.feed(run.id)
@@ -102,7 +104,7 @@ def test_a_host_with_another_clock(laptop, monkeypatch, behind_s):  # noqa: F811
     run = remote_run(laptop)
     started = time.time()
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - behind_s)
-    target = HostTarget("gpuhost", config.load_workspace(laptop.workspace))
+    target = HostTarget("gpuhost", options.load_workspace(laptop.workspace))
     try:
         listed = wait_for(target.runs)[0]
         assert listed.id == run.id and listed.state == "running"
@@ -119,9 +121,9 @@ def test_a_resumed_run_brings_the_curve_of_the_first(laptop):  # noqa: F811
     with remote_run(laptop) as first:
         pass
     resumed = {"resume": {"value": str(first.folder / "checkpoints")}}
-    again = runs.Run.create(laptop.there / "runs", "train", options=resumed)
+    again = Run.create(laptop.there / "runs", "train", options=resumed)
     again.emit("metric", step=4, total_steps=100, loss=0.2)
-    target = HostTarget("gpuhost", config.load_workspace(laptop.workspace))
+    target = HostTarget("gpuhost", options.load_workspace(laptop.workspace))
     try:
         wait_for(lambda: len(target.runs()) == 2)
         feed = target.feed(again.id)
@@ -136,9 +138,9 @@ def test_a_resumed_run_brings_the_curve_of_the_first(laptop):  # noqa: F811
 # --- the panel -------------------------------------------------------------------------------------------------------
 
 
-def remote_run(laptop, steps: int = 3) -> runs.Run:  # noqa: F811
+def remote_run(laptop, steps: int = 3) -> Run:  # noqa: F811
     """A run folder on the host of a training that this very process seems to do."""
-    run = runs.Run.create(laptop.there / "runs", "train", options={"budget_gb": {"value": 28.5}})
+    run = Run.create(laptop.there / "runs", "train", options={"budget_gb": {"value": 28.5}})
     run.phase("train", "steps")
     for step in range(1, steps + 1):
         run.emit("metric", step=step, total_steps=100, loss=1.0 / step)
@@ -153,7 +155,7 @@ async def open_picker(app, pilot) -> None:
 
 async def test_the_picker_lists_this_machine_first_and_keeps_both_connections(laptop):  # noqa: F811
     run = remote_run(laptop)
-    here = runs.Run.create(laptop.workspace / "runs", "train")
+    here = Run.create(laptop.workspace / "runs", "train")
     app = panel(laptop.workspace)
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
@@ -264,7 +266,7 @@ async def test_launch_stop_continue_and_fetch_on_the_host(laptop):  # noqa: F811
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None, 60)
         run = app.screen.follower.run_id
         await settle(pilot, lambda: app.screen.follower.model.train.xs, 60)
-        argv = runs.read_run_json(laptop.there / "runs" / run)["argv"]
+        argv = read_run_json(laptop.there / "runs" / run)["argv"]
         assert "--model_name_or_path=merged" in argv and "--run_name=it's $(id) here" in argv
         await pilot.press("s", "y")
         await settle(pilot, lambda: app.screen.follower.state == "stopped", 60)
@@ -273,7 +275,7 @@ async def test_launch_stop_continue_and_fetch_on_the_host(laptop):  # noqa: F811
         await settle(pilot, lambda: "verified" in text(app, "#notice"), 60)
         assert (laptop.workspace / "runs" / run / "events.jsonl").is_file()
         again = await app.host.resume(run, "--image_size=384")
-        assert runs.read_run_json(laptop.there / "runs" / again)["argv"][-3:] == ["--image_size=384", "--resume", run]
+        assert read_run_json(laptop.there / "runs" / again)["argv"][-3:] == ["--image_size=384", "--resume", run]
 
 
 async def test_the_plan_and_the_upload_that_outlives_the_panel(laptop):  # noqa: F811
@@ -291,8 +293,8 @@ async def test_the_plan_and_the_upload_that_outlives_the_panel(laptop):  # noqa:
         await pilot.press("u")
         await settle(pilot, lambda: list((root / "runs").glob("*-upload-*/run.json")), 60)
     folder = next((root / "runs").glob("*-upload-*"))
-    wait_for(lambda: runs.state_of(folder) not in ("starting", "running"), 60)
-    assert runs.state_of(folder) == "finished"
+    wait_for(lambda: state_of(folder) not in ("starting", "running"), 60)
+    assert state_of(folder) == "finished"
     assert (laptop.there / "merged" / "model.safetensors").stat().st_size == 30_000_000
     app = panel(root, "gpuhost")
     async with app.run_test(size=(80, 24)) as pilot:
@@ -312,7 +314,7 @@ async def test_a_host_without_us_is_set_up_by_one_key(laptop):  # noqa: F811
         folder = next((laptop.workspace / "runs").glob("*-setup-*"))
         await settle(pilot, lambda: "wheel" in text(app, "#job-text") or "venv" in text(app, "#job-text"), 60)
         await pilot.press("s", "y")
-        await settle(pilot, lambda: runs.state_of(folder) not in ("starting", "running"), 60)
-        assert runs.state_of(folder) == "stopped"
+        await settle(pilot, lambda: state_of(folder) not in ("starting", "running"), 60)
+        assert state_of(folder) == "stopped"
         await settle(pilot, lambda: "stopped" in text(app, "#job-text"))
     wait_for(lambda: not processes_naming(laptop.there / "venv"))  # what it had started there

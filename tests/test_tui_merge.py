@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("textual")
-from tui import report
-from tui.follow import RunModel
+from tui.content import report
+from tui.follow.follower import RunModel
 
 GB = 10**9
 

@@ -19,20 +19,20 @@ from textual.widgets import Input
 from textual.worker import Worker
 
 from presets import PresetError, load_presets
-from surgvqa import config
-from surgvqa.cli import Parser
+from surgvqa.cli.main import Parser
+from surgvqa.config import options
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import RunSummary
-from tui.base import TITLES, WIDE, Help, PanelScreen
-from tui.form import Field
-from tui.host import HostTarget
-from tui.link import Light
-from tui.merge import MergeScreen
-from tui.monitor import MonitorScreen
-from tui.picker import HostKey, HostPicker
-from tui.target import LocalTarget, Target, apart, newest_running
-from tui.train import TrainScreen
-from tui.upload import UploadScreen
+from surgvqa.runs.folder import RunSummary
+from tui.dialogs.hosts import HostKey, HostPicker
+from tui.screens.base import TITLES, WIDE, Help, PanelScreen
+from tui.screens.merge import MergeScreen
+from tui.screens.monitor import MonitorScreen
+from tui.screens.train import TrainScreen
+from tui.screens.upload import UploadScreen
+from tui.targets.host import HostTarget
+from tui.targets.link import Light
+from tui.targets.target import LocalTarget, Target, apart, newest_running
+from tui.widgets.form import Field
 
 REFRESH_S = 1.0
 
@@ -107,7 +107,7 @@ class Panel(App[None]):
     def budget_gb(self) -> float | None:
         """The budget that training would have: surgvqa.toml's or the default."""
         value = self.here.workspace.value("budget_gb", "train")
-        return config.BUDGET_GB if value is None else float(value)
+        return options.BUDGET_GB if value is None else float(value)
 
     @property
     def host(self) -> HostTarget | None:
@@ -283,11 +283,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_workspace(arguments: argparse.Namespace) -> config.Workspace:
+def open_workspace(arguments: argparse.Namespace) -> options.Workspace:
     """The workspace that the command line means; --demo makes it first. Raises SurgvqaError."""
     if arguments.demo:
         root = Path(arguments.workspace or "demo")
-        if not (root / config.WORKSPACE_FILE).is_file():
+        if not (root / options.WORKSPACE_FILE).is_file():
             made = subprocess.run([sys.executable, "-m", "surgvqa", "demo", str(root)], check=False)
             if made.returncode:
                 raise SurgvqaError(f"the demo workspace could not be made in {root}")
@@ -296,8 +296,8 @@ def open_workspace(arguments: argparse.Namespace) -> config.Workspace:
         if not root.is_dir():
             raise UsageError(f"--workspace {root}: no such folder")
     else:
-        root = config.find_workspace()
-    return config.load_workspace(root)
+        root = options.find_workspace()
+    return options.load_workspace(root)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from remote.agent.files import read_record, within
-from surgvqa import runs as run_folders
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.supervisor import close_events, descendants, end_all, process_identity, signal_exactly, write_json
+from surgvqa.runs import folder as run_folders
+from surgvqa.runs.supervisor import close_events, descendants, end_all, process_identity, signal_exactly, write_json
 
 POLL_S = 0.2
 STATE_EVERY_S = 1.0
@@ -177,7 +177,7 @@ def launch(
     except OSError:
         _discard(folder)
         raise
-    words = [python, *UTF8, "-m", "surgvqa.supervisor", str(folder)]
+    words = [python, *UTF8, "-m", "surgvqa.runs.supervisor", str(folder)]
     said, warning = None, ""
     if _lingers() and shutil.which("systemd-run"):
         # A lingering user manager outlives every logout, whatever logind.conf says.

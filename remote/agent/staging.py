@@ -23,7 +23,7 @@ from typing import Any
 
 from remote.agent.files import BLOCK, own, read_record, standing, within, write_record
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.supervisor import process_identity, signal_exactly
+from surgvqa.runs.supervisor import process_identity, signal_exactly
 
 FRAME = struct.Struct(">IQI")  # file index, offset, length; then that many bytes
 PIPE = 1 << 20  # the largest pipe that an ordinary user may have

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from surgvqa.config import CheckDataOptions, Workspace
+from surgvqa.config.options import CheckDataOptions, Workspace
 from surgvqa.data.samples import (
     AudioIndex,
     FrameIndex,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgvqa.config import DataOptions
+from surgvqa.config.options import DataOptions
 from surgvqa.data.audio import audio_features, audio_seconds, load_audio
 from surgvqa.data.frames import frame_patches, load_frame, select_frames
 from surgvqa.data.processors import Processors
@@ -18,7 +18,7 @@ from surgvqa.data.samples import AudioIndex, FrameIndex, Sample
 from surgvqa.errors import SurgvqaError, UsageError, of_worker
 
 if TYPE_CHECKING:
-    from surgvqa.data.features import FeatureStore
+    from surgvqa.data.feature_store import FeatureStore
 
 Item = dict[str, Any]
 """Arrays by name; with a feature cache also tensors, numpy has no bfloat16."""

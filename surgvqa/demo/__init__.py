@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgvqa.config import DemoOptions, Workspace
+from surgvqa.config.options import DemoOptions, Workspace
 from surgvqa.outcome import Outcome
 
 
@@ -17,8 +17,8 @@ def check(options: DemoOptions) -> None:
 
 def run(options: DemoOptions, workspace: Workspace) -> Outcome:
     """Makes the workspace (or finds it whole), then goes on with the job when asked to."""
-    from surgvqa.console import JobView
     from surgvqa.demo.workspace import make_workspace
+    from surgvqa.terminal.job_view import JobView
 
     view = JobView()
     try:

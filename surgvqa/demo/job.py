@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from surgvqa import cli, config
-from surgvqa.console import JobView, human_seconds
+from surgvqa.cli import main
+from surgvqa.config import options
 from surgvqa.demo.workspace import Made
 from surgvqa.errors import SurgvqaError
 from surgvqa.outcome import Outcome
+from surgvqa.terminal.job_view import JobView, human_seconds
 
 
 def run_job(made: Made) -> Outcome:
@@ -23,14 +24,14 @@ def run_job(made: Made) -> Outcome:
 
     began = time.monotonic()
     torch.set_num_threads(1)  # the model is so small that threads wait for each other longer than they work
-    workspace = config.load_workspace(made.folder)
+    workspace = options.load_workspace(made.folder)
     merged = Path(workspace.value("output_path", "merge"))
     view = JobView()
     outcomes: dict[str, Outcome] = {}
 
     outcomes["merge"] = _step("merge", workspace, {})
-    audit = config.resolve("audit", {"checkpoint": str(merged)}, workspace)
-    outcomes["audit"] = importlib.import_module("surgvqa.audit").run(audit.options, workspace)
+    audit = options.resolve("audit", {"checkpoint": str(merged)}, workspace)
+    outcomes["audit"] = importlib.import_module("surgvqa.checkpoint.audit").run(audit.options, workspace)
     view.show({"kind": "phase", "name": "audit", "text": f"{merged}: {'ok' if outcomes['audit'].ok else 'not ok'}"})
     if outcomes["audit"].ok:
         outcomes["train"] = _step("train", workspace, {})
@@ -66,13 +67,13 @@ def verdict(report: dict[str, Any]) -> str:
     )
 
 
-def _step(name: str, workspace: config.Workspace, given: dict[str, Any]) -> Outcome:
+def _step(name: str, workspace: options.Workspace, given: dict[str, Any]) -> Outcome:
     """One command with the workspace's settings, as a run of its own."""
-    room = importlib.import_module(cli.COMMANDS[name].room)
-    resolved = config.resolve(name, given, workspace)
+    room = importlib.import_module(main.COMMANDS[name].room)
+    resolved = options.resolve(name, given, workspace)
     if hasattr(room, "check"):
         room.check(resolved.options)
-    outcome = cli.run_job(name, room.run, resolved, workspace, argv=["demo", "--run"])
+    outcome = main.run_job(name, room.run, resolved, workspace, argv=["demo", "--run"])
     if name == "train" and outcome.data.get("state") != "finished":
         raise SurgvqaError(f"the training run {outcome.data['run']} is {outcome.data.get('state')}, not finished")
     return outcome

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgvqa.checkpoint import header_bytes, open_checkpoint
-from surgvqa.config import LORA_TARGETS
+from surgvqa.checkpoint.folder import header_bytes, open_checkpoint
+from surgvqa.config.options import LORA_TARGETS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,1 @@
+"""Jobs on a GPU host: launched, followed, stopped, fetched."""

@@ -1,0 +1,1 @@
+"""The connection to a GPU host: which host, its keys, the agent at the other end."""

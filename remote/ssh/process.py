@@ -1,0 +1,151 @@
+"""The agent at the end of an OpenSSH process of its own: for bulk bytes, which paramiko is too slow for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from remote.ssh.bundle import bootstrap, payload, request_line
+from remote.ssh.connection import Replies, Unreachable, explain_ssh, ssh_command
+from remote.ssh.hosts import Host
+from surgvqa.errors import SurgvqaError
+
+FAST_CIPHER = "aes128-gcm@openssh.com"
+
+
+def best_ciphers(host: Host, host_has_aes: bool) -> str | None:
+    """AES-GCM first where both ends compute it in hardware and the user's ssh allows it; None leaves ssh's order."""
+    allowed = host.setting("ciphers").split(",")
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            ours = " aes" in file.read()
+    except OSError:
+        ours = os.uname().machine == "arm64"
+    if not (ours and host_has_aes and FAST_CIPHER in allowed):
+        return None
+    return ",".join([FAST_CIPHER, *(c for c in allowed if c != FAST_CIPHER)])
+
+
+class AgentProcess:
+    """The agent at the end of an `ssh` subprocess. It waits there until `begin` says what is wanted."""
+
+    def __init__(self, host: Host, ciphers: str | None):
+        self.host = host
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self._input, theirs = socket.socketpair()  # a pipe would wake the writer at every read
+        with theirs:
+            self.process = subprocess.Popen(
+                ssh_command(host, bootstrap(host.entry.python), ciphers),
+                stdin=theirs,
+                stdout=subprocess.PIPE,
+                stderr=self._stderr,
+                bufsize=0,
+                start_new_session=True,
+            )
+        self._lock = threading.Lock()
+        self._ask(payload({"op": "ready", "workspace": host.entry.workspace, "more": True}))
+
+    def begin(
+        self,
+        request: dict[str, Any],
+        on_message: Callable[[dict[str, Any]], None],
+        on_end: Callable[[SurgvqaError | None], None],
+    ) -> None:
+        """Asks for the one thing that it is for. Messages come on a thread of their own, last `on_end(error)`, once:
+        None after a good end."""
+        self._on_message, self._on_end = on_message, on_end
+        self._ask(request_line({"workspace": self.host.entry.workspace, **request}))
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _ask(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # the reader will find out why
+            self.write(data)
+
+    def write(self, data: bytes) -> None:
+        """All of it; OSError when the other end is gone."""
+        with self._lock:
+            self._input.sendall(data)
+
+    def copy(self, source: BinaryIO, offset: int, count: int) -> int:
+        """`count` bytes of a file, fewer where it ends; not through this process where the kernel can."""
+        with self._lock:
+            return self._input.sendfile(source, offset, count)
+
+    def finish(self) -> None:
+        """No more input: the agent will end."""
+        with self._lock:
+            self._input.close()
+
+    def kill(self) -> None:
+        """Ends ssh and its proxy at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def discard(self) -> None:
+        """Ends one that nothing was asked of."""
+        self.kill()
+        self.finish()
+        self.process.wait()
+        self.process.stdout.close()
+        self._stderr.close()
+
+    def join(self) -> None:
+        self._reader.join()
+
+    def _chunks(self):
+        while data := os.read(self.process.stdout.fileno(), 1 << 16):
+            yield data, b"", None
+        yield b"", self._said(), self.process.wait()
+
+    def _said(self) -> bytes:
+        """What ssh wrote to stderr, once it has ended."""
+        self.process.wait()
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+    def _read(self) -> None:
+        error: SurgvqaError | None = None
+        try:
+            for message in Replies(self.host, self._chunks()):
+                self._on_message(message)
+        except SurgvqaError as failure:
+            text, status = self._said().decode(errors="replace"), self.process.wait()
+            broken = isinstance(failure, Unreachable) or status == 255 or status < 0
+            error = explain_ssh(self.host, text, status) if broken else failure
+        except (OSError, ValueError) as failure:
+            error = Unreachable(f"{self.host.name}: the stream broke: {failure}")
+        finally:
+            self.process.wait()
+            self.process.stdout.close()
+            self._stderr.close()
+        self._on_end(error)
+
+
+class Reserve:
+    """Agents that are started before it is known what to ask them: `take` spares the handshake and Python's start."""
+
+    def __init__(self, host: Host, ciphers: str | None, count: int = 0):
+        self.host, self.ciphers = host, ciphers
+        self._waiting = [AgentProcess(host, ciphers) for _ in range(count)]
+
+    def take(self) -> AgentProcess:
+        """One that waits, or a new one. Raises OSError where ssh does not start."""
+        while self._waiting:
+            agent = self._waiting.pop()
+            if agent.process.poll() is None:
+                return agent
+            agent.discard()
+        return AgentProcess(self.host, self.ciphers)
+
+    def close(self) -> None:
+        """Ends those that were not needed."""
+        while self._waiting:
+            self._waiting.pop().discard()

@@ -1,0 +1,1 @@
+"""Checkpoints and data onto a GPU host, whole or not at all."""

@@ -1,0 +1,423 @@
+"""Bulk bytes to a host: chunks over as many OpenSSH connections as the link rewards.
+
+Each stream is an `ssh` subprocess (own TCP connection, the user's own configuration, AES-GCM where both ends have AES
+hardware) that feeds the agent's `receive`. All streams draw from one queue, so a slow one holds nothing up, and a chunk
+counts only when the host has acknowledged it. A stream that breaks gives its unacknowledged chunks back.
+
+Why not rsync: it hashes and copies more than needed (measured 319 MB/s against 474 for plain bytes through ssh), cannot
+spread one file over streams, and its resume modes either re-send everything or can end well with a wrong file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from remote.ssh.connection import Unreachable
+from remote.ssh.process import Reserve
+from remote.upload.plan import Item
+from surgvqa.errors import SurgvqaError
+
+FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's staging.FRAME
+CHUNK = 2 << 20
+"""The unit that streams share a file by, and that a broken stream sends again."""
+SHORT_LINK_S = 0.005  # only the processors count on a link shorter than this
+SHORT_LINK_CHUNK = 8 << 20  # fewer acknowledgements
+UNACKNOWLEDGED = 3  # chunks on the way in one stream; OpenSSH's own window is 2 MiB
+MAX_STREAMS = 16
+GAIN = 1.15  # more streams are kept when they bring at least this
+PROBE_AGAIN_S = 30.0
+FULL = 0.2  # of a round trip: so long a queue means that the link has all it can carry
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A piece of one file."""
+
+    index: int
+    offset: int
+    length: int
+
+
+def chunks_of(item: Item, done: dict[int, list[list[int]]], largest: int) -> list[Chunk]:
+    """What is still to be sent: every file's gaps, in chunks."""
+    found = []
+    for index, entry in enumerate(item.entries):
+        at = 0
+        for offset, length in [*sorted(done.get(index, [])), [entry.size, 0]]:
+            while at < offset:
+                length_now = min(largest, offset - at)
+                found.append(Chunk(index, at, length_now))
+                at += length_now
+            at = max(at, offset + length)
+    return found
+
+
+class Queue:
+    """What is still to be sent, by file: two streams that wrote into one file would wait for each other on the host."""
+
+    def __init__(self, chunks: list[Chunk]):
+        self.files: dict[int, deque[Chunk]] = {}
+        self.chunks = self.bytes = 0
+        self.put_back(chunks)
+
+    def take(self, file: int, others: set[int]) -> Chunk:
+        """The next chunk of `file`, or else of a file that no other stream is at, or else of any."""
+        if file not in self.files:
+            file = next((f for f in self.files if f not in others), next(iter(self.files)))
+        chunk = self.files[file].popleft()
+        if not self.files[file]:
+            del self.files[file]
+        self.chunks -= 1
+        self.bytes -= chunk.length
+        return chunk
+
+    def put_back(self, chunks: list[Chunk]) -> None:
+        """These come first in their files."""
+        for chunk in reversed(chunks):
+            self.files.setdefault(chunk.index, deque()).appendleft(chunk)
+            self.chunks += 1
+            self.bytes += chunk.length
+
+
+@dataclass(eq=False)
+class Stream:
+    """One connection: a thread writes chunks, the agent's acknowledgements come back."""
+
+    transfer: Transfer
+    file: int = -1
+    waiting: dict[tuple[int, int], Chunk] = field(default_factory=dict)
+    got: int = 0
+    """Bytes that the host has of this stream."""
+    live: bool = True
+    retiring: bool = False
+    speaking: bool = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._send, daemon=True).start()
+
+    def _send(self) -> None:
+        transfer = self.transfer
+        try:
+            self.agent = transfer.reserve.take()
+        except OSError as error:
+            transfer.fail(SurgvqaError(f"ssh: {error.strerror}"))
+            self.live = False
+            return
+        self.agent.begin({"op": "receive", "digest": transfer.item.digest}, self._heard, self._ended)
+        opened, file = -1, None
+        try:
+            while (chunk := transfer.take(self)) is not None:
+                source = transfer.item.entries[chunk.index].source
+                if chunk.index != opened:
+                    if file:
+                        file.close()
+                    file, opened = open(source, "rb", buffering=0), chunk.index  # noqa: SIM115
+                self.agent.write(FRAME.pack(chunk.index, chunk.offset, chunk.length))
+                if self.agent.copy(file, chunk.offset, chunk.length) < chunk.length:
+                    transfer.fail(changed(source))
+                    self.agent.kill()
+        except OSError as error:
+            if error.filename:  # the source, not the connection
+                transfer.fail(SurgvqaError(f"{error.filename}: {error.strerror}"))
+        finally:
+            if file:
+                file.close()
+            self.agent.finish()
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        with self.transfer.changed:
+            self.speaking = True
+            if "got" in message:
+                self.transfer.received += message["got"] - self.got
+                self.got = message["got"]
+            if "ack" in message:
+                chunk = self.waiting.pop(tuple(message["ack"]))
+                self.transfer.acknowledge(chunk)
+            self.transfer.changed.notify_all()
+
+    def _ended(self, error: SurgvqaError | None) -> None:
+        with self.transfer.changed:
+            self.live = False
+            self.transfer.give_back(self, error)
+            self.transfer.changed.notify_all()
+
+
+def changed(source: object) -> SurgvqaError:
+    return SurgvqaError(f"{source}: changed while it was sent; nothing was published, run the upload again")
+
+
+class Transfer:
+    """Sends the missing chunks of one item. `run` returns when the host has acknowledged all of them."""
+
+    def __init__(
+        self,
+        reserve: Reserve,
+        item: Item,
+        done: dict[int, list[list[int]]],
+        *,
+        rtt_s: float,
+        cores: int = 2,
+        streams: int = 0,
+        patience_s: float = 300.0,
+        queueing: Callable[[], float | None] = lambda: None,
+        on_progress: Callable[[Transfer], None] | None = None,
+        on_file: Callable[[int, int], None] | None = None,
+    ):
+        self.reserve, self.item, self.rtt_s = reserve, item, rtt_s
+        self.fixed, self.patience_s, self.queueing = streams, patience_s, queueing
+        self.on_progress, self.on_file = on_progress, on_file
+        self.changed = threading.Condition(threading.RLock())
+        short = rtt_s < SHORT_LINK_S
+        self.chunk = SHORT_LINK_CHUNK if short else CHUNK
+        self.queue = Queue(chunks_of(item, done, self.chunk))
+        self.left, self.total = self.queue.chunks, self.queue.bytes
+        self.acknowledged = 0
+        self.received = 0
+        """Bytes that reached the host, also of chunks that broke."""
+        self.resent = 0
+        self.fatal: SurgvqaError | None = None
+        self.over = threading.Event()
+        self.last_error: SurgvqaError | None = None
+        self.streams: list[Stream] = []
+        # On a short link only the cipher counts, and a stream keeps a core busy at each end; on a long one, windows and
+        # lost packets bound each stream, so it starts with more.
+        self.most = max(2, cores) if short else MAX_STREAMS
+        self.wanted = streams or (2 if rtt_s < 0.04 else 8)
+        self.history: list[tuple[int, float]] = []
+        """(streams, bytes/s) as measured."""
+        self._prefix = [0] * len(item.entries)
+        self._arrived: list[dict[int, int]] = [dict(map(tuple, done.get(i, []))) for i in range(len(item.entries))]
+        for index, entry in enumerate(item.entries):
+            if self._advance(index) or not entry.size:
+                self._tell(index)
+
+    # --- called by the streams ---------------------------------------------------------------------------------------
+
+    def take(self, stream: Stream) -> Chunk | None:
+        """The next chunk for `stream`; waits while too much of it is on its way; None: no more for this stream."""
+        with self.changed:
+            while True:
+                if not stream.live or stream.retiring or self.fatal or not self.left:
+                    return None
+                on_the_way = sum(c.length for c in stream.waiting.values())
+                if self.queue.chunks and on_the_way < UNACKNOWLEDGED * self.chunk:
+                    chunk = self.queue.take(stream.file, {s.file for s in self.streams if s is not stream})
+                    stream.file = chunk.index
+                    stream.waiting[chunk.index, chunk.offset] = chunk
+                    return chunk
+                self.changed.wait(1.0)
+
+    def acknowledge(self, chunk: Chunk) -> None:
+        self.left -= 1
+        if not self.left:
+            self.over.set()
+        self.acknowledged += chunk.length
+        self._arrived[chunk.index][chunk.offset] = chunk.length
+        if self._advance(chunk.index):
+            self._tell(chunk.index)
+
+    def give_back(self, stream: Stream, error: SurgvqaError | None) -> None:
+        """The chunks of a stream that ended go to the front of the queue."""
+        self.resent += sum(c.length for c in stream.waiting.values())
+        self.queue.put_back(list(stream.waiting.values()))
+        stream.waiting.clear()
+        if error is not None:
+            self.last_error = error
+            if not isinstance(error, Unreachable):
+                self.fail(error)
+
+    def fail(self, error: SurgvqaError) -> None:
+        """Ends the transfer for good; the first reason counts."""
+        with self.changed:
+            self.fatal = self.fatal or error
+            self.over.set()
+            self.changed.notify_all()
+
+    def _advance(self, index: int) -> bool:
+        """Moves the contiguous beginning of a file on; whether it moved."""
+        before, arrived = self._prefix[index], self._arrived[index]
+        while self._prefix[index] in arrived and arrived[self._prefix[index]]:
+            self._prefix[index] += arrived[self._prefix[index]]
+        return self._prefix[index] > before
+
+    def _tell(self, index: int) -> None:
+        if self.on_file:
+            self.on_file(index, self._prefix[index])
+
+    # --- the controller ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until everything is there. Raises the error that ends it for good."""
+        tuner = Tuner(self)
+        heard, received, backoff, not_before = time.monotonic(), 0, 1.0, 0.0
+        try:
+            while self.left:
+                now = time.monotonic()
+                with self.changed:
+                    if self.fatal:
+                        raise self.fatal
+                    if self.received > received:
+                        received, heard, backoff = self.received, now, 1.0
+                    live = [s for s in self.streams if s.live and not s.retiring]
+                    broken = any(not s.live and not s.retiring for s in self.streams)
+                    self.streams = [s for s in self.streams if s.live]
+                    if broken and now >= not_before:
+                        not_before, backoff = now + backoff, min(backoff * 2, 15.0)
+                    missing = min(self.wanted, max(1, self.queue.chunks + len(live))) - len(live)
+                    surplus = live[self.wanted :]
+                if now - heard > self.patience_s:
+                    reason = self.last_error or Unreachable(f"{self.reserve.host.name}: no answer")
+                    raise Unreachable(
+                        f"{reason}; gave up after {self.patience_s:.0f} s, run the same upload again to go on from here"
+                    )
+                if now >= not_before:
+                    for _ in range(missing):
+                        stream = Stream(self)
+                        self.streams.append(stream)
+                        stream.start()
+                for stream in surplus:
+                    stream.retiring = True
+                if not self.fixed:
+                    tuner.look(now)
+                if self.on_progress:
+                    self.on_progress(self)
+                self.over.wait(0.1)
+            if self.on_progress:
+                self.on_progress(self)
+        finally:
+            if self.left:
+                with self.changed:
+                    self.changed.notify_all()
+                for stream in self.streams:
+                    agent = getattr(stream, "agent", None)
+                    if agent:
+                        agent.kill()
+
+
+class Tuner:
+    """Finds how many streams the link rewards: doubles them while that brings GAIN, goes back when it does not.
+
+    On a long link that is full already it leaves them as they are: more streams would only overflow the queue before
+    it, and cubic needs many seconds to come back from those losses.
+    """
+
+    def __init__(self, transfer: Transfer):
+        self.transfer = transfer
+        self.settle_s = 0.3 + 10 * transfer.rtt_s  # TCP's slow start
+        self.window_s = 0.7 + 30 * transfer.rtt_s
+        self.base: tuple[int, float] | None = None
+        self.phase_since: float | None = None
+        self.window: tuple[float, int] | None = None
+        self.rest_until = 0.0
+        self.idle_queueing = transfer.queueing() or 0.0
+        """Of the link before we fill it: wireless ones vary by themselves."""
+
+    def look(self, now: float) -> None:
+        """Called often; changes transfer.wanted."""
+        transfer = self.transfer
+        live = [s for s in transfer.streams if s.live and s.speaking and not s.retiring]
+        if now < self.rest_until or len(live) < transfer.wanted or transfer.queue.chunks < 2 * transfer.wanted:
+            self.phase_since = self.window = None
+            return
+        if self.phase_since is None:
+            self.phase_since = now
+        if now - self.phase_since < self.settle_s:
+            return
+        if self.window is None:
+            self.window = now, transfer.received
+            return
+        began, before = self.window
+        queueing = self.transfer.queueing()
+        if now - began < self.window_s:
+            return
+        rate = (transfer.received - before) / (now - began)
+        transfer.history.append((transfer.wanted, rate))
+        self.phase_since = self.window = None
+        if self.base and rate < GAIN * self.base[1]:
+            transfer.wanted = self.base[0]
+            self.base, self.rest_until = None, now + PROBE_AGAIN_S
+        elif transfer.wanted * 2 <= transfer.most and self._worth_it(rate) and not self._full(queueing):
+            self.base = transfer.wanted, rate
+            transfer.wanted *= 2
+        else:
+            self.base, self.rest_until = None, now + PROBE_AGAIN_S
+
+    def _full(self, queueing: float | None) -> bool:
+        """Whether packets wait before the narrowest link; on a short one the wait is the processors'."""
+        rtt_s = self.transfer.rtt_s
+        return queueing is not None and rtt_s >= SHORT_LINK_S and queueing - self.idle_queueing > FULL * rtt_s
+
+    def _worth_it(self, rate: float) -> bool:
+        """Whether enough is left to measure more streams, and to gain by them."""
+        return self.transfer.queue.bytes > 3 * rate * (self.settle_s + self.window_s)
+
+
+class Verifier:
+    """Has the host hash what arrives, while the rest is still on its way."""
+
+    def __init__(self, reserve: Reserve, item: Item):
+        self.reserve, self.item = reserve, item
+        self.hashes: dict[int, str] = {}
+        self.error: SurgvqaError | None = None
+        self.changed = threading.Condition()
+        self._upto: dict[int, int] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self.error, self.ended = None, False
+        self._agent = self.reserve.take()
+        self._agent.begin({"op": "verify", "digest": self.item.digest}, self._heard, self._ended)
+
+    def tell(self, index: int, upto: int) -> None:
+        """The first `upto` bytes of the file are there."""
+        self._upto[index] = upto
+        with contextlib.suppress(OSError):  # a broken verifier is started again in `wait`
+            self._agent.write(json.dumps([index, upto]).encode() + b"\n")
+
+    def wait(self, patience_s: float) -> dict[int, str]:
+        """File index -> sha256 on the host, for every file; starts again where the connection broke."""
+        deadline, heard = time.monotonic() + patience_s, len(self.hashes)
+        while len(self.hashes) < len(self.item.entries):
+            with self.changed:
+                self.changed.wait(0.2)
+                ended, error = self.ended, self.error
+            if len(self.hashes) > heard:
+                heard, deadline = len(self.hashes), time.monotonic() + patience_s
+            if not ended:
+                continue
+            if (error and not isinstance(error, Unreachable)) or time.monotonic() > deadline:
+                raise error or SurgvqaError(f"{self.reserve.host.name}: the host ended before every file was verified")
+            time.sleep(1.0)
+            self._start()
+            for index, entry in enumerate(self.item.entries):
+                if index not in self.hashes:
+                    self.tell(index, entry.size)
+        return self.hashes
+
+    def close(self) -> None:
+        self._agent.kill()
+        self._agent.finish()
+
+    def reset(self, index: int) -> None:
+        """Has the staged file thrown away, to be sent again."""
+        self.hashes.pop(index, None)
+        self.tell(index, -1)
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        with self.changed:
+            if "sha256" in message:
+                self.hashes[message["file"]] = message["sha256"]
+            self.changed.notify_all()
+
+    def _ended(self, error: SurgvqaError | None) -> None:
+        with self.changed:
+            self.error, self.ended = error, True
+            self.changed.notify_all()

@@ -1,0 +1,1 @@
+"""Checkpoint folders: safetensors headers, config.json, the audit, and writing new ones."""

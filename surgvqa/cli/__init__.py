@@ -1,0 +1,1 @@
+"""The `surgvqa` command line."""

@@ -1,0 +1,1 @@
+"""Every setting: its default, where its value comes from, and the workspace that it belongs to."""

@@ -1,0 +1,214 @@
+"""Greedy answers from a model: for a file of samples (evaluate) or for one question (ask)."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from surgvqa.checkpoint.folder import usable_cores
+from surgvqa.config.options import AskOptions, EvaluateOptions, LoraOptions
+from surgvqa.data.collate import Collator
+from surgvqa.data.dataset import ClipDataset, Item, loaded, make_room_for_sockets
+from surgvqa.data.frames import largest_frame
+from surgvqa.data.processors import Processors, load_processors
+from surgvqa.data.samples import Sample, read_samples
+from surgvqa.errors import SurgvqaError
+from surgvqa.evaluation.command import model_folders
+from surgvqa.machine.sampling import MemorySampler
+from surgvqa.memory import predict as predict_module
+from surgvqa.model.adapter import ADAPTER, load_adapter
+from surgvqa.model.audio_qwen2vl import choose_attention, load_model
+from surgvqa.model.device import choose_device, choose_dtype, memory_limit_gb
+from surgvqa.model.encode import use_cache
+from surgvqa.model.sizes import checkpoint_sizes, clip_of
+from surgvqa.runs.folder import Run
+from surgvqa.training.step_down import empty_cache, read
+
+AT_ONCE, AT_MOST = 8, 32
+"""Samples generated together when nobody says how many: on a CPU; on a GPU as many as are predicted to fit, up to this.
+A step of generation takes a GPU little longer for more of them."""
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's own kernels: cuDNN's, which torch takes on Hopper, seems to plan anew for each length, so for each token."""
+
+
+@dataclass
+class Answerer:
+    """A loaded model that answers."""
+
+    model: Any
+    base: Path
+    """Folder of the (base) checkpoint."""
+    processors: Processors
+    device: torch.device
+    max_new_tokens: int
+    description: str
+
+    @property
+    def base_model(self) -> Any:
+        """The model below an adapter's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @torch.inference_mode()
+    def answer(self, items: list[Item]) -> list[str]:
+        """One greedy answer for each encoded sample, without special tokens and outer spaces."""
+        batch = Collator(self.processors, padding_side="left")(items)
+        del batch["labels"]
+        prompt_length = batch["input_ids"].shape[1]
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.processors.im_end_token_id,
+            pad_token_id=self.processors.pad_token_id,
+        )
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        with sdpa_kernel(ATTENTION):
+            ids = self.model.generate(**inputs, generation_config=greedy)
+        answers = self.processors.tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+
+def load_answerer(options: EvaluateOptions | AskOptions) -> Answerer:
+    """The model that `options.checkpoint` stands for, ready to answer. UsageError when it cannot be loaded."""
+    base, adapter = model_folders(options)
+    device = choose_device(options.device)
+    attention, why = choose_attention(options.attn_implementation, device)
+    dtype = choose_dtype(device)
+    transformers_logging.disable_progress_bar()
+    processors = load_processors(base)
+    model: Any = load_model(base, dtype=dtype, device=device, attn_implementation=attention)
+    if adapter:
+        model = load_adapter(model, adapter)
+    name = f"{adapter} on {base}" if adapter else str(base)
+    return Answerer(
+        model.eval(),
+        Path(base),
+        processors,
+        device,
+        options.max_new_tokens,
+        f"{name}; {str(dtype).removeprefix('torch.')} on {device}; attention {why}",
+    )
+
+
+def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], list[str], dict[str, Any]]:
+    """(samples, an answer to each, facts for the result). A sample that cannot be read ends the run with its error.
+
+    How many are answered at once is what the options ask for, else what is predicted to fit the budget; when the GPU's
+    memory runs out it is halved, down to one sample.
+    """
+    run.phase("load model", str(options.checkpoint))
+    make_room_for_sockets()
+    answerer = load_answerer(options)
+    audio_dir = options.eval_audio_dir or options.audio_dir
+    dataset = ClipDataset(
+        read_samples(options.eval_data_path),
+        options.frames_dir,
+        audio_dir,
+        answerer.processors,
+        options,
+        with_answer=False,
+    )
+    for text in dataset.warnings:
+        run.warning(text)
+    cached = use_cache(answerer.base_model, answerer.base, [dataset], options, run)
+    prediction = _predict(answerer, dataset, options, cached)
+    largest, fit = _at_once(options, len(dataset), prediction, memory_limit_gb(options.budget_gb, answerer.device))
+    run.phase("generate", f"{len(dataset)} samples, {fit}; {answerer.description}")
+    workers = min(4, usable_cores() // 2) if answerer.device.type == "cuda" else 0
+    ahead = math.ceil(largest / workers) if workers else None
+    # one by one: a batch may have to be split, and the first one need not wait for one worker to make it all
+    loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, num_workers=workers, prefetch_factor=ahead)
+    encoded = loaded(loader)
+    answers: list[str] = []
+    began = time.monotonic()
+    with MemorySampler(run, answerer.device, budget_gb=options.budget_gb) as sampler:
+        run.progress("generate", 0, len(dataset), "samples")
+        while items := list(islice(encoded, largest)):
+            while items:
+                try:
+                    answers += answerer.answer(items[:largest])
+                    items = items[largest:]
+                except torch.OutOfMemoryError as error:
+                    largest = _smaller_batch(min(largest, len(items)), error, options, run)
+                run.progress("generate", len(answers), len(dataset), "samples")
+    facts = {
+        "checkpoint": str(Path(options.checkpoint).absolute()),
+        "samples_per_s": len(answers) / (time.monotonic() - began),
+        "batch_size": largest,
+        **sampler.peaks(),
+    }
+    return dataset.samples, answers, facts
+
+
+def _as_it_is(item: Item) -> Item:
+    return item
+
+
+def _predict(
+    answerer: Answerer, dataset: ClipDataset, options: EvaluateOptions, cached: bool
+) -> Callable[[int], predict_module.Prediction] | None:
+    """The memory of answering so many at once; None where it is not known, on a CPU."""
+    if answerer.device.type != "cuda":
+        return None
+    sizes, weights = checkpoint_sizes(answerer.base)
+    adapters = getattr(answerer.model, "peft_config", {})
+    configuration = predict_module.configuration(
+        sizes,
+        options,
+        clip=clip_of(sizes, options, largest_frame(dataset.frame_paths)),
+        lora=LoraOptions(lora_r=adapters[ADAPTER].r) if adapters else LoraOptions(),
+        adapter_bytes=predict_module.FP32 if adapters else 0,
+        casts_lora_inputs=True,
+        cached_features=cached,
+        encoders_resident=not cached,
+        compiled=False,
+    )
+    return lambda batch: predict_module.predict_generation(
+        sizes, replace(configuration, batch=batch, padded=batch > 1), weights
+    )
+
+
+def _at_once(
+    options: EvaluateOptions, samples: int, predict: Callable[[int], predict_module.Prediction] | None, limit_gb: float
+) -> tuple[int, str]:
+    """(how many of the samples are answered at once, that in words)."""
+    if predict is None:
+        count = options.batch_size or AT_ONCE
+        return count, f"{count} at once"
+    room = limit_gb * (1 - predict_module.MARGIN)
+    count = options.batch_size or min(AT_MOST, samples)
+    while options.batch_size is None and count > 1 and not predict(count).fits(room):
+        count -= 1
+    if options.batch_size is None:
+        count = math.ceil(samples / math.ceil(samples / count))  # no batch much smaller than the others
+    found = predict(count)
+    text = f"{count} at once ({found.predicted_peak_gb:.1f} of {limit_gb:.1f} GB predicted)"
+    if not found.fits(limit_gb):
+        text += ", which may not fit: the batch is halved when memory runs out"
+    return count, text
+
+
+def _smaller_batch(size: int, error: torch.OutOfMemoryError, options: EvaluateOptions, run: Run) -> int:
+    """Half the batch, said in an `oom` event; SurgvqaError when it is one sample already."""
+    said, action = read(error), "stopping" if size == 1 else f"answering {size // 2} at once"
+    figures = vars(said) | {"text": f"batch of {size}: {said.text}: {action}"}
+    run.emit("oom", step=None, phase="generate", action=action, **figures)
+    if size == 1:
+        raise SurgvqaError(
+            f"out of GPU memory with a single sample of {options.num_frames} frames at {options.image_size} px: "
+            f"{said.text}; evaluate with fewer or smaller frames (--num_frames, --image_size)"
+        ) from None
+    traceback.clear_frames(error.__traceback__)  # they hold the activations
+    empty_cache()
+    return size // 2

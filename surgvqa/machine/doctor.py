@@ -1,0 +1,325 @@
+"""`surgvqa doctor`: what this machine can do, a line a thing, each with the way to mend it.
+
+torch and its like are looked at in a process of their own: a broken build that crashes on import is a finding, not a
+crash of the doctor, and the doctor stays light.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.metadata
+import json
+import netrc
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from surgvqa.config.options import Workspace
+from surgvqa.machine import gpu
+from surgvqa.outcome import Outcome
+
+TRAIN_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "librosa",
+    "soundfile",
+)
+TRAIN_EXTRA = "pip install 'surgvqa[train]'"
+FREE_GB = 40.0  # a merged checkpoint (18 GB), its sources already there, adapters and a feature cache
+PROBE_TIMEOUT_S = 180
+PROBE = """
+import importlib, json, sys
+found = {}
+def look(name, function):
+    try:
+        found[name] = function()
+    except BaseException as error:
+        found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+def torch_facts():
+    import torch
+    facts = {"version": torch.__version__, "built_for": torch.version.cuda, "cuda": torch.cuda.is_available()}
+    if facts["cuda"]:
+        facts["gpus"] = [{"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory}
+                         for p in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))]
+        facts["architectures"] = torch.cuda.get_arch_list()
+        torch.ones(8, device="cuda").sum().item()
+        facts["bf16"] = torch.cuda.is_bf16_supported()
+    return facts
+def attention():
+    from surgvqa.model.audio_qwen2vl import choose_attention
+    import torch
+    name, why = choose_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    return {"name": name, "why": why}
+def bitsandbytes():
+    import torch, bitsandbytes
+    if torch.cuda.is_available():
+        p = torch.nn.Parameter(torch.zeros(8192, device="cuda"))
+        p.grad = torch.ones_like(p)
+        bitsandbytes.optim.AdamW8bit([p], lr=1e-3).step()
+    return {"version": bitsandbytes.__version__}
+look("torch", torch_facts)
+for name in ("transformers", "peft"):
+    look(name, lambda: {"version": importlib.import_module(name).__version__})
+look("attention", attention)
+look("bitsandbytes", bitsandbytes)
+print("\\n" + json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. `status`: ok, info (nothing to mend), warn (works, worse than it could), bad (does not work)."""
+
+    name: str
+    status: str
+    text: str
+    mend: str = ""
+
+
+def run(arguments: Namespace, workspace: Workspace) -> Outcome:
+    """Exit code 1 when something that training here would need is broken; a machine without torch is not broken."""
+    findings = list(examine(workspace))
+    ok = not any(f.status == "bad" for f in findings)
+    return Outcome({"ok": ok, "findings": [asdict(f) for f in findings]}, ok, lambda console: _show(console, findings))
+
+
+def examine(workspace: Workspace) -> Iterator[Finding]:
+    """All findings, in the order in which they are shown."""
+    yield _python()
+    yield from _gpus()
+    installed = {name: version(name) for name in TRAIN_PACKAGES}
+    missing = [name for name, found in installed.items() if found is None]
+    if installed["torch"] is None:
+        yield Finding(
+            "train",
+            "info",
+            f"torch is not installed: this machine can drive a remote host and run the panel; to train: {TRAIN_EXTRA}",
+        )
+    else:
+        if missing:
+            yield Finding("train", "bad", f"not installed: {', '.join(missing)}", TRAIN_EXTRA)
+        old = list(_versions(installed))
+        yield from old
+        faulty = {finding.name for finding in old}
+        yield from (f for f in _probed(probe()) if f.status == "bad" or f.name not in faulty)
+    yield from _sound()
+    yield _disk(workspace.root)
+    yield _wandb()
+
+
+# --- what needs no torch ---------------------------------------------------------------------------------------------
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _gpus() -> Iterator[Finding]:
+    problem = gpu.driver_problem()
+    if problem:
+        broken = "does not answer" in problem
+        yield Finding(
+            "gpu",
+            "bad" if broken else "info",
+            problem,
+            "reboot, or reinstall the driver: nvidia-smi must work" if broken else "",
+        )
+    for device in gpu.sample_devices():
+        total = device.get("memory_total_bytes")
+        used = device.get("memory_used_bytes", 0)
+        text = device.get("name", "?") + (f", {total / 1e9:.0f} GB" if total else "")
+        others = [p for p in device.get("processes", []) if p["pid"] != os.getpid()]
+        if total and used > 0.05 * total:
+            whose = ", ".join(f"{p.get('name', 'another container')} (pid {p['pid']})" for p in others[:3])
+            text += f"; {used / 1e9:.1f} GB taken" + (f" by {whose}" if whose else "")
+            yield Finding(f"gpu {device['index']}", "warn", text, "end what does not have to run there")
+        else:
+            yield Finding(f"gpu {device['index']}", "ok", text)
+
+
+def version(package: str) -> str | None:
+    """The installed version, without importing anything; None when it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """`2.11.0+cu130` -> (2, 11, 0)."""
+    return tuple(int(n) for n in re.findall(r"\d+", text.partition("+")[0])[:3])
+
+
+def lower_bounds() -> dict[str, str]:
+    """{package: oldest version} that our own metadata (pyproject.toml) asks for."""
+    try:
+        wanted = importlib.metadata.requires("surgvqa") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = (re.match(r"([\w.-]+)(?:\[.*?\])?\s*>=\s*([\w.]+)", line) for line in wanted)
+    return {match[1].lower(): match[2] for match in found if match}
+
+
+def _versions(installed: dict[str, str | None]) -> Iterator[Finding]:
+    for package, least in lower_bounds().items():
+        found = installed.get(package)
+        if found and release(found) < release(least):
+            text = f"{package} {found}: older than {least}, the oldest that surgvqa is tested with"
+            yield Finding(package, "bad", text, f"pip install -U '{package}>={least}'")
+    vision = version("torchvision")
+    if vision and installed["torch"]:
+        expected = (0, release(installed["torch"])[1] + 15)  # torchvision 0.26 belongs to torch 2.11
+        if release(vision)[:2] != expected:
+            yield Finding(
+                "torchvision",
+                "warn",
+                f"torchvision {vision} does not belong to torch {installed['torch']}; transformers imports it",
+                f"pip install 'torchvision=={expected[0]}.{expected[1]}.*', or pip uninstall torchvision",
+            )
+
+
+def _sound() -> Iterator[Finding]:
+    library = version("soundfile") or ctypes.util.find_library("sndfile")
+    if library:
+        yield Finding("sound files", "ok", "wav, flac and mp3 through libsndfile")
+    elif shutil.which("ffmpeg"):
+        yield Finding(
+            "sound files", "warn", "no libsndfile; mp3 goes through ffmpeg, which is slow", "pip install soundfile"
+        )
+    elif version("torch"):
+        yield Finding(
+            "sound files", "bad", "neither libsndfile nor ffmpeg: no question can be read", "pip install soundfile"
+        )
+
+
+def _disk(root: Path) -> Finding:
+    usage = shutil.disk_usage(root)
+    text = f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB at {root}"
+    if usage.free < 1e9:
+        return Finding("disk", "bad", text, "free some space: not even an adapter's checkpoint fits")
+    if usage.free < FREE_GB * 1e9:
+        return Finding("disk", "warn", text, f"a merge at real size wants {FREE_GB:.0f} GB; adapters take 1 GB each")
+    return Finding("disk", "ok", text)
+
+
+def _wandb() -> Finding:
+    """Whether there is a key; it is never shown."""
+    if os.environ.get("WANDB_API_KEY"):
+        return Finding("W&B", "ok", "a key is in WANDB_API_KEY")
+    try:
+        if netrc.netrc().authenticators("api.wandb.ai"):
+            return Finding("W&B", "ok", "a key is in ~/.netrc")
+    except (OSError, netrc.NetrcParseError):
+        pass
+    return Finding("W&B", "info", "no key: --report_to wandb would run offline (wandb login sets one)")
+
+
+# --- what torch says -------------------------------------------------------------------------------------------------
+
+
+def probe() -> dict[str, Any]:
+    """What torch and its like report, from a process of their own; {"crash": …} when that process did not survive."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_TIMEOUT_S,
+            env={**os.environ, "TRANSFORMERS_OFFLINE": "1"},
+        )
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"crash": f"no answer in {PROBE_TIMEOUT_S} s"}
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return {"crash": f"exit code {done.returncode}: {last[:200]}"}
+
+
+def _probed(found: dict[str, Any]) -> Iterator[Finding]:
+    if "crash" in found:
+        yield Finding("torch", "bad", f"importing it ends the process ({found['crash']})", "reinstall torch")
+        return
+    torch = found["torch"]
+    if "error" in torch:
+        yield Finding("torch", "bad", torch["error"], "reinstall torch for this driver: https://pytorch.org")
+        return
+    yield from _torch(torch)
+    for name in ("transformers", "peft"):
+        if "error" in found[name]:
+            yield Finding(name, "bad", f"cannot be imported: {found[name]['error']}", TRAIN_EXTRA)
+        else:
+            yield Finding(name, "ok", f"{name} {found[name]['version']}")
+    attention = found["attention"]
+    if "error" in attention:
+        yield Finding("attention", "bad", attention["error"], TRAIN_EXTRA)
+    else:
+        yield Finding("attention", "ok", attention["why"])
+    bitsandbytes = found["bitsandbytes"]
+    if not torch["cuda"]:
+        return
+    if "error" in bitsandbytes:
+        yield Finding(
+            "bitsandbytes",
+            "warn",
+            f"{bitsandbytes['error']}; the optimiser takes 32-bit moments: 1 GB more",
+            "pip install -U bitsandbytes",
+        )
+    else:
+        yield Finding("bitsandbytes", "ok", f"bitsandbytes {bitsandbytes['version']}: 8-bit AdamW runs")
+
+
+def _torch(torch: dict[str, Any]) -> Iterator[Finding]:
+    built = f"torch {torch['version']}" + (f" for CUDA {torch['built_for']}" if torch["built_for"] else ", CPU only")
+    if not torch["cuda"]:
+        if gpu.driver_problem() is None:
+            why = (
+                "was built without CUDA" if not torch["built_for"] else "does not see the GPU; its CUDA may be too new"
+            )
+            yield Finding("torch", "bad", f"{built}: {why}", "install the build for this driver: https://pytorch.org")
+        else:
+            yield Finding("torch", "info", f"{built}: trains on the CPU, for the demo only")
+        return
+    yield Finding("torch", "ok", built)
+    for device in torch["gpus"]:
+        major, minor = device["capability"]
+        text = f"{device['name']}: compute capability {major}.{minor}, {device['memory'] / 1e9:.0f} GB"
+        if not any(a.endswith(f"_{major}{minor}") or a.startswith(f"sm_{major}") for a in torch["architectures"]):
+            yield Finding("cuda", "bad", f"{text}; this torch has no code for it", "install a newer torch")
+        elif (major, minor) < (8, 0):
+            yield Finding(
+                "cuda", "warn", f"{text}; no bfloat16 units before Ampere: slow", "use an Ampere or newer GPU"
+            )
+        else:
+            yield Finding("cuda", "ok", text)
+
+
+# --- on the screen ---------------------------------------------------------------------------------------------------
+
+MARKS = {"ok": ("✓", "green"), "info": ("·", "dim"), "warn": ("!", "yellow"), "bad": ("✗", "red")}
+
+
+def _show(console: Any, findings: list[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    for finding in findings:
+        mark, colour = MARKS[finding.status]
+        table.add_row(Text(mark, colour), Text(finding.name, "bold"), Text(finding.text))
+        if finding.mend:
+            table.add_row("", "", Text(f"→ {finding.mend}", colour))
+    console.print(table)

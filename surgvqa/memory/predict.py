@@ -1,0 +1,432 @@
+"""The GPU memory of a training step, predicted: which tensors live when, added up at the fullest moment.
+
+Nothing is loaded and no constant is fitted to a run: activations.py has the tensors, benchmarks/memory.py holds the
+sums to a GPU. A step passes through phases, and the peak is the fullest of them, not the sum of everything:
+
+    encode              vision tower without gradient
+    forward             the last layer, when everything kept is there; autocast's bf16 copies of adapters too
+    loss, loss backward the logits of the supervised positions
+    backward (kept)     the last layer that keeps its activations
+    backward (recompute) the last layer that recomputes: all checkpoints, one layer's activations and its temporaries
+    optimiser           the moments' temporaries
+
+GB = 1e9 bytes. T is tokens of a batch, h hidden, m intermediate, q and k widths of queries and keys, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from surgvqa.config.options import DataOptions, LoraOptions, TrainOptions, settings_of
+from surgvqa.memory.activations import FP32, MIB, Configuration, block, encoder_temporaries, layer_tensors, temporaries
+from surgvqa.model.sizes import BF16, Sizes, checkpoint_sizes, clip_of
+
+GB = 1e9
+MARGIN = 0.01
+"""Share of the budget that `fit` leaves free: six times the most that a prediction was too low on an H100 (0.16 %, of
+35 configurations, docs/benchmarks.md)."""
+CUBLAS_WORKSPACES = 4 * 32 * MIB
+"""cuBLAS and cuBLASLt, one each for the forward and for the backward thread; 32 MiB on Hopper
+(aten/src/ATen/cuda/CublasHandlePool.cpp, CUDABlas.cpp); less on older cards."""
+CUDA_CONTEXT = 0.81 * GB
+"""What the driver holds for a process beside torch's allocator: context and loaded kernels. Measured on an H100, the
+same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
+WORTH_TELLING_GB = 0.05
+"""Of a choice."""
+MIN_8BIT = 4096
+"""bitsandbytes keeps float32 moments for smaller tensors; larger ones take a byte and a float32 scale per 256."""
+TRANSFER_COLUMNS = 3
+"""input_ids, attention_mask, labels: int64."""
+
+TRAIN_DEFAULTS = {name: setting.default for name, setting in settings_of(TrainOptions).items()}
+
+PARTS = {  # the token embeddings are on the host (model.load_model)
+    "lm": "language model",
+    "head": "language model's head",
+    "vision": "vision tower",
+    "audio": "audio encoder",
+    "projector": "audio projector",
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One row of the memory table."""
+
+    name: str
+    group: str
+    """weights, training, activations (together the allocated peak), reserved (allocator slack), driver (context)."""
+    bytes: float
+    """At the peak."""
+    peak_bytes: float
+    """The most it takes in any phase."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of a step. Peak: torch's max_memory_allocated; reserved: max_memory_reserved; driver: nvidia-smi."""
+
+    components: list[Component]
+    phase: str
+    """Where the peak is."""
+    phases: dict[str, float]
+    """Allocated bytes at each phase's fullest moment."""
+    configuration: Configuration
+    layers: int
+
+    def _sum(self, *groups: str) -> float:
+        return sum(c.bytes for c in self.components if c.group in groups)
+
+    @property
+    def peak_bytes(self) -> float:
+        return self._sum("weights", "training", "activations")
+
+    @property
+    def predicted_peak_gb(self) -> float:
+        return self.peak_bytes / GB
+
+    @property
+    def predicted_reserved_gb(self) -> float:
+        return self.predicted_peak_gb + self._sum("reserved") / GB
+
+    @property
+    def predicted_driver_gb(self) -> float:
+        return self.predicted_reserved_gb + self._sum("driver") / GB
+
+    @property
+    def kept(self) -> str:
+        """What a compiled layer keeps, in words."""
+        return "all activations" if self.configuration.keep == "all" else "only matrix products"
+
+    @property
+    def plan(self) -> str:
+        """The configuration in words."""
+        c = self.configuration
+        kept = self.layers - (self.layers if c.checkpointed_layers is None else c.checkpointed_layers)
+        return (
+            f"{c.clip.frames} frames of {c.clip.image_tokens // max(c.clip.frames, 1)} tokens, batch {c.batch}, "
+            f"{self.layers - kept} of {self.layers} layers recompute, LoRA r={c.lora.lora_r} in "
+            f"{'float32' if c.adapter_bytes == FP32 else 'bfloat16'}, {'8' if c.eight_bit else '32'}-bit AdamW, "
+            f"encoders {'cached' if c.cached_features else 'run each step'}"
+            f"{f', compiled, {self.kept} kept' if c.compiled else ''}"
+        )
+
+    @property
+    def peak_table(self) -> dict[str, int]:
+        """{component: bytes at the peak} of what is allocated, for a run's events."""
+        listed = [c for c in self.components if c.group not in ("reserved", "driver") and round(c.bytes)]
+        return {c.name: round(c.bytes) for c in listed}
+
+    def fits(self, budget_gb: float, capped: bool = False) -> bool:
+        """See `needed_gb`."""
+        return self.needed_gb(capped) <= budget_gb
+
+    def needed_gb(self, capped: bool = False) -> float:
+        """What a budget must hold: the allocated peak, or all that is reserved where the allocator is `capped`
+        (TrainOptions.enforce_budget)."""
+        return self.predicted_reserved_gb if capped else self.predicted_peak_gb
+
+
+# --- the parts -------------------------------------------------------------------------------------------------------
+
+
+def adapter_tensors(sizes: Sizes, lora: LoraOptions) -> list[int]:
+    """Parameters of each trained tensor: A [r, in] and B [out, r] of each matched module, and the projector's copy."""
+    shapes = sizes.projections()
+    matrices = [
+        lora.lora_r * width
+        for module, layers in sizes.lora_targets(lora.lora_target_modules).items()
+        for _ in layers
+        for width in shapes[module]
+    ]
+    return [*matrices, sizes.d_model * sizes.hidden_size]
+
+
+def optimiser_bytes(tensors: list[int], c: Configuration) -> int:
+    """Two moments of each trained tensor (Dettmers et al. 2022, block-wise quantisation with blocks of 256)."""
+
+    def moment(parameters: int) -> int:
+        if not c.eight_bit:
+            return parameters * c.adapter_bytes
+        return parameters * FP32 if parameters < MIN_8BIT else parameters + FP32 * -(-parameters // 256)
+
+    return sum(2 * block(moment(n), c.expandable_segments) for n in tensors)
+
+
+# --- the sum ---------------------------------------------------------------------------------------------------------
+
+
+def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> Prediction:
+    """The memory of one optimiser step in steady state (the second one: the optimiser has its moments).
+
+    `weights` ({part: parameters of each tensor}) default to the architecture's; all are held in bf16.
+    """
+
+    def size(nbytes: float) -> int:
+        return block(nbytes, c.expandable_segments)
+
+    weights = weights or sizes.weights()
+    tokens, h = c.tokens, sizes.hidden_size
+    layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
+    kept_layers = layers - recomputing
+    targets = sizes.lora_targets(c.lora.lora_target_modules)
+    trained = adapter_tensors(sizes, c.lora)
+    adapters = sum(size(n * c.adapter_bytes) for n in trained)
+    # what a layer keeps of the adapters in bf16; uncompiled, autocast also keeps those of layers that recompute
+    copied = c.adapter_bytes == FP32 and not (c.compiled and c.keep != "all")
+    copies = sum(size(n * BF16) for n in trained[:-1]) if copied else 0
+    autocast = 0 if c.compiled else copies
+    hidden = size(BF16 * h * tokens)
+
+    def targeted(layer: int) -> set[str]:
+        return {module for module, numbers in targets.items() if layer in numbers}
+
+    def kept_by(layer: int, recomputes: bool = False) -> float:
+        """A layer's activations, and the bf16 copies of its adapters, which autograd holds."""
+        tensors = layer_tensors(sizes, c, targeted(layer))
+        if recomputes:
+            tensors.pop("input", None)  # it is the checkpoint
+        return sum(size(n * tokens) for n in tensors.values()) + copies / layers
+
+    def temporary(moment: str, layer: int) -> float:
+        return temporaries(sizes, c, targeted(layer))[moment] * tokens
+
+    resident = _weights(sizes, c, weights)
+    resident["adapters"] = adapters
+    resident["optimiser states"] = optimiser_bytes(trained, c)
+    resident["cuBLAS workspaces"] = CUBLAS_WORKSPACES
+    features = c.batch * (BF16 * h * c.clip.image_tokens + BF16 * sizes.d_model * c.clip.audio_tokens)
+    columns = TRANSFER_COLUMNS * 8 * tokens
+    if c.cached_features:
+        resident["cached features in flight"] = c.accumulation * (features + columns)
+    else:
+        mels = FP32 * 2 * sizes.max_source_positions * sizes.num_mel_bins
+        pixels = FP32 * sizes.patch_values * c.clip.patches
+        resident["inputs"] = c.accumulation * (c.batch * (mels + pixels) + columns)
+        resident["encoders' outputs"] = features
+    if c.accumulation > 1:
+        resident["gradients"] = adapters
+    if c.padded:
+        resident["attention mask"] = (1 + BF16) * c.batch * c.clip.tokens**2
+
+    saved = Counter({"checkpoints": recomputing * hidden})
+    saved["activations kept"] = sum(kept_by(layer) for layer in range(recomputing, layers))
+    labels = c.batch * (c.clip.answer_tokens if c.supervised_tokens is None else c.supervised_tokens)
+    logits = sizes.vocab_size * labels
+    last = layers - 1
+
+    phases: dict[str, Counter[str]] = {}
+    phases["encode"] = Counter({"encoders' temporaries": 0 if c.cached_features else encoder_temporaries(sizes, c)})
+    phases["encode"]["layer temporaries"] = hidden  # the token embeddings
+    phases["forward"] = saved + Counter(
+        {
+            "bf16 copies of adapters": autocast * recomputing / layers,
+            "layer temporaries": temporary("forward", last) + (0 if recomputing or c.compiled else hidden),
+        }
+    )
+    phases["loss"] = saved + Counter(
+        {
+            "bf16 copies of adapters": autocast * recomputing / layers,
+            "layer temporaries": size(FP32 * h * tokens) + 2 * hidden,
+            "logits and loss": (BF16 + 2 * FP32) * logits + BF16 * h * labels,
+        }
+    )
+    phases["loss backward"] = saved + Counter(
+        {"layer temporaries": size(FP32 * h * tokens), "logits and loss": 3 * FP32 * logits + BF16 * h * labels}
+    )
+    if kept_layers:
+        phases["backward (kept)"] = saved + Counter({"layer temporaries": temporary("backward", last)})
+    if recomputing:
+        layer = recomputing - 1
+        phases["backward (recompute)"] = Counter(
+            {
+                "checkpoints": recomputing * hidden,
+                "recomputed layer": kept_by(layer, recomputes=True),
+                "layer temporaries": temporary("recompute", layer),
+            }
+        )
+        if c.accumulation == 1:  # gradients come as checkpoints go
+            per_layer = adapters / layers
+            phases["backward (recompute)"]["gradients"] = max(
+                kept_layers * per_layer, adapters - per_layer - (recomputing - 1) * hidden
+            )
+    phases["optimiser"] = Counter({"gradients": adapters if c.accumulation == 1 else 0})
+    if not c.eight_bit:
+        phases["optimiser"]["optimiser temporaries"] = adapters
+
+    return _prediction(resident, phases, _slack(sizes, c, tokens, logits), c, layers)
+
+
+def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> Prediction:
+    """The memory of answering `c.batch` samples at once, without gradient and without autocast (generate.py).
+
+    Prefill is fullest in up_proj of the last layer: the key-value cache; silu(gate) 2m; up's own result 2m, and with a
+    float32 adapter its B's output scaled 4m and the float32 sum 4m; hidden, norm and its float32 copy.
+    `c.adapter_bytes` 0: no adapter.
+    """
+
+    def size(nbytes: float) -> int:
+        return block(nbytes, c.expandable_segments)
+
+    weights = weights or sizes.weights()
+    tokens, h, m = c.tokens, sizes.hidden_size, sizes.intermediate_size
+    resident = _weights(sizes, c, weights)
+    if c.adapter_bytes:
+        resident["adapters"] = sum(size(n * c.adapter_bytes) for n in adapter_tensors(sizes, c.lora))
+    resident["cuBLAS workspaces"] = CUBLAS_WORKSPACES // 2  # one thread
+    image = c.batch * BF16 * h * c.clip.image_tokens
+    if c.cached_features:
+        resident["cached features in flight"] = image + c.batch * BF16 * sizes.d_model * c.clip.audio_tokens
+    else:
+        resident["inputs"] = c.batch * FP32 * sizes.patch_values * c.clip.patches
+    if c.padded:
+        resident["attention mask"] = (1 + BF16) * c.batch * c.clip.tokens**2
+    resident["layer temporaries"] = 2 * size(BF16 * h * tokens)  # token embeddings before and after the features
+    wide = 6 if not c.adapter_bytes else 4 + 2 * c.adapter_bytes
+    narrow = 2 * BF16 + (FP32 if c.adapter_bytes == FP32 else 0)
+    cache = sizes.num_hidden_layers * 2 * size(BF16 * sizes.kv_size * tokens)
+    phases = {
+        "encode": Counter({"encoders' temporaries": 0 if c.cached_features else encoder_temporaries(sizes, c)}),
+        "prefill": Counter(
+            {
+                "key-value cache": cache,
+                "encoders' outputs": 0 if c.cached_features else image,
+                "layer temporaries": (wide * m + narrow * h) * tokens,
+                "logits and loss": (BF16 + FP32) * sizes.vocab_size * c.batch,
+            }
+        ),
+    }
+    return _prediction(resident, phases, _slack(sizes, c, tokens, 0), c, sizes.num_hidden_layers)
+
+
+def _weights(sizes: Sizes, c: Configuration, weights: dict[str, list[int]]) -> Counter[str]:
+    """Bytes of the frozen weights that are on the GPU, by the part's name."""
+    return Counter(
+        {
+            name: sum(block(BF16 * n, c.expandable_segments) for n in weights[part])
+            for part, name in PARTS.items()
+            if c.encoders_resident or part not in ("vision", "audio")
+        }
+    )
+
+
+def _prediction(
+    resident: Counter[str], phases: dict[str, Counter[str]], slack: float, c: Configuration, layers: int
+) -> Prediction:
+    """The table of what is always there (`resident`) and what each phase holds besides, in bytes."""
+    totals = {name: float(sum((resident + held).values())) for name, held in phases.items()}
+    phase = max(totals, key=totals.__getitem__)
+    at_peak = resident + phases[phase]
+    names = dict.fromkeys([*resident, *(name for held in phases.values() for name in held)])
+    components = [
+        Component(name, _group(name), at_peak[name], max((resident + held)[name] for held in phases.values()))
+        for name in names
+    ]
+    components.append(Component("allocator slack", "reserved", slack, slack))
+    components.append(Component("CUDA context", "driver", CUDA_CONTEXT, CUDA_CONTEXT))
+    return Prediction([x for x in components if x.peak_bytes], phase, totals, c, layers)
+
+
+def _group(name: str) -> str:
+    if name in PARTS.values():
+        return "weights"
+    return "training" if name in ("adapters", "gradients", "optimiser states", "cuBLAS workspaces") else "activations"
+
+
+def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
+    """Freed blocks that fit no later request: about the two largest temporaries of a layer, and one of the logits'."""
+    return 2 * (FP32 if c.casts else BF16) * sizes.intermediate_size * tokens + FP32 * logits
+
+
+# --- fitting ---------------------------------------------------------------------------------------------------------
+
+
+def plans(sizes: Sizes, c: Configuration) -> Iterator[Configuration]:
+    """The ways to run `c`, fastest first: compiled layers keep everything; or only matrix products, since computing
+    again what stands between them costs little; and layers recompute, the fewer the better: all of them cost a quarter
+    of a step's time."""
+    if c.keep == "auto":
+        yield replace(c, keep="all", checkpointed_layers=0)
+        c = replace(c, keep="products")
+    for count in range(sizes.num_hidden_layers + 1):
+        yield replace(c, checkpointed_layers=count)
+
+
+def fit(
+    sizes: Sizes,
+    c: Configuration,
+    budget_gb: float,
+    weights: dict[str, list[int]] | None = None,
+    capped: bool = False,
+) -> Prediction | None:
+    """The fastest plan whose predicted peak, with a margin for the prediction's error, is within the budget; None when
+    there is none. `capped`: see Prediction.fits."""
+    predicted = (predict(sizes, plan, weights) for plan in plans(sizes, c))
+    return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN), capped)), None)
+
+
+def choices(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> list[tuple[str, float]]:
+    """What is done otherwise than the old way, and the GB by which the peak would be higher without each (negative:
+    lower, it spends memory on speed)."""
+    layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
+    at_answer = c.supervised_tokens is None
+    without = {
+        "logits at the answer only": (at_answer, {"supervised_tokens": c.clip.tokens}),
+        "frames and questions encoded once, the encoders off the GPU": (
+            c.cached_features and not c.encoders_resident,
+            {"cached_features": False, "encoders_resident": True},
+        ),
+        "8-bit AdamW": (c.eight_bit, {"eight_bit": False}),
+        "no float32 copies of LoRA's inputs": (
+            not c.casts_lora_inputs and c.adapter_bytes == FP32,
+            {"casts_lora_inputs": True},
+        ),
+        "compiled layers keep only matrix products": (c.compiled and c.keep != "all", {"keep": "all"}),
+        f"{layers - recomputing} of {layers} layers do not recompute, a third less to compute in each": (
+            recomputing < layers,
+            {"checkpointed_layers": None},
+        ),
+    }
+    peak = predict(sizes, c, weights).predicted_peak_gb
+    saved = {
+        text: predict(sizes, replace(c, **other), weights).predicted_peak_gb - peak
+        for text, (chosen, other) in without.items()
+        if chosen
+    }
+    return [(text, gb) for text, gb in saved.items() if abs(gb) >= WORTH_TELLING_GB]
+
+
+def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:
+    """The configuration in which `options` (of train or budget) train on a CUDA GPU, see training.py; `overrides` are
+    fields of Configuration."""
+    lora = options if isinstance(options, LoraOptions) else LoraOptions()
+
+    def value(name: str) -> Any:
+        return getattr(options, name, TRAIN_DEFAULTS[name])
+
+    cached = value("feature_cache") != "off"
+    fields: dict[str, Any] = {
+        "clip": clip_of(sizes, options),
+        "batch": value("per_device_train_batch_size"),
+        "accumulation": value("gradient_accumulation_steps"),
+        "lora": LoraOptions(**{name: getattr(lora, name) for name in LoraOptions.__dataclass_fields__}),
+        "casts_lora_inputs": False,
+        "eight_bit": value("optim") == "auto" or "8bit" in value("optim"),
+        "checkpointed_layers": value("checkpointed_layers") if value("gradient_checkpointing") else 0,
+        "cached_features": cached,
+        "encoders_resident": not cached,
+        "compiled": value("compile") != "off",
+        "keep": value("keep_activations"),
+        "expandable_segments": True,
+    }
+    return Configuration(**(fields | overrides))
+
+
+def predict_options(options: DataOptions, **overrides: Any) -> Prediction:
+    """The prediction for TrainOptions or BudgetOptions: of their checkpoint, or of the real model without one."""
+    folder = getattr(options, "model_name_or_path", None)
+    sizes, weights = checkpoint_sizes(folder) if folder else (Sizes(), None)
+    return predict(sizes, configuration(sizes, options, **overrides), weights)

@@ -1,0 +1,1 @@
+"""LoRA adapters and a checkpoint become one full BF16 checkpoint."""

@@ -1,0 +1,408 @@
+"""The arithmetic of a merge, block by block: the same operations on the same values as PEFT's, so the same bits.
+
+    LoRA      W' = W + s·BA                         (Hu et al. 2021; s = alpha/r, rsLoRA alpha/sqrt(r))
+    DoRA      W' = m / ‖W + s·BA‖_row ⊙ (W + s·BA)  (Liu et al. 2024)
+    bias      b' = b + s·b_B                        (lora_bias)
+    replaced  W' = the trained tensor               (modules_to_save, bias, Stage-1 projector)
+
+Everything is computed in float32 and rounded once to the base's own dtype, then to bfloat16 (for a BF16 base one
+rounding; for an F16 base two, as PEFT's `merge_and_unload().to(bfloat16)` does).
+
+A plain LoRA block is made in tiles that stay in the processor's cache: product, casts and sum touch memory once.
+Tiles are whole rows, since what lies in one piece is cast in half the time, near-equal and never thin: BLAS takes other
+paths, with other roundings, for a handful of rows. On a GPU a block is one tile.
+A scale that is a power of two is folded into A or B beforehand, which is exact. Then W + BA is one call to BLAS, if
+this one adds W as we would: to the finished product, in one rounding (`adds_last` tries it).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgvqa.checkpoint.folder import TensorInfo
+from surgvqa.checkpoint.shards import Files, page_memory, split_rows
+from surgvqa.errors import UsageError
+from surgvqa.merge.adapter import LoraModule
+
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TILE_ROWS, TILE_NUMEL, MOST_NUMEL = 128, 5 << 17, 1 << 20  # whole rows; fewer make the product slower
+SAMPLED_ROWS = 8  # rounding loss is measured on one row in this many
+
+
+@dataclass(frozen=True)
+class MemoryTensor(TensorInfo):
+    """A tensor of a .bin or .pt file, which has no readable header: kept in memory (memory-mapped where it can be)."""
+
+    value: torch.Tensor = field(default=None, compare=False)  # type: ignore[assignment]
+
+
+def read_torch_file(file: Path) -> dict[str, TensorInfo]:
+    """A state dict saved by torch.save, as tensors by name. Only tensors are unpickled (weights_only)."""
+    try:
+        document = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{file}: no such file") from None
+    except Exception as error:
+        raise UsageError(f"{file}: cannot be loaded as plain weights: {str(error).splitlines()[0]}") from None
+    if isinstance(document, torch.Tensor):
+        document = {"weight": document}
+    if isinstance(document, dict) and isinstance(document.get("state_dict"), dict):
+        document = document["state_dict"]
+    if not isinstance(document, dict) or not all(isinstance(v, torch.Tensor) for v in document.values()):
+        raise UsageError(f"{file}: expected a state dict of tensors")
+    found = {}
+    for name, value in document.items():
+        if value.dtype not in _NAMES:
+            raise UsageError(f"{file}: {name} is {value.dtype}; expected a float tensor")
+        value = value.detach().contiguous()
+        nbytes = value.numel() * value.element_size()
+        found[name] = MemoryTensor(name, _NAMES[value.dtype], tuple(value.shape), file, 0, nbytes, value)
+    return found
+
+
+def load(info: TensorInfo, files: Files) -> torch.Tensor:
+    """The whole tensor, on the CPU, in its own dtype."""
+    if isinstance(info, MemoryTensor):
+        return info.value
+    if not info.numel:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    return torch.frombuffer(files.read(info), dtype=DTYPES[info.dtype]).view(info.shape)
+
+
+class _Rows:
+    """A float tensor of the output, made in blocks of rows; always BF16."""
+
+    dtype = "BF16"
+    whole = False
+    """Whether it can only be made in one piece."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]):
+        self.name, self.shape = name, shape
+        self.row_numel = math.prod(shape[1:]) if shape else 1
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        row = 2 * self.row_numel
+        if self.whole or not row:
+            yield 0, 2 * math.prod(self.shape)
+            return
+        for first, count in split_rows(self.shape, row):
+            yield first * row, count * row
+
+    def rows(self, start: int, out: memoryview) -> tuple[int, int, torch.Tensor]:
+        """First row, number of rows and the block of the output as a tensor [rows, row_numel]."""
+        target = torch.frombuffer(out, dtype=torch.bfloat16).view(-1, self.row_numel)
+        return start // (2 * self.row_numel), target.shape[0], target
+
+    def prepare(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _read_rows(info: TensorInfo, files: Files, first: int, count: int) -> torch.Tensor:
+    """`count` elements of a tensor from element `first`, flat."""
+    dtype = DTYPES[info.dtype]
+    if isinstance(info, MemoryTensor):
+        return info.value.view(-1)[first : first + count]
+    raw = bytearray(count * dtype.itemsize)
+    files.read_into(info, first * dtype.itemsize, memoryview(raw))
+    return torch.frombuffer(raw, dtype=dtype)
+
+
+def _product_norm2(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖BA‖² without the product: the sum of BᵀB ∘ AAᵀ, which are only [r, r]."""
+    return float(((b.t() @ b).double() * (a @ a.t()).double()).sum().clamp_min(0))
+
+
+def _norm(value: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))
+
+
+class Cast(_Rows):
+    """A float tensor of the base that is not BF16, rounded to it."""
+
+    def __init__(self, name: str, info: TensorInfo, files: Files):
+        super().__init__(name, info.shape)
+        self.info, self.files = info, files
+
+    def fill(self, start: int, out: memoryview) -> None:
+        if out.nbytes:
+            _, _, target = self.rows(start, out)
+            target.copy_(_read_rows(self.info, self.files, start // 2, target.numel()).view_as(target))
+
+    def stats(self) -> dict[str, Any]:
+        return {"what": "cast", "from": self.info.dtype}
+
+
+class Replaced(_Rows):
+    """A tensor that was trained in the base tensor's place; `base` is None when the base has none of that name."""
+
+    def __init__(self, name: str, info: TensorInfo, base: TensorInfo | None, files: Files, origin: str):
+        super().__init__(name, info.shape)
+        self.info, self.base, self.files, self.origin = info, base, files, origin
+        self._lock = threading.Lock()
+        self._sums = {"w2": 0.0, "base2": 0.0, "delta2": 0.0}
+
+    def fill(self, start: int, out: memoryview) -> None:
+        if not out.nbytes:
+            return
+        _, _, target = self.rows(start, out)
+        value = _read_rows(self.info, self.files, start // 2, target.numel()).view_as(target)
+        old = None
+        if self.base is not None:  # PEFT holds it in the base's dtype
+            old = _read_rows(self.base, self.files, start // 2, target.numel()).view_as(target)
+            value = value.to(old.dtype)
+        target.copy_(value)
+        new = target.float()
+        with self._lock:
+            self._sums["w2"] += _norm(new) ** 2
+            if old is not None:
+                self._sums["base2"] += _norm(old) ** 2
+                self._sums["delta2"] += _norm(new - old.to(torch.bfloat16).float()) ** 2
+
+    def stats(self) -> dict[str, Any]:
+        found = {"what": "replaced", "from": self.origin}
+        if self.base is None:
+            return {**found, "new": True, "w_norm": math.sqrt(self._sums["w2"])}
+        return {**found, "w_norm": math.sqrt(self._sums["base2"]), "delta_norm": math.sqrt(self._sums["delta2"])}
+
+
+class AddedBias(_Rows):
+    """b + s·b_B."""
+
+    def __init__(self, name: str, base: TensorInfo, lora: LoraModule, files: Files):
+        super().__init__(name, base.shape)
+        self.base, self.lora, self.files = base, lora, files
+        self.whole = True
+
+    def fill(self, start: int, out: memoryview) -> None:
+        _, _, target = self.rows(start, out)
+        bias = load(self.base, self.files).clone()
+        bias += load(self.lora.b_bias, self.files).float() * self.lora.scale
+        target.copy_(bias.view_as(target))
+
+    def stats(self) -> dict[str, Any]:
+        return {"what": "bias"}
+
+
+_NOISE = 65_521  # elements; a prime, so that they fall on other columns in each row
+_local = threading.local()
+
+
+def _scratch(name: str, size: int, device: torch.device) -> torch.Tensor:
+    """A float32 buffer of at least `size` elements; each thread keeps its own from block to block."""
+    held = getattr(_local, name, None)
+    if held is None or held.numel() < size or held.device.type != device.type:
+        if device.type == "cpu":
+            held = torch.frombuffer(page_memory(4 * size), dtype=torch.float32)
+        else:
+            held = torch.empty(size, device=device)
+        setattr(_local, name, held)
+    return held
+
+
+@functools.cache
+def adds_last(rows: int, rank: int, columns: int) -> bool:
+    """Whether BLAS makes W + BA as two steps would: the product, then the sum. Tried on noise, once a shape of tile."""
+    noise = torch.rand(_NOISE, generator=torch.Generator().manual_seed(0))
+
+    def noisy(*shape: int) -> torch.Tensor:
+        numel = math.prod(shape)
+        return noise.repeat(-(-numel // _NOISE))[:numel].view(shape)
+
+    w, b, a = noisy(rows, columns), noisy(rows, rank), noisy(rank, columns)
+    in_two = torch.mm(b, a).add_(w)
+    return torch.equal(w.addmm_(b, a), in_two)
+
+
+_trial = threading.Lock()  # workers come to a new shape together: one of them tries it
+
+
+def _tile_rows(width: int) -> int:
+    """Rows of a tile: as many as TILE_NUMEL elements have, or TILE_ROWS if that is more, but MOST_NUMEL bounds both."""
+    return max(1, min(max(TILE_ROWS, TILE_NUMEL // width), MOST_NUMEL // width))
+
+
+class Merged(_Rows):
+    """W + s·BA, or DoRA's. `base` is the tensor under it: the base's own, or one laid over it."""
+
+    def __init__(
+        self, name: str, base: TensorInfo, lora: LoraModule, files: Files, transposed: bool, device: str = "cpu"
+    ):
+        super().__init__(name, base.shape)
+        self.base, self.lora, self.files = base, lora, files
+        self.transposed = transposed or lora.embedding
+        self.device = torch.device(device)
+        self.on_gpu = self.device.type != "cpu"
+        self.whole = lora.magnitude is not None and self.transposed  # its norms run down the columns
+        self._lock = threading.Lock()
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sums = {"delta2": 0.0, "w2": 0.0, "error2": 0.0, "sampled": 0.0}
+        self._measured = False
+        """Whether ‖ΔW‖ of a LoRA is known: from `prepare`, or from the block with the first row."""
+        self._seconds = 0.0
+
+    # -- factors
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] in float32 on the device; the smaller one holds the scale when that is exact."""
+        with self._lock:
+            if self._factors is None:
+                self._factors = self._load_factors()
+            return self._factors
+
+    def _load_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        a = load(self.lora.a, self.files).to(self.device, torch.float32)
+        b = load(self.lora.b, self.files).to(self.device, torch.float32)
+        if self.folded:
+            return (a, b * self.lora.scale) if b.numel() <= a.numel() else (a * self.lora.scale, b)
+        return a, b
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """‖ΔW‖ of a LoRA, from factors that are not kept."""
+        began = time.perf_counter()
+        if self.lora.magnitude is None and not self._measured:
+            self._measure(*self._load_factors())
+            with self._lock:
+                self._seconds += time.perf_counter() - began
+
+    def _measure(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        delta2 = _product_norm2(a, b) * (1.0 if self.folded else self.lora.scale**2)
+        with self._lock:
+            self._sums["delta2"], self._measured = delta2, True
+
+    @property
+    def folded(self) -> bool:
+        """Whether the scale is a power of two: then scaling a factor first changes no bit of the product."""
+        return math.frexp(self.lora.scale)[0] == 0.5
+
+    def close(self) -> None:
+        self._factors = None
+
+    # -- one block
+
+    def fill(self, start: int, out: memoryview) -> None:
+        began = time.perf_counter()
+        first, count, target = self.rows(start, out)
+        if self.base.dtype == "BF16" and not isinstance(self.base, MemoryTensor):
+            self.files.read_into(self.base, start, out)  # W lies where W' will
+            weight = target
+        else:
+            weight = _read_rows(self.base, self.files, first * self.row_numel, count * self.row_numel)
+            weight = weight.view(count, self.row_numel)
+        result = target
+        if self.on_gpu:
+            weight = weight.to(self.device)
+            result = torch.empty_like(weight, dtype=torch.bfloat16)
+        if self.lora.magnitude is not None:
+            sums = self._dora(first, weight, result)
+        else:
+            sums = self._lora(first, weight, result)
+        if result is not target:
+            target.copy_(result)
+        with self._lock:
+            for key, value in sums.items():
+                self._sums[key] += value
+            self._seconds += time.perf_counter() - began
+
+    def _delta(self, row: int, rows: int, out: torch.Tensor) -> torch.Tensor:
+        """s·BA for some rows of W as it is stored, float32; `out` is scratch of at least their size."""
+        a, b = self.factors()
+        if self.transposed:
+            delta = out[: rows * b.shape[0]].view(b.shape[0], rows)
+            torch.mm(b, a[:, row : row + rows], out=delta)
+        else:
+            delta = out[: rows * a.shape[1]].view(rows, a.shape[1])
+            torch.mm(b[row : row + rows], a, out=delta)
+        if not self.folded:
+            delta.mul_(self.lora.scale)
+        return delta.t() if self.transposed else delta
+
+    @torch.inference_mode()
+    def _lora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
+        sums = dict.fromkeys(self._sums, 0.0)
+        a, b = self.factors()
+        if first == 0 and not self._measured:
+            self._measure(a, b)
+        rows, width = weight.shape
+        tall = rows if self.on_gpu else _tile_rows(width)
+        tiles = split_rows((rows,), 1, tall)
+        for row, height in tiles:
+            w = weight[row : row + height]
+            flat = _scratch("total", height * width, self.device)[: height * width]
+            total = flat.view(height, width)
+            total.copy_(w)
+            sums["w2"] += float(torch.dot(flat, flat))
+            if self._in_one(height, width):
+                total.addmm_(b[first + row : first + row + height], a)
+            else:
+                delta = self._delta(first + row, height, _scratch("product", height * width, self.device))
+                if self.lora.embedding:  # PEFT rounds an embedding's delta before it adds it; to be equal, so do we
+                    delta = delta.to(weight.dtype)
+                total.add_(delta)
+            new = result[row : row + height]
+            new.copy_(total if weight.dtype == new.dtype else total.to(weight.dtype))
+            some = max(1, height // SAMPLED_ROWS)
+            rounded = _scratch("product", some * width, self.device)[: some * width]
+            error = flat[: some * width]
+            rounded.view(some, width).copy_(new[:some])
+            error.sub_(rounded)  # what rounding took from W + Δ
+            sums["error2"] += float(torch.dot(error, error))
+            sums["sampled"] += some * width
+        return sums
+
+    def _in_one(self, rows: int, columns: int) -> bool:
+        """Whether a tile's product and sum may be one call to BLAS; tried on the CPU alone."""
+        simple = self.folded and not self.transposed and not self.on_gpu
+        if not simple:
+            return False
+        with _trial:
+            return adds_last(rows, self.lora.rank, columns)
+
+    def _dora(self, first: int, weight: torch.Tensor, result: torch.Tensor) -> dict[str, float]:
+        """Rows (columns, when stored transposed) are rescaled to the trained magnitude; needs whole rows."""
+        rows, columns = weight.shape
+        delta = self._delta(first, rows, torch.empty(rows * columns, device=self.device))
+        wide = weight.to(torch.float32)
+        total = weight + delta
+        norm = torch.linalg.norm(total.t() if self.transposed else total, dim=1)
+        magnitude = load(self.lora.magnitude, self.files).to(self.device, torch.float32).view(-1)
+        if not self.transposed:
+            magnitude = magnitude[first : first + rows]
+        factor = magnitude / norm
+        new = (factor.view(1, -1) if self.transposed else factor.view(-1, 1)) * total
+        sums = {"w2": _norm(wide) ** 2}
+        result.copy_(new.to(weight.dtype))
+        sums["delta2"] = _norm(new - wide) ** 2  # the change that DoRA means, not s·BA alone
+        sums["error2"] = _norm(new - result.float()) ** 2
+        sums["sampled"] = new.numel()
+        return sums
+
+    def stats(self) -> dict[str, Any]:
+        sums, lora = self._sums, self.lora
+        numel = math.prod(self.shape)
+        lost = math.sqrt(sums["error2"] / sums["sampled"] * numel / sums["delta2"]) if sums["delta2"] > 0 else None
+        return {
+            "what": "dora" if lora.magnitude is not None else "lora",
+            "rank": lora.rank,
+            "scale": lora.scale,
+            "delta_norm": math.sqrt(sums["delta2"]),
+            "w_norm": math.sqrt(sums["w2"]),
+            "rounding_loss": lost,
+            "seconds": round(self._seconds, 6),
+        }

@@ -1,0 +1,203 @@
+"""LoRA adapters on the audio-grafted Qwen2-VL: new ones, the author's, and ours on disk.
+
+On disk everything has the checkpoint's old names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`,
+the author's regular expression), so that the fork, our merge and PEFT's tools read what we write. Upstream's modules
+are called otherwise (`model.language_model.layers…`): left to itself, PEFT would match no module and load no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from surgvqa.checkpoint.folder import read_json, to_old_name
+from surgvqa.config.options import LoraOptions
+from surgvqa.errors import UsageError
+
+ADAPTER = "default"
+"""PEFT's name of the only adapter; a part of its parameters' names."""
+PEFT_PREFIX = "base_model.model."
+WEIGHTS, CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "surgvqa.json"
+PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base weights alone (PiSSA, OLoRA, LoftQ, CorDA change them)."""
+
+
+def add_lora(model: PreTrainedModel, options: LoraOptions, *, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """The model with a fresh trainable adapter: LoRA on the modules that `lora_target_modules` matches, and a copy of
+    the audio projector. `dtype` is the adapter's own (float32 even on a bf16 model: small updates vanish in bf16).
+
+    UsageError when the regular expression is not valid or matches no linear module, under the old names or the new.
+    """
+    on_disk = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.name_or_path,
+        "r": options.lora_r,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "target_modules": options.lora_target_modules,
+        "modules_to_save": ["audio_projector"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    return _wrap(model, on_disk, dtype, "lora_target_modules")
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, trainable: bool = False, *, dtype: torch.dtype = torch.float32
+) -> PeftModel:
+    """The model with the adapter of a PEFT folder, under old or new names.
+
+    Every tensor of the file is used exactly once and every parameter of the adapter is filled, else UsageError with
+    the first name at fault: an adapter that loads in part answers, and answers wrong.
+    """
+    folder = Path(folder)
+    on_disk = _read_config(folder / CONFIG) | {"base_model_name_or_path": model.name_or_path}
+    path = folder / WEIGHTS
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; expected a PEFT adapter folder") from None
+    except SafetensorError as error:
+        raise UsageError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+    given = {old_name(name): name for name in tensors}
+    if len(given) != len(tensors):
+        raise UsageError(f"{path}: holds the same tensors under old and new names; keep one set")
+
+    peft_model = _wrap(model, on_disk, dtype, f"{folder / CONFIG}: target_modules")
+    slots = adapter_parameters(peft_model)
+    for name, slot in slots.items():
+        if name not in given:
+            raise UsageError(f"{path}: no tensor {name}, which {CONFIG} and the model call for; is it its own config?")
+        found, expected = list(tensors[given[name]].shape), list(slot.shape)
+        if found != expected:
+            raise UsageError(
+                f"{path}: {given[name]} is {found}, but the model and r in {CONFIG} call for {expected}; "
+                "is it an adapter of this model, and is that its own config?"
+            )
+    if extra := sorted(set(given) - set(slots)):
+        raise UsageError(
+            f"{path}: {given[extra[0]]} has no place in the model ({len(extra)} such tensors, {len(slots)} others have "
+            "one); is it an adapter of this model?"
+        )
+    with torch.no_grad():
+        for name, slot in slots.items():
+            slot.copy_(tensors[given[name]])
+    if not trainable:
+        peft_model.requires_grad_(False).eval()
+    return peft_model
+
+
+def save_adapter(peft_model: PeftModel, folder: str | Path, extra_config: dict[str, Any] | None = None) -> None:
+    """Writes a PEFT folder in the old names, and `surgvqa.json` when `extra_config` is given (what evaluation must know
+    of how the adapter was trained). No file is seen before it is whole; adapter_config.json comes last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: slot.detach().cpu().contiguous() for name, slot in adapter_parameters(peft_model).items()}
+    texts = {CONFIG: peft_model.adapter_config_on_disk}
+    if extra_config is not None:
+        texts = {SETTINGS: extra_config, **texts}
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        for name, content in texts.items():
+            Path(temporary, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": "pt"})
+        Path(temporary, WEIGHTS).chmod(Path(temporary, CONFIG).stat().st_mode)  # safetensors makes it 0600
+        for name in (WEIGHTS, *texts):
+            os.replace(Path(temporary, name), folder / name)
+
+
+def adapter_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
+    """{name on disk: parameter} of the adapter: LoRA matrices and the copies of modules_to_save."""
+
+    def on_disk(name: str) -> str:
+        name = name.replace(f"modules_to_save.{ADAPTER}.", "").replace(f".{ADAPTER}.", ".")
+        return old_name(name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"))
+
+    return {on_disk(n): p for n, p in peft_model.named_parameters() if f".{ADAPTER}." in n}
+
+
+def old_name(name: str) -> str:
+    """The checkpoint's name of a module, or an adapter's tensor with PEFT's prefix, from either name."""
+    bare = name.removeprefix(PEFT_PREFIX)
+    return name[: len(name) - len(bare)] + to_old_name(bare)
+
+
+def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, where: str) -> PeftModel:
+    """PEFT's model for an adapter_config.json in old or new names; `where` names the pattern in an error."""
+    modules = _matching(model, on_disk["target_modules"], where)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules="|".join(re.escape(name) for name in modules),
+        rank_pattern=_pattern_of_each(modules, on_disk.get("rank_pattern")),
+        alpha_pattern=_pattern_of_each(modules, on_disk.get("alpha_pattern")),
+        **{
+            key: on_disk[key]
+            for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "modules_to_save")
+            if key in on_disk
+        },
+    )
+    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+    for parameter in adapter_parameters(peft_model).values():
+        parameter.data = parameter.data.to(dtype)
+    peft_model.adapter_config_on_disk = on_disk
+    return peft_model
+
+
+def _matching(model: PreTrainedModel, target: str | list[str], where: str) -> list[str]:
+    """The linear modules that PEFT's `target_modules` (a regular expression of the whole name, or a list of names and
+    endings) means, under the old names or the new."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(target, str):
+        try:
+            means = re.compile(target).fullmatch
+        except re.error as error:
+            raise UsageError(f"{where} {target!r} is not a regular expression ({error})") from None
+    else:
+        means = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, target))})").fullmatch
+    modules = [name for name in linear if means(name) or means(old_name(name))]
+    if not modules:
+        examples = ", ".join(old_name(name) for name in linear if ".layers.0." in name and "language" in name)
+        raise UsageError(f"{where} {target!r} matches none of the model's linear modules, such as {examples}")
+    return modules
+
+
+def _pattern_of_each(modules: list[str], patterns: dict[str, Any] | None) -> dict[str, Any]:
+    """PEFT's rank_pattern or alpha_pattern (first key that matches the end of the name) spelt out per module."""
+    spelt = {}
+    for name in modules:
+        for pattern, value in (patterns or {}).items():
+            if any(re.match(rf"(.*\.)?({pattern})$", n) for n in (name, old_name(name))):
+                spelt[re.escape(name)] = value
+                break
+    return spelt
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    expected = {"peft_type": ("LORA",), "bias": (None, "none"), "init_lora_weights": PLAIN_INITS}
+    for key, values in expected.items():
+        if config.get(key) not in values:
+            raise UsageError(f"{path}: {key} is {config.get(key)!r}, expected one of {values}")
+    if not config.get("target_modules") or not config.get("r"):
+        raise UsageError(f"{path}: no target_modules or no r; is this a LoRA adapter's config?")
+    return config

@@ -1,0 +1,439 @@
+"""The audio-grafted Qwen2-VL: upstream's model with a Whisper encoder and a projector beside it. No fork, no patching.
+
+A question's mel spectrogram goes through the Whisper encoder and a linear projector; the results take the places of
+the prompt's audio pad tokens, as the vision tower's outputs take the places of the image pad tokens. Audio tokens are
+text to M-RoPE. Everything else is upstream's `Qwen2VLForConditionalGeneration`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import can_return_tuple, is_flash_attn_2_available
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.logging import disable_progress_bar
+
+from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint, to_old_name, whisper_config
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.model.adapter import add_lora, load_adapter, save_adapter
+
+__all__ = [
+    "AudioQwen2VLForConditionalGeneration",
+    "add_lora",
+    "choose_attention",
+    "load_adapter",
+    "load_model",
+    "save_adapter",
+]
+
+IGNORED = -100
+"""The label of a position that is not supervised (torch's and transformers' convention)."""
+FLASH_CAPABILITY = (8, 0)
+"""flash-attn 2 needs Ampere or newer."""
+
+
+class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
+    """Qwen2-VL that hears. `config.audio_encoder_config` holds WhisperConfig's sizes (see `checkpoint_config`)."""
+
+    accepts_loss_kwargs = True  # Trainer looks on the class: we divide by num_items_in_batch ourselves
+
+    def __init__(self, config: Qwen2VLConfig):
+        super().__init__(config)
+        audio_config = WhisperConfig(**config.audio_encoder_config)
+        audio_config._attn_implementation = config._attn_implementation
+        self.audio_encoder = WhisperEncoder(audio_config)
+        self.audio_projector = nn.Linear(
+            audio_config.d_model, config.text_config.hidden_size, bias=config.audio_projector_bias
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model is: the frozen encoders and the token embeddings may have left the GPU."""
+        return self.lm_head.weight.device
+
+    # --- the token embeddings ----------------------------------------------------------------------------------------
+
+    def embeddings_to_host(self) -> None:
+        """Takes the token embeddings off the GPU: 1.09 GB of which a sample reads some 70 rows. Not when they are tied
+        to the head, which computes with all of them."""
+        if self.get_input_embeddings().weight is not self.lm_head.weight:
+            self.get_input_embeddings().to("cpu")
+
+    def embed(self, input_ids: Tensor, host_ids: np.ndarray | None = None) -> Tensor:
+        """Token embeddings [B, L, hidden] of `input_ids` [B, L], on their device. From a table on the host each
+        token's row comes once, however often it stands there (nearly all are pads, which features replace).
+        `host_ids`: see `forward`."""
+        table = self.get_input_embeddings()
+        if table.weight.device == input_ids.device:
+            return table(input_ids)
+        tokens, places = np.unique(_on_host(input_ids, host_ids), return_inverse=True)
+        rows = table(torch.from_numpy(tokens))
+
+        def sent(tensor: Tensor) -> Tensor:  # from pinned memory, or the copy would wait for all that the GPU has to do
+            return tensor.pin_memory().to(input_ids.device, non_blocking=True)
+
+        return F.embedding(sent(torch.from_numpy(places.reshape(input_ids.shape))), sent(rows))
+
+    # --- the encoders ------------------------------------------------------------------------------------------------
+
+    def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
+        """Vision features after the merger: [image tokens, hidden] from patches [P, 1176] and grids [F, 3] (t, h, w).
+
+        Without gradient unless something in the vision tower is trainable.
+        """
+        where = {}
+        if "flash" not in self.model.visual.config._attn_implementation:
+            # each layer asks where a frame ends: on the host, or it would wait for the GPU three times
+            lengths = (image_grid_thw[:, 1] * image_grid_thw[:, 2]).repeat_interleave(image_grid_thw[:, 0])
+            where["cu_seqlens"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cpu()
+        with _grad_if_trainable(self.model.visual):
+            features = self.model.get_image_features(pixel_values, image_grid_thw, **where).pooler_output
+        return torch.cat(tuple(features))
+
+    def encode_audio(self, input_features: Tensor) -> Tensor:
+        """Whisper's encoder states before the projector: [B, N, d_model] from log-mel spectrograms [B, mels, 2N]."""
+        with _grad_if_trainable(self.audio_encoder):
+            return self.audio_encoder(input_features.to(self.audio_encoder.conv1.weight.dtype)).last_hidden_state
+
+    def train(self, mode: bool = True):
+        """As nn.Module.train, but a frozen encoder stays in eval mode."""
+        super().train(mode)
+        for encoder in (self.model.visual, self.audio_encoder):
+            encoder.train(mode and _trainable(encoder))
+        return self
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        input_features: Tensor | None = None,
+        image_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens: Tensor | None = None,
+        max_length: int | None = None,
+        host_ids: np.ndarray | None = None,
+        supervised: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and with labels the loss.
+
+        Shapes: `input_ids`, `attention_mask`, `labels` [B, L]; `pixel_values` [P, 1176] with `image_grid_thw` [F, 3];
+        `input_features` [B, mels, T]. Instead of pixels and mels, what `encode_images` and `encode_audio` make of
+        them: `image_features` [image tokens, hidden], `audio_features` [B, N, d_model].
+        `position_ids` [3, B, L], default: M-RoPE computed here. `mm_token_type_ids` need not be given.
+        `inputs_embeds` [B, L, hidden] replaces the token embeddings of `input_ids`, which is needed all the same.
+
+        Packed, samples that do not see each other one after another in one row: `cu_seq_lens` int32 [samples + 1] says
+        where each begins and the last one ends, `max_length` at least how long the longest is (a plain number: a tensor
+        would make every layer wait for the GPU), and `position_ids` must be given, from 0 for each sample.
+
+        What would otherwise be asked of the GPU, which makes the host wait until all earlier work is done: `host_ids`,
+        `input_ids` once more as a numpy array, and `supervised` int64 [S], the places in the flattened [B * L] whose
+        next token has a label.
+
+        Without labels: logits [B, L, vocabulary], or of the last `logits_to_keep` positions. With labels: logits
+        [S, vocabulary] of the S supervised positions only (the others cost most of the memory of a long prompt), and
+        the mean of their cross-entropy; given `num_items_in_batch` (supervised tokens of the whole accumulation
+        window), the sum divided by that.
+        """
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        embeds = self.embed(input_ids, host_ids) if inputs_embeds is None else inputs_embeds
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values, image_grid_thw)
+        if input_features is not None:
+            audio_features = self.encode_audio(input_features)
+        if not past:  # later steps of a generation see text only
+            ids = _on_host(input_ids, host_ids)
+            embeds = self._place_images(embeds, input_ids, image_features, ids)
+            embeds = self._place_audio(embeds, input_ids, audio_features, ids)
+        if position_ids is None:
+            position_ids = self._positions(input_ids, attention_mask, image_grid_thw, mm_token_type_ids, past)
+        if cu_seq_lens is not None:
+            if is_flash_attention_requested(self.model.language_model.config):  # its kernel takes the borders
+                # Two tensors: dynamo breaks the graph of a layer in which a Function gets the same one twice.
+                kwargs |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens.clone()}
+                kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
+            else:
+                position_ids = _with_text_positions(position_ids, cu_seq_lens)
+        outputs = self.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache if labels is None and cu_seq_lens is None else False,
+            **kwargs,
+        )
+        hidden, loss = outputs.last_hidden_state, None
+        if labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        else:
+            if supervised is None:
+                supervised = F.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
+            logits = self.lm_head(hidden.flatten(0, 1)[supervised])
+            loss = F.cross_entropy(logits.float(), labels.flatten()[supervised + 1], reduction="sum")
+            loss = loss / (max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _place_images(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None, ids: np.ndarray) -> Tensor:
+        places = input_ids == self.config.image_token_id
+        found = int((ids == self.config.image_token_id).sum())
+        given = 0 if features is None else len(features)
+        if found != given:
+            raise SurgvqaError(
+                f"the prompt has {found} image pad tokens (id {self.config.image_token_id}) but the frames give "
+                f"{given} features; make both with the same image processor"
+            )
+        return embeds if features is None else _fill(embeds, places, features)
+
+    def _place_audio(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None, ids: np.ndarray) -> Tensor:
+        places = input_ids == self.config.audio_token_id
+        found = (ids == self.config.audio_token_id).sum(1).tolist()
+        clips, length = (0, 1) if features is None else features.shape[:2]
+        if sum(found) != clips * length or any(n % length for n in found):
+            raise SurgvqaError(
+                f"the prompts have {', '.join(map(str, found))} audio pad tokens (id {self.config.audio_token_id}) "
+                f"but the audio gives {clips} × {length if clips else 0} features; a question takes as many pad tokens "
+                f"as the encoder has positions ({self.audio_encoder.max_source_positions})"
+            )
+        if features is None:
+            return embeds
+        # Outside autocast a float32 projector (as trained) needs a float32 input.
+        projected = self.audio_projector(features.to(self.audio_projector.weight.dtype))
+        return _fill(embeds, places, projected.flatten(0, 1))
+
+    def _positions(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        image_grid_thw: Tensor | None,
+        mm_token_type_ids: Tensor | None,
+        past: int,
+    ) -> Tensor:
+        """M-RoPE positions [3, B, L] (time, height, width) of the tokens after `past` cached ones."""
+        if past and self.model.rope_deltas is not None:
+            batch, length = input_ids.shape
+            if attention_mask is not None:
+                text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            else:
+                text = torch.arange(past, past + length, device=input_ids.device).expand(batch, -1)
+            return (text + self.model.rope_deltas.to(text.device)).expand(3, -1, -1)
+        positions, self.model.rope_deltas = self.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=self.modalities(input_ids) if mm_token_type_ids is None else mm_token_type_ids,
+            image_grid_thw=image_grid_thw,
+            attention_mask=attention_mask,
+        )
+        return positions
+
+    def modalities(self, input_ids: Tensor) -> Tensor:
+        """Upstream's `mm_token_type_ids` [B, L]: 1 where an image token stands, else 0 (audio counts as text)."""
+        return (input_ids == self.config.image_token_id).int()
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
+        """Upstream's generate; without `mm_token_type_ids` it would fall back to 1-D positions without a word."""
+        input_ids = kwargs.get("input_ids", inputs)
+        if input_ids is not None:
+            kwargs.setdefault("mm_token_type_ids", self.modalities(input_ids))
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
+        """Upstream's; our own inputs are dropped after the first step as upstream does with its own."""
+        prepared = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("image_features", "audio_features"):
+                prepared.pop(name, None)
+        return prepared
+
+
+# A subclass gets no built-in mapping from the checkpoint's names (visual.*, model.layers.*) to the module's, and its
+# tensors would go missing without an error; registered by class name it is upstream's own, for loading and saving.
+register_checkpoint_conversion_mapping(
+    AudioQwen2VLForConditionalGeneration.__name__,
+    get_checkpoint_conversion_mapping("Qwen2VLForConditionalGeneration"),
+    overwrite=True,
+)
+
+
+def _on_host(input_ids: Tensor, host_ids: np.ndarray | None) -> np.ndarray:
+    return input_ids.numpy(force=True) if host_ids is None else host_ids
+
+
+def _fill(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """`embeds` [B, L, hidden] with `features` [n, hidden] at the n True positions of `places` [B, L], in order."""
+    return embeds.masked_scatter(places.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
+
+
+def _with_text_positions(position_ids: Tensor, cu_seq_lens: Tensor) -> Tensor:
+    """[4, 1, L] of a packed row's M-RoPE positions [3, 1, L]: before them each token's place in its sample.
+
+    Upstream's sign of a packed row; it makes a block-diagonal causal mask of it, once for all layers.
+    """
+    place = torch.arange(position_ids.shape[-1], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device)
+    begin = cu_seq_lens[torch.searchsorted(cu_seq_lens, place, right=True) - 1]
+    return torch.cat([(place - begin).expand(1, 1, -1), position_ids])
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _grad_if_trainable(encoder: nn.Module):
+    return torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(encoder))
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype, device: str | torch.device, attn_implementation: str
+) -> AudioQwen2VLForConditionalGeneration:
+    """The checkpoint's model on `device`, in eval mode with every parameter frozen; on a GPU without the token
+    embeddings, which stay on the host.
+
+    Tensors go from the file straight to the device, one copy. UsageError when `folder` is no such checkpoint;
+    SurgvqaError when a tensor is missing, left over, or of another shape than the model's.
+    """
+    checkpoint = open_checkpoint(folder).require_sound()
+    config = checkpoint_config(checkpoint)
+    _check_tensors(config, checkpoint)
+    disable_progress_bar()  # transformers draws one on stderr; ours belong in the run folder
+    model, report = AudioQwen2VLForConditionalGeneration.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    # After the check above this says that transformers mapped every name as we do.
+    if left := {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}:
+        raise SurgvqaError(f"{folder}: transformers did not load {_some(left)}")
+    if torch.device(device).type == "cuda":
+        model.embeddings_to_host()
+    return model.requires_grad_(False).eval()
+
+
+def _check_tensors(config: Qwen2VLConfig, checkpoint: Checkpoint) -> None:
+    """SurgvqaError unless the files hold the model's tensors, all of them and no others, in its shapes.
+
+    Before anything is loaded, so that a wrong 18 GB checkpoint fails in a second and in the checkpoint's own names.
+    """
+    with torch.device("meta"):
+        skeleton = AudioQwen2VLForConditionalGeneration(config)
+    expected = {to_old_name(name): tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    found = {name: info.shape for name, info in checkpoint.tensors.items()}
+    folder = checkpoint.folder
+    missing = expected.keys() - found.keys()
+    if config.tie_word_embeddings:
+        missing -= {"lm_head.weight"}
+    hint = "is config.json this checkpoint's own, and is every shard there?"
+    if missing:
+        raise SurgvqaError(f"{folder}: not in the checkpoint: {_some(missing)}; {hint}")
+    if extra := found.keys() - expected.keys():
+        raise SurgvqaError(f"{folder}: not in the model: {_some(extra)}; {hint}")
+    for name in sorted(expected):
+        if name in found and found[name] != expected[name]:
+            raise SurgvqaError(
+                f"{folder}: {name} is {list(found[name])} but config.json calls for {list(expected[name])}; {hint}"
+            )
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
+    """config.json of the checkpoint (flat as the fork wrote it, or nested), completed from the tensors' shapes.
+
+    Adds `audio_encoder_config` (unless it stands there) and `audio_projector_bias`.
+    """
+    path, raw = checkpoint.folder / "config.json", dict(checkpoint.config)
+    if raw.get("model_type") != "qwen2_vl" or "audio_token_id" not in raw:
+        raise UsageError(
+            f'{path}: expected "model_type": "qwen2_vl" and an "audio_token_id"; this is no audio-grafted Qwen2-VL'
+        )
+    raw["audio_encoder_config"] = raw.get("audio_encoder_config") or whisper_config(checkpoint.tensors)
+    if not raw["audio_encoder_config"]:
+        raise UsageError(f"{checkpoint.folder}: no Whisper encoder (audio_encoder.*) among the checkpoint's tensors")
+    raw["audio_projector_bias"] = "audio_projector.bias" in checkpoint.tensors
+    try:
+        return Qwen2VLConfig.from_dict(raw)
+    except StrictDataclassError as error:
+        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _some(names: Any, shown: int = 5) -> str:
+    names = sorted(map(str, names))
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def choose_attention(requested: str, device: str | torch.device) -> tuple[str, str]:
+    """The attention kernel that will run (for LM, vision tower and Whisper alike) and a sentence that says why.
+
+    `requested` is "auto", "flash_attention_2", "sdpa" or "eager". UsageError when flash_attention_2 is asked for by
+    name and cannot run here.
+    """
+    if requested in ("sdpa", "eager"):
+        return requested, f"{requested}: asked for by name."
+    obstacle = _flash_obstacle(torch.device(device))
+    if obstacle is None:
+        return "flash_attention_2", "flash_attention_2: flash-attn is installed and the GPU is Ampere or newer."
+    if requested == "flash_attention_2":
+        raise UsageError(f"attn_implementation is flash_attention_2, but {obstacle}; use auto or sdpa")
+    return "sdpa", f"sdpa (on a GPU cuDNN's kernel, before Hopper torch's own flash kernel): {obstacle}."
+
+
+def _flash_obstacle(device: torch.device) -> str | None:
+    """Why flash-attn 2 cannot run on the device, or None."""
+    if device.type != "cuda":
+        return f"flash-attn needs a CUDA GPU and the device is {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FLASH_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return (
+            f"flash-attn needs an Ampere or newer GPU and {name} has compute capability {capability[0]}.{capability[1]}"
+        )
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # OSError: a build for another torch or glibc
+        return f"flash-attn cannot be imported ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
+    if not is_flash_attn_2_available():  # it asks the package's metadata too
+        return "transformers does not take the flash-attn that is here for version 2 of the package flash-attn"
+    return None

@@ -1,0 +1,275 @@
+"""Sizes of the audio-grafted Qwen2-VL: from a checkpoint's headers, or the real model's; and what a clip makes of it.
+
+Torch-free: `surgvqa budget` must answer on a laptop, and fast.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgvqa.checkpoint.folder import Checkpoint, flat_config, open_checkpoint, whisper_config
+from surgvqa.config.options import DataOptions
+from surgvqa.errors import UsageError
+
+BF16 = 2
+FRAME_SIZE = (1240, 1080)
+"""Width and height of a frame of REAL-Colon-VQA in pixels."""
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 14 * 14 * 4 * 1280
+"""Bounds of a frame's area after resizing: Qwen2-VL's image processor."""
+PROMPT_TOKENS = 50
+"""Text tokens of a prompt in data/prompt.py with the author's vocabulary, without frames, audio and question."""
+QUESTION_TOKENS = 20
+"""A written question (input_mode audio_text): ten words and `User Question:`."""
+ANSWER_TOKENS = 16
+"""The longest answer of REAL-Colon-VQA has nine words; with full stop, comma and end of turn about 16 tokens."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of a run depends on; the field names are transformers'. Defaults: the real model, 8.93 B."""
+
+    hidden_size: int = 3584
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    intermediate_size: int = 18944
+    vocab_size: int = 152064
+    tie_word_embeddings: bool = False
+
+    vision_embed_dim: int = 1280
+    vision_depth: int = 32
+    vision_heads: int = 16
+    vision_mlp_ratio: float = 4.0
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+
+    d_model: int = 1280
+    encoder_layers: int = 32
+    encoder_ffn_dim: int = 5120
+    num_mel_bins: int = 128
+    max_source_positions: int = 1500
+    """Audio tokens of a question."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the key and of the value projection."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one patch: 3 colours × 2 frames × 14 × 14 = 1176."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """{module name inside a layer: (inputs, outputs)} of a layer's linear modules."""
+        h, m, kv = self.hidden_size, self.intermediate_size, self.kv_size
+        return {
+            "self_attn.q_proj": (h, h),
+            "self_attn.k_proj": (h, kv),
+            "self_attn.v_proj": (h, kv),
+            "self_attn.o_proj": (h, h),
+            "mlp.gate_proj": (h, m),
+            "mlp.up_proj": (h, m),
+            "mlp.down_proj": (m, h),
+        }
+
+    def lora_targets(self, pattern: str) -> dict[str, list[int]]:
+        """{module name inside a layer: layers where `pattern` matches it}, as add_lora matches: the whole old name.
+
+        UsageError when the pattern is no regular expression or matches none.
+        """
+        try:
+            means = re.compile(pattern).fullmatch
+        except re.error as error:
+            raise UsageError(f"lora_target_modules {pattern!r} is not a regular expression ({error})") from None
+
+        def matches(layer: int, module: str) -> bool:
+            names = (f"model.layers.{layer}.{module}", f"model.language_model.layers.{layer}.{module}")
+            return any(means(name) for name in names)
+
+        layers = range(self.num_hidden_layers)
+        targets = {module: [n for n in layers if matches(n, module)] for module in self.projections()}
+        if not any(targets.values()):
+            raise UsageError(
+                f"lora_target_modules {pattern!r} matches none of the model's linear modules, such as "
+                "model.layers.0.self_attn.q_proj"
+            )
+        return targets
+
+    def weights(self) -> dict[str, list[int]]:
+        """{part: parameters of each tensor} as the architecture has them: lm, head, embeddings (none when they are the
+        head's), vision, audio, projector."""
+        h, e, d, f = self.hidden_size, self.vision_embed_dim, self.d_model, self.encoder_ffn_dim
+        layer = [i * o for i, o in self.projections().values()] + [h, self.kv_size, self.kv_size, h, h]
+        wide, merged = round(e * self.vision_mlp_ratio), e * self.spatial_merge_size**2
+        block = [3 * e * e, 3 * e, e * e, e, e * wide, wide, wide * e, e, e, e, e, e]
+        encoder = [d * d, d] * 4 + [d * f, f, f * d, d, d, d, d, d]
+        encoder.remove(d)  # Whisper's key projection has no bias
+        encoders = encoder * self.encoder_layers
+        return {
+            "lm": layer * self.num_hidden_layers + [h],
+            "head": [self.vocab_size * h],
+            "embeddings": [] if self.tie_word_embeddings else [self.vocab_size * h],
+            "vision": [self.patch_values * e, *(block * self.vision_depth), e, e, merged**2, merged, merged * h, h],
+            "audio": [d * self.num_mel_bins * 3, d, d * d * 3, d, self.max_source_positions * d, *encoders, d, d],
+            "projector": [d * h],
+        }
+
+
+PART_OF = (
+    ("lm_head", "head"),
+    ("model.embed_tokens", "embeddings"),
+    ("visual.", "vision"),
+    ("audio_encoder.", "audio"),
+    ("audio_projector", "projector"),
+    ("model.", "lm"),
+)
+"""Beginning of a tensor's (old) name -> the part that it belongs to; the first that fits."""
+
+
+def require_layers(count: int | None, layers: int) -> None:
+    """UsageError unless `count` of a language model's `layers` can recompute; None is no count."""
+    if count is not None and not 0 <= count <= layers:
+        raise UsageError(f"checkpointed_layers is {count}, expected 0 to {layers} (the language model's layers)")
+
+
+def checkpoint_sizes(folder: str | Path) -> tuple[Sizes, dict[str, list[int]]]:
+    """Sizes and weights ({part: parameters of each tensor}) of a checkpoint, from its headers and config.json.
+
+    UsageError when it is damaged or no audio-grafted Qwen2-VL.
+    """
+    checkpoint = open_checkpoint(folder).require_sound()
+    weights: dict[str, list[int]] = {part: [] for _, part in PART_OF}
+    for name, tensor in checkpoint.tensors.items():
+        part = next((part for prefix, part in PART_OF if name.startswith(prefix)), None)
+        if part:
+            weights[part].append(tensor.numel)
+    if not weights["head"]:  # tied
+        weights["head"], weights["embeddings"] = weights["embeddings"], []
+    return _sizes(checkpoint), weights
+
+
+def _sizes(checkpoint: Checkpoint) -> Sizes:
+    config, tensors = flat_config(checkpoint.config), checkpoint.tensors
+    whisper = whisper_config(tensors)
+    if whisper is None:
+        raise UsageError(f"{checkpoint.folder}: no audio_encoder in it, expected an audio-grafted Qwen2-VL checkpoint")
+
+    def number(table: Mapping[str, Any], key: str, default: float | None = None) -> Any:
+        value = table.get(key, default)
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise UsageError(f"{checkpoint.folder / 'config.json'}: {key} is {value!r}, expected a positive number")
+        return value
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UsageError(f"{checkpoint.folder}: no tensor {name}, expected an audio-grafted Qwen2-VL checkpoint")
+        return tensors[name].shape
+
+    def count(pattern: str) -> int:
+        return len({m[1] for name in tensors if (m := re.match(pattern, name))})
+
+    vision = config.get("vision_config") or {}
+    vocab, hidden = shape("model.embed_tokens.weight")
+    patch = shape("visual.patch_embed.proj.weight")
+    embed = patch[0]
+    return Sizes(
+        hidden_size=hidden,
+        num_hidden_layers=count(r"model\.layers\.(\d+)\."),
+        num_attention_heads=int(number(config, "num_attention_heads")),
+        num_key_value_heads=int(number(config, "num_key_value_heads")),
+        intermediate_size=shape("model.layers.0.mlp.up_proj.weight")[0],
+        vocab_size=vocab,
+        tie_word_embeddings="lm_head.weight" not in tensors,
+        vision_embed_dim=embed,
+        vision_depth=count(r"visual\.blocks\.(\d+)\."),
+        vision_heads=int(number(vision, "num_heads", 16)),
+        vision_mlp_ratio=shape("visual.blocks.0.mlp.fc1.weight")[0] / embed,
+        patch_size=patch[-1],
+        temporal_patch_size=patch[2],
+        spatial_merge_size=int(number(vision, "spatial_merge_size", 2)),
+        d_model=whisper["d_model"],
+        encoder_layers=whisper["encoder_layers"],
+        encoder_ffn_dim=whisper["encoder_ffn_dim"],
+        num_mel_bins=whisper["num_mel_bins"],
+        max_source_positions=whisper["max_source_positions"],
+    )
+
+
+# --- what a clip makes of it -----------------------------------------------------------------------------------------
+
+
+def thumbnail_size(width: int, height: int, longest: int) -> tuple[int, int]:
+    """Size that Pillow's Image.thumbnail((longest, longest)) gives: the aspect kept as well as whole pixels allow."""
+    if longest >= width and longest >= height:
+        return width, height
+    aspect = width / height
+
+    def nearest(value: float, distance: Any) -> int:
+        return max(min(math.floor(value), math.ceil(value), key=distance), 1)
+
+    if aspect <= 1:
+        return nearest(longest * aspect, lambda n: abs(aspect - n / longest)), longest
+    return longest, nearest(longest / aspect, lambda n: 0 if n == 0 else abs(aspect - longest / n))
+
+
+def patch_grid(width: int, height: int, sizes: Sizes) -> tuple[int, int]:
+    """(rows, columns) of patches of a frame: Qwen2-VL's smart_resize to multiples of patch × merge, area bounded."""
+    factor = sizes.patch_size * sizes.spatial_merge_size
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > MAX_PIXELS:
+        shrink = math.sqrt(height * width / MAX_PIXELS)
+        rows = max(factor, math.floor(height / shrink / factor) * factor)
+        columns = max(factor, math.floor(width / shrink / factor) * factor)
+    elif rows * columns < MIN_PIXELS:
+        grow = math.sqrt(MIN_PIXELS / (height * width))
+        rows = math.ceil(height * grow / factor) * factor
+        columns = math.ceil(width * grow / factor) * factor
+    return rows // sizes.patch_size, columns // sizes.patch_size
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sample as the model sees it."""
+
+    frames: int
+    grid: tuple[int, int]
+    """Patches of a frame: rows, columns."""
+    image_tokens: int
+    """Of all frames."""
+    audio_tokens: int
+    text_tokens: int
+    answer_tokens: int
+
+    @property
+    def patches(self) -> int:
+        return self.frames * self.grid[0] * self.grid[1]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence."""
+        return self.image_tokens + self.audio_tokens + self.text_tokens + self.answer_tokens
+
+
+def clip_of(sizes: Sizes, options: DataOptions, frame_size: tuple[int, int] = FRAME_SIZE) -> Clip:
+    """The sample that `options` make of a clip whose frames are `frame_size` (width, height) pixels."""
+    rows, columns = patch_grid(*thumbnail_size(*frame_size, options.image_size), sizes)
+    written = QUESTION_TOKENS if options.input_mode == "audio_text" else 0
+    return Clip(
+        frames=options.num_frames,
+        grid=(rows, columns),
+        image_tokens=options.num_frames * rows * columns // sizes.spatial_merge_size**2,
+        audio_tokens=sizes.max_source_positions,
+        text_tokens=PROMPT_TOKENS + 2 * options.num_frames + written,
+        answer_tokens=ANSWER_TOKENS,
+    )

@@ -1,0 +1,269 @@
+"""Keeps one detached job on a GPU host: starts it, passes signals on, sweeps up after it, records how it ended.
+
+    python -m surgvqa.runs.supervisor RUN_FOLDER
+
+reads RUN_FOLDER/start.json (argv, cwd, env with its secrets, locks; mode 0600, removed once it is read) and writes
+
+    supervisor.json   pid, identity, state ("running", or "busy" with the holder of the GPU)
+    exit.json         exit_code or signal, stopped, swept (processes that the job left behind), ended
+
+It is a session leader and a child subreaper: whatever the job starts (torchrun's workers have sessions of their own,
+dataloader workers, W&B's service) is ours to end, even when the launcher was killed. Standard library only, Python 3.8:
+the SSH agent carries this file to hosts where we are not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
+SWEEP_GRACE_S = 3.0  # what the job left behind has this long to end by itself
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
+
+
+# --- processes, by /proc(5) ------------------------------------------------------------------------------------------
+
+
+def process_stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat from the state on; the name before them may hold spaces and brackets."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    return text[text.rindex(")") + 2 :].split()
+
+
+def process_identity(pid: int) -> str | None:
+    """Boot id and start time (10 ms ticks) of a live process; None when it is gone or a zombie."""
+    stat = process_stat(pid)
+    if stat is None or stat[0] in "ZX":
+        return None
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return f"{boot}:{stat[19]}"
+
+
+def descendants(root: int) -> list[int]:
+    """Every live process below `root`."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            stat = process_stat(int(entry))
+            if stat is not None and stat[0] not in "ZX":
+                children.setdefault(int(stat[1]), []).append(int(entry))
+    found, waiting = [], [root]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
+    """Signals the process only if it is still the one with this identity; pidfd makes that free of races."""
+    try:
+        handle = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
+    except OSError:
+        return False
+    try:
+        if identity is None or process_identity(pid) != identity:
+            return False
+        if handle is None:
+            os.kill(pid, number)
+        else:
+            signal.pidfd_send_signal(handle, number)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def end_all(pids: list[int], grace_s: float) -> int:
+    """SIGTERM, then SIGKILL after `grace_s` seconds, to these very processes; how many there were."""
+    known = {pid: process_identity(pid) for pid in pids}
+    known = {pid: identity for pid, identity in known.items() if identity}
+    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 2.0)):
+        for pid, identity in known.items():
+            signal_exactly(pid, identity, number)
+        deadline = time.monotonic() + patience
+        while any(process_identity(p) == i for p, i in known.items()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    return len(known)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, document: dict) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(document, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def take_locks(paths: list[str], run_id: str) -> tuple[list[int], str]:
+    """Exclusive locks on all of these files, or none and the run id of who holds one.
+
+    The descriptors go on to the job, so a lock lasts as long as anything of the job does.
+    """
+    held: list[int] = []
+    for path in paths:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = _holder(descriptor)
+            for one in [*held, descriptor]:
+                os.close(one)
+            return [], holder
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, run_id.encode(), 0)
+        held.append(descriptor)
+    return held, ""
+
+
+def _holder(descriptor: int) -> str:
+    """The run that has the lock: it writes its name a moment after it took it, and takes it out when it ends."""
+    for _ in range(40):
+        name = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        if name:
+            return name
+        time.sleep(0.05)
+    return "another job"
+
+
+def stop_grace_s(folder: Path) -> float:
+    """How long whoever asked us to stop wants to wait (stop.json), else STOP_GRACE_S."""
+    try:
+        return float(json.loads((folder / "stop.json").read_text(encoding="utf-8"))["grace_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return STOP_GRACE_S
+
+
+def close_events(folder: Path, code: int | None, killed_by: int | None, stopped: bool) -> None:
+    """A job that was killed could not say so: writes its `finished` event for it."""
+    try:
+        with open(folder / "events.jsonl", "ab+") as file:
+            file.seek(max(0, file.tell() - 65536))
+            tail = file.read()
+            if any(b'"kind": "finished"' in line for line in tail.splitlines()):
+                return
+            why = f"ended with {code}"
+            if killed_by:
+                hint = "; out of memory?" if killed_by == signal.SIGKILL and not stopped else ""
+                why = f"killed by {signal.Signals(killed_by).name}{hint}"
+            events = [] if stopped else [{"kind": "error", "text": why}]
+            state = "stopped" if stopped else "died"
+            events += [{"kind": "finished", "state": state, "exit_code": code, "result": {}}]
+            lines = [json.dumps({"v": 1, "t": round(time.time(), 3), **event}) for event in events]
+            broken = b"\n" if tail and not tail.endswith(b"\n") else b""
+            file.write(broken + "".join(line + "\n" for line in lines).encode())
+    except OSError:
+        return  # a full disk: state_of finds the process gone all the same
+
+
+# --- the supervisor --------------------------------------------------------------------------------------------------
+
+
+def supervise(folder: Path) -> int:
+    """Runs the job of `folder` to its end; returns the exit code that it had."""
+    start_file = folder / "start.json"
+    start = json.loads(start_file.read_text(encoding="utf-8"))
+    start_file.unlink()  # its environment may hold secrets
+    with contextlib.suppress(OSError):
+        os.setsid()
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for number in (1, 2):
+        os.dup2(log, number)
+    os.close(log)
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    me = {"pid": os.getpid(), "identity": process_identity(os.getpid()), "started": time.time()}
+    locks, holder = take_locks(start.get("locks", []), folder.name)
+    if holder:
+        write_json(folder / "supervisor.json", {**me, "state": "busy", "holder": holder})
+        return 75  # EX_TEMPFAIL
+
+    watched = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    began = time.time()
+    try:
+        job = subprocess.Popen(
+            start["argv"],
+            cwd=start["cwd"],
+            env=start["env"],
+            stdin=subprocess.DEVNULL,
+            pass_fds=locks,
+            start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, watched),
+        )
+    except OSError as error:
+        write_json(
+            folder / "supervisor.json", {**me, "state": "failed", "error": f"{start['argv'][0]}: {error.strerror}"}
+        )
+        write_json(folder / "exit.json", {"v": 1, "exit_code": 127, "signal": None, "ended": time.time()})
+        return 127
+    write_json(folder / "supervisor.json", {**me, "state": "running", "job_pid": job.pid})
+
+    status = None
+    kill_at = None
+    while status is None:
+        got = signal.sigtimedwait(watched, 0.5)
+        if got and got.si_signo in (signal.SIGTERM, signal.SIGINT) and kill_at is None:
+            kill_at = time.monotonic() + stop_grace_s(folder)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(job.pid, signal.SIGTERM)  # not job.send_signal, which would take the exit status from us
+        if kill_at and time.monotonic() > kill_at:
+            end_all(descendants(os.getpid()), 0.0)
+        while True:  # our job, and orphans that became our children
+            try:
+                pid, code = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            if pid == job.pid:
+                status = code
+    swept = 0
+    for _ in range(20):  # killing a parent may hand us its children
+        left = descendants(os.getpid())
+        if not left:
+            break
+        swept += end_all(left, SWEEP_GRACE_S)
+    for lock in locks:
+        os.ftruncate(lock, 0)
+    killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    code = None if killed_by else os.WEXITSTATUS(status)
+    close_events(folder, code, killed_by, stopped=kill_at is not None)
+    write_json(
+        folder / "exit.json",
+        {
+            "v": 1,
+            "exit_code": code,
+            "signal": killed_by,
+            "stopped": kill_at is not None,
+            "swept": swept,
+            "started": began,
+            "ended": time.time(),
+        },
+    )
+    return 128 + killed_by if killed_by else code
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(Path(sys.argv[1])))

@@ -1,0 +1,244 @@
+"""`surgvqa train`: looks at everything that can be looked at before the model loads, then trains.
+
+The training itself is in training.py and trainer.py, which are heavy to import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal as human_bytes
+
+from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
+from surgvqa.config.options import TrainOptions
+from surgvqa.data.samples import AudioIndex, FrameIndex, Sample, read_samples
+from surgvqa.errors import UsageError
+from surgvqa.model.sizes import checkpoint_sizes, require_layers
+from surgvqa.outcome import Outcome
+from surgvqa.runs.folder import Run
+from surgvqa.training import results
+
+AT_LEAST = {
+    "num_frames": 1,
+    "image_size": 28,
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "eval_steps": 1,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "save_total_limit": 1,
+    "early_stopping_patience": 0,
+    "seed": 0,
+}
+METRICS = ("eval_loss", "loss")
+
+
+def check(options: TrainOptions) -> None:
+    """UsageError for whatever would stop the run later: options, checkpoint, samples, files, output folder, disk."""
+    _check_values(options)
+    checkpoint = open_checkpoint(options.model_name_or_path).require_sound()
+    require_layers(options.checkpointed_layers, checkpoint_sizes(options.model_name_or_path)[0].num_hidden_layers)
+    check_samples(options.train_data_path, options.frames_dir, options.audio_dir)
+    if evaluates(options):
+        check_samples(options.eval_data_path, options.frames_dir, options.eval_audio_dir or options.audio_dir)
+    _check_resumed(options)
+    _check_output(options, checkpoint)
+    from surgvqa.training.recipe import training_arguments  # only now: it takes seconds
+
+    training_arguments(options, Path(options.output_dir or "."))
+
+
+def run(options: TrainOptions, run: Run) -> Outcome:
+    """Trains; the result is in the output folder (trained.py). A stop that was asked for and saved is no failure."""
+    from surgvqa.training.recipe import train
+
+    result = train(options, run)
+
+    def show(console: Any) -> None:
+        loss = "".join(
+            f", {name} {result[key]:.4f}"
+            for name, key in (("train loss", "train_loss"), ("eval loss", "eval_loss"))
+            if result.get(key) is not None
+        )
+        peak = f", peak {result['peak_allocated_gb']:.2f} GB" if result.get("peak_allocated_gb") else ""
+        console.print(f"{result['state']} at step {result['steps']} of {result['total_steps']}{loss}{peak}")
+        console.print(
+            f"adapter: {result['adapter']}" if result["state"] == "finished" else f"resume: {result['resume']}"
+        )
+
+    return Outcome({"run": run.id, **result}, show=show)
+
+
+def evaluates(options: TrainOptions) -> bool:
+    """Whether the run evaluates while it trains."""
+    return bool(options.eval_data_path) and options.do_eval and options.eval_strategy != "no"
+
+
+def schedule(options: TrainOptions) -> tuple[dict[str, Any], list[str]]:
+    """When to evaluate, to save and what is best, as TrainingArguments fields that agree with each other, and what had
+    to be changed for that.
+
+    transformers refuses to end with the best model unless it is saved when it is evaluated.
+    """
+    notes: list[str] = []
+    planned: dict[str, Any] = {
+        "eval_strategy": options.eval_strategy,
+        "eval_steps": options.eval_steps,
+        "save_strategy": options.save_strategy,
+        "save_steps": options.save_steps,
+        "load_best_model_at_end": options.load_best_model_at_end,
+        "metric_for_best_model": options.metric_for_best_model,
+        "greater_is_better": options.greater_is_better,
+    }
+    if not evaluates(options):
+        why = (
+            "no eval_data_path"
+            if not options.eval_data_path
+            else "do_eval is false"
+            if not options.do_eval
+            else "eval_strategy is no"
+        )
+        early = ", and nothing stops early" if options.early_stopping_patience else ""
+        notes.append(f"{why}: nothing is evaluated, so the last state is the result, not the best one{early}")
+        planned |= {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False}
+        planned |= {"metric_for_best_model": None, "greater_is_better": None}
+        if options.save_strategy == "best":
+            planned["save_strategy"] = "epoch"
+            notes.append("save_strategy is best, which needs evaluation: saving every epoch")
+        return planned, notes
+    if options.eval_strategy == "steps" and options.eval_steps is None:
+        planned["eval_steps"] = options.save_steps
+    if options.load_best_model_at_end and options.save_strategy != "best":
+        if options.save_strategy != options.eval_strategy:
+            notes.append(
+                f"load_best_model_at_end: save_strategy {options.save_strategy} follows eval_strategy "
+                f"{options.eval_strategy}"
+            )
+            planned["save_strategy"] = options.eval_strategy
+        every = planned["eval_steps"]
+        if planned["save_strategy"] == "steps" and options.save_steps % every:
+            planned["save_steps"] = (options.save_steps // every + 1) * every
+            notes.append(
+                f"load_best_model_at_end: save_steps {options.save_steps} is no multiple of eval_steps {every}; saving "
+                f"every {planned['save_steps']} steps"
+            )
+    return planned, notes
+
+
+def check_samples(jsonl: str, frames_dir: str, audio_dir: str) -> list[Sample]:
+    """Reads the JSONL file and finds every frame and spoken question of it; UsageError for the first that fails."""
+    samples = read_samples(jsonl)
+    frames, audio = FrameIndex(frames_dir), AudioIndex(audio_dir, samples)
+    for sample in samples:
+        audio.find(sample)
+        for frame in sample.frames:
+            try:
+                frames.find(frame)
+            except UsageError as error:
+                raise UsageError(f"{sample.place}: {error}") from None
+    return samples
+
+
+def adapter_size(checkpoint: Checkpoint, options: TrainOptions) -> int:
+    """Parameters that are trained: r·(in+out) for each module that the pattern matches, and the audio projector."""
+    pattern = re.compile(options.lora_target_modules)
+    total = 0
+    for name, tensor in checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if name.startswith("audio_projector."):
+            total += tensor.numel
+        elif len(tensor.shape) == 2 and module != name and pattern.fullmatch(module):
+            total += options.lora_r * sum(tensor.shape)
+    return total
+
+
+def _check_values(options: TrainOptions) -> None:
+    for name, least in AT_LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}, expected at least {least}")
+    if not 0 <= options.warmup_ratio < 1:
+        raise UsageError(f"warmup_ratio is {options.warmup_ratio}, expected a share of the steps: 0 <= ratio < 1")
+    if not 0 <= options.lora_dropout < 1:
+        raise UsageError(f"lora_dropout is {options.lora_dropout}, expected 0 <= dropout < 1")
+    if options.num_train_epochs <= 0 and options.max_steps <= 0:
+        raise UsageError(f"num_train_epochs is {options.num_train_epochs} and max_steps is not given: nothing to train")
+    for name in ("learning_rate", "budget_gb"):
+        if getattr(options, name) <= 0:
+            raise UsageError(f"{name} is {getattr(options, name):g}, expected more than 0")
+    if evaluates(options) and options.metric_for_best_model not in METRICS:
+        raise UsageError(
+            f"metric_for_best_model is {options.metric_for_best_model}; training evaluates the loss only: eval_loss"
+        )
+    if options.eval_data_path and not Path(options.eval_data_path).is_file():
+        raise UsageError(f"{options.eval_data_path}: no such file (eval_data_path)")
+    try:
+        re.compile(options.lora_target_modules)
+    except re.error as error:
+        raise UsageError(f"lora_target_modules {options.lora_target_modules!r}: {error}") from None
+    if "wandb" in options.report_to.split(",") and importlib.util.find_spec("wandb") is None:
+        raise UsageError("report_to is wandb, but wandb is not installed: pip install wandb, or --report_to none")
+
+
+def _check_resumed(options: TrainOptions) -> None:
+    """What was trained is never begun anew by --resume: only a run that left nothing starts at step 0."""
+    folder = Path(options.resume or ".")
+    if not options.resume or folder.name.startswith("checkpoint-"):
+        return
+    checkpoint, damaged = results.newest_whole_checkpoint(folder)
+    if checkpoint is None and (damaged or (folder / results.ADAPTER).is_file()):
+        raise UsageError(
+            f"{folder}: no checkpoint to resume from ({damaged[0] if damaged else 'none was kept'}), only trained "
+            "adapters; bring it here whole, or train anew without --resume into another output_dir"
+        )
+
+
+def _check_output(options: TrainOptions, checkpoint: Checkpoint) -> None:
+    """Nobody's results are overwritten, the folder can be written, and an adapter fits on the disk."""
+    if options.output_dir:
+        folder = Path(options.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder}: a file; expected a folder for the checkpoints (output_dir)")
+        if folder.resolve() == checkpoint.folder.resolve():
+            raise UsageError(f"{folder}: output_dir is the checkpoint itself; choose another folder")
+        resumed = Path(options.resume).resolve() if options.resume else None
+        if folder.is_dir():
+            with results.only_one(folder):
+                pass
+        if resumed in [checkpoint.resolve() for checkpoint in results.checkpoints(folder)]:
+            newer = next((c for c in results.newer_than(resumed) if not results.damage_of(c)), None)
+            if newer:
+                raise UsageError(
+                    f"{newer}: is of a later step than {resumed.name}, and would be taken for the newest of the run "
+                    "that goes on there; choose another output_dir, or delete it"
+                )
+        if resumed not in (folder.resolve(), *(c.resolve() for c in results.checkpoints(folder))):
+            earlier = results.read(folder)
+            if earlier or results.checkpoints(folder) or (folder / results.ADAPTER).exists():
+                whose = f"run {earlier.run}" if earlier and earlier.run else "another training"
+                raise UsageError(
+                    f"{folder}: holds the results of {whose}; choose another output_dir, or go on with "
+                    f"--resume {(earlier and earlier.run) or folder}"
+                )
+    existing = Path(options.output_dir or ".").absolute()
+    while not existing.is_dir():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{existing}: not writable; choose another output_dir")
+    # Float32 adapter in a checkpoint and as the result, and at least 8-bit moments of the optimiser.
+    needed = adapter_size(checkpoint, options) * (4 + 4 + 2)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UsageError(
+            f"{existing}: {human_bytes(free)} free, but one checkpoint and the result take {human_bytes(needed)}; "
+            "choose another output_dir"
+        )

@@ -1,0 +1,383 @@
+"""A training run from its options to the adapter on disk: model, data, Trainer, result."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
+
+from presets import ladder
+from surgvqa.checkpoint.folder import usable_cores
+from surgvqa.config.options import TrainOptions, nearest, settings_of
+from surgvqa.data.collate import Collator
+from surgvqa.data.dataset import ClipDataset, make_room_for_sockets
+from surgvqa.data.frames import largest_frame
+from surgvqa.data.numbered import Numbered, NumberedCollator
+from surgvqa.data.processors import Processors, load_processors
+from surgvqa.data.samples import read_samples
+from surgvqa.errors import SurgvqaError, UsageError, of_worker
+from surgvqa.machine.sampling import MemorySampler
+from surgvqa.memory import allocator, predict, retreat
+from surgvqa.model import layers
+from surgvqa.model.adapter import adapter_parameters, add_lora
+from surgvqa.model.audio_qwen2vl import choose_attention, load_model
+from surgvqa.model.device import attention_kernel, choose_device, choose_dtype, memory_limit_gb
+from surgvqa.model.encode import use_cache
+from surgvqa.runs.folder import Run, write_json_atomic
+from surgvqa.training import results, resume
+from surgvqa.training.command import evaluates, schedule
+from surgvqa.training.step_down import StepDown, take
+from surgvqa.training.stopping import StopRequested, stop_on_signals
+from surgvqa.training.tracking import wandb_environment
+from surgvqa.training.trainer import EventCallback, EventTrainer
+
+LENGTH_BUCKET, ALIGNED = 64, 8
+"""Compiled layers are compiled again for each new length, so rows are padded: to the longest one's, rounded up to a
+multiple of 8 as tensor cores like it, or some times 64 less."""
+NOT_OURS = {
+    "resume_from_checkpoint": "use --resume RUN",
+    "output_dir": "it is an option of its own",
+    "deepspeed": "one GPU only",
+    "fsdp": "one GPU only",
+    "remove_unused_columns": "the model needs all that a batch holds",
+}
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = "") -> TrainingArguments:
+    """The one place where our options become transformers' TrainingArguments. UsageError for what it rejects."""
+    device = choose_device(options.device)
+    planned, _ = schedule(options)
+    values = {
+        "output_dir": str(output_dir),
+        "run_name": options.run_name or run_name,
+        **planned,
+        "do_eval": evaluates(options),
+        "bf16": choose_dtype(device, options.bf16) == torch.bfloat16,
+        "use_cpu": device.type == "cpu",
+        "optim": choose_optimiser(options.optim, device),
+        "warmup_steps": options.warmup_ratio,  # below 1 it is a share of the steps
+        "report_to": options.report_to.split(","),
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "max_steps": options.max_steps if options.max_steps > 0 else -1,  # 0 would be one step
+        "label_names": ["labels"],
+        "logging_nan_inf_filter": False,  # it waits for the GPU at each micro step; EventTrainer looks once a step
+        "disable_tqdm": True,
+        "dataloader_num_workers": min(4, usable_cores() // 2) if device.type == "cuda" else 0,
+    }
+    same_name = {f.name for f in fields(TrainingArguments)} & set(settings_of(TrainOptions))
+    for name in same_name - set(values) - {"gradient_checkpointing"}:  # that one we switch on in the model
+        values[name] = getattr(options, name)
+    values |= parse_extra(getattr(options, "extra", {}))
+    try:
+        arguments = TrainingArguments(**values)
+    except (ValueError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from None
+    if arguments.label_smoothing_factor:  # Trainer's own way takes this model's labels for shifted ones
+        raise UsageError("--label_smoothing_factor: not with this model, whose loss has no smoothing")
+    missing = set(arguments.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        known = ", ".join(["none", *get_available_reporting_integrations()])
+        raise UsageError(f"report_to is {options.report_to}; expected what is installed and switched on here: {known}")
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # never torch's DataParallel
+    return arguments
+
+
+def parse_extra(extra: dict[str, str]) -> dict[str, Any]:
+    """Further TrainingArguments fields, given as text, in their types. UsageError for a name or value that is none."""
+    known = {f.name for f in fields(TrainingArguments) if f.init}
+    for name in extra:
+        if name in NOT_OURS:
+            raise UsageError(f"--{name}: {NOT_OURS[name]}")
+        if name not in known:
+            raise UsageError(f"unknown option --{name}{nearest(name, known | set(settings_of(TrainOptions)))}")
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+
+    def fail(message: str) -> None:
+        raise UsageError(message)
+
+    parser.error = fail
+    namespace, _ = parser.parse_known_args([f"--{name}={value}" for name, value in extra.items()])
+    return {name: getattr(namespace, name) for name in extra}
+
+
+def choose_optimiser(requested: str, device: torch.device) -> str:
+    """auto = 8-bit AdamW where bitsandbytes can run, else torch's."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        with contextlib.suppress(Exception):  # a bitsandbytes for another CUDA fails in many ways
+            import bitsandbytes  # noqa: F401
+
+            return "adamw_bnb_8bit"
+    return "adamw_torch"
+
+
+# --- the job ---------------------------------------------------------------------------------------------------------
+
+
+def train(options: TrainOptions, run: Run) -> dict[str, Any]:
+    """Trains and writes the adapter to the output folder; the result keys of the command contract.
+
+    A stop that was asked for ends in a checkpoint and state "stopped".
+    """
+    output_dir = Path(options.output_dir or run.folder / "checkpoints").absolute()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with results.only_one(output_dir):
+        return _train(options, output_dir, run)
+
+
+def _train(options: TrainOptions, output_dir: Path, run: Run) -> dict[str, Any]:
+    resumed = resume.find_checkpoint(options, output_dir, run)
+    record = results.record_of(options, output_dir, run)
+    for note in schedule(options)[1]:
+        run.warning(note)
+    arguments = training_arguments(options, output_dir, run.id)
+    device = arguments.device
+    write_json_atomic(output_dir / results.RECORD, record.document())
+
+    run.phase("read data", f"{options.train_data_path}")
+    make_room_for_sockets()
+    processors = load_processors(options.model_name_or_path)
+    train_set, eval_set = _datasets(options, processors, run)
+    with MemorySampler(run, device, budget_gb=options.budget_gb) as sampler:
+        trainer, total_steps = _prepare(options, run, record, arguments, processors, train_set, eval_set, sampler)
+        began = time.monotonic()
+        with wandb_environment(options.report_to, run):
+            stopped = _run_trainer(trainer, resumed, total_steps)
+            if stopped is None:
+                run.phase("save", str(output_dir))
+                trainer.save_model(str(output_dir))
+                run.emit("checkpoint", step=trainer.state.global_step, path=str(output_dir), final=True)
+        sampler.measure("save")
+    result = {
+        "state": "finished" if stopped is None else "stopped",
+        "steps": trainer.state.global_step,
+        "total_steps": total_steps,
+        "train_loss": trainer.mean_loss(),
+        "eval_loss": trainer.reported_eval_loss(),
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "output_dir": str(output_dir),
+        "adapter": str(output_dir) if stopped is None else None,
+        "resume": None if stopped is None else f"surgvqa train --resume {run.id}",
+        "resumed_from": str(resumed) if resumed else None,
+        "trained_parameters": sum(p.numel() for p in adapter_parameters(trainer.model).values()),
+        "seconds": time.monotonic() - began,
+        "samples_per_s": trainer.samples_per_s(),
+        "data_wait": trainer.data_wait(),
+        **trainer.compilations,
+        **sampler.peaks(),
+    }
+    run.result.update(result)
+    return result
+
+
+def _prepare(
+    options: TrainOptions,
+    run: Run,
+    record: results.Trained,
+    arguments: TrainingArguments,
+    processors: Processors,
+    train_set: ClipDataset,
+    eval_set: ClipDataset | None,
+    sampler: MemorySampler,
+) -> tuple[EventTrainer, int]:
+    """The trainer, its model loaded, the frozen encoders' work done, the layers set up; and how many steps it takes."""
+    device = arguments.device
+    run.phase("load model", f"{options.model_name_or_path}")
+    compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+    if compiled:
+        layers.start_compiler()
+    attention, why_attention = choose_attention(options.attn_implementation, device)
+    if options.enforce_budget and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
+    set_seed(options.seed)
+    base = load_model(
+        options.model_name_or_path,
+        dtype=choose_dtype(device, options.bf16),
+        device=device,
+        attn_implementation=attention,
+    )
+    model = add_lora(base, options)
+    sampler.measure("load model")
+    shown = [train_set, *([eval_set] if eval_set else [])]
+    cached = use_cache(base, options.model_name_or_path, shown, options, run)
+    sampler.measure("encode")
+
+    kernel = attention_kernel(base.config.text_config, attention, device)
+    forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
+    limit_gb, presets = memory_limit_gb(options.budget_gb, device), ladder(run.folder.parents[1])
+    fit = retreat.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
+    if fit.warning:
+        run.warning(fit.warning)
+    layers.checkpoint_layers(base, fit.recomputing)
+    if arguments.bf16:
+        layers.lora_without_casts(model)
+    if compiled:
+        layers.compile_layers(model, fit.keep)
+    packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
+    bucket, offset = 1, 0
+    if compiled:
+        bucket, offset = LENGTH_BUCKET, -(-train_set.longest() // ALIGNED) * ALIGNED % LENGTH_BUCKET
+    trainer = EventTrainer(
+        run=run,
+        record=record,
+        step_down=StepDown(
+            retreat.changed(options, keep_activations=fit.keep),
+            run=run,
+            record=record,
+            model=base,
+            datasets=shown,
+            presets=presets,
+            recomputing=fit.recomputing,
+            forecast=forecast,
+            limit_gb=limit_gb,
+        ),
+        sampler=sampler,
+        compiled=compiled,
+        model=model,
+        args=arguments,
+        train_dataset=Numbered(train_set),
+        eval_dataset=Numbered(eval_set) if eval_set else None,
+        data_collator=NumberedCollator(Collator(processors, multiple_of=bucket, offset=offset, packed=packed)),
+    )
+    trainer.add_callback(EventCallback(trainer))
+    if options.early_stopping_patience and eval_set:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
+    total_steps = _total_steps(arguments, len(train_set))
+    rows = "packed" if packed and arguments.train_batch_size > 1 else "padded"
+    bought = predict.choices(forecast.sizes, fit.prediction.configuration, forecast.weights) if forecast else []
+    _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit, rows, bought)
+    return trainer, total_steps
+
+
+def _forecast(
+    options: TrainOptions,
+    arguments: TrainingArguments,
+    train_set: ClipDataset,
+    *,
+    cached: bool,
+    compiled: bool,
+    attention: str,
+) -> retreat.Forecast | None:
+    """Predictions of this run; None where they do not hold: on a CPU, and for weights in float32."""
+    if arguments.device.type != "cuda" or not arguments.bf16:
+        return None
+    return retreat.Forecast(
+        options,
+        largest_frame(train_set.frame_paths),
+        batch=arguments.train_batch_size,
+        eight_bit="8bit" in arguments.optim.value,
+        cached_features=cached,
+        encoders_resident=not cached,
+        compiled=compiled,
+        attention=attention,
+        expandable_segments=allocator.segments_grow(),
+    )
+
+
+def _datasets(options: TrainOptions, processors: Processors, run: Run) -> tuple[ClipDataset, ClipDataset | None]:
+    wanted = [(options.train_data_path, options.audio_dir)]
+    if evaluates(options):
+        wanted.append((options.eval_data_path, options.eval_audio_dir or options.audio_dir))
+    found = []
+    for path, audio_dir in wanted:
+        found.append(ClipDataset(read_samples(path), options.frames_dir, audio_dir, processors, options))
+        for text in found[-1].warnings:
+            run.warning(text)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def _total_steps(arguments: TrainingArguments, samples: int) -> int:
+    """Optimiser steps of the whole run, as Trainer counts them."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(samples / arguments.train_batch_size)
+    if arguments.dataloader_drop_last:
+        batches = samples // arguments.train_batch_size
+    return math.ceil(arguments.num_train_epochs * max(1, math.ceil(batches / arguments.gradient_accumulation_steps)))
+
+
+def _announce_plan(
+    run: Run,
+    options: TrainOptions,
+    arguments: TrainingArguments,
+    model: PeftModel,
+    train_set: ClipDataset,
+    total_steps: int,
+    attention: str,
+    fit: retreat.Fit,
+    rows: str,
+    bought: list[tuple[str, float]],
+) -> None:
+    """What will run and why, as one phase event with its figures as fields."""
+    trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    all_parameters = sum(p.numel() for p in model.parameters())
+    tokens = len(train_set[0]["input_ids"])
+    dtype = str(next(p for p in model.parameters() if not p.requires_grad).dtype).removeprefix("torch.")
+    window = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    peak = fit.prediction.predicted_peak_gb if fit.prediction else None
+    run.emit(
+        "phase",
+        name="plan",
+        text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample, rows {rows}; "
+        f"{trained_parameters:,} of {all_parameters:,} parameters trained; {dtype} on {arguments.device}; {fit.text}; "
+        f"optimiser {arguments.optim.value}; attention {attention}",
+        attention=attention,
+        optimiser=arguments.optim.value,
+        dtype=dtype,
+        device=str(arguments.device),
+        trained_parameters=trained_parameters,
+        parameters=all_parameters,
+        sequence_tokens=tokens,
+        rows=rows,
+        total_steps=total_steps,
+        samples=len(train_set),
+        fit=fit.text,
+        checkpointed_layers=fit.recomputing,
+        layers=fit.layers,
+        predicted_peak_gb=peak,
+        predicted=fit.prediction.peak_table if fit.prediction else None,
+        choices=[{"text": text, "saves_gb": gb} for text, gb in bought],
+        budget_gb=options.budget_gb,
+    )
+
+
+def _run_trainer(trainer: EventTrainer, checkpoint: Path | None, total_steps: int) -> StopRequested | None:
+    """Trains to the end; returns the stop that cut it short. A full card becomes an error that says how to go on."""
+    if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= total_steps:
+        trainer.events.warning(f"{checkpoint.name} is already at the last of {total_steps} steps: nothing to train")
+        trainer.end_with(checkpoint)
+        return None
+    trainer.events.phase("train", f"{total_steps} steps")
+    try:
+        with stop_on_signals(trainer.request_stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.sampler.measure("train")
+        return None
+    except StopRequested as stop:
+        trainer.events.phase("stop", f"asked to stop at step {trainer.state.global_step}: saving")
+        trainer.save_last_step()
+        return stop
+    except torch.OutOfMemoryError as error:
+        lack = take(error, trainer, drop_gradients=True)  # where nothing can be tried again
+        raise trainer.step_down.stop(lack, trainer, trainer.intact) from None
+    except Exception as error:  # a frame that cannot be read, a worker that was killed, a service of W&B's that died
+        if trainer.intact:
+            with contextlib.suppress(Exception):
+                trainer.save_last_step()
+        if isinstance(error, SurgvqaError):
+            raise of_worker(error) from error
+        raise

@@ -1,0 +1,132 @@
+"""Going on from a checkpoint: what it holds goes on, what the options say holds from now on, and an evaluation that was
+cut short is made up for.
+
+Trainer takes the options of the optimiser and when to evaluate, save and log from the checkpoint, without a word.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.trainer_callback import ExportableState
+
+from surgvqa.config.options import TrainOptions
+from surgvqa.errors import UsageError
+from surgvqa.runs.folder import Run
+from surgvqa.training import results
+
+if TYPE_CHECKING:
+    from surgvqa.training.trainer import EventTrainer
+
+
+def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path | None:
+    """The checkpoint to resume from: the one named, or the newest whole one of the run named.
+
+    Newer ones in `output_dir` are damaged (train.check sees to that). They are renamed: the highest step counts as the
+    newest, and they would be kept in place of those to come.
+    """
+    if not options.resume:
+        return None
+    folder = Path(options.resume).absolute()
+    if folder.name.startswith("checkpoint-") and not results.checkpoints(folder):
+        damage = results.damage_of(folder)
+        if damage:
+            raise UsageError(f"{folder}: cannot be resumed from: {damage}")
+        checkpoint, newer = folder, results.newer_than(folder)
+    else:
+        checkpoint, _ = results.newest_whole_checkpoint(folder)
+        newer = results.newer_than(checkpoint) if checkpoint else results.checkpoints(folder)
+    for damaged in newer:
+        damage = results.damage_of(damaged)
+        now = f"; it is now {results.put_aside(damaged).name}" if damaged.parent == output_dir else ""
+        run.warning(f"skipped {damaged.name}: {damage}{now}")
+    if checkpoint is None:
+        run.warning(f"{folder}: no whole checkpoint there; starting at step 0")
+        return None
+    run.phase("resume", str(checkpoint))
+    written = results.read(checkpoint)
+    before, after = written and samples_a_step(written.options), samples_a_step(vars(options))
+    if before and before != after:
+        run.warning(
+            f"a step has {after} samples and had {before}: {checkpoint.name} stands for as many steps as before, but "
+            "for another place in the data, so that samples of this epoch come twice or not at all"
+        )
+    return checkpoint
+
+
+def samples_a_step(options: dict[str, Any]) -> int:
+    """Samples of one optimiser step."""
+    return int(options["per_device_train_batch_size"]) * int(options["gradient_accumulation_steps"])
+
+
+# --- optimiser and schedule ------------------------------------------------------------------------------------------
+
+
+OF_THE_STATES = ("params", "lr", "fused", "foreach", "capturable", "differentiable")
+"""Of a group of parameters: what goes with the states of the optimiser, not with the options."""
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the options ask of each group of parameters, without the rate of the moment."""
+    return [{k: v for k, v in group.items() if k not in OF_THE_STATES} for group in optimizer.param_groups]
+
+
+def keep_asked(optimizer: Any, scheduler: Any, asked: list[dict[str, Any]], checkpoint: str) -> None:
+    """Back to the `asked` hyperparameters after the checkpoint's have been loaded with its states; the learning rate is
+    what the schedule makes of it at this step. UsageError when the states are of another optimiser."""
+    for group, now in zip(optimizer.param_groups, asked):
+        loaded = group.keys() - set(OF_THE_STATES)
+        if loaded - now.keys() and now.keys() - loaded:
+            raise UsageError(
+                f"{checkpoint}: its optimizer.pt is of another optimiser than this run's; name the one that the run "
+                "began with (--optim; its plan says which)"
+            )
+        group.update(now)
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas):
+            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+# --- the state of the training ---------------------------------------------------------------------------------------
+
+
+def begin(trainer: EventTrainer) -> None:
+    """Once the checkpoint is loaded, before the first step."""
+    state = trainer.state
+    state.compute_steps(trainer.args, state.max_steps)
+    for callback in trainer.callback_handler.callbacks:  # the counter of early stopping, but not its patience
+        if isinstance(callback, ExportableState):
+            saved = state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            for name, value in saved["attributes"].items():
+                setattr(callback, name, value)
+    find_best(trainer)
+    if evaluation_is_due(trainer) and trainer._determine_best_metric(trainer._evaluate(None, None), None):
+        state.best_model_checkpoint = str(trainer.resumed)
+
+
+def find_best(trainer: EventTrainer) -> None:
+    """The best checkpoint so far, also where the folder has moved. When it is gone, the search begins anew."""
+    state, folder = trainer.state, trainer.resumed.parent
+    if not trainer.args.load_best_model_at_end or state.best_global_step is None:
+        return
+    places = [Path(state.best_model_checkpoint or folder), folder / f"checkpoint-{state.best_global_step}"]
+    best = next((place for place in places if (place / results.ADAPTER).is_file() and place != folder), None)
+    if best is None:
+        trainer.events.warning(f"{places[1]}, the best so far, is gone: the best from now on counts")
+        state.best_metric = state.best_global_step = None
+    state.best_model_checkpoint = str(best) if best else None
+
+
+def evaluation_is_due(trainer: EventTrainer) -> bool:
+    """Whether the step at hand is one to evaluate and was not: a stop, or an error, came before the end of it."""
+    state, args = trainer.state, trainer.args
+    if any(row.get("step") == state.global_step and "eval_loss" in row for row in state.log_history):
+        return False
+    last = state.global_step >= state.max_steps
+    if args.eval_strategy == "steps":
+        return (last or state.global_step % state.eval_steps == 0) and args.eval_delay <= state.global_step
+    return args.eval_strategy == "epoch" and (last or state.epoch % 1 == 0) and args.eval_delay <= state.epoch

@@ -1,0 +1,51 @@
+"""Weights & Biases: its files stay in the run folder, and without a key it logs offline."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from surgvqa.runs.folder import Run
+
+WANDB_HOST = "api.wandb.ai"
+
+
+@contextmanager
+def wandb_environment(report_to: str, run: Run) -> Iterator[None]:
+    """Sets what wandb reads from the environment while a run trains, if `report_to` names it, and ends its run after.
+
+    What the user has set (WANDB_PROJECT, WANDB_MODE, …) stays. No key is read into the program, printed or logged.
+    """
+    if not {"wandb", "all"} & set(report_to.split(",")):
+        yield
+        return
+    wanted = {"WANDB_DIR": str(run.folder), "WANDB_PROJECT": "surgvqa", "WANDB_SILENT": "true"}
+    if not has_wandb_key() and "WANDB_MODE" not in os.environ:
+        wanted["WANDB_MODE"] = "offline"
+        run.warning(
+            f"W&B: no API key here, so it logs offline; later: wandb sync {run.folder / 'wandb' / 'offline-run-*'}"
+        )
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.finish()
+        wandb.teardown()  # it keeps what it read from the environment for the next run of the process
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def has_wandb_key() -> bool:
+    """Whether wandb will find a key: in WANDB_API_KEY or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(WANDB_HOST) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

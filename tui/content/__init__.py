@@ -1,0 +1,1 @@
+"""What the panel says, as rich text: no widget, no state."""

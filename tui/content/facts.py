@@ -1,0 +1,172 @@
+"""What is known of a run in a few lines: phase, step, pace, time left; or how it ended, why, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textual.content import Content
+
+from tui import words
+from tui.content import report
+from tui.content.report import MUTED
+from tui.follow.follower import Follower
+
+SPARKS = "▁▂▃▄▅▆▇█"
+PERCENT_WIDTH = 8
+STARVED = 0.1
+"""Share of a training step spent waiting for data, from which a small terminal says it instead of the rate."""
+
+
+def facts(follower: Follower, width: int, resumable: bool) -> Content:
+    """For a narrow column: one thing a line."""
+    model = follower.model
+    share, count = how_far(follower)
+    left, speed, rate = time_left(follower), pace(follower), model.learning_rate.last()
+    best = model.best_eval()
+    lr = "" if rate is None else f"lr {rate:.2e}"
+    rows: list[Content | str | None] = [
+        Content.assemble(standing(follower), "  ", (model.command, "bold")),
+        phase(follower, width) if follower.active and model.phase else None,
+    ]
+    if share is not None:
+        bar = words.bar(width - PERCENT_WIDTH, share, "$primary")
+        rows += [Content.assemble(bar, (f" {100 * share:5.1f} %", "bold"))]
+    figures = [figure for figure in (words.clip(count, width), left, speed, waiting(follower)) if figure]
+    rows += joined(figures, width)
+    if lr:
+        rows.append(Content.assemble(f"{lr}  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary")))
+    if model.preset:
+        rows.append(Content.assemble(("preset ", MUTED), model.preset))
+    if best:
+        rows.append(Content.assemble(("best eval ", MUTED), f"{best[1]:.4g}", (f" at step {best[0]:,}", MUTED)))
+    return report.lines(*rows, *ending(follower, resumable))
+
+
+def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Content:
+    """For a small terminal: state and bar, then the figures, then a line of trouble when there is some; of a run that
+    ended badly the whole of it, and what to do."""
+    model = follower.model
+    share, count = how_far(follower)
+    head = Content.assemble(standing(follower), "  ", (model.command, "bold"))
+    if share is not None:
+        head = Content.assemble(head, "  ", words.bar(12, share, "$primary"), (f" {100 * share:.0f} %", "bold"))
+    if follower.active:
+        head = Content.assemble(head, "  ", phase(follower, max(8, width - head.cell_length - 2)))
+    rate = model.learning_rate.last()
+    last = waiting(follower, least=STARVED) or ("" if rate is None else f"lr {rate:.2e}")
+    figures = [count, pace(follower), time_left(follower), last]
+    second = report.waiting("  ·  ".join(figure for figure in figures if figure))
+    trouble = ending(follower, resumable)
+    if follower.state not in ("failed", "died"):
+        trouble = [line.truncate(width, ellipsis=True) for line in trouble[: 1 if follower.active else 2]]
+    return report.lines(head, second, *trouble)
+
+
+def standing(follower: Follower) -> Content:
+    """The run's state; of a host that is not reached, since when. Whether the job lives only the host can say."""
+    light = follower.target.light
+    if light is None or light.kind in ("connected", "connecting") or not follower.active:
+        return words.state(follower.state)
+    since = f" since {words.ago(light.since)}" if light.kind == "unreachable" else ""
+    return Content.assemble((f"○ {light.kind}{since}", "bold $warning"))
+
+
+def joined(figures: list[str], width: int) -> list[str]:
+    """Figures on as few lines as they fit on."""
+    lines: list[str] = []
+    for figure in figures:
+        longer = f"{lines[-1]} · {figure}" if lines else figure
+        if lines and len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(figure)
+    return lines
+
+
+def how_far(follower: Follower) -> tuple[float | None, str]:
+    """Share done (None: not known) and `step 120/1,040`."""
+    model, progress = follower.model, follower.model.current
+    if model.total_steps:
+        done, total, unit = float(model.step), float(model.total_steps), "step"
+    elif progress:
+        done, total, unit = progress.done, progress.total, progress.unit
+    else:
+        return None, ""
+    of_total = f"/{words.amount(total, unit)}" if total else ""
+    name = "" if unit == "bytes" else f"{unit} "
+    return (done / total if total else None), f"{name}{words.amount(done, unit)}{of_total}"
+
+
+def time_left(follower: Follower) -> str:
+    """`12 min 05 s left` while it runs (before a training's steps: of this phase), `took …` afterwards, '' when it is
+    not known."""
+    model = follower.model
+    if not follower.active:
+        return f"took {words.seconds(model.elapsed_s)}"
+    before = f" to {model.phase}" if model.command == "train" and not model.total_steps else ""
+    return "" if model.left_s is None else f"{words.seconds(model.left_s)} left{before}"
+
+
+def pace(follower: Follower) -> str:
+    """Samples a second of a training, else the rate of the phase."""
+    model, progress = follower.model, follower.model.current
+    if model.samples_per_s:
+        return f"{model.samples_per_s:.3g} samples/s"
+    if progress and progress.rate and follower.active:
+        return words.rate(progress.rate, progress.unit)
+    return ""
+
+
+def waiting(follower: Follower, least: float = 0.0) -> str:
+    """The share of the last training step that went by waiting for data, when it is at least `least`."""
+    share = follower.model.metric.get("data_wait")
+    return "" if share is None or share < least else f"{100 * share:.0f} % waiting for data"
+
+
+def phase(follower: Follower, width: int) -> Content:
+    """The phase and its text on one line; how far it is, when the bar shows the steps and not this."""
+    model = follower.model
+    progress = model.progress.get(model.phase)
+    share = progress.fraction if progress and model.total_steps and progress.unit != "steps" else None
+    done = f"{100 * share:.0f} %  " if share is not None and share < 1 else ""
+    text = done + words.clip(model.phase_text, max(0, width - len(model.phase) - 2 - len(done)))
+    return Content.assemble(model.phase, (f"  {text}" if text else "", MUTED))
+
+
+def ending(follower: Follower, resumable: bool) -> list[Content]:
+    """Why it ended badly and what to do, or what it warned of."""
+    if follower.state in ("failed", "died"):
+        said = follower.model.errors or [line for line in follower.log if line.strip()]
+        why = said[-1] if said else "no word in its log"
+        text = why if follower.state == "failed" else f"its process is gone; last words: {why}"
+        then = ("c", "continues from the last checkpoint") if resumable else ("3", "starts anew; the log says more")
+        way_on = follower.model.way_on
+        if way_on:
+            text = text.partition("; go on with ")[0]  # the key does what this would have one type
+            then = ("o", f"goes on from the last checkpoint {way_on[0]}")
+        return [Content.assemble((text, "$error")), report.key_hints(then)]
+    return report.warnings(out_of_memory(follower.model.oom) + follower.model.warnings[-2:])
+
+
+def out_of_memory(oom: dict[str, Any] | None) -> list[str]:
+    """What was done about the last out-of-memory error, first, for a line may be cut; then what had happened."""
+    if not oom:
+        return []
+    text, action = str(oom.get("text", "")), str(oom.get("action", ""))
+    happened = text.removesuffix(action).removesuffix(": ")
+    step = "" if oom.get("step") is None else f" at step {oom['step']}"
+    return [f"out of GPU memory{step}: {'; '.join(part for part in (action, happened) if part)}"]
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Values as a line of bars at most `width` long; the mean of each stretch."""
+    known = [v for v in values if v == v]
+    if not known or width < 4:
+        return ""
+    count = min(width, len(known))
+    means = []
+    for i in range(count):
+        part = known[i * len(known) // count : max(i * len(known) // count + 1, (i + 1) * len(known) // count)]
+        means.append(sum(part) / len(part))
+    low, high = min(0.0, *means), max(means)
+    return "".join(SPARKS[round((m - low) / (high - low) * 7)] if high > low else SPARKS[0] for m in means)

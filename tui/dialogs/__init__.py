@@ -1,0 +1,1 @@
+"""Screens over a screen: a question, the keys, the hosts."""

@@ -1,0 +1,1 @@
+"""Merge, Upload, Train and Monitor."""

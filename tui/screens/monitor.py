@@ -1,0 +1,480 @@
+"""Monitor: the runs of this machine or of a host, and one of them live: loss, memory, pace, log."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.content import Content
+from textual.widgets import ContentSwitcher, Input, Log, OptionList
+from textual.widgets.option_list import Option
+
+from surgvqa.errors import SurgvqaError
+from surgvqa.runs.folder import RunSummary
+from surgvqa.terminal.job_view import counted
+from tui import words
+from tui.content import report
+from tui.content.facts import facts, facts_in_two_lines
+from tui.follow.follower import Follower, RunModel
+from tui.screens.base import WIDE, Confirm, PanelScreen
+from tui.targets.host import watched
+from tui.targets.target import newest_running
+from tui.widgets.chart import Chart, Series, tick_text
+from tui.widgets.gauge import Gauge
+from tui.widgets.pane import Pane
+
+NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
+NO_RUNS_THERE = "No runs on {host} yet.\nSend checkpoint and data with 2, then start training with 3."
+ZOOM = "Zoom into the newest part, and out"
+FIRST_LOSS = "The first loss comes with the first optimiser step."
+
+
+class Search(Input):
+    """Words to find in the log; it is there only while they are typed."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "find"), Binding("escape", "leave", "leave it")]
+
+    def action_leave(self) -> None:
+        self.display = False
+        self.screen.query_one(Log).focus()
+
+
+class MonitorScreen(PanelScreen):
+    """Run list, figures and memory beside the chart and the log."""
+
+    MODE = "monitor"
+    ABOUT = (
+        "Follows a run through its folder: closing the panel, or losing the terminal, never touches the job; open it "
+        "again and it goes on from the same files. Choose a run in the list and press Enter to attach to it."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("s", "stop", "stop", tooltip="Save a checkpoint and end the run"),
+        Binding("c", "resume", "continue", tooltip="Go on from the last checkpoint of this run"),
+        Binding("e", "evaluate", "evaluate", tooltip="Evaluate this run's adapter on the evaluation samples"),
+        Binding("a", "attach", "attach", tooltip="Follow the run chosen in the list"),
+        Binding("r", "runs", "runs", tooltip="The run list"),
+        Binding("g", "log_scale", "scale", tooltip="Loss on a logarithmic or a linear axis"),
+        Binding("plus,equals_sign", "zoom(0.5)", "zoom", key_display="+ −", tooltip=ZOOM),
+        Binding("minus", "zoom(2.0)", "zoom", show=False, key_display="+ −", tooltip=ZOOM),
+        Binding("left", "pan(-0.25)", "earlier", show=False),
+        Binding("right", "pan(0.25)", "later", show=False),
+        Binding("0", "whole", "whole run", show=False),
+        Binding("o", "way_on", "go on smaller", tooltip="Out of memory: go on from the last checkpoint as proposed"),
+        Binding("f", "fetch", "fetch", tooltip="Bring the run's adapters, checkpoints and logs here, verified"),
+        Binding("t", "follow_log", "follow log", tooltip="Jump to the end of the log and stay there"),
+        Binding("slash", "search", "find", key_display="/", tooltip="Find text in the log"),
+        Binding("n", "search_again", "next match", show=False),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.follower: Follower | None = None
+        self.shown_target = self.app.target
+        self.kept: dict[str, Follower] = {}
+        """What is followed on the other machines, by their names."""
+        self.shown_list: list[object] = []
+        self.unseen = 0
+        self.sought = ""
+
+    def body(self) -> ComposeResult:
+        empty = [Series("train", "chart--train")]
+        with Horizontal(id="monitor"):
+            with Vertical(id="side"):
+                yield OptionList(id="runs", classes="panel", markup=False)
+                yield Pane(id="facts", classes="panel")
+                with VerticalScroll(id="memory-panel", classes="panel", can_focus=False):
+                    yield Gauge(id="gauge")
+            with Vertical(id="main"):
+                with ContentSwitcher(initial="chart-panel", id="picture"):
+                    with Vertical(id="chart-panel", classes="panel"):
+                        yield Pane(id="legend")
+                        yield Chart(empty, empty=NO_RUNS, id="chart")
+                    with VerticalScroll(id="text-panel", classes="panel", can_focus=True):
+                        yield Pane(id="text")
+                with Vertical(id="log-panel", classes="panel"):
+                    yield Log(id="log", max_lines=5000)
+                    yield Search(placeholder="find in the log", compact=True)
+
+    async def on_mount(self) -> None:
+        titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "log-panel": "log", "facts": "run"}
+        for id, title in titles.items():
+            self.query_one(f"#{id}").border_title = title
+        self.query_one(Search).display = False
+        self.query_one(Log).anchor()
+        if self.follower is None:
+            self.attach_newest()
+        self.show_list()
+        self.query_one(OptionList).focus()
+
+    def on_resize(self) -> None:
+        super().on_resize()
+        self.call_after_refresh(self._resized)
+
+    def _resized(self) -> None:
+        """The panels have their new widths, and the list, where it is back, the keys again."""
+        self.show_figures()
+        options = self.query_one("#runs", OptionList)
+        if self.focused is None and options.focusable and self.app.size.width >= WIDE:
+            options.focus()
+
+    # --- attaching and following -------------------------------------------------------------------------------------
+
+    def attach_newest(self) -> None:
+        """The newest run that is going, else the newest; without any, what to do."""
+        if self.app.listed:
+            self.attach((newest_running(self.app.listed) or self.app.listed[0]).id)
+        else:
+            self.query_one(Chart).empty = self.no_runs()
+            self.query_one(Chart).redraw()
+
+    def no_runs(self) -> str:
+        """What an empty list means."""
+        host = self.app.host
+        if host is None:
+            return NO_RUNS
+        if host.link.listed is None:
+            return f"{host.name}: {host.light.kind}\n{host.light.text.removeprefix(f'{host.name}: ')}"
+        return NO_RUNS_THERE.format(host=host.name)
+
+    def attach(self, run_id: str) -> None:
+        """Follows this run from its first event."""
+        old, target = self.follower, self.app.target
+        if old is not None and (old.target, old.run_id) == (target, run_id):
+            return
+        if old is not None and old.target is target:
+            old.feed.close()
+        self.show_follower(Follower(target, run_id))
+
+    def show_follower(self, follower: Follower | None) -> None:
+        """Puts a run on the screen; None: there is none."""
+        self.follower = follower
+        self.unseen = 0
+        self.say("")
+        if not self.is_mounted:
+            return
+        model = follower.model if follower else RunModel()
+        chart = self.query_one(Chart)
+        chart.empty = FIRST_LOSS if follower else self.no_runs()
+        chart.series, chart.marks, chart.window = [model.train, model.eval], model.marks, None
+        chart.redraw()
+        self.query_one(Log).clear()
+        if follower is None:
+            self.query_one("#picture", ContentSwitcher).current = "chart-panel"
+            for pane in ("#facts", "#legend"):
+                self.query_one(pane, Pane).show(Content(""))
+            self.query_one(Gauge).show_devices({}, 0.0)
+            self.query_one("#facts").border_title = "run"
+        self.show_list()
+        options = self.query_one("#runs", OptionList)
+        if follower and follower.run_id in {option.id for option in options.options}:
+            options.highlighted = options.get_option_index(follower.run_id)
+        self.run_worker(partial(self.tick, first=True), group="attach", exclusive=True, exit_on_error=False)
+
+    def change_target(self) -> None:
+        """Another machine was chosen: what was followed there goes on, and this is kept meanwhile."""
+        if self.follower is not None:
+            self.kept[self.shown_target.name] = self.follower
+        self.shown_target = self.app.target
+        self.show_follower(self.kept.pop(self.app.target.name, None))
+
+    async def tick(self, first: bool = False) -> None:
+        if self.shown_target is not self.app.target:
+            self.change_target()
+            return
+        self.show_list()
+        follower = self.follower
+        if follower is None:
+            self.attach_newest()
+            return
+        lines = await follower.poll()
+        if self.follower is not follower:
+            return
+        if lines is None and not first:
+            if follower.active:
+                self.show_facts()  # the clock goes on
+            return
+        chart = self.query_one(Chart)
+        chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
+        chart.empty = FIRST_LOSS
+        self.show_log(follower.log if first else lines or [])
+        self.show_figures()
+        self.keys_changed()
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def show_figures(self) -> None:
+        """Chart or report, the run's facts, its memory."""
+        self.show_picture()
+        self.show_facts()
+        self.show_memory()
+
+    def show_list(self) -> None:
+        """The run list, when it changed; the highlight stays on its run."""
+        attached = self.follower.run_id if self.follower else None
+        shown = [attached, *((run.id, run.state, run.name) for run in self.app.listed)]
+        if shown == self.shown_list:
+            return
+        self.shown_list = shown
+        options = self.query_one("#runs", OptionList)
+        chosen = options.highlighted_option.id if options.highlighted_option else attached
+        options.clear_options()
+        options.add_options([Option(self._row(run, attached), id=run.id) for run in self.app.listed])
+        if chosen in {run.id for run in self.app.listed}:
+            options.highlighted = options.get_option_index(str(chosen))
+        self.query_one("#runs").border_subtitle = f"{len(self.app.listed)}" if self.app.listed else ""
+
+    @staticmethod
+    def _row(run: RunSummary, attached: str | None) -> Content:
+        mark = words.STATE_MARKS.get(run.state, "?")
+        style = words.STATE_STYLES.get(run.state, "")
+        part = run.id.rsplit("-", 1)[-1]  # runs that go on from each other have one name
+        name = f"{words.clip(run.name, 13)} {part}" if run.name else part
+        return Content.assemble(
+            ("▸" if run.id == attached else " ", "bold $accent"),
+            (mark, style),
+            (f" {words.ago(run.started):<6} ", "$muted"),
+            f"{run.command:<9}",
+            (words.clip(name, 18), "bold" if run.id == attached else "$muted"),
+        )
+
+    def show_facts(self) -> None:
+        """Phase, step, pace, time left; or how it ended and what to do."""
+        follower = self.follower
+        if follower is None:
+            return
+        panel = self.query_one("#facts", Pane)
+        panel.border_title = words.clip(follower.model.option("run_name") or follower.run_id, 36)
+        narrow = self.app.size.width < WIDE
+        self.query_one("#chart-panel").border_title = f"loss · {panel.border_title}" if narrow else "loss"
+        draw, width = (facts_in_two_lines, self.app.size.width - 2) if narrow else (facts, panel.size.width)
+        panel.show(draw(follower, max(20, width), self.resumable()))
+
+    def show_picture(self) -> None:
+        """The loss curve; bars for an evaluation; phases and report for a merge."""
+        follower = self.follower
+        if follower is None:
+            return
+        model = follower.model
+        curve = model.command == "train" or bool(model.train.xs)
+        switcher, shown = self.query_one("#picture", ContentSwitcher), "chart-panel" if curve else "text-panel"
+        if switcher.current != shown:
+            switcher.current = shown
+            self.call_after_refresh(self.show_picture)  # when the panel that was hidden has its width
+        if curve:
+            self.show_chart(model)
+            return
+        panel = self.query_one("#text-panel")
+        panel.border_title = model.command or "job"
+        width = max(20, panel.size.width - 4)
+        if follower.active:
+            content = report.job_progress(follower, width)
+        elif model.result.get("by_type"):
+            content = report.evaluation(model.result, width)
+        else:
+            content = report.job_end(follower)
+        self.query_one("#text", Pane).show(content)
+
+    def show_chart(self, model: RunModel) -> None:
+        """Chart and legend."""
+        chart = self.query_one(Chart)
+        chart.redraw()
+        parts: list[Content] = []
+        for series, style in ((model.train, "$chart-train"), (model.eval, "$chart-eval")):
+            last = series.last()
+            if series.xs:
+                parts.append(
+                    Content.assemble(
+                        ("● ", style), f"{series.name} ", (tick_text(last) if last is not None else "–", "bold")
+                    )
+                )
+        scale = "log" if chart.logarithmic else "linear"
+        view = "zoomed · 0 whole run" if chart.window else "whole run"
+        self.query_one("#chart-panel").border_subtitle = f"{scale} · {view}"
+        self.query_one("#legend", Pane).show(Content("   ").join(parts))
+
+    def show_memory(self) -> None:
+        """The gauge against the run's own budget."""
+        follower = self.follower
+        if follower is None:
+            return
+        budget = follower.model.option("budget_gb")
+        self.query_one(Gauge).show_devices(
+            follower.model.devices,
+            float(budget) * words.GB if isinstance(budget, (int, float)) else 0.0,
+            follower.model.predicted,
+            compact=self.app.size.width < WIDE,
+            fit=follower.model.fit,
+        )
+
+    def show_log(self, lines: list[str]) -> None:
+        """Appends in one batch; who has scrolled up stays there and is told how much is new."""
+        log = self.query_one(Log)
+        if lines:
+            following = not self.unseen and (log.is_vertical_scroll_end or not log.size.height)
+            log.write_lines(lines)
+            self.unseen = 0 if following else self.unseen + len(lines)
+        empty = "" if log.line_count else "nothing written"
+        new = f"+{self.unseen:,} lines · t follows" if self.unseen else ""
+        self.query_one("#log-panel").border_subtitle = new or empty
+
+    # --- what the keys do --------------------------------------------------------------------------------------------
+
+    def resumable(self) -> bool:
+        """Whether a training ended early and left a checkpoint."""
+        follower = self.follower
+        return bool(
+            follower
+            and follower.model.command == "train"
+            and follower.state in ("stopped", "failed", "died")
+            and follower.model.checkpoints
+        )
+
+    def way_on(self) -> tuple[str, list[str]] | None:
+        """What to go on with after an out-of-memory error that ended the training."""
+        follower = self.follower
+        ended = follower and follower.model.command == "train" and follower.state in ("failed", "died")
+        return follower.model.way_on if follower and ended else None
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        follower = self.follower
+        if action == "stop":
+            return follower is not None and follower.active
+        if action == "resume":
+            return self.resumable()
+        if action == "way_on":
+            return self.way_on() is not None
+        if action == "fetch":
+            return bool(follower and not follower.active and self.app.host)
+        if action == "evaluate":
+            return bool(follower and follower.model.command == "train" and follower.state in ("finished", "stopped"))
+        if action == "attach":
+            option = self.query_one("#runs", OptionList).highlighted_option if self.is_mounted else None
+            return bool(option and (follower is None or option.id != follower.run_id))
+        if action in ("log_scale", "zoom", "pan", "whole"):
+            return bool(follower and follower.model.train.xs) and not isinstance(self.focused, Search)
+        if action in ("follow_log", "search", "search_again"):
+            return bool(follower and follower.log) and (action != "follow_log" or self.unseen > 0)
+        return super().check_action(action, parameters)
+
+    @on(OptionList.OptionHighlighted)
+    def _highlighted(self) -> None:
+        self.keys_changed()
+
+    @on(OptionList.OptionSelected)
+    def _selected(self, event: OptionList.OptionSelected) -> None:
+        self.remove_class("-list")
+        self.attach(str(event.option.id))
+
+    def action_attach(self) -> None:
+        self.query_one("#runs", OptionList).action_select()
+
+    def action_runs(self) -> None:
+        """To the list; where there is no room for it, it takes the place of the chart and back."""
+        self.toggle_class("-list")
+        self.query_one("#runs", OptionList).focus()
+
+    def action_log_scale(self) -> None:
+        self.query_one(Chart).toggle_log()
+        self.show_picture()
+
+    def action_zoom(self, factor: float) -> None:
+        self.query_one(Chart).zoom(factor)
+        self.show_picture()
+
+    def action_pan(self, share: float) -> None:
+        self.query_one(Chart).pan(share)
+
+    def action_whole(self) -> None:
+        self.query_one(Chart).follow()
+        self.show_picture()
+
+    def action_follow_log(self) -> None:
+        self.query_one(Log).scroll_end(animate=False)
+        self.unseen = 0
+        self.show_log([])
+        self.keys_changed()
+
+    def action_search(self) -> None:
+        field = self.query_one(Search)
+        field.display = True
+        self.set_focus(field)
+
+    @on(Search.Submitted)
+    def _search(self, event: Search.Submitted) -> None:
+        self.sought = event.value.lower()
+        self.query_one(Search).action_leave()
+        self.action_search_again()
+
+    def action_search_again(self) -> None:
+        """Scrolls to the next line above that holds the words; round again from the end."""
+        log = self.query_one(Log)
+        if not self.sought:
+            return
+        found = [i for i, line in enumerate(log.lines) if self.sought in line.lower()]
+        if not found:
+            self.say(f"no line of the log holds {self.sought!r}", "warning")
+            return
+        top = log.scroll_offset.y
+        line = next((i for i in reversed(found) if i < top), found[-1])
+        log.scroll_to(y=line, animate=False, force=True)
+        self.say(f"{counted(len(found), 'line')} with {self.sought!r}; n goes to the next")
+
+    def action_stop(self) -> None:
+        """Asks first."""
+        follower = self.follower
+        if follower is None:
+            return
+        detail = f"{follower.run_id}\nIt saves what it has and ends; after 30 s it is ended by force."
+        self.app.push_screen(
+            Confirm("Stop this run?", detail, "stop it"), lambda yes: self._stop(follower.run_id) if yes else None
+        )
+
+    @work(group="stop", exit_on_error=False)
+    async def _stop(self, run_id: str) -> None:
+        self.say("stopping: waiting for its checkpoint …")
+        state = await self.stop_run(run_id)
+        if state:
+            self.say(f"{run_id}: {state}", "success" if state in ("stopped", "finished") else "warning")
+
+    def action_resume(self) -> None:
+        self._resume("Continue this training")
+
+    def action_way_on(self) -> None:
+        """Applies what the out-of-memory error proposed."""
+        way_on = self.way_on()
+        assert way_on
+        self._resume("Go on with this training", *way_on[1])
+
+    def _resume(self, what: str, *changes: str) -> None:
+        assert self.follower
+        target, run_id = self.app.target, self.follower.run_id
+        self.ask_beside(what, lambda share: self._launch(partial(target.resume, run_id, *changes, share=share)))
+
+    def action_evaluate(self) -> None:
+        assert self.follower
+        launch = partial(self.app.target.launch, "evaluate", "--checkpoint", self.follower.run_id)
+        self.ask_beside("Evaluate", lambda share: self._launch(partial(launch, share=share)))
+
+    @work(group="launch", exit_on_error=False)
+    async def _launch(self, launch: Callable[[], Awaitable[str]]) -> None:
+        run_id = await self.start(launch)
+        if run_id:
+            await self.app.monitor(run_id)
+
+    @work(group="fetch", exclusive=True, exit_on_error=False)
+    async def action_fetch(self) -> None:
+        """Brings the run home; what has arrived stays when the panel is closed, and the next fetch goes on there."""
+        host, follower = self.app.host, self.follower
+        assert host and follower
+        try:
+            done = await watched(partial(host.fetch, follower.run_id), self.say)
+        except (SurgvqaError, OSError) as error:
+            self.say(str(error), "error")
+            return
+        folders = ", ".join(words.short_path(folder, self.workspace_root) for folder in done["folders"])
+        self.say(f"fetched {done['files']} files, verified: {folders}", "success")

@@ -1,0 +1,339 @@
+"""Train: the configuration as it will be used, presets by key, the predicted peak, and one key that starts it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual import on, work
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, VerticalScroll
+from textual.content import Content
+from textual.widgets import Static
+
+from presets import Preset, PresetError, load_presets
+from surgvqa.config.options import TrainOptions, settings_of
+from surgvqa.errors import SurgvqaError
+from tui import words
+from tui.content import report
+from tui.screens.base import WIDE, PanelScreen
+from tui.settings.prediction import Prediction, predict
+from tui.settings.settings import Settings, preset_changes
+from tui.widgets.form import Field, Form
+from tui.widgets.gauge import memory_bar, predicted_bar, predicted_legend
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "data": (
+        "run_name",
+        "model_name_or_path",
+        "train_data_path",
+        "eval_data_path",
+        "frames_dir",
+        "audio_dir",
+        "eval_audio_dir",
+        "output_dir",
+    ),
+    "what the model sees": ("num_frames", "image_size", "input_mode"),
+    "schedule": (
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "warmup_ratio",
+        "eval_strategy",
+        "eval_steps",
+        "save_strategy",
+        "save_steps",
+        "early_stopping_patience",
+        "seed",
+        "report_to",
+    ),
+    "adapter": ("lora_r", "lora_alpha", "lora_dropout"),
+    "memory": (
+        "budget_gb",
+        "enforce_budget",
+        "on_oom",
+        "gradient_checkpointing",
+        "attn_implementation",
+        "optim",
+        "device",
+    ),
+}
+PRESET_KEYS = tuple(f"f{number}" for number in range(5, 13))
+LEAST_BAR = 6
+"""Columns below which a bar would say nothing."""
+
+
+class TrainScreen(PanelScreen):
+    """Settings on the left; presets, what a switch would change, and the memory on the right."""
+
+    MODE = "train"
+    ABOUT = (
+        "Every setting with the value that the training will have and where it comes from: the built-in default, the "
+        "preset, surgvqa.toml, or what was typed here. F-keys look at another preset; Enter applies it, Esc leaves it. "
+        "The job goes on when the panel is closed."
+    )
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("l", "launch", "launch"),
+        Binding("enter", "apply", "apply", priority=True),
+        Binding("escape", "leave", "leave", priority=True),
+        Binding(
+            PRESET_KEYS[0],
+            "preview(0)",
+            "presets",
+            key_display="F5 …",
+            priority=True,
+            tooltip="What the first preset would change; F6 the second, and so on",
+        ),
+        *(
+            Binding(key, f"preview({i})", f"preset {i + 1}", key_display=key.upper(), priority=True, show=False)
+            for i, key in enumerate(PRESET_KEYS)
+            if i
+        ),
+        Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings("train", self.app.here.workspace)
+        self.presets: list[Preset] = []
+        self.previewed: str | None = None
+        self.predictions: dict[str, Prediction] = {}
+        self.shown_for: tuple[str | None, str] | None = None
+        """Preset and machine for which this is drawn."""
+
+    def body(self) -> ComposeResult:
+        known = settings_of(TrainOptions)
+        with Horizontal(id="train"):
+            with Form(id="train-form", classes="panel"):
+                for group, names in GROUPS.items():
+                    yield Static(group, classes="group", markup=False)
+                    for name in names:
+                        is_path = known[name].type.__name__ == "Path_"
+                        yield Field(name, width=28, is_path=is_path, help=known[name].help)
+            with VerticalScroll(id="train-side"):
+                yield Static("", id="presets", classes="panel", markup=False)
+                yield Static("", id="memory", classes="panel", markup=False)
+                yield Static("", id="about", classes="panel", markup=False)
+
+    def on_mount(self) -> None:
+        for id, title in {
+            "train-form": "settings",
+            "presets": "presets",
+            "memory": "memory",
+            "about": "about",
+        }.items():
+            self.query_one(f"#{id}").border_title = title
+        try:
+            self.presets = load_presets(self.workspace_root)
+        except PresetError as error:
+            self.say(str(error), "error")
+        self.query_one(Form).field("run_name").focus()
+        self.show_all()
+
+    async def tick(self) -> None:
+        """Nothing on this screen moves by itself; a preset or a host chosen elsewhere is the exception."""
+        if self.shown_for != (self.app.preset, self.app.target.name):
+            self.show_all()
+
+    def on_resize(self) -> None:
+        super().on_resize()
+        if self.presets:
+            self.call_after_refresh(self._preview_changed)  # when the panels have their new widths
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    def show_all(self) -> None:
+        """Fields, presets and memory anew."""
+        self.shown_for = (self.app.preset, self.app.target.name)
+        try:
+            self.settings.fill(self.query_one(Form), self.app.preset)
+        except SurgvqaError as error:
+            self.say(str(error), "error")
+        self.show_presets()
+        self.predict_all()
+
+    @on(Field.Focused)
+    def _focused(self) -> None:
+        self.show_about()
+
+    def show_presets(self) -> None:
+        """The list with a predicted peak each, or what the switch at hand would change."""
+        panel = self.query_one("#presets", Static)
+        width = max(20, panel.size.width or 40)
+        named = 7 + max((len(preset.name) for preset in self.presets), default=0)
+        rows: list[Content] = []
+        crowded = self.previewed is not None and self.app.size.width < WIDE  # what would change matters more
+        for key, preset in zip(PRESET_KEYS, self.presets):
+            chosen, looked_at = preset.name == self.app.preset, preset.name == self.previewed
+            if crowded and not (chosen or looked_at):
+                continue
+            style = "bold $success" if chosen else "bold $accent" if looked_at else ""
+            mark = "●" if chosen else "›" if looked_at else " "
+            line = Content.assemble((f"{key.upper():>3} ", "$footer-key-foreground"), (f"{mark} {preset.name}", style))
+            peak = self.predictions.get(preset.name)
+            if peak and peak.peak_bytes:
+                fits = "$success" if peak.peak_bytes <= peak.budget_bytes else "$error"
+                text = f"{words.gb(peak.peak_bytes):>7}"
+                line = Content.assemble(line, " " * (named - line.cell_length), self._peak_bar(peak, width - named - 9))
+                line = Content.assemble(line, " " * max(1, width - line.cell_length - len(text)), (text, fits))
+            rows.append(line)
+        panel.update(report.lines(*rows, *(self._changes() if self.previewed else [])))
+
+    def _peak_bar(self, found: Prediction, width: int) -> Content:
+        """A predicted peak against the budget, on the scale that all presets share; nothing where there is no room."""
+        if width < LEAST_BAR:
+            return Content("")
+        scale = 1.08 * max([found.budget_bytes, *(p.peak_bytes for p in self.predictions.values())])
+        style = "$success" if found.peak_bytes <= found.budget_bytes else "$error"
+        return memory_bar(width, [(found.peak_bytes, style)], scale, found.budget_bytes)
+
+    def show_about(self) -> None:
+        """The preset that is looked at or in use, and the setting under the cursor."""
+        preset = next((p for p in self.presets if p.name == (self.previewed or self.app.preset)), None)
+        rows: list[Content] = []
+        if preset:
+            rows = [
+                Content.assemble((preset.name, "bold")),
+                report.waiting(preset.reason),
+                Content.assemble(("gives up ", "$muted"), preset.gives_up, "\n"),
+            ]
+        field = next((f for f in self.query(Field) if f.has_focus_within), None)
+        if field:
+            rows += [Content.assemble((f"--{field.key}", "bold")), report.waiting(field.help)]
+        self.query_one("#about", Static).update(report.lines(*rows))
+        room = self.app.size.width - 8
+        below = (
+            words.clip(field.help, room) if field and self.app.size.width < WIDE else ""
+        )  # `about` has no room there
+        self.query_one("#train-form").border_subtitle = below
+
+    def _changes(self) -> list[Content | str]:
+        assert self.previewed
+        try:
+            changes = preset_changes(self.settings, self.app.preset, self.previewed)
+        except SurgvqaError as error:
+            return ["", report.problem(str(error))]
+        rows: list[Content | str] = [
+            "",
+            Content.assemble(("would change", "bold"), (f"  to {self.previewed}", "$muted")),
+        ]
+        for change in changes:
+            old, new = words.value(change.old), words.value(change.new)
+            if change.pinned_by:
+                text = Content.assemble(
+                    (f"  stays {old}: pinned, {change.pinned_by}", "$warning"), (f" (preset: {new})", "$muted")
+                )
+            else:
+                text = Content.assemble((f"  {old}", "$muted"), " → ", (new, "bold $accent"))
+            rows.append(Content.assemble(change.name, text))
+        if not changes:
+            rows.append(report.waiting("nothing: all is the same"))
+        rows.append(
+            Content.assemble(
+                ("Enter", "bold $footer-key-foreground"),
+                " applies   ",
+                ("Esc", "bold $footer-key-foreground"),
+                " leaves it",
+            )
+        )
+        return rows
+
+    @work(group="predict", exclusive=True, exit_on_error=False)
+    async def predict_all(self) -> None:
+        """The predicted peak of every preset with the settings as they are."""
+        for preset in self.presets:
+            self.predictions[preset.name] = await predict(self.settings, preset.name, here=self.app.host is None)
+        self.show_presets()
+        self.show_memory()
+        self.call_after_refresh(self._preview_changed)  # at the width that the panels have with all that in them
+
+    def show_memory(self) -> None:
+        """The configuration's predicted memory against the budget."""
+        panel = self.query_one("#memory", Static)
+        width = max(20, panel.size.width or 40)
+        found = self.predictions.get(self.previewed or self.app.preset or "")
+        if found is None or not found.peak_bytes:
+            panel.update(report.waiting(found.problem if found else "predicting …"))
+            return
+        over = found.peak_bytes - found.budget_bytes
+        verdict = ("fits", "bold $success") if over <= 0 else (f"over by {words.gb(over)}", "bold $error")
+        panel.update(
+            report.lines(
+                Content.assemble(
+                    (words.gb(found.peak_bytes), "bold"),
+                    (f" predicted of {words.gb(found.budget_bytes)}  ", "$muted"),
+                    verdict,
+                ),
+                predicted_bar(width, found.parts, found.peak_bytes, found.budget_bytes),
+                predicted_legend(found.parts, width),
+                *(report.waiting(note) for note in found.notes),
+            )
+        )
+
+    # --- what the keys do --------------------------------------------------------------------------------------------
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in ("apply", "leave"):
+            return self.previewed is not None
+        if action == "launch":
+            return self.previewed is None  # with which preset, is to be said first
+        if action == "preview":
+            return len(self.presets) > int(str(parameters[0]))
+        if action == "revert":
+            return bool(self.settings.edited)
+        return super().check_action(action, parameters)
+
+    def action_preview(self, index: int) -> None:
+        """Looks at a preset; the same key again, or the one in use, leaves it."""
+        name = self.presets[index].name
+        self.previewed = None if name in (self.app.preset, self.previewed) else name
+        self._preview_changed()
+
+    def action_apply(self) -> None:
+        """The previewed preset becomes the one in use."""
+        self.app.preset, self.previewed = self.previewed, None
+        self.say(f"preset {self.app.preset} is set for the next launch", "success")
+        self.show_where()
+        self.show_all()
+        self._preview_changed()
+
+    def action_leave(self) -> None:
+        self.previewed = None
+        self._preview_changed()
+
+    def _preview_changed(self) -> None:
+        self.show_presets()
+        self.show_about()
+        self.show_memory()
+        self.keys_changed()
+
+    @on(Field.Edited)
+    async def _edited(self, event: Field.Edited) -> None:
+        if await self.take(event, self.settings):
+            self.show_all()
+            self.keys_changed()
+
+    def action_revert(self) -> None:
+        field = next((f for f in self.query(Field) if f.has_focus), None)
+        if field and self.settings.revert(field.key):
+            self.say("")
+            self.show_all()
+            self.keys_changed()
+
+    def action_launch(self) -> None:
+        """Starts training; asks first while another job has the GPU there."""
+        self.ask_beside("Start training", self._launch)
+
+    @work(group="launch", exit_on_error=False)
+    async def _launch(self, share: bool) -> None:
+        target = self.app.target
+
+        async def launch() -> str:
+            argv = self.settings.argv(self.app.preset, everything=self.app.host is not None)
+            return await target.launch(*argv, share=share)
+
+        run_id = await self.start(launch)
+        if run_id:
+            await self.app.monitor(run_id)

@@ -1,0 +1,115 @@
+"""What a command would be started with: the workspace's settings, a preset, and what was typed in the panel."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from presets import PresetError, load_presets
+from surgvqa.config import options
+from surgvqa.config.options import Path_, Resolved, Workspace
+from surgvqa.errors import UsageError
+from tui import words
+from tui.widgets.form import EDITED, Field, Form
+
+
+@dataclass
+class Settings:
+    """The settings of one command. `edited` holds text as it was typed; everything else is the engine's own rules."""
+
+    command: str
+    workspace: Workspace
+    edited: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.known = options.settings_of(options.COMMAND_OPTIONS[self.command])
+
+    def resolve(self, preset: str | None) -> tuple[Resolved, list[str]]:
+        """The options as they would be used, and the names of required ones that nothing sets."""
+        given = {name: options.convert(self.known[name], text, EDITED) for name, text in self.edited.items()}
+        missing = [
+            name
+            for name, setting in self.known.items()
+            if setting.required and name not in given and self.workspace.value(name, self.command) is None
+        ]
+        return options.resolve(
+            self.command, {**given, **dict.fromkeys(missing, Path_(""))}, self.workspace, preset
+        ), missing
+
+    def edit(self, name: str, text: str) -> None:
+        """Takes in a typed value; UsageError when it is none for this setting."""
+        options.convert(self.known[name], text, EDITED)
+        self.edited[name] = text
+
+    def revert(self, name: str) -> bool:
+        """Forgets what was typed; whether there was anything."""
+        return self.edited.pop(name, None) is not None
+
+    def argv(self, preset: str | None = None, everything: bool = False) -> list[str]:
+        """The command line that starts this: the command, the preset, and what was edited.
+
+        `everything`: also what surgvqa.toml sets, with absolute paths, so that another machine does what is shown here.
+        """
+        given = dict(self.edited)
+        if everything:
+            resolved = self.resolve(preset)[0]
+            given = {
+                name: self._word(name, getattr(resolved.options, name))
+                for name, source in resolved.sources.items()
+                if source in (options.WORKSPACE_FILE, "command line")
+                and getattr(resolved.options, name) not in (None, "")
+            }
+        return [
+            self.command,
+            *(["--preset", preset] if preset else []),
+            *(f"--{name}={text}" for name, text in given.items()),
+        ]
+
+    def _word(self, name: str, value: Any) -> str:
+        if self.known[name].type is Path_:
+            return str(Path(self.workspace.root, os.path.expanduser(value)))
+        return repr(value) if isinstance(value, float) else words.value(value)
+
+    def fill(self, form: Form, preset: str | None) -> None:
+        """Shows every field's value and where it comes from."""
+        resolved, missing = self.resolve(preset)
+        for row in form.query(Field):
+            source = resolved.sources.get(row.key, "")
+            origin = EDITED if row.key in self.edited else source.removeprefix("preset ")
+            text = self.edited.get(row.key, words.value(getattr(resolved.options, row.key), self.workspace.root))
+            row.show(text, "required" if row.key in missing else origin, problem=row.key in missing)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a preset would do to one setting."""
+
+    name: str
+    old: Any
+    new: Any
+    pinned_by: str | None
+    """What holds the old value in spite of the preset, or None."""
+
+
+def preset_changes(settings: Settings, current: str | None, new: str) -> list[Change]:
+    """Every setting that going from preset `current` to `new` touches, the pinned ones too."""
+    try:
+        available = {p.name: p for p in load_presets(settings.workspace.root)}
+    except PresetError as error:
+        raise UsageError(str(error)) from None
+    touched = {**(available[current].settings if current in available else {}), **available[new].settings}
+    before, after = settings.resolve(current)[0], settings.resolve(new)[0]
+    changes = []
+    for name in touched:
+        if name not in settings.known:
+            continue
+        old, value = getattr(before.options, name), getattr(after.options, name)
+        wanted = available[new].settings.get(name, settings.known[name].default)
+        source = after.sources[name]
+        held = source in (options.WORKSPACE_FILE, "command line") and value != wanted
+        if old != value or held:
+            by = EDITED if source == "command line" else source
+            changes.append(Change(name, old, wanted if held else value, by if held else None))
+    return changes

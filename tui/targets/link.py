@@ -1,0 +1,415 @@
+"""One SSH connection to one host for the whole panel, owned by one thread: neither Fabric nor paramiko is thread-safe.
+
+Any thread may ask (`call`, `stream`); the link's thread alone opens the connection and its channels, reads them, and
+connects anew after a loss, 1, 2, 4 … 30 s apart. To remote's own code a link is a `remote.ssh.connection.Remote`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remote.jobs.launch import BACKOFF_S
+from remote.ssh.bundle import bootstrap, payload
+from remote.ssh.connection import SILENCE_S, Remote, Replies, UnknownHostKey, Unreachable
+from remote.ssh.hosts import Host, resolve
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.runs.folder import RunSummary
+
+LIST_EVERY_S = 5.0  # 0.09 s of a host core each, measured
+CLOCK_TOLERANCE_S = 5.0  # a host's clock that is further away is allowed for
+LOOK_S = 1.0
+CHANNELS = 8  # at once; sshd's MaxSessions is 10 unless changed
+
+
+class Detached(SurgvqaError):
+    """Whoever asked does not want the answer any more, or the link was ended."""
+
+
+@dataclass(frozen=True)
+class Light:
+    """How it stands with a connection."""
+
+    kind: str
+    """connecting, connected, unreachable, unknown key or refused."""
+    text: str = ""
+    """Why, in one line."""
+    since: float = 0.0
+    """When the host was last reached or first sought, unix seconds; of `unreachable`."""
+    key: UnknownHostKey | None = None
+
+
+class Line(Remote):
+    """The connection itself; only the link's thread touches it."""
+
+    def begin(self, op: str, params: dict[str, Any]) -> Any:
+        """Opens a channel and asks; the answers are to be read from it."""
+        self.open()
+        assert self._fabric is not None
+        channel = self._fabric.create_session()
+        channel.settimeout(SILENCE_S)
+        channel.exec_command(bootstrap(self.host.entry.python))
+        channel.sendall(payload({"op": op, "workspace": self.host.entry.workspace, **params}))
+        return channel
+
+    @property
+    def alive(self) -> bool:
+        """Whether the transport still stands, as far as it knows."""
+        return self._fabric is not None and bool(self._fabric.is_connected)
+
+
+class Exchange:
+    """One request to the agent. The link's thread puts answers in; iterating, in one other thread, takes them out."""
+
+    def __init__(self, op: str, params: dict[str, Any], patient: bool):
+        self.op, self.params = op, params
+        self.patient = patient
+        """Waits for a connection instead of failing while there is none."""
+        self.left = False
+        self.channel: Any = None
+        self._answers: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
+        self._buffer = self._noise = b""
+        self._began = self._answered = False
+        self._heard = 0.0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while (answer := self._answers.get()) is not None:
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+
+    def end(self, error: Exception | None = None) -> None:
+        """No more answers; why. From any thread."""
+        self._answers.put(error)
+
+    def close(self) -> None:
+        """Closes the channel, so that the agent there ends."""
+        if self.channel is not None:
+            with contextlib.suppress(Exception):
+                self.channel.close()
+
+    def begin(self, line: Line) -> None:
+        """Asks; raises when the connection does not take it."""
+        self.channel = line.begin(self.op, self.params)
+        self._heard = time.monotonic()
+
+    def read(self, host: Host) -> bool:
+        """Hands on what has arrived; whether that was all. Raises Unreachable after a long silence."""
+        channel, heard = self.channel, False
+        while channel.recv_ready():
+            self._buffer += channel.recv(1 << 18)
+            heard = True
+        while channel.recv_stderr_ready():
+            self._noise = (self._noise + channel.recv_stderr(1 << 16))[-4000:]
+            heard = True
+        now = time.monotonic()
+        if heard:
+            self._heard = now
+        elif now - self._heard > SILENCE_S:
+            raise Unreachable(f"{host.name}: no answer for {SILENCE_S:.0f} s")
+        over = (channel.eof_received or channel.closed) and channel.exit_status_ready() and not channel.recv_ready()
+        try:
+            for message in Replies(host, iter(self._arrived(over))):
+                self._answers.put(message)
+        except SurgvqaError as error:
+            self.end(error)
+            return True
+        if over:
+            self.end()
+        return over
+
+    def _arrived(self, over: bool) -> list[tuple[bytes, bytes, int | None]]:
+        """What `Replies` can read now: whole lines after the mark."""
+        upto = len(self._buffer) if over else self._buffer.rfind(b"\n") + 1
+        if not self._began and not over:
+            self._began = Replies.MARK in self._buffer
+            if not self._began:
+                return []
+            ready = self._buffer[:upto]
+        else:
+            ready = (Replies.MARK if self._began else b"") + self._buffer[:upto]
+        self._buffer = self._buffer[upto:]
+        self._answered = self._answered or b'\n{"done":' in ready
+        chunks: list[tuple[bytes, bytes, int | None]] = [(ready, b"", None)]
+        if over and not self._answered:
+            chunks.append((b"", self._noise, self.channel.recv_exit_status()))
+        return chunks
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the channel has said its last but its exit status is not known yet: nothing to wait on."""
+        return self.channel.eof_received or self.channel.closed
+
+
+class Link:
+    """The connection to the host of that name: what it is like, the host's run list, and anything one may ask it."""
+
+    def __init__(self, name: str, workspace: Path):
+        self.name, self.workspace = name, workspace
+        self.light = Light("connecting")
+        self.host: Host | None = None
+        """Known once it has been looked up."""
+        self.facts: dict[str, Any] = {}
+        """The agent's `probe`: workspace, free bytes, versions."""
+        self.listed: list[RunSummary] | None = None
+        """The host's runs, newest first; None until they were heard."""
+        self.ahead_s = 0.0
+        """How far the host's clock is ahead of ours; its times are given in ours."""
+        self._line: Line | None = None
+        self._inbox: queue.SimpleQueue[Exchange] = queue.SimpleQueue()
+        self._open: list[Exchange] = []
+        self._waiting: list[Exchange] = []
+        self._list_due = 0.0
+        self._listing: Exchange | None = None
+        self._again = self._accepted = self._ended = False
+        self._alarm, self._bell = os.pipe()
+        os.set_blocking(self._alarm, False)
+        os.set_blocking(self._bell, False)
+        threading.Thread(target=self._run, name=f"link to {name}", daemon=True).start()
+
+    # --- from any thread ---------------------------------------------------------------------------------------------
+
+    def request(self, op: str, params: dict[str, Any], patient: bool = False) -> Exchange:
+        """Hands in a request. Raises Unreachable when there is no connection, unless it is `patient`."""
+        if self._ended:
+            raise Detached(f"{self.name}: the link was ended")
+        if not patient and self.light.kind not in ("connected", "connecting"):
+            raise Unreachable(self.light.text)
+        exchange = Exchange(op, params, patient)
+        self._inbox.put(exchange)
+        self._ring()
+        return exchange
+
+    def leave(self, exchange: Exchange) -> None:
+        """The answer is not wanted any more; the agent there ends."""
+        exchange.left = True
+        self._ring()
+
+    def stream(self, op: str, patient: bool = False, **params: Any) -> Iterator[dict[str, Any]]:
+        """The agent's messages as they come; raises what it answers as an error."""
+        exchange = self.request(op, params, patient)
+        try:
+            yield from exchange
+        finally:
+            self.leave(exchange)
+
+    def call(self, op: str, patient: bool = False, **params: Any) -> dict[str, Any]:
+        """The agent's answer to one question."""
+        answer: dict[str, Any] = {}
+        for message in self.stream(op, patient, **params):
+            answer = message
+        return answer
+
+    ask = call
+    """A `Remote` keeps an agent for such questions; here each has a channel of its own, and none waits for another."""
+
+    def probe(self) -> None:
+        """Looks anew at what the host has."""
+        assert self.host
+        self.facts = self.call("probe", venv=self.host.entry.venv)
+
+    def look(self) -> None:
+        """Reads the run list now."""
+        self._list_due = 0.0
+        self._ring()
+
+    def again(self) -> None:
+        """Tries to connect now."""
+        self._again = True
+        self._ring()
+
+    def accept(self) -> None:
+        """The shown host key is the right one: it goes to known_hosts."""
+        self._accepted = True
+        self._ring()
+
+    def refuse(self) -> None:
+        """The shown host key is not taken."""
+        self.light = Light("refused", f"{self.name}: its host key was not accepted")
+
+    def end(self) -> None:
+        """Closes the connection; jobs on the host do not notice."""
+        self._ended = True
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # a full pipe rings as well
+            os.write(self._bell, b"!")
+
+    # --- the link's own thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        attempt = 0
+        while not self._ended:
+            pause: float | None = None
+            try:
+                self._connect()
+                attempt = 0
+                self._serve()
+                continue
+            except UnknownHostKey as unknown:
+                self.light = Light("unknown key", str(unknown), key=unknown)
+            except SurgvqaError as error:
+                # A name that cannot be looked up is a laptop without a network, once the host was reached.
+                if isinstance(error, Unreachable) or (self.facts and isinstance(error, UsageError)):
+                    since = self.light.since if self.light.kind == "unreachable" else time.time()
+                    self.light = Light("unreachable", str(error), since)
+                    pause = BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]
+                    attempt += 1
+                else:
+                    self.light = Light("refused", str(error))
+            except Exception as error:  # whatever it is, the panel goes on and says so
+                self.light = Light("refused", f"{self.name}: {type(error).__name__}: {error}")
+            self._drop()
+            self._rest(pause)
+        self._drop(Detached(f"{self.name}: the link was ended"))
+
+    def _connect(self) -> None:
+        if self.light.kind != "unreachable":  # "since" stays to be read until the host is there again
+            self.light = Light("connecting")
+        self.host = resolve(self.name, self.workspace)
+        self._line = Line(self.host)
+        self._line.open()
+        self.facts = self._line.call("probe", venv=self.host.entry.venv)
+        ahead = self.facts["time"] - time.time()
+        self.ahead_s = ahead if abs(ahead) > CLOCK_TOLERANCE_S else 0.0
+        self._list_due = 0.0
+        self.light = Light("connected")
+
+    def _serve(self) -> None:
+        """Until the link is ended; raises when the connection is lost."""
+        assert self._line and self.host
+        while not self._ended:
+            self._begin_waiting()
+            for exchange in list(self._open):
+                if exchange.left or exchange.read(self.host):
+                    exchange.close()
+                    self._open.remove(exchange)
+                    if exchange is self._listing:
+                        self._take_list(exchange)
+            if not self._line.alive:
+                raise Unreachable(f"{self.name}: connection lost")
+            speaking = [e.channel for e in self._open if not e.quiet]
+            select.select([self._alarm, *speaking], [], [], LOOK_S if len(speaking) == len(self._open) else 0.02)
+            self._silence()
+
+    def _begin_waiting(self) -> None:
+        assert self._line
+        if time.monotonic() >= self._list_due and self._listing is None:
+            self._listing = Exchange("runs", {}, patient=False)
+            self._waiting.append(self._listing)
+        self._collect()
+        while self._waiting and len(self._open) < CHANNELS:
+            exchange = self._waiting.pop(0)
+            if exchange.left:
+                continue
+            self._open.append(exchange)
+            try:
+                exchange.begin(self._line)
+            except SurgvqaError:
+                raise
+            except Exception as error:
+                raise Unreachable(f"{self.name}: connection lost: {str(error) or type(error).__name__}") from None
+
+    def _take_list(self, listing: Exchange) -> None:
+        self._listing, self._list_due = None, time.monotonic() + LIST_EVERY_S
+        with contextlib.suppress(SurgvqaError):  # the next one may be heard
+            for answer in listing:
+                self.listed = [self._summary(row) for row in answer["runs"]]
+
+    def _summary(self, row: dict[str, Any]) -> RunSummary:
+        known = {name: row[name] for name in RunSummary.__dataclass_fields__}
+        return RunSummary(**{**known, "started": row["started"] - self.ahead_s, "folder": Path(row["folder"])})
+
+    def _collect(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.append(self._inbox.get_nowait())
+
+    def _drop(self, error: SurgvqaError | None = None) -> None:
+        """Ends every exchange that cannot wait, and the connection."""
+        self._collect()
+        failure = error or Unreachable(self.light.text)
+        for exchange in [*self._open, *(e for e in self._waiting if error or not e.patient)]:
+            exchange.end(failure)
+            exchange.close()
+        self._open, self._listing = [], None
+        self._waiting = [e for e in self._waiting if e.patient and not error]
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def _rest(self, seconds: float | None) -> None:
+        """Until it is time to connect again, or somebody asks for it."""
+        until = None if seconds is None else time.monotonic() + seconds
+        while not self._ended and not self._again and (until is None or time.monotonic() < until):
+            if self._accepted and self.light.key:
+                try:
+                    self.light.key.remember()
+                except (OSError, SurgvqaError) as error:
+                    self.light = Light("refused", f"{self.name}: the key cannot be remembered: {error}")
+                else:
+                    break
+            self._accepted = False
+            select.select([self._alarm], [], [], None if until is None else max(0.0, until - time.monotonic()))
+            self._silence()
+            self._drop()
+        self._again = self._accepted = False
+
+    def _silence(self) -> None:
+        with contextlib.suppress(OSError):
+            os.read(self._alarm, 4096)
+
+
+class Port:
+    """A link as one follower sees it: patient over lost connections, and left at once when nobody reads any more."""
+
+    def __init__(self, link: Link):
+        self.link = link
+        self._asked: set[Exchange] = set()
+        self._closed = False
+
+    @property
+    def host(self) -> Host:
+        assert self.link.host
+        return self.link.host
+
+    def stream(self, op: str, **params: Any) -> Iterator[dict[str, Any]]:
+        """As `Link.stream`; raises Detached after `detach`."""
+        exchange = self.link.request(op, params, patient=True)
+        self._asked.add(exchange)
+        try:
+            if self._closed:
+                raise Detached("closed")
+            yield from exchange
+        finally:
+            self._asked.discard(exchange)
+            self.link.leave(exchange)
+
+    def call(self, op: str, **params: Any) -> dict[str, Any]:
+        """As `Link.call`, asked again until the host has answered."""
+        while True:
+            answer: dict[str, Any] = {}
+            try:
+                for message in self.stream(op, **params):
+                    answer = message
+                return answer
+            except Unreachable:
+                time.sleep(LOOK_S)
+
+    def close(self) -> None:
+        """The connection is everybody's: a follower that lost it waits for the link to have it again."""
+
+    def detach(self) -> None:
+        """Whoever reads is told to end."""
+        self._closed = True
+        for exchange in list(self._asked):
+            exchange.end(Detached("closed"))
