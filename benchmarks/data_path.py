@@ -25,7 +25,6 @@ import engine
 import torch
 from torch.utils.data import DataLoader
 
-from surgvqa.checkpoint.folder import usable_cores
 from surgvqa.config.options import DataOptions
 from surgvqa.data.audio import audio_features, load_audio
 from surgvqa.data.collate import Collator
@@ -34,6 +33,7 @@ from surgvqa.data.feature_store import FeatureStore
 from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import load_processors
 from surgvqa.data.samples import read_samples
+from surgvqa.machine.process import usable_cores
 
 HIDDEN, AUDIO_HIDDEN = 3584, 1280
 """Of the real model: the width of cached image and audio features."""

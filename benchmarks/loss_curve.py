@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import old_way
 import torch
 
-from surgvqa.config.options import TrainOptions, convert, settings_of
+from surgvqa.config.options import TrainOptions
+from surgvqa.config.settings import convert, settings_of
 from surgvqa.memory import retreat
 from surgvqa.model import layers
 from surgvqa.model.adapter import adapter_parameters, add_lora

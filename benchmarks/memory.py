@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from surgvqa.config.options import LoraOptions
 from surgvqa.memory import activations, predict
-from surgvqa.model.sizes import Clip, Sizes, patch_grid, thumbnail_size
+from surgvqa.memory.clip import Clip, patch_grid, thumbnail_size
+from surgvqa.model.sizes import Sizes
 
 WITHIN, UNDER = 0.03, 0.02
 """The promise: within 3 % of the measured allocated peak, never more than 2 % too low."""

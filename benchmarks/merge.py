@@ -156,7 +156,8 @@ def child(method: str, base: str, adapter: str, output: str, max_shard_size: str
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
     else:
-        from surgvqa.config.options import MergeOptions, Path_
+        from surgvqa.config.options import MergeOptions
+        from surgvqa.config.settings import Path_
         from surgvqa.merge import command
         from surgvqa.runs.folder import Run
     if method.endswith("-cuda"):

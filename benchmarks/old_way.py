@@ -30,9 +30,9 @@ from surgvqa.data.prompt import IGNORED
 from surgvqa.data.samples import read_samples
 from surgvqa.model import layers
 from surgvqa.model.adapter import add_lora
-from surgvqa.model.audio_qwen2vl import choose_attention, load_model
-from surgvqa.model.device import choose_device, choose_dtype
-from surgvqa.training.recipe import choose_optimiser
+from surgvqa.model.device import choose_attention, choose_device, choose_dtype
+from surgvqa.model.loading import load_model
+from surgvqa.training.arguments import choose_optimiser
 
 Batch = dict[str, torch.Tensor]
 OURS = ("position_ids", "host_ids", "supervised", "tokens")

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import Qwen2VLConfig
 
-from surgvqa.merge.command import REPORT_FILE
+from surgvqa.merge.plan import REPORT_FILE
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
 
 AUDIO_TOKENS = 1500

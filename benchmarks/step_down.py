@@ -47,7 +47,7 @@ from presets import ladder
 from surgvqa.errors import SurgvqaError
 from surgvqa.model.layers import forwards
 from surgvqa.runs.folder import Run
-from surgvqa.training import command, results
+from surgvqa.training import checkpoints, command
 from surgvqa.training.trainer import EventTrainer
 
 LAYERS, BATCH, ACCUMULATION = 4, 4, 2
@@ -198,7 +198,7 @@ class Trial:
             wrong.append(f"steps {sorted(losses)}, expected 1 to {steps}")
         if not all(math.isfinite(loss) for loss in losses.values()):
             wrong.append(f"losses {losses}")
-        if not self.error and not (self.output / results.ADAPTER).is_file():
+        if not self.error and not (self.output / checkpoints.ADAPTER).is_file():
             wrong.append("no adapter")
         return wrong
 

@@ -28,7 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from sshd import Sshd  # noqa: E402
 
-from remote.upload.plan import Hashes, folder_sources  # noqa: E402
+from remote.upload.hashes import Hashes  # noqa: E402
+from remote.upload.plan import folder_sources  # noqa: E402
 
 LINKS = {  # name: (text, round trip ms, Mbit/s, loss %, MB to send, target)
     "loopback": ("loopback", None, None, None, 3000, 1.7),

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from textual.pilot import Pilot
 
-from surgvqa.config.options import load_workspace
+from surgvqa.config.workspace import load_workspace
 from surgvqa.errors import SurgvqaError
 from tui.app import Panel
-from tui.screens.base import TITLES
 from tui.screens.monitor import MonitorScreen
-from tui.targets.target import LocalTarget
+from tui.targets.local import LocalTarget
+from tui.widgets.head import TITLES
 
 OUT = Path(__file__).with_name("panel.svg")
 

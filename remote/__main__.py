@@ -2,6 +2,6 @@
 
 import sys
 
-from remote.cli.commands import main
+from remote.cli.main import main
 
 sys.exit(main())

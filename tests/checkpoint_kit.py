@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.folder import DTYPE_BYTES, INDEX_FILE, header_bytes
+from surgvqa.checkpoint.headers import DTYPE_BYTES, header_bytes
+from surgvqa.checkpoint.names import INDEX_FILE
 
 Spec = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from textual.widgets import Static
 
-from surgvqa.config.options import load_workspace
-from surgvqa.runs import folder
+from surgvqa.config.workspace import load_workspace
+from surgvqa.runs import folder, state
 from tui.app import Panel
-from tui.targets.target import LocalTarget
+from tui.targets.local import LocalTarget
 
 SIZES = [(80, 24), (120, 36)]
 
@@ -36,7 +36,7 @@ def training(root: Path, steps: int = 30, name: str = "first", **more) -> folder
 
 def die(run: folder.Run) -> None:
     """As if the process were gone: its identity fits no living one."""
-    info = folder.read_run_json(run.folder)
+    info = state.read_run_json(run.folder)
     (run.folder / "run.json").write_text(json.dumps({**info, "identity": "gone"}))
 
 

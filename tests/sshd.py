@@ -115,7 +115,7 @@ class Sshd:
 
     def sessions(self) -> list[int]:
         """Pids of the session processes below our listener."""
-        from surgvqa.runs.supervisor import descendants
+        from surgvqa.runs.process import descendants
 
         below = descendants(self.process.pid) if self.process else []
         titles = {pid: cmdline(pid) for pid in below}
@@ -287,7 +287,7 @@ def processes_naming(path: Path) -> list[int]:
 
 def end_processes_below(folder: Path) -> None:
     """Ends the processes that a test left behind: those whose command line or folder names its temporary folder."""
-    from surgvqa.runs.supervisor import end_all
+    from surgvqa.runs.process import end_all
 
     named = []
     for entry in os.listdir("/proc"):

@@ -14,10 +14,15 @@ import pytest
 from checkpoint_kit import Spec, write_folder
 
 from surgvqa.checkpoint import audit as room
-from surgvqa.checkpoint.audit import audit, expected_tensors
-from surgvqa.checkpoint.folder import INDEX_FILE, header_bytes, open_checkpoint
-from surgvqa.config.options import AuditOptions, Path_
+from surgvqa.checkpoint.architecture import expected_tensors
+from surgvqa.checkpoint.audit import audit
+from surgvqa.checkpoint.folder import open_checkpoint
+from surgvqa.checkpoint.headers import header_bytes
+from surgvqa.checkpoint.names import INDEX_FILE
+from surgvqa.config.options import AuditOptions
+from surgvqa.config.settings import Path_
 from surgvqa.errors import UsageError
+from surgvqa.terminal import reporter
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2_vl", "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2,
@@ -202,7 +207,7 @@ def test_deep_finds_nan_and_infinity(tmp_path: Path) -> None:
 def test_deep_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = of(tmp_path, architecture(tmp_path))
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(room._Terminal, "emit", lambda _, kind, **fields: told.append({"kind": kind, **fields}))
+    monkeypatch.setattr(reporter._Terminal, "emit", lambda _, kind, **fields: told.append({"kind": kind, **fields}))
     room.run(AuditOptions(checkpoint=Path_(tmp_path / "c"), deep=True), None)
     last = [e for e in told if e["kind"] == "progress"][-1]
     assert last["phase"] == "scan" and last["done"] == last["total"] == data["bytes"] and last["unit"] == "bytes"

@@ -24,23 +24,15 @@ from checkpoint_kit import read_tensors, write_file, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgvqa import files
 from surgvqa.checkpoint import shard_writer, writer
-from surgvqa.checkpoint.folder import (
-    INDEX_FILE,
-    TensorInfo,
-    flat_config,
-    header_bytes,
-    open_checkpoint,
-    parse_size,
-    quantisation,
-    read_header,
-    to_old_name,
-    whisper_config,
-)
+from surgvqa.checkpoint.config_json import flat_config, quantisation, whisper_config
+from surgvqa.checkpoint.folder import open_checkpoint, parse_size
+from surgvqa.checkpoint.headers import TensorInfo, header_bytes, read_header
+from surgvqa.checkpoint.names import INDEX_FILE, to_old_name
 from surgvqa.checkpoint.shards import Copy, Files, plan_shards, split_rows, tensor_bytes
 from surgvqa.checkpoint.writer import MANIFEST_FILE, Job, Writer, file_identity
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import folder
 
 SHARDS = [{f"layer.{k}.{i}": ("BF16", (30, 7 + i)) for i in range(4)} for k in range(5)]
 PAGES = [{f"layer.{k}.{i}": ("BF16", (30, 3 + 70 * i)) for i in range(4)} for k in range(5)]
@@ -310,7 +302,7 @@ def is_whole(output: Path, base: Path) -> None:
     assert shards == set(report["shards"])
     assert {f.name for f in output.iterdir()} == shards | {INDEX_FILE, "report.json", "config.json", "vocab.json"}
     for name, facts in report["shards"].items():
-        assert writer.sha256_file(output / name) == facts["sha256"]
+        assert files.sha256_file(output / name) == facts["sha256"]
     assert not output.with_name(output.name + ".partial").exists()
 
 
@@ -735,7 +727,7 @@ def test_header_bytes_are_aligned() -> None:
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    folder.write_json_atomic(tmp_path / "x.json", {"a": 1})
+    files.write_json_atomic(tmp_path / "x.json", {"a": 1})
     assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
 
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from surgvqa.cli import main
+from surgvqa.cli import commands, main, parser
 from surgvqa.outcome import Outcome
-from surgvqa.runs import folder
+from surgvqa.runs import events, folder
 
 
 def surgvqa(*arguments, cwd=None):
@@ -20,7 +20,7 @@ def surgvqa(*arguments, cwd=None):
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in main.COMMANDS)])
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in commands.COMMANDS)])
 def test_help_has_an_example(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         main.main(arguments)
@@ -59,20 +59,20 @@ def test_json_is_one_document_on_stdout(tmp_path):
 
 
 def test_dashes_are_underscores_but_values_keep_theirs():
-    assert main.normalise(["check-data", "a-b.jsonl", "--frames-dir=x-y", "--audio-dir", "p-q", "--", "--a-b"]) == [
+    assert parser.normalise(["check-data", "a-b.jsonl", "--frames-dir=x-y", "--audio-dir", "p-q", "--", "--a-b"]) == [
         "check-data", "a-b.jsonl", "--frames_dir=x-y", "--audio_dir", "p-q", "--", "--a-b",
     ]  # fmt: skip
 
 
 def test_options_of_training_arguments_pass_through():
-    assert main.extra_options("train", ["--weight_decay", "0.1", "--tf32", "--optim_args=a=b"]) == {
+    assert parser.extra_options("train", ["--weight_decay", "0.1", "--tf32", "--optim_args=a=b"]) == {
         "weight_decay": "0.1",
         "tf32": "true",
         "optim_args": "a=b",
     }
 
 
-ROOMS = sorted({command.room.split(":")[0] for command in main.COMMANDS.values()})
+ROOMS = sorted({command.room.split(":")[0] for command in commands.COMMANDS.values()})
 
 
 @pytest.mark.parametrize("module", ["surgvqa.cli.main", *ROOMS])
@@ -129,12 +129,12 @@ def test_a_terminal_that_has_no_bars_is_no_crash(tmp_path, command):
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("name", main.COMMANDS)
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_an_example_can_be_asked(name):
     """Only the files that it names may be missing, and "…" is no file's name."""
-    _, *argv = shlex.split(main.COMMANDS[name].example)
-    arguments, unknown = main.build_parser().parse_known_args(argv)
-    assert arguments.command == name and not unknown and "…" not in main.COMMANDS[name].example
+    _, *argv = shlex.split(commands.COMMANDS[name].example)
+    arguments, unknown = parser.build_parser().parse_known_args(argv)
+    assert arguments.command == name and not unknown and "…" not in commands.COMMANDS[name].example
 
 
 NAMED = "a [x][/] [bold]b :x:"
@@ -174,5 +174,5 @@ def test_a_job_that_could_not_be_asked_says_so_in_its_own_folder(tmp_path, monke
     for run in ("old", "new"):
         (tmp_path / "w" / "runs" / run).mkdir(parents=True)
     assert main.main(["evaluate", *named, "--run_id", "old", "--predictions", "none", "--run_id=new"]) == 2
-    assert folder.finished_event(tmp_path / "w" / "runs" / "new")["exit_code"] == 2
-    assert folder.finished_event(tmp_path / "w" / "runs" / "old") is None
+    assert events.finished_event(tmp_path / "w" / "runs" / "new")["exit_code"] == 2
+    assert events.finished_event(tmp_path / "w" / "runs" / "old") is None

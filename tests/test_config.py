@@ -2,17 +2,10 @@
 
 import pytest
 
-from surgvqa.config.options import (
-    COMMAND_OPTIONS,
-    WORKSPACE_FILE,
-    MergeOptions,
-    TrainOptions,
-    convert,
-    find_workspace,
-    load_workspace,
-    resolve,
-    settings_of,
-)
+from surgvqa.config.options import COMMAND_OPTIONS, MergeOptions, TrainOptions
+from surgvqa.config.resolve import resolve
+from surgvqa.config.settings import convert, settings_of
+from surgvqa.config.workspace import WORKSPACE_FILE, find_workspace, load_workspace
 from surgvqa.errors import UsageError
 
 MERGE = {"stage1_model_path": "a", "stage2_adapter_path": "b"}

@@ -7,16 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from surgvqa.data.samples import (
-    AudioIndex,
-    FrameIndex,
-    MissingFile,
-    Sample,
-    find_frame,
-    majority_accuracy,
-    read_samples,
-    scan_samples,
-)
+from surgvqa.data.lookup import AudioIndex, FrameIndex, MissingFile, find_frame
+from surgvqa.data.samples import Sample, majority_accuracy, read_samples, scan_samples
 from surgvqa.errors import UsageError
 
 REAL = Path(__file__).parents[2] / "shared/data/real-colon-vqa"

@@ -17,7 +17,8 @@ pytest.importorskip("espeakng_loader")
 
 from presets import ladder  # noqa: E402
 from surgvqa.cli.main import main  # noqa: E402
-from surgvqa.config import options  # noqa: E402
+from surgvqa.config import resolve  # noqa: E402
+from surgvqa.config.workspace import load_workspace  # noqa: E402
 from surgvqa.demo import workspace  # noqa: E402
 from surgvqa.demo.questions import QUESTION_TYPES  # noqa: E402
 from surgvqa.demo.shots import CLIP_FRAMES, Shot, clips_of, draw_shots  # noqa: E402
@@ -194,11 +195,11 @@ def test_another_seed_does_not_overwrite(tmp_path):
 
 def test_settings_and_presets_are_valid_and_the_presets_are_the_ladder(tmp_path):
     workspace._write_settings(tmp_path)
-    loaded = options.load_workspace(tmp_path)
-    train = options.resolve("train", {}, loaded)
+    loaded = load_workspace(tmp_path)
+    train = resolve.resolve("train", {}, loaded)
     assert train.preset == "demo-8f-112px" and train.options.image_size == workspace.IMAGE_SIZE
     assert [p.name for p in ladder(tmp_path)] == list(workspace.PRESETS)
-    options.resolve("merge", {}, loaded)
+    resolve.resolve("merge", {}, loaded)
 
 
 @pytest.fixture
@@ -211,8 +212,9 @@ def small(monkeypatch):
 
 @pytest.mark.model
 def test_workspace_is_made_whole_reused_and_mended(tmp_path, small):
+    from surgvqa.data.lookup import AudioIndex, FrameIndex
     from surgvqa.data.processors import load_processors
-    from surgvqa.data.samples import AudioIndex, FrameIndex, read_samples
+    from surgvqa.data.samples import read_samples
 
     folder = tmp_path / "demo"
     made = workspace.make_workspace(folder, 0)

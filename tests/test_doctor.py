@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from surgvqa.cli import main
-from surgvqa.config import options
+from surgvqa.config import workspace
 from surgvqa.machine import doctor, gpu
 
 ROOMY = SimpleNamespace(free=500_000_000_000, total=1_000_000_000_000)
@@ -46,7 +46,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu, "driver_problem", lambda: problem)
         monkeypatch.setattr(gpu, "sample_devices", lambda: [card] if devices is None else devices)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
-        found = {f.name: f for f in doctor.examine(options.load_workspace(tmp_path))}
+        found = {f.name: f for f in doctor.examine(workspace.load_workspace(tmp_path))}
         assert all(f.mend for f in found.values() if f.status in ("warn", "bad")), "every fault has a way to mend it"
         return found
 

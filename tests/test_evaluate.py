@@ -8,9 +8,10 @@ import pytest
 import small
 
 from surgvqa.cli import main
-from surgvqa.config.options import AskOptions, EvaluateOptions, load_workspace
+from surgvqa.config.options import AskOptions, EvaluateOptions
+from surgvqa.config.workspace import load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.evaluation import ask
+from surgvqa.evaluation import ask, model_folders
 from surgvqa.evaluation import command as evaluate
 from surgvqa.runs.folder import Run
 from surgvqa.training import command as train
@@ -107,7 +108,7 @@ def test_an_adapter_needs_its_base(world, tmp_path):
     with pytest.raises(UsageError, match="far/away is not here"):
         evaluate.check(world.evaluate_options(checkpoint=str(tmp_path)))
     options = world.evaluate_options(checkpoint=str(tmp_path), model_name_or_path=str(world.checkpoint))
-    assert evaluate.model_folders(options) == (world.checkpoint, tmp_path)
+    assert model_folders.model_folders(options) == (world.checkpoint, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"no \*\.safetensors"):
         evaluate.check(world.evaluate_options(checkpoint=str(tmp_path / "empty")))
@@ -195,7 +196,7 @@ def test_a_frame_that_cannot_be_read_is_an_error_and_no_score(world, tmp_path):
 def test_out_of_memory_halves_the_batch(world, tmp_path, monkeypatch):
     import torch
 
-    from surgvqa.evaluation.generate import Answerer
+    from surgvqa.evaluation.answerer import Answerer
 
     original = Answerer.answer
 
@@ -220,7 +221,7 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
     from types import SimpleNamespace
 
     from surgvqa.evaluation import generate
-    from surgvqa.memory import predict
+    from surgvqa.memory import fit
 
     def predicted(batch):
         return SimpleNamespace(predicted_peak_gb=2 + batch, fits=lambda budget_gb: 2 + batch <= budget_gb)
@@ -232,7 +233,7 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
 
     assert told(batch_size=None)[0] == 8  # a CPU
     monkeypatch.setattr(generate, "_predict", lambda *_: predicted)
-    tight = 5 * (1 + predict.MARGIN / 2)  # 5 GB would leave no margin
+    tight = 5 * (1 + fit.MARGIN / 2)  # 5 GB would leave no margin
     count, text = told(batch_size=None, budget_gb=tight)
     assert count == 2 and f"2 at once (4.0 of {tight:.1f} GB predicted)" in text
     assert told(batch_size=None, budget_gb=28.5)[0] == 4  # all there are
@@ -249,9 +250,10 @@ def test_the_prediction_of_an_evaluation_knows_adapter_frames_and_cache(world, l
     from surgvqa.data.dataset import ClipDataset
     from surgvqa.data.samples import read_samples
     from surgvqa.evaluation import generate
+    from surgvqa.evaluation.answerer import load_answerer
 
     options = world.evaluate_options(checkpoint=str(learned.folder / "checkpoints"))
-    answerer = generate.load_answerer(options)
+    answerer = load_answerer(options)
     samples = read_samples(options.eval_data_path)
     dataset = ClipDataset(
         samples, options.frames_dir, options.audio_dir, answerer.processors, options, with_answer=False

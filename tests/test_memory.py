@@ -17,17 +17,9 @@ from surgvqa.cli import main
 from surgvqa.config.options import BudgetOptions, DataOptions, LoraOptions, TrainOptions
 from surgvqa.errors import UsageError
 from surgvqa.machine import gpu
-from surgvqa.memory import activations, predict
-from surgvqa.model.sizes import (
-    MAX_PIXELS,
-    MIN_PIXELS,
-    Clip,
-    Sizes,
-    checkpoint_sizes,
-    clip_of,
-    patch_grid,
-    thumbnail_size,
-)
+from surgvqa.memory import activations, fit, predict
+from surgvqa.memory.clip import MAX_PIXELS, MIN_PIXELS, Clip, clip_of, patch_grid, thumbnail_size
+from surgvqa.model.sizes import Sizes, checkpoint_sizes
 
 REAL = Sizes()
 
@@ -170,11 +162,11 @@ def test_the_peak_is_within_one_percent_and_a_half_of_what_was_measured(override
 def test_what_each_choice_saves_is_what_was_measured_without_it():
     """H100, docs/benchmarks.md: logits everywhere 26.61 GB beside 21.45, 32-bit AdamW 22.40; as shipped no layer
     recomputes at 28.11, all do at 18.23."""
-    saved = dict(predict.choices(REAL, plain(casts_lora_inputs=True)))
+    saved = dict(fit.choices(REAL, plain(casts_lora_inputs=True)))
     assert saved["logits at the answer only"] == pytest.approx(26.61 - 21.45, abs=0.1)
     assert saved["8-bit AdamW"] == pytest.approx(22.40 - 21.45, abs=0.1)
     assert "frames and questions encoded once, the encoders off the GPU" not in saved
-    shipped = dict(predict.choices(REAL, plain(**COMPILED, keep="products", checkpointed_layers=0)))
+    shipped = dict(fit.choices(REAL, plain(**COMPILED, keep="products", checkpointed_layers=0)))
     assert shipped["28 of 28 layers do not recompute, a third less to compute in each"] == pytest.approx(-9.88, abs=0.1)
     assert shipped["frames and questions encoded once, the encoders off the GPU"] > 2.6  # their weights
     assert shipped["compiled layers keep only matrix products"] > 10
@@ -223,27 +215,27 @@ def test_no_configuration_breaks_it(frames, px, batch, kept, casts, compiled, ad
 
 
 def test_fit_takes_the_fewest_recomputing_layers_with_a_margin():
-    found = predict.fit(REAL, plain(), 28.5)
+    found = fit.fit(REAL, plain(), 28.5)
     count = found.configuration.checkpointed_layers
     assert 0 < count < 28
-    assert found.predicted_peak_gb <= 28.5 * (1 - predict.MARGIN)
-    assert predict.predict(REAL, plain(checkpointed_layers=count - 1)).predicted_peak_gb > 28.5 * (1 - predict.MARGIN)
-    assert predict.fit(REAL, plain(), 20) is None
+    assert found.predicted_peak_gb <= 28.5 * (1 - fit.MARGIN)
+    assert predict.predict(REAL, plain(checkpointed_layers=count - 1)).predicted_peak_gb > 28.5 * (1 - fit.MARGIN)
+    assert fit.fit(REAL, plain(), 20) is None
 
 
 @pytest.mark.parametrize("attention", ["flash", "cudnn"])
 def test_the_default_configuration_fits_and_spends_the_spare_on_speed(attention):
     """On a 40 GB card's budget next to no layer recomputes and only products are kept; with more room all are."""
     c = predict.configuration(REAL, DataOptions(), attention=attention)
-    found = predict.fit(REAL, c, 28.5)
-    assert 27.5 < found.predicted_peak_gb < 28.5 * (1 - predict.MARGIN)
+    found = fit.fit(REAL, c, 28.5)
+    assert 27.5 < found.predicted_peak_gb < 28.5 * (1 - fit.MARGIN)
     assert found.configuration.keep == "products" and found.configuration.checkpointed_layers <= 3
-    assert predict.fit(REAL, c, 28.5, capped=True).predicted_reserved_gb < 28.5 * (1 - predict.MARGIN)
-    roomy = predict.fit(REAL, c, 60).configuration
+    assert fit.fit(REAL, c, 28.5, capped=True).predicted_reserved_gb < 28.5 * (1 - fit.MARGIN)
+    roomy = fit.fit(REAL, c, 60).configuration
     assert (roomy.keep, roomy.checkpointed_layers) == ("all", 0)
-    between = predict.fit(REAL, c, 35).configuration
+    between = fit.fit(REAL, c, 35).configuration
     assert (between.keep, between.checkpointed_layers) == ("products", 0)
-    assert predict.fit(REAL, replace(c, keep="all"), 35).configuration.checkpointed_layers > 0
+    assert fit.fit(REAL, replace(c, keep="all"), 35).configuration.checkpointed_layers > 0
 
 
 @pytest.mark.parametrize("pattern", ["(", "model.layers.0.nothing"])

@@ -21,10 +21,14 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import nn  # noqa: E402
 
 from surgvqa.checkpoint.audit import audit  # noqa: E402
-from surgvqa.checkpoint.folder import header_bytes, open_checkpoint, read_json, usable_cores  # noqa: E402
-from surgvqa.config.options import MergeOptions, Path_  # noqa: E402
+from surgvqa.checkpoint.folder import open_checkpoint  # noqa: E402
+from surgvqa.checkpoint.headers import header_bytes  # noqa: E402
+from surgvqa.config.options import MergeOptions  # noqa: E402
+from surgvqa.config.settings import Path_  # noqa: E402
 from surgvqa.errors import SurgvqaError, UsageError  # noqa: E402
-from surgvqa.merge import arithmetic, command  # noqa: E402
+from surgvqa.files import read_json  # noqa: E402
+from surgvqa.machine.process import usable_cores  # noqa: E402
+from surgvqa.merge import arithmetic, command, plan  # noqa: E402
 from surgvqa.runs.folder import Run  # noqa: E402
 
 pytestmark = pytest.mark.model
@@ -629,7 +633,7 @@ def test_same_inputs_give_the_same_bytes_and_a_second_call_finds_them(tmp_path: 
     one = run_merge(tmp_path, base, adapter, "one", max_shard_size="6kB")
     two = run_merge(tmp_path, base, adapter, "two", max_shard_size="6kB")
     for file in one.iterdir():
-        if file.name != command.REPORT_FILE:
+        if file.name != plan.REPORT_FILE:
             assert file.read_bytes() == (two / file.name).read_bytes()
     before = {f.name: f.stat().st_mtime_ns for f in one.iterdir()}
     run_merge(tmp_path, base, adapter, "one", max_shard_size="6kB")

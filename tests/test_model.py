@@ -14,13 +14,15 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import Qwen2VLConfig, modeling_flash_attention_utils  # noqa: E402
 
-from surgvqa.checkpoint.folder import to_old_name  # noqa: E402
+from surgvqa.checkpoint.names import to_old_name  # noqa: E402
 from surgvqa.config.options import LORA_TARGETS, LoraOptions  # noqa: E402
 from surgvqa.data.collate import Collator  # noqa: E402
 from surgvqa.errors import SurgvqaError, UsageError  # noqa: E402
 from surgvqa.model import adapter, layers  # noqa: E402
 from surgvqa.model.adapter import add_lora, load_adapter, save_adapter  # noqa: E402
-from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration, choose_attention, load_model  # noqa: E402
+from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration  # noqa: E402
+from surgvqa.model.device import choose_attention  # noqa: E402
+from surgvqa.model.loading import load_model  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -726,7 +728,7 @@ def gpu(monkeypatch, capability: tuple[int, int], flash_attn, accepted: bool = T
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
-    monkeypatch.setattr("surgvqa.model.audio_qwen2vl.is_flash_attn_2_available", lambda: accepted)
+    monkeypatch.setattr("surgvqa.model.device.is_flash_attn_2_available", lambda: accepted)
 
 
 def test_attention_on_a_cpu_is_sdpa_and_says_why(monkeypatch):

@@ -13,12 +13,13 @@ import pytest
 import small
 
 from presets import ladder
-from surgvqa.config.options import TrainOptions, load_workspace
+from surgvqa.config.options import TrainOptions
+from surgvqa.config.workspace import load_workspace
 from surgvqa.errors import SurgvqaError
-from surgvqa.memory import predict, retreat
+from surgvqa.memory import fit, retreat
 from surgvqa.model.sizes import Sizes
 from surgvqa.runs.folder import Run
-from surgvqa.training import command, results
+from surgvqa.training import checkpoints, command, results
 
 ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
 ON_A_GPU = (
@@ -48,11 +49,11 @@ def forecast(monkeypatch):
 
 def test_fit_takes_the_fewest_recomputing_layers_within_the_budget(forecast):
     found = retreat.fit(options_for(), 28, forecast, 28.5)
-    assert found.prediction.predicted_peak_gb <= 28.5 * (1 - predict.MARGIN) and found.warning is None
+    assert found.prediction.predicted_peak_gb <= 28.5 * (1 - fit.MARGIN) and found.warning is None
     assert found.prediction.configuration.checkpointed_layers == found.recomputing
     if found.recomputing:
         fewer = forecast.of(options_for(checkpointed_layers=found.recomputing - 1))
-        assert fewer.predicted_peak_gb > 28.5 * (1 - predict.MARGIN)
+        assert fewer.predicted_peak_gb > 28.5 * (1 - fit.MARGIN)
     tight = retreat.fit(options_for(), 28, forecast, found.prediction.predicted_peak_gb - 2)
     assert found.recomputing < tight.recomputing < 28
     assert f"{tight.recomputing} of 28 layers" in tight.text and "the fewest that fit" in tight.text
@@ -119,7 +120,7 @@ def test_under_a_cap_what_is_reserved_must_fit(forecast):
     assert descent(options_for(enforce_budget=True), 28, forecast, between)[0] == "oom-8f-384px"
     plans = [retreat.fit(options_for(enforce_budget=capped), 28, forecast, 28.5) for capped in (False, True)]
     assert plans[0].prediction.predicted_reserved_gb > plans[1].prediction.predicted_reserved_gb
-    assert plans[1].prediction.predicted_reserved_gb <= 28.5 * (1 - predict.MARGIN) and plans[1].warning is None
+    assert plans[1].prediction.predicted_reserved_gb <= 28.5 * (1 - fit.MARGIN) and plans[1].warning is None
 
 
 def test_in_an_evaluation_recomputing_is_no_retreat():
@@ -144,15 +145,9 @@ model = pytest.mark.model
     ],
 )
 def test_the_sizes_are_read_from_the_message(text, sizes):
-    from surgvqa.training import step_down
+    from surgvqa.memory.out_of_memory import ALLOCATED, REQUESTED, UNALLOCATED, size_in
 
-    assert (
-        tuple(
-            step_down.size_in(text, where)
-            for where in (step_down.REQUESTED, step_down.ALLOCATED, step_down.UNALLOCATED)
-        )
-        == sizes
-    )
+    assert tuple(size_in(text, where) for where in (REQUESTED, ALLOCATED, UNALLOCATED)) == sizes
 
 
 @model
@@ -161,9 +156,10 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
     """By the time that the error is met, temporaries are gone: the allocator's own figures would say 'in pieces'."""
     import torch
 
-    from surgvqa.training import step_down
+    from surgvqa.memory import out_of_memory as out_of_memory_module
+    from surgvqa.training import rollback, step_down
 
-    monkeypatch.setattr(step_down, "allocator_bytes", lambda: (2**30, 9 * 2**30))
+    monkeypatch.setattr(out_of_memory_module, "allocator_bytes", lambda: (2**30, 9 * 2**30))
     monkeypatch.setattr(step_down, "owners", lambda trainer, allocated: {})
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=3),
@@ -171,7 +167,7 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
         args=SimpleNamespace(device=torch.device("cpu")),
         optimizer=None,
         window=SimpleNamespace(inputs=[]),
-        aside=step_down.Aside(),
+        aside=rollback.Aside(),
     )
     lack = step_down.take(torch.OutOfMemoryError(ON_A_GPU.replace("192.00 MiB", free)), trainer)
     assert lack.is_fragmentation is in_pieces and lack.allocated_bytes == 9 * 2**30
@@ -182,7 +178,8 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
 def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch):
     import torch
 
-    from surgvqa.training import step_down
+    from surgvqa.memory import out_of_memory as out_of_memory_module
+    from surgvqa.training import rollback
 
     device, emptied = torch.device("cpu"), []
     table, moments = torch.arange(4.0), [torch.randn(3), torch.randn(3)]
@@ -190,9 +187,11 @@ def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch
     batch = {"labels": torch.tensor([1, -100]), "shown": (8, 512), "gone": torch.ones(1)}
     before = [moments[0].clone(), moments[1].clone(), batch["labels"].clone()]
     on_device = [weakref.ref(value) for value in (batch["labels"], batch["gone"])]
-    monkeypatch.setattr(step_down, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device]))
+    monkeypatch.setattr(
+        out_of_memory_module, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device])
+    )
 
-    aside = step_down.Aside()
+    aside = rollback.Aside()
     aside.put((*states.values(), batch), device)
     aside_now = [states[0]["moment"], states[1]["moment"], batch["labels"]]
     assert emptied == [[True, True]] and all(one is not other for one, other in zip(aside_now, moments))
@@ -278,7 +277,7 @@ class Watched:
 
     def logged(self) -> list[float]:
         """Trainer's own losses, which go to W&B."""
-        state = json.loads((results.checkpoints(self.output)[0] / "trainer_state.json").read_text())
+        state = json.loads((checkpoints.checkpoints(self.output)[0] / "trainer_state.json").read_text())
         return [row["loss"] for row in state["log_history"] if "loss" in row]
 
     def actions(self) -> list[str]:
@@ -302,7 +301,7 @@ def assert_same_adapter(one: Watched, other: Watched):
     import torch
     from safetensors.torch import load_file
 
-    left, right = (load_file(run.output / results.ADAPTER) for run in (one, other))
+    left, right = (load_file(run.output / checkpoints.ADAPTER) for run in (one, other))
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
@@ -513,7 +512,7 @@ def test_a_later_optimiser_step_that_is_cut_short_is_never_saved(world, straight
     out_of_memory(torch.optim.AdamW, "step", lambda count, _: count == 3)
     run = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
     assert "out of GPU memory at step 2 (optimizer)" in run.error and run.actions() == ["stopping"]
-    assert [c.name for c in results.checkpoints(run.output)] == ["checkpoint-2", "checkpoint-1"]
+    assert [c.name for c in checkpoints.checkpoints(run.output)] == ["checkpoint-2", "checkpoint-1"]
     assert run.losses() == {step: loss for step, loss in straight.losses().items() if step <= 2}
 
 
@@ -587,12 +586,12 @@ def test_a_save_is_tried_again(world, straight, tmp_path, out_of_memory, monkeyp
     run = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
     assert_same(run, straight)
     assert run.actions() == ["trying again with an emptied cache"] and run.of("oom")[0]["phase"] == "save"
-    assert [c.name for c in results.checkpoints(run.output)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
+    assert [c.name for c in checkpoints.checkpoints(run.output)] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
     monkeypatch.undo()
     out_of_memory(EventTrainer, "_save_optimizer_and_scheduler", lambda count, _: count >= 2)
     twice = Watched(world.train_options(**SHARED), tmp_path)
     assert "out of GPU memory at step 2 (save)" in twice.error
-    assert [c.name for c in results.checkpoints(twice.output)] == ["checkpoint-1"]
+    assert [c.name for c in checkpoints.checkpoints(twice.output)] == ["checkpoint-1"]
     assert not list(twice.output.glob(".*"))
 
 
@@ -600,9 +599,9 @@ def test_a_save_is_tried_again(world, straight, tmp_path, out_of_memory, monkeyp
 def test_fragmentation_is_met_without_giving_anything_up_once_a_step(
     world, straight, tmp_path, out_of_memory, monkeypatch
 ):
-    from surgvqa.training import step_down
+    from surgvqa.memory import out_of_memory as out_of_memory_module
 
-    monkeypatch.setattr(step_down, "allocator_bytes", lambda: (20 * 2**30, 22 * 2**30))
+    monkeypatch.setattr(out_of_memory_module, "allocator_bytes", lambda: (20 * 2**30, 22 * 2**30))
     out_of_memory(*places()["forward"], lambda count, _: count in (2, 6, 8))
     run = Watched(world.train_options(checkpointed_layers=0, **SHARED), tmp_path)
     assert_same(run, straight)
@@ -619,7 +618,7 @@ def test_the_ladder_ends_with_a_checkpoint_and_a_message(world, tmp_path, out_of
     assert "out of GPU memory at step 2" in run.error and "smallest preset" in run.error and "\n" not in run.error
     assert [event["step"] for event in run.of("oom")] == [2, 2, 2, 2] and run.actions()[-1] == "stopping"
     assert len(run.of("retreat")) == 1 and [e["name"] for e in run.of("preset")] == ["own-0", "own-1"]
-    checkpoint, skipped = results.newest_whole_checkpoint(run.output)
+    checkpoint, skipped = checkpoints.newest_whole_checkpoint(run.output)
     assert checkpoint.name == "checkpoint-2" and not skipped
     assert results.read(checkpoint).options["image_size"] == 28
 
@@ -631,7 +630,7 @@ def test_on_oom_fail_stops_with_a_checkpoint_and_the_advice(world, straight, tmp
     (event,) = run.of("oom")
     assert event["action"] == "stopping" and event["next_preset"] == "own-0"
     assert f"surgvqa train --resume {run.run.id} --num_frames 1 --image_size 84" in run.error
-    assert results.newest_whole_checkpoint(run.output)[0].name == "checkpoint-1"
+    assert checkpoints.newest_whole_checkpoint(run.output)[0].name == "checkpoint-1"
     assert results.read(run.output).options["num_frames"] == 2  # nothing was given up
 
 
@@ -647,7 +646,7 @@ def test_a_run_on_a_gpu_is_fitted_and_its_phases_are_measured(world, tmp_path, m
         for n in range(3)
     ]
     assert predicted[0] > predicted[1]
-    options.budget_gb = (predicted[0] + predicted[1]) / 2 / (1 - predict.MARGIN)
+    options.budget_gb = (predicted[0] + predicted[1]) / 2 / (1 - fit.MARGIN)
     run = Watched(options, tmp_path)
     (plan,) = [event for event in run.of("phase") if event["name"] == "plan"]
     assert plan["checkpointed_layers"] == 1 and plan["predicted_peak_gb"] == predicted[1]
@@ -685,9 +684,9 @@ async def test_one_key_in_the_monitor_goes_on_from_the_last_step(world, tmp_path
     from textual.widgets import Static
 
     from surgvqa.cli import main
-    from surgvqa.runs.folder import list_runs
+    from surgvqa.runs.history import list_runs
     from tui.app import Panel
-    from tui.targets.target import LocalTarget
+    from tui.targets.local import LocalTarget
 
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets/own.toml").write_text(FEWER)

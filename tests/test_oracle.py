@@ -8,7 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
-from surgvqa.model.audio_qwen2vl import load_adapter, load_model  # noqa: E402
+from surgvqa.model.adapter import load_adapter  # noqa: E402
+from surgvqa.model.loading import load_model  # noqa: E402
 
 pytestmark = pytest.mark.model
 LOGITS, LOSS, RELATIVE_GRADIENT = 1e-4, 1e-5, 1e-4

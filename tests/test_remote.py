@@ -24,11 +24,13 @@ from sshd import (
 )
 
 from remote import setup as setup_room
-from remote.agent.jobs import parse_smi
-from remote.jobs import launch
+from remote.agent.machine import parse_smi
+from remote.jobs import follower, launch
 from remote.jobs.fetch import fetch
-from remote.ssh import connection, hosts
-from remote.ssh.connection import AuthenticationFailed, ChangedHostKey, Remote, UnknownHostKey, Unreachable, connect
+from remote.ssh import connection, fabric_connection, hosts
+from remote.ssh.connection import Remote, connect
+from remote.ssh.errors import AuthenticationFailed, ChangedHostKey, Unreachable
+from remote.ssh.host_keys import UnknownHostKey
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.folder import Run
 
@@ -190,7 +192,7 @@ def test_a_proxy_jump_to_itself_is_one_line(laptop):  # noqa: F811
 def test_a_jump_host_may_be_an_ipv6_address(tmp_path, monkeypatch, hop, address, port):
     (tmp_path / "config").write_text("")
     monkeypatch.setenv("SURGVQA_SSH_CONFIG", str(tmp_path / "config"))
-    found = connection.jump_host(hop, "gpuhost")
+    found = fabric_connection.jump_host(hop, "gpuhost")
     assert (found.hostname, found.port) == (address, port)
 
 
@@ -204,7 +206,7 @@ def test_every_failure_is_one_line_that_says_what_to_do(laptop, monkeypatch):  #
     assert "ssh-copy-id" in failure(AuthenticationFailed)
     laptop.server.write_config(port=free_port())
     assert "connection refused" in failure(Unreachable)
-    monkeypatch.setattr("remote.ssh.connection.CONNECT_TIMEOUT_S", 1)
+    monkeypatch.setattr("remote.ssh.timeouts.CONNECT_TIMEOUT_S", 1)
     laptop.server.config.write_text(laptop.server.config.read_text().replace("127.0.0.1", "192.0.2.1"))
     began = time.monotonic()
     failure(Unreachable)
@@ -266,7 +268,7 @@ def test_the_python_of_a_home_and_one_that_is_too_old(laptop):  # noqa: F811
 def test_a_silent_host_is_given_up(laptop, monkeypatch):  # noqa: F811
     relay = Relay(laptop.server.port)
     laptop.server.write_config(port=relay.port)
-    monkeypatch.setattr("remote.ssh.connection.CHANNEL_TIMEOUT_S", 2)
+    monkeypatch.setattr("remote.ssh.timeouts.CHANNEL_TIMEOUT_S", 2)
     with laptop.connect() as remote:
         relay.freeze()
         began = time.monotonic()
@@ -326,7 +328,11 @@ def test_setup_installs_our_wheel_and_notices_skew(laptop):  # noqa: F811
     """The venv sees this interpreter's packages, so that nothing is downloaded; our own wheel is installed for real."""
     site = venv_there(laptop, without=("torch", "transformers"))  # importing them is not what is tested here
     first = laptop.json("setup", "gpuhost", "--extra", "")
-    assert first["changed"] and (site / "surgvqa" / "supervisor.py").is_file() and (site / "remote" / "agent").is_dir()
+    assert (
+        first["changed"]
+        and (site / "surgvqa" / "runs" / "supervisor.py").is_file()
+        and (site / "remote" / "agent").is_dir()
+    )
     again = laptop.json("setup", "gpuhost", "--extra", "")
     assert not again["changed"] and again["seconds"] < 20
     with laptop.connect() as remote:
@@ -415,7 +421,7 @@ def test_a_run_comes_home_verified_and_resumed(laptop):  # noqa: F811
     with laptop.connect() as remote:
         command, *argv = [*TRAIN, "--max_steps", "2"]
         run = launch.launch(remote, command, argv, needs=[])["run"]
-        list(launch.Follower(remote, run))
+        list(follower.Follower(remote, run))
         big = laptop.there / "runs" / run / "adapter" / "adapter_model.safetensors"
         big.write_bytes(os.urandom(30_000_000))
         progress = Run.create(laptop.workspace / "runs", "fetch")

@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import pytest
 from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
 
-from remote.cli.commands import main, split_job
+from remote.cli.main import main
+from remote.cli.parser import split_job
 from remote.jobs import launch
-from remote.ssh import connection
-from remote.ssh.connection import Unreachable
+from remote.jobs.follower import Follower
+from remote.ssh import connection, timeouts
+from remote.ssh.errors import Unreachable
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.supervisor import descendants, process_identity
+from surgvqa.runs.process import descendants, process_identity
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +53,7 @@ def supervisor_of(host, run):
 def test_a_job_runs_to_its_end_and_says_how(host):
     with host.connect() as remote:
         run = start(remote, "--max_steps", "5")
-        follower = launch.Follower(remote, run)
+        follower = Follower(remote, run)
         events = list(follower)
     assert [e["step"] for e in events if e["kind"] == "metric"] == [1, 2, 3, 4, 5]
     assert "training starts" in "".join(e["text"] for e in events if e["kind"] == "log")
@@ -110,7 +112,7 @@ def test_stop_with_a_stale_pid_touches_nobody(host, differs):
 def test_a_killed_job_is_dead_and_says_by_what(host):
     with host.connect() as remote:
         run = start(remote, "--run_name", "killed")
-        follower = launch.Follower(remote, run)
+        follower = Follower(remote, run)
         events = list(follower)
     assert follower.state == "died" and follower.outcome["exit"]["signal"] == 9
     assert any(e["kind"] == "error" and "SIGKILL" in e["text"] for e in events)
@@ -118,7 +120,7 @@ def test_a_killed_job_is_dead_and_says_by_what(host):
 
 def test_following_waits_for_what_the_supervisor_says_of_a_killed_job(tmp_path):
     """The job is gone a moment before its supervisor has written by what."""
-    from remote.agent import jobs as on_host
+    from remote.agent import runs
 
     folder = tmp_path / "runs" / "20260101-000000-train-abc"
     folder.mkdir(parents=True)
@@ -134,14 +136,14 @@ open(sys.argv[1], "a").write('{"v": 1, "t": 2.0, "kind": "finished", "state": "d
     (folder / "supervisor.json").write_text(json.dumps(noted))
     threading.Thread(target=supervisor.wait).start()
     said = []
-    answer = on_host.follow(SimpleNamespace(say=said.append), str(tmp_path), folder.name, {})
+    answer = runs.follow(SimpleNamespace(say=said.append), str(tmp_path), folder.name, {})
     assert answer["state"] == "died" and answer["finished"]["t"] == 2.0
     assert '"finished"' in "".join(message.get("text", "") for message in said)
 
 
 def test_a_failing_job_fails(host):
     with host.connect() as remote:
-        follower = launch.Follower(remote, start(remote, "--run_name", "fails"))
+        follower = Follower(remote, start(remote, "--run_name", "fails"))
         events = list(follower)
     assert follower.state == "failed" and follower.outcome["exit"]["exit_code"] == 1
     assert any(e["kind"] == "error" and "no such luck" in e["text"] for e in events)
@@ -182,7 +184,7 @@ def test_one_job_has_the_gpu(host):
         for run in (started[0], second):
             launch.stop(remote, run, grace_s=5)
         third = start(remote, "--max_steps", "1")
-        assert launch.Follower(remote, third).__iter__() and list(launch.Follower(remote, third))
+        assert Follower(remote, third).__iter__() and list(Follower(remote, third))
 
 
 def test_a_gpu_that_somebody_else_computes_on_is_not_shared(host):
@@ -240,7 +242,7 @@ def test_launch_refuses_what_is_not_there(host):
 
 
 def test_local_paths_become_the_hosts(host):
-    from surgvqa.config.options import load_workspace
+    from surgvqa.config.workspace import load_workspace
 
     workspace = load_workspace(host.workspace)
     argv = [
@@ -266,7 +268,7 @@ def test_local_paths_become_the_hosts(host):
     ],
 )
 def test_what_is_no_input_need_not_be_there(tmp_path, monkeypatch, argv, turned, needs):
-    from surgvqa.config.options import load_workspace
+    from surgvqa.config.workspace import load_workspace
 
     monkeypatch.chdir(tmp_path)
     assert launch.paths_for_host("train", argv, load_workspace(tmp_path)) == (turned, needs)
@@ -274,7 +276,7 @@ def test_what_is_no_input_need_not_be_there(tmp_path, monkeypatch, argv, turned,
 
 @pytest.mark.parametrize("argv", [["--checkpoint", "last"], ["--checkpoint=last"]])
 def test_a_run_id_of_the_host_is_no_path(tmp_path, monkeypatch, argv):
-    from surgvqa.config.options import load_workspace
+    from surgvqa.config.workspace import load_workspace
 
     monkeypatch.chdir(tmp_path)
     assert launch.paths_for_host("evaluate", argv, load_workspace(tmp_path)) == (argv, [])
@@ -364,7 +366,7 @@ def test_names_are_utf8_in_a_latin_1_locale_too(host):
 def test_following_lags_less_than_a_second(host):
     with host.connect() as remote:
         run = start(remote, "--max_steps", "40")
-        lags = [time.time() - e["t"] for e in launch.Follower(remote, run) if e["kind"] == "metric"]
+        lags = [time.time() - e["t"] for e in Follower(remote, run) if e["kind"] == "metric"]
     late = lags[10:]  # the job had begun before we listened
     assert max(late) < 1.0, lags
 
@@ -373,7 +375,7 @@ def test_following_survives_dropped_connections_without_loss(host):
     """sshd's sessions are killed, later the whole sshd for a second; every event arrives exactly once."""
     with host.connect() as remote:
         run = start(remote, "--max_steps", "100")
-        follower = launch.Follower(remote, run)
+        follower = Follower(remote, run)
         steps, lost = [], 0
         for event in follower:
             if event["kind"] == "metric":
@@ -388,13 +390,13 @@ def test_following_survives_dropped_connections_without_loss(host):
 
 
 def test_a_dead_link_is_unreachable_and_not_dead(host, monkeypatch):
-    assert connection.Remote.stream.__defaults__ == (connection.SILENCE_S,) and connection.SILENCE_S < 20
+    assert connection.Remote.stream.__defaults__ == (timeouts.SILENCE_S,) and timeouts.SILENCE_S < 20
     monkeypatch.setattr(connection.Remote.stream, "__defaults__", (5.0,))  # two beats are missing: time saved
     relay = Relay(host.server.port)
     host.server.write_config(port=relay.port)
     with host.connect() as remote:
         run = start(remote)
-        follower = launch.Follower(remote, run)
+        follower = Follower(remote, run)
         seen = iter(follower)
         until(lambda: next(seen)["kind"] == "metric" and follower.state == "running")
         relay.freeze()
@@ -417,7 +419,7 @@ def test_a_slow_link_is_no_lost_one(host):
     host.server.write_config(port=relay.port)
     with host.connect() as remote:
         run = start(remote, "--max_steps", "20")
-        seen = list(launch.Follower(remote, run))
+        seen = list(Follower(remote, run))
     assert [e["step"] for e in seen if e["kind"] == "metric"] == list(range(1, 21))
     assert not [e for e in seen if e["kind"] == "connection"]
     relay.close()
@@ -428,7 +430,7 @@ def test_the_host_gone_for_good_can_be_given_up(host):
         run = start(remote, "--max_steps", "100000")
         host.server.stop()
         with pytest.raises(Unreachable):
-            list(launch.Follower(remote, run, give_up_s=1.0))
+            list(Follower(remote, run, give_up_s=1.0))
         host.server.start()
         launch.stop(remote, run, grace_s=5)
 
@@ -441,7 +443,7 @@ def test_a_rotated_and_a_truncated_log_are_noticed(host):
     (folder / "log.txt").write_text("one\n")
     (folder / "events.jsonl").write_text('{"v":1,"t":1,"kind":"phase","name":"a"}\n{"v":1,"t"')
     with host.connect() as remote:
-        follower = launch.Follower(remote, "last")
+        follower = Follower(remote, "last")
         seen = iter(follower)
         texts = []
 
@@ -477,7 +479,7 @@ def test_runs_shows_those_started_by_hand_and_clocks_do_not_matter(host, monkeyp
     with host.connect() as remote:
         until(lambda: any(r["state"] == "running" for r in remote.call("runs")["runs"]))
         run = next(r for r in remote.call("runs")["runs"] if r["state"] == "running")
-        seen = iter(launch.Follower(remote, run["id"]))
+        seen = iter(Follower(remote, run["id"]))
         assert next(e for e in seen if e["kind"] == "metric")
         seen.close()
         assert launch.stop(remote, run["id"], grace_s=5)["state"] == "stopped"

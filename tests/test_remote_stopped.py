@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sshd import Relay, laptop, processes_naming  # noqa: F401
 
-from surgvqa.runs.folder import state_of
+from surgvqa.runs.state import state_of
 
 pytestmark = pytest.mark.slow
 

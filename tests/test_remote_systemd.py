@@ -13,6 +13,7 @@ from sshd import TRAIN, laptop, stub_train  # noqa: F401
 from test_remote_jobs import start, until
 
 from remote.jobs import launch
+from remote.jobs.follower import Follower
 
 pytestmark = pytest.mark.slow
 
@@ -78,5 +79,5 @@ def test_without_its_manager_the_supervisor_starts_by_itself(host):
     with host.connect() as remote:
         said(remote, "kill", "-KILL", said(remote, "cat", "/run/user/0/manager.pid"))
         run = start(remote, "--max_steps", "2")
-        follower = launch.Follower(remote, run)
+        follower = Follower(remote, run)
         assert list(follower) and follower.state == "finished"

@@ -20,14 +20,18 @@ from hypothesis import strategies as st
 from sshd import Relay, cmdline, laptop  # noqa: F401
 
 from remote.agent import staging as staging_room
-from remote.ssh.connection import ChangedHostKey
+from remote.paths import remote_name
+from remote.ssh.errors import ChangedHostKey
 from remote.ssh.process import Reserve
-from remote.upload import command as upload_room
+from remote.upload import chunks, host_settings
 from remote.upload import streams as transfer_room
-from remote.upload.plan import Hashes, Item, Way, cheapest, folder_sources
+from remote.upload.hashes import Hashes, Item
+from remote.upload.plan import Way, cheapest, folder_sources
+from remote.upload.send import send_item
+from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.folder import Run
-from surgvqa.runs.supervisor import descendants
+from surgvqa.runs.process import descendants
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +62,7 @@ def until(true, patience_s: float = 30.0) -> None:
 
 def test_the_hosts_settings_say_what_ours_say(tmp_path):
     """Values that are none, paths below runs/, which the host makes itself, and letters that TOML wants escaped."""
-    from surgvqa.config.options import load_workspace
+    from surgvqa.config.workspace import load_workspace
 
     (tmp_path / "surgvqa.toml").write_text(
         'host = "h"\nframes_dir = "/data/my frames"\neval_data_path = ""\n'
@@ -67,7 +71,7 @@ def test_the_hosts_settings_say_what_ours_say(tmp_path):
     )
     there = tmp_path / "there"
     there.mkdir()
-    (there / "surgvqa.toml").write_text(upload_room.host_settings(load_workspace(tmp_path)))
+    (there / "surgvqa.toml").write_text(host_settings.host_settings(load_workspace(tmp_path)))
     read = load_workspace(there)
     assert read.values == {"frames_dir": str(there / "my frames"), "eval_data_path": None}
     first = str(there / "runs" / "first")
@@ -100,7 +104,7 @@ class Sender:
         return Item(name, "folder", Hashes().entries(folder_sources(folder)))
 
     def send(self, item: Item, **options) -> dict:
-        return upload_room.send_item(self.remote, item, self.run, Hashes(), self.facts, self.reserve, **options)
+        return send_item(self.remote, item, self.run, Hashes(), self.facts, self.reserve, **options)
 
 
 @pytest.fixture
@@ -508,7 +512,7 @@ def test_chunks_cover_exactly_what_is_missing():
     entry = lambda size: type("E", (), {"size": size})  # noqa: E731
     item = type("I", (), {"entries": [entry(3 * transfer_room.CHUNK + 5), entry(0), entry(7)]})
     chunk = transfer_room.CHUNK
-    found = transfer_room.chunks_of(item, {0: [[chunk, chunk]], 2: [[0, 7]]}, chunk)
+    found = chunks.chunks_of(item, {0: [[chunk, chunk]], 2: [[0, 7]]}, chunk)
     assert [(c.index, c.offset, c.length) for c in found] == [(0, 0, chunk), (0, 2 * chunk, chunk), (0, 3 * chunk, 5)]
 
 
@@ -572,7 +576,7 @@ def test_nothing_to_upload_is_said(laptop):  # noqa: F811
     assert "nothing to upload" in laptop.command("upload", "gpuhost", check=2).stderr
     assert "no such folder" in laptop.command("upload", "gpuhost", "--model_name_or_path", "no", check=2).stderr
     with pytest.raises(UsageError):
-        upload_room.remote_name(laptop.workspace, upload_room.Workspace(laptop.workspace, {}, {}))
+        remote_name(laptop.workspace, Workspace(laptop.workspace, {}, {}))
 
 
 RECEIVE = """

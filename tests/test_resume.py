@@ -15,7 +15,7 @@ from test_train import Watched, assert_same_adapter
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.folder import Run
-from surgvqa.training import command, results
+from surgvqa.training import checkpoints, command, results
 
 pytestmark = pytest.mark.model
 
@@ -76,7 +76,7 @@ def test_early_stopping_can_begin_and_become_more_patient(four_steps, again, tmp
     never_better = {"max_steps": 9, "learning_rate": 1e-12, "eval_steps": 1, "save_steps": 1}
     began = again(four_steps, early_stopping_patience=2, **never_better)
     assert began.result["steps"] == 6
-    checkpoint = next(iter(results.checkpoints(began.output)))
+    checkpoint = next(iter(checkpoints.checkpoints(began.output)))
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"] == {"early_stopping_patience_counter": 2}
     options = {**four_steps.options, **never_better, "early_stopping_patience": 4}
@@ -165,7 +165,7 @@ def test_an_error_between_steps_costs_no_step(world, tmp_path, monkeypatch):
     options.extra = {"dataloader_num_workers": "1", "dataloader_prefetch_factor": "1"}
     run = Watched(options, tmp_path / "runs")
     assert str(run.error) == "the frame is gone"
-    checkpoint, _ = results.newest_whole_checkpoint(run.output)
+    checkpoint, _ = checkpoints.newest_whole_checkpoint(run.output)
     assert int(checkpoint.name.partition("-")[2]) == max(run.losses()) >= 3
 
 
@@ -180,7 +180,7 @@ def test_steps_that_are_not_finite_leave_the_last_good_one(world, tmp_path, monk
 
     monkeypatch.setattr(EventTrainer, "compute_loss", compute_loss)
     run = Watched(world.train_options(max_steps=8, save_strategy="no"), tmp_path)
-    checkpoint, _ = results.newest_whole_checkpoint(run.output)
+    checkpoint, _ = checkpoints.newest_whole_checkpoint(run.output)
     assert "steps 4 to 6 are not finite" in str(run.error) and f"checkpoint: {checkpoint};" in str(run.error)
 
 
@@ -202,7 +202,7 @@ def test_going_back_needs_a_folder_of_its_own(four_steps, world, tmp_path):
     command.check(world.train_options(**back, output_dir=str(output)))
     damaged = Watched(world.train_options(**back, output_dir=str(output)), tmp_path / "runs")
     assert (output / "damaged-checkpoint-4").is_dir()
-    assert "checkpoint-3" in [path.name for path in results.checkpoints(damaged.output)]
+    assert "checkpoint-3" in [path.name for path in checkpoints.checkpoints(damaged.output)]
 
 
 def test_what_was_trained_is_not_begun_anew(four_steps, world, tmp_path):
@@ -215,11 +215,11 @@ def test_what_was_trained_is_not_begun_anew(four_steps, world, tmp_path):
         file.unlink()
     with pytest.raises(UsageError, match=r"no checkpoint to resume from \(checkpoint-4: optimizer.pt is missing\)"):
         command.check(options)
-    for checkpoint in results.checkpoints(output):
+    for checkpoint in checkpoints.checkpoints(output):
         shutil.rmtree(checkpoint)
     with pytest.raises(UsageError, match="none was kept"):
         command.check(options)
-    (output / results.ADAPTER).unlink()
+    (output / checkpoints.ADAPTER).unlink()
     command.check(options)  # nothing is lost by step 0
 
 
@@ -242,13 +242,13 @@ def test_a_moved_folder_still_has_its_best_state_and_a_lost_one_is_told(four_ste
 
 
 def test_a_run_that_goes_on_where_another_ended_is_not_taken_for_its_result(world, tmp_path, monkeypatch):
-    from surgvqa.evaluation import command
+    from surgvqa.evaluation import model_folders
     from surgvqa.training.trainer import EventTrainer
 
     saving = {"save_strategy": "steps", "save_steps": 1}
     first = Watched(world.train_options(max_steps=1, **saving), tmp_path)
     asked = world.evaluate_options(checkpoint=str(first.output))
-    assert command.model_folders(asked) == (world.checkpoint, first.output)
+    assert model_folders.model_folders(asked) == (world.checkpoint, first.output)
     report = EventTrainer.end_of_step
 
     def stops(self):
@@ -260,7 +260,7 @@ def test_a_run_that_goes_on_where_another_ended_is_not_taken_for_its_result(worl
     output = {"output_dir": str(first.output), "resume": str(first.output)}
     second = Watched(world.train_options(max_steps=4, **saving, **output), tmp_path)
     assert second.result["state"] == "stopped"
-    assert command.model_folders(asked) == (world.checkpoint, first.output / "checkpoint-2")
+    assert model_folders.model_folders(asked) == (world.checkpoint, first.output / "checkpoint-2")
 
 
 def test_two_trainings_do_not_share_an_output_folder(world, tmp_path, monkeypatch):

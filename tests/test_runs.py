@@ -14,9 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgvqa import files
 from surgvqa.cli import main
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import folder as folder_module
+from surgvqa.runs import history, launch, process
+from surgvqa.runs.events import EventTail, finished_event
+from surgvqa.runs.folder import Run
+from surgvqa.runs.state import read_run_json, state_of
 
 
 def wait_for(condition, seconds=10.0):
@@ -27,18 +31,18 @@ def wait_for(condition, seconds=10.0):
 
 
 def test_a_run_writes_what_a_reader_reads(tmp_path):
-    with folder_module.Run.create(tmp_path, "merge", options={"seed": {"value": 1, "from": "default"}}) as run:
+    with Run.create(tmp_path, "merge", options={"seed": {"value": 1, "from": "default"}}) as run:
         run.phase("merge")
         run.progress("merge", 5, 10, "shards")
         run.emit("metric", step=3, loss=float("nan"))
         run.result = {"modules_merged": 21}
-        assert folder_module.state_of(run.folder) == "running"
-    events = folder_module.EventTail(run.folder / "events.jsonl").read()
+        assert state_of(run.folder) == "running"
+    events = EventTail(run.folder / "events.jsonl").read()
     assert [e["kind"] for e in events] == ["phase", "progress", "metric", "finished"]
     assert events[2]["loss"] is None, "JSON has no NaN"
     assert all(e["v"] == 1 and abs(e["t"] - time.time()) < 60 for e in events)
     assert events[-1]["result"] == {"modules_merged": 21}
-    (summary,) = folder_module.list_runs(tmp_path)
+    (summary,) = history.list_runs(tmp_path)
     assert (summary.state, summary.command, summary.steps) == ("finished", "merge", 3)
 
 
@@ -52,17 +56,17 @@ def test_a_run_writes_what_a_reader_reads(tmp_path):
     ],
 )
 def test_how_a_run_ended_is_told(tmp_path, error, state, code):
-    run = folder_module.Run.create(tmp_path, "train")
+    run = Run.create(tmp_path, "train")
     with pytest.raises(type(error)), run:
         raise error
-    finished = folder_module.finished_event(run.folder)
+    finished = finished_event(run.folder)
     assert (finished["state"], finished["exit_code"]) == (state, code)
-    assert folder_module.state_of(run.folder) == state
+    assert state_of(run.folder) == state
 
 
 def test_a_half_written_line_is_not_yet(tmp_path):
     file = tmp_path / "events.jsonl"
-    tail = folder_module.EventTail(file)
+    tail = EventTail(file)
     assert tail.read() == []
     file.write_bytes(b'{"kind":"phase","name":"m')
     assert tail.read() == []
@@ -75,7 +79,7 @@ def test_a_half_written_line_is_not_yet(tmp_path):
 def test_a_damaged_line_is_counted_and_passed_over(tmp_path):
     file = tmp_path / "events.jsonl"
     file.write_bytes(b'\xff\xfe{"kind"\n[1]\n{"no":"kind"}\n\n{"kind":"later-version"}\n')
-    tail = folder_module.EventTail(file)
+    tail = EventTail(file)
     assert [e["kind"] for e in tail.read()] == ["later-version"]
     assert tail.damaged == 3
 
@@ -83,7 +87,7 @@ def test_a_damaged_line_is_counted_and_passed_over(tmp_path):
 def test_a_file_that_shrank_is_read_from_its_start(tmp_path):
     file = tmp_path / "events.jsonl"
     file.write_text('{"kind":"a"}\n{"kind":"b"}\n')
-    tail = folder_module.EventTail(file)
+    tail = EventTail(file)
     tail.read()
     file.write_text('{"kind":"c"}\n')
     assert [e["kind"] for e in tail.read()] == ["c"]
@@ -97,7 +101,7 @@ def test_a_file_that_shrank_is_read_from_its_start(tmp_path):
 def test_events_arrive_once_and_in_order_however_the_file_grows(tmp_path_factory, payloads, cuts):
     file = tmp_path_factory.mktemp("tail") / "events.jsonl"
     data = b"".join(json.dumps({"kind": "x", "payload": p}).encode() + b"\n" for p in payloads)
-    tail, seen, written = folder_module.EventTail(file), [], 0
+    tail, seen, written = EventTail(file), [], 0
     for cut in [*cuts, len(data)]:
         with open(file, "ab") as handle:
             handle.write(data[written : written + cut])
@@ -107,47 +111,47 @@ def test_events_arrive_once_and_in_order_however_the_file_grows(tmp_path_factory
 
 
 def test_a_killed_job_died_and_a_reused_pid_is_not_it(tmp_path):
-    run = folder_module.Run.create(tmp_path, "train")
+    run = Run.create(tmp_path, "train")
     job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    info = folder_module.read_run_json(run.folder) | {
+    info = read_run_json(run.folder) | {
         "pid": job.pid,
-        "identity": folder_module.process_identity(job.pid),
+        "identity": process.process_identity(job.pid),
     }
-    folder_module.write_json_atomic(run.folder / "run.json", info)
-    assert folder_module.state_of(run.folder) == "running"
+    files.write_json_atomic(run.folder / "run.json", info)
+    assert state_of(run.folder) == "running"
     job.kill()
-    wait_for(lambda: folder_module.state_of(run.folder) == "died")  # a zombie until somebody waits: dead all the same
+    wait_for(lambda: state_of(run.folder) == "died")  # a zombie until somebody waits: dead all the same
     job.wait()
     info |= {"pid": os.getpid(), "identity": "another boot:1"}
-    folder_module.write_json_atomic(run.folder / "run.json", info)
-    assert folder_module.state_of(run.folder) == "died"
+    files.write_json_atomic(run.folder / "run.json", info)
+    assert state_of(run.folder) == "died"
 
 
 def test_stop_asks_first_then_insists_and_takes_the_children_along(tmp_path):
     deaf = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     child = f"{deaf}; print('up', flush=True); time.sleep(60)"
     parent = f"{deaf}; subprocess.run([sys.executable, '-c', {child!r}])"
-    run = folder_module.Run.create(tmp_path, "train")
+    run = Run.create(tmp_path, "train")
     job = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
     assert job.stdout.readline() == b"up\n"
     (grandchild,) = psutil.Process(job.pid).children()
-    info = folder_module.read_run_json(run.folder) | {
+    info = read_run_json(run.folder) | {
         "pid": job.pid,
-        "identity": folder_module.process_identity(job.pid),
+        "identity": process.process_identity(job.pid),
     }
-    folder_module.write_json_atomic(run.folder / "run.json", info)
-    assert folder_module.stop(run.folder, grace_s=0.3) == "died"
+    files.write_json_atomic(run.folder / "run.json", info)
+    assert launch.stop(run.folder, grace_s=0.3) == "died"
     assert job.wait(5) == -signal.SIGKILL
     wait_for(lambda: not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_stop_never_touches_a_process_that_is_not_the_run(tmp_path):
-    run = folder_module.Run.create(tmp_path, "train")
+    run = Run.create(tmp_path, "train")
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        info = folder_module.read_run_json(run.folder) | {"pid": bystander.pid, "identity": "someone else"}
-        folder_module.write_json_atomic(run.folder / "run.json", info)
-        assert folder_module.stop(run.folder) == "died"
+        info = read_run_json(run.folder) | {"pid": bystander.pid, "identity": "someone else"}
+        files.write_json_atomic(run.folder / "run.json", info)
+        assert launch.stop(run.folder) == "died"
         assert bystander.poll() is None
     finally:
         bystander.kill()
@@ -155,46 +159,40 @@ def test_stop_never_touches_a_process_that_is_not_the_run(tmp_path):
 
 
 def test_a_launched_job_has_its_own_session_and_leaves_its_words(tmp_path):
-    folder = folder_module.launch(
-        "merge", ["--stage1_model_path", "nowhere", "--stage2_adapter_path", "nowhere"], tmp_path
-    )
-    wait_for(lambda: folder_module.state_of(folder) == "failed", 30)
+    folder = launch.launch("merge", ["--stage1_model_path", "nowhere", "--stage2_adapter_path", "nowhere"], tmp_path)
+    wait_for(lambda: state_of(folder) == "failed", 30)
     assert "nowhere" in (folder / "log.txt").read_text() and "Traceback" not in (folder / "log.txt").read_text()
-    (error,) = [e for e in folder_module.EventTail(folder / "events.jsonl").read() if e["kind"] == "error"]
+    (error,) = [e for e in EventTail(folder / "events.jsonl").read() if e["kind"] == "error"]
     assert "nowhere" in error["text"]
 
 
 def test_a_run_is_found_by_id_prefix_name_and_last(tmp_path):
     ids = ["20260101-000000-train-aaa", "20260101-000001-train-bbb"]
     for number, run_id in enumerate(ids):
-        with folder_module.Run.create(
-            tmp_path, "train", run_id=run_id, options={"run_name": {"value": f"name{number}"}}
-        ):
+        with Run.create(tmp_path, "train", run_id=run_id, options={"run_name": {"value": f"name{number}"}}):
             pass
-        info = folder_module.read_run_json(tmp_path / run_id) | {"started": float(number)}
-        folder_module.write_json_atomic(tmp_path / run_id / "run.json", info)
-    assert folder_module.find_run(ids[0], [tmp_path]).name == ids[0]
-    assert folder_module.find_run("20260101-000001", [tmp_path]).name == ids[1]
-    assert folder_module.find_run("name0", [tmp_path]).name == ids[0]
-    assert folder_module.find_run("last", [tmp_path]).name == ids[1]
-    with folder_module.Run.create(tmp_path, "evaluate") as evaluation:
+        info = read_run_json(tmp_path / run_id) | {"started": float(number)}
+        files.write_json_atomic(tmp_path / run_id / "run.json", info)
+    assert history.find_run(ids[0], [tmp_path]).name == ids[0]
+    assert history.find_run("20260101-000001", [tmp_path]).name == ids[1]
+    assert history.find_run("name0", [tmp_path]).name == ids[0]
+    assert history.find_run("last", [tmp_path]).name == ids[1]
+    with Run.create(tmp_path, "evaluate") as evaluation:
         pass
-    assert folder_module.find_run("last", [tmp_path]).name == evaluation.id
-    assert folder_module.find_run("last", [tmp_path], "train").name == ids[1]
-    assert folder_module.find_run("last", [tmp_path], "merge").name == evaluation.id  # which says that it is no merge
+    assert history.find_run("last", [tmp_path]).name == evaluation.id
+    assert history.find_run("last", [tmp_path], "train").name == ids[1]
+    assert history.find_run("last", [tmp_path], "merge").name == evaluation.id  # which says that it is no merge
     with pytest.raises(UsageError, match="fits 3 runs"):
-        folder_module.find_run("2026", [tmp_path])
+        history.find_run("2026", [tmp_path])
     with pytest.raises(UsageError, match="no such run"):
-        folder_module.find_run("x", [tmp_path])
+        history.find_run("x", [tmp_path])
 
 
 def test_a_folder_of_another_host_is_unknown_not_dead(tmp_path):
-    run = folder_module.Run.create(tmp_path, "train")
-    folder_module.write_json_atomic(
-        run.folder / "run.json", folder_module.read_run_json(run.folder) | {"host": "elsewhere", "pid": 1}
-    )
-    assert folder_module.state_of(run.folder) == "unknown"
-    assert folder_module.state_of(tmp_path / "gone") == "unknown"
+    run = Run.create(tmp_path, "train")
+    files.write_json_atomic(run.folder / "run.json", read_run_json(run.folder) | {"host": "elsewhere", "pid": 1})
+    assert state_of(run.folder) == "unknown"
+    assert state_of(tmp_path / "gone") == "unknown"
 
 
 def test_a_job_that_is_starting_is_stopped_too(tmp_path):
@@ -202,20 +200,20 @@ def test_a_job_that_is_starting_is_stopped_too(tmp_path):
     folder = tmp_path / "20260101-000000-train-abc"
     folder.mkdir()
     info = {"v": 1, "id": folder.name, "host": platform.node(), "started": time.time()}
-    folder_module.write_json_atomic(folder / "run.json", {**info, "pid": None})
+    files.write_json_atomic(folder / "run.json", {**info, "pid": None})
     job = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    whole = {**info, "pid": job.pid, "identity": folder_module.process_identity(job.pid)}
-    speaks = threading.Timer(0.5, lambda: folder_module.write_json_atomic(folder / "run.json", whole))
+    whole = {**info, "pid": job.pid, "identity": process.process_identity(job.pid)}
+    speaks = threading.Timer(0.5, lambda: files.write_json_atomic(folder / "run.json", whole))
     speaks.start()
-    assert folder_module.stop(folder) == "died"
+    assert launch.stop(folder) == "died"
     assert job.wait() == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("gone_before", ["children are listed", "the signal"])
 def test_a_job_that_ends_while_it_is_being_stopped_is_no_error(tmp_path, monkeypatch, gone_before):
-    run = folder_module.Run.create(tmp_path, "train")
-    identity = folder_module.process_identity(os.getpid())
-    monkeypatch.setattr(folder_module, "process_identity", lambda pid: identity)
+    run = Run.create(tmp_path, "train")
+    identity = process.process_identity(os.getpid())
+    monkeypatch.setattr(launch, "process_identity", lambda pid: identity)
 
     def gone(*_, **__):
         run.emit("finished", state="finished", exit_code=0, result={})
@@ -225,12 +223,12 @@ def test_a_job_that_ends_while_it_is_being_stopped_is_no_error(tmp_path, monkeyp
         monkeypatch.setattr(psutil.Process, "children", gone)
     else:
         monkeypatch.setattr(os, "kill", gone)
-    assert folder_module.stop(run.folder) == "finished"
+    assert launch.stop(run.folder) == "finished"
 
 
 def test_an_error_with_brackets_is_followed_as_it_is(tmp_path, monkeypatch, capsys):
     """rich would take [/x] for its own markup."""
-    run = folder_module.Run.create(tmp_path / "runs", "train")
+    run = Run.create(tmp_path / "runs", "train")
     with pytest.raises(SurgvqaError), run:
         raise SurgvqaError("no key [/x] in C:\\data\\ [red] :warning:")
     monkeypatch.chdir(tmp_path)

@@ -15,10 +15,15 @@ import pytest
 import small
 
 from surgvqa.cli import main
-from surgvqa.config.options import TrainOptions, load_workspace
+from surgvqa.config.options import TrainOptions
+from surgvqa.config.workspace import load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.folder import Run, finished_event, last_step, launch, state_of, stop
-from surgvqa.training import command, results
+from surgvqa.runs.events import finished_event
+from surgvqa.runs.folder import Run
+from surgvqa.runs.history import last_step
+from surgvqa.runs.launch import launch, stop
+from surgvqa.runs.state import state_of
+from surgvqa.training import checkpoints, command, results, schedule
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +60,7 @@ class Watched:
 def adapter_of(folder: Path):
     from safetensors.torch import load_file
 
-    return load_file(folder / results.ADAPTER)
+    return load_file(folder / checkpoints.ADAPTER)
 
 
 def assert_same_adapter(left: Path, right: Path, **tolerance):
@@ -102,7 +107,7 @@ def options_for(**changes) -> TrainOptions:
     ],
 )
 def test_schedule_agrees_with_itself(given, planned, notes):
-    values, said = command.schedule(options_for(**given))
+    values, said = schedule.schedule(options_for(**given))
     assert planned.items() <= values.items()
     assert len(said) == notes
 
@@ -170,10 +175,10 @@ def test_check_wants_room_on_the_disk(world, monkeypatch):
 
 
 def test_a_checkpoint_that_is_not_whole_is_told(tmp_path):
-    assert results.newest_whole_checkpoint(tmp_path) == (None, [])
+    assert checkpoints.newest_whole_checkpoint(tmp_path) == (None, [])
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
-    checkpoint, skipped = results.newest_whole_checkpoint(tmp_path)
+    checkpoint, skipped = checkpoints.newest_whole_checkpoint(tmp_path)
     assert checkpoint is None
     assert skipped == ["checkpoint-3: adapter_model.safetensors is missing"]
 
@@ -202,7 +207,7 @@ model = pytest.mark.model
 
 @model
 def test_options_become_training_arguments():
-    from surgvqa.training.recipe import training_arguments
+    from surgvqa.training.arguments import training_arguments
 
     assert training_arguments(options_for(max_steps=0, device="cpu"), Path("out")).max_steps == -1
     options = options_for(warmup_ratio=0.25, save_total_limit=1, device="cpu", optim="auto", report_to="none")
@@ -285,7 +290,7 @@ def test_the_result_is_the_best_state_in_old_names(straight):
     assert "base_model.model.audio_projector.weight" in names
     record = json.loads((straight.output / "surgvqa.json").read_text())
     assert record["step"] == best and record["run"] == straight.run.id and record["options"]["num_frames"] == 2
-    assert len(results.checkpoints(straight.output)) == 2  # save_total_limit
+    assert len(checkpoints.checkpoints(straight.output)) == 2  # save_total_limit
     assert not list(straight.output.glob(".*"))
 
 
@@ -466,7 +471,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(world, straight, tmp_path, 
 @model
 def test_resume_skips_a_damaged_checkpoint_and_ends_a_finished_run(world, straight, tmp_path):
     shutil.copytree(straight.output, tmp_path / "out")
-    whole = results.checkpoints(tmp_path / "out")[0]
+    whole = checkpoints.checkpoints(tmp_path / "out")[0]
     options = world.train_options(output_dir=str(tmp_path / "out"), resume=str(tmp_path / "out"), max_steps=6)
     done = Watched(options, tmp_path / "runs")
     assert done.result["steps"] == 6 and not done.losses()
@@ -489,7 +494,7 @@ def _raise(watched: Watched):
 def test_without_evaluation_the_last_state_is_the_result(world, tmp_path):
     run = Watched(world.train_options(max_steps=2, save_strategy="no"), tmp_path)
     assert run.result["state"] == "finished" and run.result["eval_loss"] is None
-    assert (run.output / results.ADAPTER).is_file()
+    assert (run.output / checkpoints.ADAPTER).is_file()
     assert any("nothing is evaluated" in event["text"] for event in run.of("warning"))
 
 
@@ -514,10 +519,10 @@ def test_the_model_is_told_to_train_once_and_again_whenever_a_part_of_it_is_not(
 
     import torch
 
-    from surgvqa.model import adapter, audio_qwen2vl
+    from surgvqa.model import adapter, loading
     from surgvqa.training import trainer
 
-    base = audio_qwen2vl.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
+    base = loading.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
     tuned = adapter.add_lora(base, world.train_options())
     tuned.train = MethodType(trainer._train, tuned)
     dropout = next(m for m in tuned.modules() if isinstance(m, torch.nn.Dropout))
@@ -538,11 +543,11 @@ def test_released_encoders_point_into_the_checkpoint_and_are_the_same(world):
     import torch
     from safetensors import safe_open
 
-    from surgvqa.model import audio_qwen2vl, encode
+    from surgvqa.model import encode, loading
 
     with safe_open(next(world.checkpoint.glob("*.safetensors")), "pt") as file:
         dtype = file.get_tensor(next(iter(file.keys()))).dtype
-    loaded = audio_qwen2vl.load_model(world.checkpoint, dtype=dtype, device="cpu", attn_implementation="sdpa")
+    loaded = loading.load_model(world.checkpoint, dtype=dtype, device="cpu", attn_implementation="sdpa")
     encoders = (loaded.model.visual, loaded.audio_encoder)
     before = [(p, p.data_ptr(), p.clone()) for encoder in encoders for p in encoder.parameters()]
     others = {name: p.data_ptr() for name, p in loaded.model.language_model.named_parameters()}
@@ -557,10 +562,10 @@ def test_encoders_that_compute_otherwise_with_the_same_weights_have_other_featur
     import torch
 
     from surgvqa.data.processors import load_processors
-    from surgvqa.model import audio_qwen2vl, encode
+    from surgvqa.model import encode, loading
 
     frame = str(next((world.root / "frames").rglob("*.jpg")))
-    loaded = audio_qwen2vl.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
+    loaded = loading.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
 
     def key(checkpoint: Path) -> str:
         return encode.open_store(loaded, str(checkpoint), load_processors(checkpoint), tmp_path).frame_key(frame, 84)
@@ -619,7 +624,7 @@ def test_out_of_memory_is_saved_and_says_how_to_go_on(world, tmp_path, monkeypat
     (event,) = run.of("oom")
     assert event["step"] == 2 and event["requested_bytes"] == 2 * 2**30
     assert event["next_preset"] is None and "smallest preset" in str(run.error)  # 84 px are fewer than any preset's
-    assert results.newest_whole_checkpoint(run.output)[0].name == "checkpoint-2"
+    assert checkpoints.newest_whole_checkpoint(run.output)[0].name == "checkpoint-2"
 
 
 @model
@@ -696,7 +701,7 @@ def test_a_detached_run_stops_cleanly(world, tmp_path):
     finished = finished_event(folder)
     assert finished["exit_code"] == 0 and finished["result"]["steps"] >= 2
     assert "'loss'" not in (folder / "log.txt").read_text(), "our own lines say it, Trainer's are not printed too"
-    checkpoint, skipped = results.newest_whole_checkpoint(folder / "checkpoints")
+    checkpoint, skipped = checkpoints.newest_whole_checkpoint(folder / "checkpoints")
     assert checkpoint.name == f"checkpoint-{finished['result']['steps']}" and not skipped
 
 

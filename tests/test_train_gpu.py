@@ -84,7 +84,7 @@ def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
 def test_token_embeddings_on_the_host_give_the_same(tmp_path):
     import test_model
 
-    from surgvqa.model.audio_qwen2vl import load_model
+    from surgvqa.model.loading import load_model
 
     world = small.build(tmp_path / "small", samples=1)
     model = load_model(world.checkpoint, dtype=torch.bfloat16, device="cuda", attn_implementation="sdpa")

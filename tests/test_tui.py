@@ -14,11 +14,14 @@ from panels import SIZES, die, options, panel, settle, text, training
 from textual.events import Key
 from textual.widgets import Log, OptionList, Static
 
-from surgvqa.config.options import UsageError
-from surgvqa.runs.folder import Run, read_run_json, state_of
-from tui.app import Panel, main
-from tui.follow.follower import RunModel
-from tui.screens.base import Confirm, Help
+from surgvqa.errors import UsageError
+from surgvqa.runs.folder import Run
+from surgvqa.runs.state import read_run_json, state_of
+from tui.app import Panel
+from tui.dialogs.confirm import Confirm
+from tui.dialogs.help import Help
+from tui.follow.run_model import RunModel
+from tui.main import main
 from tui.screens.monitor import MonitorScreen, Search
 from tui.widgets.chart import Chart
 

@@ -6,25 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgvqa.config.options import Workspace
-from surgvqa.runs import folder
+from surgvqa.config.workspace import Workspace
+from surgvqa.runs import folder, history
 from tui.content.facts import sparkline
-from tui.follow.follower import Device, Progress, RunModel
-from tui.targets.target import LocalTarget
-from tui.widgets.chart import (
-    Canvas,
-    Chart,
-    Column,
-    Mark,
-    Series,
-    decimate,
-    log_ticks,
-    nice_ticks,
-    running_mean,
-    tick_text,
-)
+from tui.content.memory import memory_bar
+from tui.follow.run_model import Device, Progress, RunModel
+from tui.follow.series import Mark, Series
+from tui.targets.local import LocalTarget
+from tui.widgets.chart import Canvas, Chart, Column, decimate, log_ticks, nice_ticks, running_mean, tick_text
 from tui.widgets.form import PathSuggester
-from tui.widgets.gauge import memory_bar
 from tui.words import bar, clip
 
 NAN = float("nan")
@@ -223,8 +213,8 @@ def test_ended_runs_are_read_once_and_again_when_their_files_change(tmp_path, mo
     live = folder.Run.create(tmp_path / "runs", "train", run_id="b")
     assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "running"}
     read = []
-    summary = folder.summary
-    monkeypatch.setattr(folder, "summary", lambda folder: read.append(folder.name) or summary(folder))
+    summary = history.summary
+    monkeypatch.setattr(history, "summary", lambda folder: read.append(folder.name) or summary(folder))
     assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "running"} and read == ["b"]
     live.emit("finished", state="stopped", exit_code=0, result={})
     assert {r.id: r.state for r in target.runs()} == {"a": "finished", "b": "stopped"}

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from tui.content.facts import how_far, out_of_memory, time_left, waiting
-from tui.follow.follower import RunModel
+from tui.follow.run_model import RunModel
 
 
 def test_a_starved_gpu_is_visible():

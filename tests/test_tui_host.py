@@ -10,16 +10,18 @@ from panels import panel, settle, text, training
 from sshd import TRAIN, Relay, laptop, processes_naming, stub_train  # noqa: F401
 from textual.widgets import Log, OptionList
 
-from remote.ssh.connection import Unreachable
-from surgvqa.config import options
+from remote.ssh.errors import Unreachable
+from surgvqa.config import workspace
 from surgvqa.errors import SurgvqaError
 from surgvqa.machine import gpu
 from surgvqa.memory.budget import NO_GPU
-from surgvqa.runs.folder import Run, read_run_json, state_of
+from surgvqa.runs.folder import Run
+from surgvqa.runs.state import read_run_json, state_of
 from tui.dialogs.hosts import HostKey, HostPicker
 from tui.screens.monitor import MonitorScreen
 from tui.targets.host import HostTarget
-from tui.targets.link import Detached, Link
+from tui.targets.light import Detached
+from tui.targets.link import Link
 from tui.widgets.chart import Chart
 
 pytestmark = pytest.mark.slow
@@ -71,12 +73,12 @@ def test_a_lost_connection_is_unreachable_since_and_comes_back(laptop, link):  #
 
 
 def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("tui.targets.link.SILENCE_S", 5.0)  # test_remote_jobs waits as long as the user does
-    monkeypatch.setattr("remote.ssh.connection.CHANNEL_TIMEOUT_S", 3)
+    monkeypatch.setattr("remote.ssh.timeouts.SILENCE_S", 5.0)  # test_remote_jobs waits as long as the user does
+    monkeypatch.setattr("remote.ssh.timeouts.CHANNEL_TIMEOUT_S", 3)
     relay = Relay(laptop.server.port)
     laptop.server.write_config(port=relay.port)
     run = remote_run(laptop)
-    target = HostTarget("gpuhost", options.load_workspace(laptop.workspace))
+    target = HostTarget("gpuhost", workspace.load_workspace(laptop.workspace))
     try:
         wait_for(lambda: target.light.kind == "connected")
         feed = target.feed(run.id)
@@ -104,7 +106,7 @@ def test_a_host_with_another_clock(laptop, monkeypatch, behind_s):  # noqa: F811
     run = remote_run(laptop)
     started = time.time()
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - behind_s)
-    target = HostTarget("gpuhost", options.load_workspace(laptop.workspace))
+    target = HostTarget("gpuhost", workspace.load_workspace(laptop.workspace))
     try:
         listed = wait_for(target.runs)[0]
         assert listed.id == run.id and listed.state == "running"
@@ -123,7 +125,7 @@ def test_a_resumed_run_brings_the_curve_of_the_first(laptop):  # noqa: F811
     resumed = {"resume": {"value": str(first.folder / "checkpoints")}}
     again = Run.create(laptop.there / "runs", "train", options=resumed)
     again.emit("metric", step=4, total_steps=100, loss=0.2)
-    target = HostTarget("gpuhost", options.load_workspace(laptop.workspace))
+    target = HostTarget("gpuhost", workspace.load_workspace(laptop.workspace))
     try:
         wait_for(lambda: len(target.runs()) == 2)
         feed = target.feed(again.id)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("textual")
 from tui.content import report
-from tui.follow.follower import RunModel
+from tui.follow.run_model import RunModel
 
 GB = 10**9
 

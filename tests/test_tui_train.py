@@ -8,9 +8,10 @@ from panels import SIZES, panel, settle, text, training
 from textual.events import AppBlur, AppFocus, Key
 from textual.widgets import Footer, Input
 
-from surgvqa.config import options
+from surgvqa.config import workspace
+from surgvqa.errors import UsageError
 from surgvqa.machine import gpu
-from tui.screens.base import Confirm
+from tui.dialogs.confirm import Confirm
 from tui.screens.monitor import MonitorScreen
 from tui.settings.settings import Settings, preset_changes
 from tui.widgets.form import Editor, Field
@@ -154,7 +155,7 @@ async def test_a_small_terminal_shows_all_that_a_preset_would_change(root):
 
 
 def test_preset_changes_name_what_holds_a_value(root):
-    settings = Settings("train", options.load_workspace(root))
+    settings = Settings("train", workspace.load_workspace(root))
     settings.edit("num_frames", "8")
     changes = {c.name: c for c in preset_changes(settings, "baseline-8f-512px", "oom-6f-384px")}
     assert changes["num_frames"].pinned_by == "edited here" and changes["num_frames"].new == 6
@@ -163,7 +164,7 @@ def test_preset_changes_name_what_holds_a_value(root):
 
 def test_a_host_is_told_everything_that_is_shown(root):
     (root / "surgvqa.toml").write_text('frames_dir = "frames"\n[train]\nlearning_rate = 1.23456789e-5\n')
-    settings = Settings("train", options.load_workspace(root))
+    settings = Settings("train", workspace.load_workspace(root))
     settings.edit("audio_dir", "audio")
     assert settings.argv("baseline-8f-512px", everything=True)[:3] == ["train", "--preset", "baseline-8f-512px"]
     assert set(settings.argv(everything=True)[1:]) == {
@@ -227,7 +228,7 @@ async def test_a_key_pressed_twice_starts_one_job(root, monkeypatch):
     async def launch(*argv, **_):
         launched.append(argv)
         await checked.wait()
-        raise options.UsageError("no such folder")
+        raise UsageError("no such folder")
 
     monkeypatch.setattr(app.here, "launch", launch)
     async with app.run_test(size=(120, 36)) as pilot:
@@ -246,10 +247,10 @@ async def test_a_key_pressed_twice_starts_one_job(root, monkeypatch):
 @pytest.mark.parametrize("key", ["c", "e"])
 async def test_a_second_job_on_the_gpu_asks_first(root, monkeypatch, key):
     ended = training(root, name="ended")
-    with contextlib.suppress(options.UsageError), ended:
+    with contextlib.suppress(UsageError), ended:
         ended.emit("checkpoint", step=30, path="checkpoints/checkpoint-30")
         if key == "c":
-            raise options.UsageError("disk full")
+            raise UsageError("disk full")
     training(root, name="going")
     app = panel(root)
     launched = []

@@ -1,10 +1,7 @@
-"""`surgvqa-tui`: the panel. It owns no work: jobs are processes of their own, all it shows is in their run folders."""
+"""The panel. It owns no work: jobs are processes of their own, all it shows is in their run folders."""
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -14,56 +11,29 @@ from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.events import Key
 from textual.screen import Screen
-from textual.theme import Theme
 from textual.widgets import Input
 from textual.worker import Worker
 
-from presets import PresetError, load_presets
-from surgvqa.cli.main import Parser
+from presets import load_presets
 from surgvqa.config import options
-from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.folder import RunSummary
+from surgvqa.runs.history import RunSummary
+from tui.dialogs.help import Help
 from tui.dialogs.hosts import HostKey, HostPicker
-from tui.screens.base import TITLES, WIDE, Help, PanelScreen
+from tui.screens.base import WIDE, PanelScreen
 from tui.screens.merge import MergeScreen
 from tui.screens.monitor import MonitorScreen
 from tui.screens.train import TrainScreen
 from tui.screens.upload import UploadScreen
 from tui.targets.host import HostTarget
-from tui.targets.link import Light
-from tui.targets.target import LocalTarget, Target, apart, newest_running
+from tui.targets.light import Light
+from tui.targets.local import LocalTarget
+from tui.targets.target import Target, newest_running
+from tui.targets.threads import apart
+from tui.theme import THEME
 from tui.widgets.form import Field
+from tui.widgets.head import TITLES
 
 REFRESH_S = 1.0
-
-THEME = Theme(
-    name="surgvqa",
-    primary="#5aa9e6",
-    secondary="#8ecae6",
-    accent="#f4a259",
-    success="#5fcf9b",
-    warning="#f2c14e",
-    error="#f2696b",
-    foreground="#e3e9ef",
-    background="#0e141b",
-    surface="#131b24",
-    panel="#1c2733",
-    dark=True,
-    variables={
-        "muted": "#8796a5",
-        "chart-train": "#5aa9e6",
-        "chart-eval": "#f4a259",
-        "footer-key-foreground": "#f4a259",
-        "footer-background": "#131b24",
-        "footer-description-foreground": "#b6c2ce",
-        "border": "#2c3b4b",
-        "border-blurred": "#2c3b4b",
-        "block-cursor-background": "#274866",
-        "block-cursor-foreground": "#ffffff",
-        "block-cursor-blurred-background": "#1d3145",
-        "input-selection-background": "#5aa9e6 40%",
-    },
-)
 
 
 class Panel(App[None]):
@@ -264,57 +234,3 @@ class Panel(App[None]):
                 yield SystemCommand(binding.description, about, run)
         yield SystemCommand("Quit", "Close the panel; running jobs go on", self.action_quit)
         yield SystemCommand("Theme", "Change the colours", self.action_change_theme)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of the panel."""
-    parser = Parser(
-        prog="surgvqa-tui",
-        description="The panel: merge, upload, train and monitor. Closing it never harms a running job.",
-        epilog="example: surgvqa-tui --demo",
-    )
-    parser.add_argument(
-        "--demo", action="store_true", help="open the demo workspace; make it in ./demo when it is not there"
-    )
-    parser.add_argument(
-        "--workspace", metavar="DIR", help="workspace folder (default: the nearest one with a surgvqa.toml)"
-    )
-    parser.add_argument("--host", metavar="NAME", help="GPU host: a name of ~/.ssh/config or hosts.toml")
-    return parser
-
-
-def open_workspace(arguments: argparse.Namespace) -> options.Workspace:
-    """The workspace that the command line means; --demo makes it first. Raises SurgvqaError."""
-    if arguments.demo:
-        root = Path(arguments.workspace or "demo")
-        if not (root / options.WORKSPACE_FILE).is_file():
-            made = subprocess.run([sys.executable, "-m", "surgvqa", "demo", str(root)], check=False)
-            if made.returncode:
-                raise SurgvqaError(f"the demo workspace could not be made in {root}")
-    elif arguments.workspace:
-        root = Path(arguments.workspace)
-        if not root.is_dir():
-            raise UsageError(f"--workspace {root}: no such folder")
-    else:
-        root = options.find_workspace()
-    return options.load_workspace(root)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the panel; 0 when it was closed, 2 when it could not be opened."""
-    try:
-        arguments = build_parser().parse_args(argv)
-        workspace = open_workspace(arguments)
-        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"))
-    except (SurgvqaError, PresetError) as error:
-        print(f"surgvqa-tui: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 2)
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):  # Textual draws on stderr
-        print("surgvqa-tui: needs a terminal; surgvqa runs and surgvqa follow work without one", file=sys.stderr)
-        return 2
-    panel.run()
-    return 0 if panel.return_code is None else panel.return_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

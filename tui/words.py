@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from textual.content import Content
 
-from surgvqa.terminal.job_view import amount, human_seconds
+from surgvqa.terminal.figures import amount, human_seconds
 
 if TYPE_CHECKING:
-    from tui.targets.link import Light
+    from tui.targets.light import Light
 
 GB = 1e9
 

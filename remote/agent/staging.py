@@ -15,17 +15,16 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from remote.agent.files import BLOCK, own, read_record, standing, within, write_record
+from remote.agent.protocol import FRAME
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.supervisor import process_identity, signal_exactly
+from surgvqa.runs.process import process_identity, signal_exactly
 
-FRAME = struct.Struct(">IQI")  # file index, offset, length; then that many bytes
 PIPE = 1 << 20  # the largest pipe that an ordinary user may have
 F_SETPIPE_SZ = 1031  # fcntl has the name since Python 3.10
 PROGRESS_S = 0.25

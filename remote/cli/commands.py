@@ -1,7 +1,4 @@
-"""`surgvqa-remote`: hosts, setup, upload, launch, resume, runs, follow, stop, fetch, gpus — over SSH, by one name each.
-
-The command line's manners (JSON, exit codes, - or _) are surgvqa's own, from surgvqa/cli.py.
-"""
+"""What each command of `surgvqa-remote` does: hosts, setup, upload, launch, resume, runs, follow, stop, fetch, gpus."""
 
 from __future__ import annotations
 
@@ -22,154 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from remote.upload.options import UploadOptions
-from surgvqa import __version__
-from surgvqa.cli.main import Parser, add_option, forgive_encoding, normalise
-from surgvqa.config.options import Workspace, convert, find_workspace, load_workspace, settings_of
+from surgvqa.cli.parser import normalise
+from surgvqa.config.settings import convert, settings_of
+from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
-from surgvqa.runs.folder import STOP_GRACE_S, Run, finite, new_run_id
-from surgvqa.terminal.job_view import JobView, human_seconds, terminal
-
-EXAMPLES = {
-    "hosts": "surgvqa-remote hosts --check",
-    "setup": "surgvqa-remote setup gpuhost",
-    "upload": "surgvqa-remote upload gpuhost --dry-run",
-    "launch": "surgvqa-remote launch gpuhost --follow train --num_train_epochs 3",
-    "resume": "surgvqa-remote resume gpuhost last",
-    "runs": "surgvqa-remote runs gpuhost",
-    "follow": "surgvqa-remote follow gpuhost last",
-    "stop": "surgvqa-remote stop gpuhost last",
-    "fetch": "surgvqa-remote fetch gpuhost last",
-    "gpus": "surgvqa-remote gpus gpuhost --watch 1",
-}
-HELP = {
-    "hosts": "the hosts that ssh and hosts.toml know",
-    "setup": "make the workspace and the environment on a host, install surgvqa there",
-    "upload": "send checkpoint and data: only what is missing, verified, resumable",
-    "launch": "start a surgvqa command there as a job that outlives this connection",
-    "resume": "go on with a run from its last checkpoint",
-    "runs": "the runs on a host, whoever started them",
-    "follow": "watch a run there until it ends, over lost connections",
-    "stop": "end a run there: checkpoint, then a clean end",
-    "fetch": "bring a run's adapters, checkpoints, predictions and logs home, verified",
-    "gpus": "memory, utilisation, power and processes of the host's GPUs",
-}
-
-
-LAUNCH_FLAGS = ("--json", "--follow", "--wait", "--share", "--accept_new_host_key")
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="surgvqa-remote", description="surgvqa on a GPU host, over SSH.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"surgvqa-remote {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
-    subs = {}
-    for name, text in HELP.items():
-        sub = subs[name] = commands.add_parser(
-            name,
-            help=text,
-            allow_abbrev=False,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"example: {EXAMPLES[name]}",
-            argument_default=argparse.SUPPRESS if name == "upload" else None,
-        )
-        sub.add_argument("--json", action="store_true", default=False, help="one JSON document on stdout")
-        sub.add_argument(
-            "--workspace", metavar="DIR", default=None, help="workspace folder here (default: the nearest one)"
-        )
-        if name != "hosts":
-            sub.add_argument(
-                "--accept_new_host_key",
-                action="store_true",
-                default=False,
-                help="remember the key of a host that is not known yet (a changed key is refused always)",
-            )
-            sub.add_argument("host", metavar="HOST", help="a name of ~/.ssh/config or hosts.toml")
-        if name in ("resume", "follow", "stop", "fetch"):
-            sub.add_argument(
-                "run", metavar="RUN", nargs="?", default="last", help="run id, its beginning, a run name, or last"
-            )
-    subs["hosts"].add_argument("--check", action="store_true", help="also connect to each")
-    setup = subs["setup"]
-    setup.add_argument("--extra", default="train", help="what to install with surgvqa; '' for nothing (default: train)")
-    setup.add_argument("--system_site_packages", action="store_true", help="the venv sees the host's own packages")
-    setup.add_argument("--flash_attn", action="store_true", help="also install flash-attn (may take a build)")
-    setup.add_argument("--force", action="store_true", help="install again even when nothing changed")
-    upload = subs["upload"]
-    for setting in settings_of(UploadOptions).values():
-        add_option(upload, setting, positional=False)
-    upload.add_argument(
-        "--detach", action="store_true", default=False, help="go on in the background; print the run id and return"
-    )
-    upload.add_argument("--run_id", default=None, help=argparse.SUPPRESS)
-    for name in ("launch", "resume"):
-        subs[name].add_argument("--share", action="store_true", help="start even when another job has the GPU")
-        subs[name].add_argument("--follow", action="store_true", help="then watch it; Ctrl-C leaves it running")
-        subs[name].add_argument("--wait", action="store_true", help="then wait in silence for its end")
-    subs["launch"].add_argument(
-        "job", metavar="COMMAND …", nargs="*", help="train, evaluate, merge, … with its options"
-    )
-    subs["stop"].add_argument("--grace", type=float, default=STOP_GRACE_S, metavar="SECONDS", help="before SIGKILL")
-    subs["follow"].add_argument("--log", action="store_true", help="show the log too")
-    subs["fetch"].add_argument("--to", metavar="DIR", help="where to (default: runs/ of the workspace here)")
-    subs["fetch"].add_argument("--all", action="store_true", help="also optimiser states")
-    subs["gpus"].add_argument("--watch", type=float, metavar="SECONDS", help="again every SECONDS until Ctrl-C")
-    return parser
-
-
-def split_job(argv: list[str]) -> tuple[list[str], list[str]]:
-    """`launch [options] HOST [options] COMMAND …`: our own words, and those of the command there."""
-    plain = [i for i, word in enumerate(argv) if not word.startswith("-") and argv[i - 1 : i] != ["--workspace"]]
-    if not plain or argv[plain[0]] != "launch":
-        return argv, []
-    start = plain[2] if len(plain) > 2 else len(argv)
-    ours, job, rest = argv[:start], [], argv[start:]
-    while rest:  # `launch HOST train … --follow` is meant for us
-        word = rest.pop(0)
-        if word == "--workspace":
-            ours += [word, *rest[:1]]
-            del rest[:1]
-        elif word in LAUNCH_FLAGS or word.startswith("--workspace="):
-            ours.append(word)
-        elif word != "--detach":  # as every job on a host is
-            job.append(word)
-    return ours, job
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 good, 1 it failed or the answer is bad, 2 it could not be asked."""
-    argv = normalise(sys.argv[1:] if argv is None else argv)
-    forgive_encoding()
-    name = next((a for a in argv if not a.startswith("-")), "")
-    try:
-        argv, job = split_job(argv)
-        arguments = build_parser().parse_args(argv)
-        name = arguments.command
-        if job:
-            arguments.job = job
-        root = arguments.workspace
-        if root and not Path(root).is_dir():
-            raise UsageError(f"--workspace {root}: no such folder")
-        workspace = load_workspace(Path(root) if root else find_workspace())
-        outcome = COMMANDS[name](arguments, workspace)
-    except SurgvqaError as error:
-        print(f"surgvqa-remote {name}".rstrip() + f": {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        after = "run it again to go on from here" if name in ("setup", "upload", "fetch") else "the host's jobs go on"
-        print(f"surgvqa-remote {name}: stopped; {after}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except OSError as error:  # a disk here that is full, a folder that cannot be written
-        print(f"surgvqa-remote {name}: {error.filename or 'here'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(finite(outcome.data), indent=1, default=str))
-    elif outcome.show:
-        outcome.show(terminal())
-    return 0 if outcome.ok else 1
+from surgvqa.runs.folder import Run, new_run_id
+from surgvqa.terminal.drawing import terminal
+from surgvqa.terminal.figures import human_seconds
+from surgvqa.terminal.job_view import JobView
 
 
 def _connect(arguments: argparse.Namespace, workspace: Workspace) -> Any:
@@ -178,7 +36,8 @@ def _connect(arguments: argparse.Namespace, workspace: Workspace) -> Any:
     return connect(arguments.host, workspace.root, arguments.accept_new_host_key)
 
 
-def _hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+def hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """The hosts that ~/.ssh/config and hosts.toml name."""
     from remote.setup import skew
     from remote.ssh.connection import Remote
     from remote.ssh.hosts import read_hosts_files, resolve, ssh_config_names
@@ -264,7 +123,8 @@ def _as_job(
     return outcome
 
 
-def _setup(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+def set_up(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """Installs this version on the host."""
     from remote.setup import setup
 
     def work(run: Run) -> Outcome:
@@ -285,7 +145,8 @@ def _setup(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     return _as_job("setup", arguments, workspace, work)
 
 
-def _upload(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+def upload(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """Brings checkpoints and data to the host."""
     from remote.upload import command
 
     known = settings_of(UploadOptions)
@@ -320,22 +181,24 @@ def _detach(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     return Outcome({"run": run_id, "folder": str(folder)}, show=lambda console: console.print(run_id))
 
 
-def _launch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
-    from remote.jobs import launch
+def launch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """Starts a job on the host."""
+    from remote.jobs import launch as jobs
 
     if not arguments.job:
         raise UsageError("name the command to launch: surgvqa-remote launch HOST train …")
     command, *argv = arguments.job
-    launch.check_command(command)
-    argv, needs = launch.paths_for_host(command, argv, workspace)
+    jobs.check_command(command)
+    argv, needs = jobs.paths_for_host(command, argv, workspace)
     with _connect(arguments, workspace) as remote:
         _same_version(remote)
-        launched = launch.launch(remote, command, argv, needs=needs, share=arguments.share)
+        launched = jobs.launch(remote, command, argv, needs=needs, share=arguments.share)
         return _after_launch(remote, launched, arguments)
 
 
-def _resume(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
-    from remote.jobs import launch
+def resume(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """Goes on with a training on the host from its last checkpoint."""
+    from remote.jobs import launch as jobs
 
     with _connect(arguments, workspace) as remote:
         _same_version(remote)
@@ -345,9 +208,7 @@ def _resume(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         command, *argv = found["run"].get("argv") or ["?"]
         if command != "train":
             raise UsageError(f"{found['id']}: a {command} run cannot be resumed, only train")
-        launched = launch.launch(
-            remote, "train", launch.resume_argv(argv, found["id"]), needs=[], share=arguments.share
-        )
+        launched = jobs.launch(remote, "train", jobs.resume_argv(argv, found["id"]), needs=[], share=arguments.share)
         return _after_launch(remote, launched, arguments)
 
 
@@ -371,7 +232,7 @@ def _after_launch(remote: Any, launched: dict[str, Any], arguments: argparse.Nam
 
 def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
     """Draws a run's events until it ends; Ctrl-C leaves the run alone."""
-    from remote.jobs.launch import Follower
+    from remote.jobs.follower import Follower
 
     view, follower = JobView(), Follower(remote, run)
     try:
@@ -398,7 +259,8 @@ def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
     return Outcome(data, ok=good, show=lambda console: console.print(f"{follower.run}: {follower.state}"))
 
 
-def _runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+def runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """The runs on the host."""
     with _connect(arguments, workspace) as remote:
         data = remote.call("runs")
 
@@ -413,23 +275,26 @@ def _runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     return Outcome({"runs": data["runs"]}, show=show)
 
 
-def _follow(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+def follow(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """Follows a run on the host until it ends."""
     with _connect(arguments, workspace) as remote:
         return _watch(remote, arguments.run, quiet=arguments.json, log=arguments.log)
 
 
-def _stop(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
-    from remote.jobs import launch
+def stop(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """Ends a run on the host."""
+    from remote.jobs import launch as jobs
 
     with _connect(arguments, workspace) as remote:
-        data = launch.stop(remote, arguments.run, arguments.grace)
+        data = jobs.stop(remote, arguments.run, arguments.grace)
     was = "" if data["before"] in ("running", "starting") else " (it was not running)"
     text = f"{data['run']}: {data['state']}{was or ' after ' + human_seconds(data['seconds'])}"
     return Outcome(data, show=lambda console: console.print(text))
 
 
-def _fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
-    from remote.jobs.fetch import fetch
+def fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """Brings a run's files here."""
+    from remote.jobs import fetch as jobs
     from remote.paths import inside
 
     with _connect(arguments, workspace) as remote:
@@ -454,7 +319,7 @@ def _fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
             for folder in found["folders"]:
                 target = root / (folder.removeprefix("runs/") if folder.startswith("runs/") else inside(folder))
                 target.mkdir(parents=True, exist_ok=True)
-                parts.append(fetch(remote, folder, target, Progress(), everything=arguments.all))
+                parts.append(jobs.fetch(remote, folder, target, Progress(), everything=arguments.all))
         finally:
             view.close()
     sums = {key: sum(part[key] for part in parts) for key in ("files", "bytes", "received_bytes", "seconds")}
@@ -464,7 +329,8 @@ def _fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     )
 
 
-def _gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+def gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
+    """The GPUs of the host."""
     from surgvqa.machine.gpu import draw
 
     watch = arguments.watch
@@ -483,20 +349,3 @@ def _gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
                 else:
                     console.print(draw(sample["gpus"], sample.get("note")))
         return Outcome({"gpus": []})
-
-
-COMMANDS: dict[str, Callable[[argparse.Namespace, Workspace], Outcome]] = {
-    "hosts": _hosts,
-    "setup": _setup,
-    "upload": _upload,
-    "launch": _launch,
-    "resume": _resume,
-    "runs": _runs,
-    "follow": _follow,
-    "stop": _stop,
-    "fetch": _fetch,
-    "gpus": _gpus,
-}
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,7 +13,10 @@ from typing import Any
 
 from remote.paths import inside
 from remote.ssh.bundle import bootstrap, payload
-from remote.ssh.connection import Remote, Replies, Unreachable, explain_ssh, ssh_command
+from remote.ssh.connection import Remote
+from remote.ssh.errors import Unreachable, explain_ssh
+from remote.ssh.process import ssh_command
+from remote.ssh.replies import Replies
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs.folder import Run
 

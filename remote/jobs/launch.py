@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from remote.ssh.connection import Remote, Unreachable
-from remote.upload.plan import remote_name
-from surgvqa.cli.main import COMMANDS
-from surgvqa.config.options import COMMAND_OPTIONS, NONE, Path_, Setting, Workspace, nearest, settings_of
-from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.folder import STOP_GRACE_S, EventTail, Run
+from remote.paths import remote_name
+from remote.ssh.connection import Remote
+from surgvqa.cli.commands import COMMANDS
+from surgvqa.config.options import COMMAND_OPTIONS
+from surgvqa.config.settings import NONE, Path_, Setting, nearest, settings_of
+from surgvqa.config.workspace import Workspace
+from surgvqa.errors import UsageError
+from surgvqa.runs.launch import STOP_GRACE_S
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 """Taken from our environment; they travel on standard input and are on no command line, in no log, in no run.json."""
@@ -22,7 +20,6 @@ EXCLUSIVE = ("train", "evaluate")
 """Commands that want the GPU for themselves."""
 MADE_THERE = ("output_path", "output_dir", "feature_cache_dir")
 """Paths that a job makes itself; the others are its input."""
-BACKOFF_S = (1, 2, 4, 8, 15, 30)
 
 
 def check_command(command: str) -> None:
@@ -95,99 +92,6 @@ def launch(
         secrets={name: os.environ[name] for name in SECRETS if os.environ.get(name)},
         exclusive=(command in EXCLUSIVE if exclusive is None else exclusive) and not share,
     )
-
-
-def _new_tail() -> EventTail:
-    return EventTail(Path("events.jsonl"))
-
-
-@dataclass
-class Follower:
-    """Events and log of one run, as they come, over any number of lost connections.
-
-    Iterating yields the run's own events, and three more kinds: `log` {text}, `state` {state, run}, and
-    `connection` {state: "unreachable" with since, text | "connected"}. It ends when the run has ended. An unreachable
-    host says nothing about the run: only the host itself says that a job has died.
-    """
-
-    remote: Remote
-    run: str
-    offsets: dict[str, int] = field(default_factory=dict)
-    """Bytes of events.jsonl and log.txt that were seen; give them back to go on later."""
-    give_up_s: float | None = None
-    """Raise after so long without the host; None: try for ever."""
-    state: str = "unknown"
-    unreachable_since: float | None = None
-    outcome: dict[str, Any] = field(default_factory=dict)
-    restarts: int = 0
-    _tail: EventTail = field(default_factory=_new_tail)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        attempt = 0
-        while True:
-            try:
-                for message in self.remote.stream("follow", run=self.run, offsets=self.offsets):
-                    if self.unreachable_since is not None or attempt:
-                        self.unreachable_since, attempt = None, 0
-                        yield {"kind": "connection", "state": "connected"}
-                    yield from self._take(message)
-                if self.outcome:
-                    return
-                raise Unreachable(f"{self.remote.host.name}: the stream ended early")
-            except Unreachable as error:
-                self.remote.close()
-                self._tail = _new_tail()
-                now = time.time()
-                self.unreachable_since = self.unreachable_since or now
-                if self.give_up_s is not None and now - self.unreachable_since > self.give_up_s:
-                    raise
-                yield {
-                    "kind": "connection",
-                    "state": "unreachable",
-                    "since": self.unreachable_since,
-                    "text": str(error),
-                }
-                time.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
-                attempt += 1
-
-    def _take(self, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        if "finished" in message:
-            self.outcome = message
-            if message["state"] != self.state:
-                self.state = message["state"]
-                yield {"kind": "state", "state": self.state, "run": self.run}
-        elif "state" in message:
-            self.run, self.state = message["run"], message["state"]
-            yield {"kind": "state", "state": self.state, "run": self.run}
-        elif message.get("restart"):
-            self.restarts += 1
-            self.offsets[message["file"]] = 0
-            if message["file"] == "events.jsonl":
-                self._tail = _new_tail()
-        else:
-            data = message["text"].encode("utf-8", "surrogateescape")
-            if message["file"] == "events.jsonl":
-                events = self._tail.feed(data)
-                self.offsets["events.jsonl"] = message["at"] + len(data) - self._tail.pending  # the start of a line
-                yield from events
-            else:
-                self.offsets["log.txt"] = message["at"] + len(data)
-                yield {"kind": "log", "text": data.decode("utf-8", "replace")}
-
-
-def wait(remote: Remote, run_id: str, run: Run) -> dict[str, Any]:
-    """Follows a run on the host until it ends, passing its phases and progress on. Raises when it failed."""
-    follower, failure = Follower(remote, run_id, give_up_s=600), ""
-    for event in follower:
-        kind = event["kind"]
-        if kind in ("phase", "progress", "warning"):
-            run.emit(kind, **{k: v for k, v in event.items() if k not in ("v", "t", "kind")})
-        elif kind == "error":
-            failure = event["text"]
-    finished = follower.outcome.get("finished") or {}
-    if follower.state != "finished" or finished.get("exit_code"):
-        raise SurgvqaError(f"{remote.host.name}: {run_id} {follower.state}: {failure or 'see its log'}")
-    return {"run": run_id, "state": follower.state, **(finished.get("result") or {})}
 
 
 def stop(remote: Remote, run: str, grace_s: float = STOP_GRACE_S) -> dict[str, Any]:

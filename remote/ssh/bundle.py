@@ -16,14 +16,22 @@ from typing import Any
 MODULES = (
     "surgvqa",
     "surgvqa.errors",
+    "surgvqa.files",
+    "surgvqa.runs.process",
     "surgvqa.runs.supervisor",
+    "surgvqa.runs.events",
+    "surgvqa.runs.state",
     "surgvqa.runs.folder",
+    "surgvqa.runs.history",
+    "remote.agent.protocol",
     "remote.agent.files",
     "remote.agent.staging",
+    "remote.agent.machine",
+    "remote.agent.runs",
     "remote.agent.jobs",
-    "remote.agent",
+    "remote.agent.main",
 )
-"""In the order in which they import each other; the last one has main()."""
+"""Standard library only, Python 3.8; in the order in which they import each other; the last one has main()."""
 
 TOO_OLD = "is too old for surgvqa"
 BOOTSTRAP = (
@@ -46,7 +54,7 @@ def _agent() -> bytes:
     for name in MODULES:
         path = root.joinpath(*name.split("."))
         sources[name] = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
-    packages = {name.rpartition(".")[0] for name in MODULES} - {"", *MODULES}
+    packages = {name.rsplit(".", depth)[0] for name in MODULES for depth in (1, 2)} - {*MODULES}
     lines = [
         "import sys,types",
         f"S={sources!r}",

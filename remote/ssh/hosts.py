@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from surgvqa.config.options import nearest
+from surgvqa.config.settings import nearest
 from surgvqa.errors import UsageError
 
 HOSTS_FILE = "hosts.toml"

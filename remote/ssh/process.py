@@ -12,9 +12,11 @@ import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from remote.ssh import timeouts
 from remote.ssh.bundle import bootstrap, payload, request_line
-from remote.ssh.connection import Replies, Unreachable, explain_ssh, ssh_command
+from remote.ssh.errors import Unreachable, explain_ssh
 from remote.ssh.hosts import Host
+from remote.ssh.replies import Replies
 from surgvqa.errors import SurgvqaError
 
 FAST_CIPHER = "aes128-gcm@openssh.com"
@@ -149,3 +151,26 @@ class Reserve:
         """Ends those that were not needed."""
         while self._waiting:
             self._waiting.pop().discard()
+
+
+def ssh_command(host: Host, remote_command: str, ciphers: str | None = None) -> list[str]:
+    """OpenSSH as a subprocess with a connection of its own, as strict and as impatient as ours."""
+    settings = {
+        "BatchMode": "yes",
+        "StrictHostKeyChecking": "yes",
+        "ConnectTimeout": str(timeouts.CONNECT_TIMEOUT_S),
+        "ServerAliveInterval": "5",
+        "ServerAliveCountMax": "3",
+        "ControlPath": "none",
+        "ClearAllForwardings": "yes",
+        "ForwardAgent": "no",
+        "PermitLocalCommand": "no",
+        "RemoteCommand": "none",
+        "Compression": "no",
+        "LogLevel": "ERROR",
+        **({"Ciphers": ciphers} if ciphers else {}),
+    }
+    words = ["ssh", "-T", *host.options]
+    for key, value in settings.items():
+        words += ["-o", f"{key}={value}"]
+    return [*words, "--", host.target, remote_command]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgvqa.config.options import Path_, option
+from surgvqa.config.settings import Path_, option
 
 
 @dataclass(kw_only=True)

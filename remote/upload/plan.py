@@ -2,172 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remote.paths import inside
-from surgvqa.config.options import Workspace
-from surgvqa.errors import SurgvqaError, UsageError
+from rich.filesize import decimal as human_bytes
+from rich.table import Table
 
-HASH_CACHE = Path("~/.cache/surgvqa/sha256.json")
-MERGE_REPORT = "merge_report.json"
-BLOCK = 1 << 20
+from remote.paths import remote_name
+from remote.ssh.connection import Remote
+from remote.upload import hub
+from remote.upload.hashes import Hashes, Item
+from remote.upload.options import UploadOptions
+from surgvqa.config.workspace import Workspace
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.runs.folder import Run
+from surgvqa.terminal.figures import human_seconds
+
 MERGE_BYTES_PER_S = 300e6  # reading, arithmetic and writing on a rented host; an estimate, shown as one
 HUB_BYTES_PER_S = 100e6  # from the hub to a data centre; an estimate as well
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file: where it lies here, and its path below the item (or the workspace) there."""
-
-    source: Path
-    path: str
-    size: int
-    sha256: str
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class Item:
-    """What is published on the host under one name. kind: "folder" (one rename) or "files" (into the workspace)."""
-
-    name: str
-    kind: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(e.size for e in self.entries)
-
-    @property
-    def digest(self) -> str:
-        """Names the content: the staging folder's name, so that a changed source never resumes into an old one."""
-        content = [self.name, self.kind, *([e.path, e.size, e.sha256] for e in self.entries)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
-
-    def wire(self) -> dict[str, Any]:
-        """As the agent takes it."""
-        files = [[e.path, e.size, e.sha256, e.mtime_ns] for e in self.entries]
-        return {"name": self.name, "kind": self.kind, "digest": self.digest, "files": files}
-
-
-def remote_name(path: str | os.PathLike[str], workspace: Workspace, made_there: bool = False) -> str:
-    """The name on the host of a local path: as it is inside the workspace; its last part when it lies elsewhere.
-
-    `made_there`: it may lie below runs/, which belongs to the host's own jobs.
-    """
-    absolute = Path(os.path.abspath(os.path.expanduser(path)))
-    root = Path(os.path.abspath(workspace.root))
-    name = absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else absolute.name
-    reserved = (".surgvqa", "venv") if made_there else (".surgvqa", "venv", "runs")
-    if name in ("", ".") or name.split("/")[0] in reserved:
-        raise UsageError(f"{path}: cannot have the name {name or '.'!r} in the host's workspace; move or rename it")
-    return inside(name)
-
-
-# --- hashes ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Hashes:
-    """sha256 of local files: out of the merge report, the cache (same size, time and inode), or by reading."""
-
-    cache_file: Path = field(default_factory=lambda: HASH_CACHE.expanduser())
-    cache: dict[str, list[Any]] = field(default_factory=dict)
-    read_bytes: int = 0
-    """How much had to be read."""
-
-    def __post_init__(self) -> None:
-        try:
-            self.cache = json.loads(self.cache_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.cache = {}
-
-    def entries(
-        self, sources: Iterable[tuple[Path, str]], on_bytes: Callable[[int, int], None] | None = None
-    ) -> tuple[Entry, ...]:
-        """An entry for each (file here, path there), in that order; hashed in parallel."""
-        sources = list(sources)
-        stats = []
-        for source, _ in sources:
-            try:
-                stats.append(os.stat(source))
-            except OSError as error:
-                raise UsageError(f"{source}: {error.strerror}") from None
-        reported = self._reported([s for s, _ in sources], stats)
-        total = sum(s.st_size for s in stats)
-        done = 0
-
-        def one(position: int) -> str:
-            source, stat = sources[position][0], stats[position]
-            known = self.cache.get(str(source))
-            if known and known[:3] == [stat.st_size, stat.st_mtime_ns, stat.st_ino]:
-                return known[3]
-            return reported.get(position) or self._read(source)
-
-        found = []
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for position, sha256 in enumerate(pool.map(one, range(len(sources)))):
-                (source, path), stat = sources[position], stats[position]
-                self.cache[str(source)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino, sha256]
-                found.append(Entry(source, path, stat.st_size, sha256, stat.st_mtime_ns))
-                done += stat.st_size
-                if on_bytes:
-                    on_bytes(done, total)
-        self._save()
-        return tuple(found)
-
-    def forget(self, source: Path) -> None:
-        """The remembered hash turned out wrong."""
-        self.cache.pop(str(source), None)
-        self._save()
-
-    def _read(self, file: Path) -> str:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(BLOCK))
-        with open(file, "rb", buffering=0) as stream:
-            while got := stream.readinto(buffer):
-                digest.update(buffer[:got])
-                self.read_bytes += got
-        return digest.hexdigest()
-
-    @staticmethod
-    def _reported(files: list[Path], stats: list[os.stat_result]) -> dict[int, str]:
-        """Position -> sha256 of the shards that have not been touched since the merge wrote its report.
-
-        A report that is wrong is noticed: the host hashes what arrived.
-        """
-        found: dict[int, str] = {}
-        reports: dict[Path, tuple[dict[str, Any], int]] = {}
-        for position, (file, stat) in enumerate(zip(files, stats)):
-            if file.suffix != ".safetensors":
-                continue
-            report = file.parent / MERGE_REPORT
-            if file.parent not in reports:
-                try:
-                    shards = json.loads(report.read_text(encoding="utf-8")).get("shards")
-                    reports[file.parent] = (shards if isinstance(shards, dict) else {}), report.stat().st_mtime_ns
-                except (OSError, ValueError, AttributeError):
-                    reports[file.parent] = {}, 0
-            shards, written_ns = reports[file.parent]
-            shard = shards.get(file.name)
-            if isinstance(shard, dict) and shard.get("sha256") and stat.st_mtime_ns <= written_ns:
-                found[position] = shard["sha256"]
-        return found
-
-    def _save(self) -> None:
-        temporary = self.cache_file.with_name(f".{self.cache_file.name}.{os.getpid()}.tmp")
-        try:
-            self.cache_file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.cache), encoding="utf-8")
-            os.replace(temporary, self.cache_file)
-        except OSError:
-            return  # only a cache
 
 
 # --- items -----------------------------------------------------------------------------------------------------------
@@ -185,7 +40,8 @@ def folder_sources(folder: Path) -> list[tuple[Path, str]]:
 
 def data_sources(options: Any, workspace: Workspace) -> list[tuple[Path, str]]:
     """The JSONL files and only the frames and spoken questions that they name."""
-    from surgvqa.data.samples import AudioIndex, FrameIndex, read_samples
+    from surgvqa.data.lookup import AudioIndex, FrameIndex
+    from surgvqa.data.samples import read_samples
 
     found: dict[str, Path] = {}
 
@@ -261,3 +117,166 @@ def cheapest(ways: list[Way], bytes_per_s: float) -> Way:
     if not ways:
         raise SurgvqaError("no checkpoint to send")
     return min(ways, key=lambda way: way.seconds(bytes_per_s))
+
+
+RATES = Path("~/.cache/surgvqa/rates.json")
+WAYS = {
+    "merged": "merged checkpoint",
+    "adapter": "Stage 1 + adapter, merged there",
+    "hub": "Stage 1 from the hub + adapter, merged there",
+}
+
+
+def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes, run: Run) -> list[Way]:
+    """The ways to the checkpoint that are open from here; send_bytes still counts everything."""
+    ways = []
+
+    def item(path: str) -> Item:
+        sources = folder_sources(Path(path))
+        run.phase("hash", f"{path}")
+        entries = hashes.entries(sources, lambda done, total: run.progress("hash", done, total, "bytes"))
+        return Item(remote_name(path, workspace), "folder", entries)
+
+    merged, stage1, stage2 = options.model_name_or_path, options.stage1_model_path, options.stage2_adapter_path
+    if options.what in ("auto", "merged") and merged and Path(merged).is_dir():
+        ways.append(Way("merged", [item(merged)], 0))
+    if options.what in ("auto", "adapter", "hub") and stage2 and Path(stage2).is_dir():
+        output = remote_name(options.output_path or merged or "merged", workspace)
+        first = [item(stage1)] if stage1 and Path(stage1).is_dir() else []
+        both, merge_bytes = [*first, item(stage2)], sum(i.bytes for i in first)
+        if first and options.what != "hub":
+            ways.append(Way("adapter", both, 0, merge_bytes, first[0].name, output=output))
+        if options.stage1_hub_id and options.what != "adapter":
+            folder = first[0].name if first else hub.folder_of(options.stage1_hub_id)
+            ways.append(Way("hub", both, 0, merge_bytes, folder, options.stage1_hub_id, output))
+    if options.what != "data" and not ways:
+        named = [p for p in (merged, stage1, stage2) if p]
+        if named:
+            raise UsageError(f"{named[0]}: no such folder; merge first (surgvqa merge), or name the Stage-1 folder")
+    return ways
+
+
+def known_rate(host: str, rate: float | None = None) -> float | None:
+    """The rate of the last upload to `host` in bytes/s; given one, remembers it."""
+    file = RATES.expanduser()
+    try:
+        rates = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        rates = {}
+    if rate is not None:
+        rates[host] = rate
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(rates), encoding="utf-8")
+        except OSError:
+            return rate
+    return rates.get(host)
+
+
+def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]:
+    """Asks the host what it has, and finds the way that is over first."""
+    items = [item for way in ways for item in way.items] + data
+    answer = remote.ask("known", items=[item.wire() for item in items])
+    stands = dict(zip((id(i) for i in items), answer["items"]))
+    foreign = [name for item in items for name in stands[id(item)]["foreign"] if stands[id(item)]["state"] == "foreign"]
+    open_ways = [way for way in ways if all(stands[id(item)]["state"] != "foreign" for item in way.items)]
+    if foreign and (len(open_ways) < min(1, len(ways)) or any(stands[id(i)]["state"] == "foreign" for i in data)):
+        raise SurgvqaError(
+            f"{remote.host.name}: {', '.join(foreign[:3])} exists in the workspace there and was not made by upload; "
+            "move it away or give yours another name"
+        )
+    ways = open_ways
+
+    def missing(item: Item) -> int:
+        state = stands[id(item)]
+        have = set(state["have"])
+        return 0 if state["state"] == "complete" else sum(e.size for i, e in enumerate(item.entries) if i not in have)
+
+    for way in ways:
+        way.send_bytes = sum(missing(item) for item in way.items)
+        if way.output and not way.send_bytes and remote.ask("merged", **way.merge())["same"]:
+            way.merge_bytes = 0
+    hub_problem = ""
+    for way in [way for way in ways if way.hub_id]:
+        hub_problem = settle_hub(remote, way, missing)
+        if hub_problem:
+            ways.remove(way)
+    if hub_problem and not ways:
+        raise SurgvqaError(f"{remote.host.name}: {hub_problem}")
+    rate = known_rate(remote.host.name) or 30e6
+    way = cheapest(ways, rate) if ways else None
+    return {
+        "way": way,
+        "chosen": way.name if way else None,
+        "hub_problem": hub_problem,
+        "bytes_per_s": rate,
+        "free_bytes": answer["free"],
+        "data": {"files": sum(len(i.entries) for i in data), "send_bytes": sum(missing(i) for i in data)},
+        "ways": [
+            {
+                "name": w.name,
+                "items": [i.name for i in w.items],
+                "total_bytes": sum(i.bytes for i in w.items),
+                "send_bytes": w.send_bytes,
+                "merge_bytes": w.merge_bytes,
+                "download_bytes": w.download_bytes,
+                "seconds": w.seconds(rate),
+            }
+            for w in ways
+        ],
+    }
+
+
+def settle_hub(remote: Remote, way: Way, missing: Callable[[Item], int]) -> str:
+    """Fills in what the host would get from the hub and what is left to send; why it cannot, or ''.
+
+    With Stage 1 here as well, the hub's weights must have its hashes: the same model by either way.
+    """
+    stage1 = way.items[0] if len(way.items) > 1 else None
+    if stage1 and not missing(stage1):
+        way.hub_id = ""  # it is there
+        return ""
+    found = hub.look(remote, way.hub_id)
+    if "problem" in found:
+        return str(found["problem"])
+    if stage1:
+        wrong = hub.differing(stage1, found)
+        if wrong:
+            folder = stage1.entries[0].source.parent
+            return f"{way.hub_id}: {wrong[0]} is another there than in {folder}; name its revision: USER/NAME@REVISION"
+        own = sum(entry.size for entry in stage1.entries if entry.path not in found["files"])
+        way.send_bytes = missing(way.items[1]) + own
+    else:
+        way.merge_bytes = sum(size for path, (size, _) in found["files"].items() if path.endswith(".safetensors"))
+    way.download_bytes = found["download_bytes"]
+    return ""
+
+
+def public(plan: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in plan.items() if k != "way"}
+
+
+def plan_table(host: str, plan: dict[str, Any]) -> Any:
+    """Draws the plan."""
+
+    def show(console: Any) -> None:
+        table = Table("what", "to send", "of", "about", "", title=f"upload to {host}")
+        for way in plan["ways"]:
+            mark = "chosen" if way["name"] == plan["chosen"] else ""
+            sizes = human_bytes(way["send_bytes"]), human_bytes(way["total_bytes"])
+            table.add_row(WAYS[way["name"]], *sizes, human_seconds(way["seconds"]), mark)
+        data = plan["data"]
+        if data["files"]:
+            seconds = human_seconds(data["send_bytes"] / plan["bytes_per_s"])
+            table.add_row(f"data ({data['files']} files)", human_bytes(data["send_bytes"]), "", seconds, "")
+        console.print(table)
+        for way in plan["ways"]:
+            if way["download_bytes"]:
+                console.print(f"the host itself downloads {human_bytes(way['download_bytes'])} from the hub")
+        if plan["hub_problem"]:
+            console.print(f"not from the hub: {plan['hub_problem']}", markup=False)
+        console.print(
+            f"free there: {human_bytes(plan['free_bytes'])}; times at {human_bytes(int(plan['bytes_per_s']))}/s"
+        )
+
+    return show

@@ -10,22 +10,19 @@ spread one file over streams, and its resume modes either re-send everything or 
 
 from __future__ import annotations
 
-import contextlib
-import json
-import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from remote.ssh.connection import Unreachable
+from remote.agent.protocol import FRAME
+from remote.ssh.errors import Unreachable
 from remote.ssh.process import Reserve
-from remote.upload.plan import Item
+from remote.upload.chunks import Chunk, Queue, chunks_of
+from remote.upload.hashes import Item
 from surgvqa.errors import SurgvqaError
 
-FRAME = struct.Struct(">IQI")  # file index, offset, length: the agent's staging.FRAME
 CHUNK = 2 << 20
 """The unit that streams share a file by, and that a broken stream sends again."""
 SHORT_LINK_S = 0.005  # only the processors count on a link shorter than this
@@ -35,56 +32,6 @@ MAX_STREAMS = 16
 GAIN = 1.15  # more streams are kept when they bring at least this
 PROBE_AGAIN_S = 30.0
 FULL = 0.2  # of a round trip: so long a queue means that the link has all it can carry
-
-
-@dataclass(eq=False)
-class Chunk:
-    """A piece of one file."""
-
-    index: int
-    offset: int
-    length: int
-
-
-def chunks_of(item: Item, done: dict[int, list[list[int]]], largest: int) -> list[Chunk]:
-    """What is still to be sent: every file's gaps, in chunks."""
-    found = []
-    for index, entry in enumerate(item.entries):
-        at = 0
-        for offset, length in [*sorted(done.get(index, [])), [entry.size, 0]]:
-            while at < offset:
-                length_now = min(largest, offset - at)
-                found.append(Chunk(index, at, length_now))
-                at += length_now
-            at = max(at, offset + length)
-    return found
-
-
-class Queue:
-    """What is still to be sent, by file: two streams that wrote into one file would wait for each other on the host."""
-
-    def __init__(self, chunks: list[Chunk]):
-        self.files: dict[int, deque[Chunk]] = {}
-        self.chunks = self.bytes = 0
-        self.put_back(chunks)
-
-    def take(self, file: int, others: set[int]) -> Chunk:
-        """The next chunk of `file`, or else of a file that no other stream is at, or else of any."""
-        if file not in self.files:
-            file = next((f for f in self.files if f not in others), next(iter(self.files)))
-        chunk = self.files[file].popleft()
-        if not self.files[file]:
-            del self.files[file]
-        self.chunks -= 1
-        self.bytes -= chunk.length
-        return chunk
-
-    def put_back(self, chunks: list[Chunk]) -> None:
-        """These come first in their files."""
-        for chunk in reversed(chunks):
-            self.files.setdefault(chunk.index, deque()).appendleft(chunk)
-            self.chunks += 1
-            self.bytes += chunk.length
 
 
 @dataclass(eq=False)
@@ -358,66 +305,3 @@ class Tuner:
     def _worth_it(self, rate: float) -> bool:
         """Whether enough is left to measure more streams, and to gain by them."""
         return self.transfer.queue.bytes > 3 * rate * (self.settle_s + self.window_s)
-
-
-class Verifier:
-    """Has the host hash what arrives, while the rest is still on its way."""
-
-    def __init__(self, reserve: Reserve, item: Item):
-        self.reserve, self.item = reserve, item
-        self.hashes: dict[int, str] = {}
-        self.error: SurgvqaError | None = None
-        self.changed = threading.Condition()
-        self._upto: dict[int, int] = {}
-        self._start()
-
-    def _start(self) -> None:
-        self.error, self.ended = None, False
-        self._agent = self.reserve.take()
-        self._agent.begin({"op": "verify", "digest": self.item.digest}, self._heard, self._ended)
-
-    def tell(self, index: int, upto: int) -> None:
-        """The first `upto` bytes of the file are there."""
-        self._upto[index] = upto
-        with contextlib.suppress(OSError):  # a broken verifier is started again in `wait`
-            self._agent.write(json.dumps([index, upto]).encode() + b"\n")
-
-    def wait(self, patience_s: float) -> dict[int, str]:
-        """File index -> sha256 on the host, for every file; starts again where the connection broke."""
-        deadline, heard = time.monotonic() + patience_s, len(self.hashes)
-        while len(self.hashes) < len(self.item.entries):
-            with self.changed:
-                self.changed.wait(0.2)
-                ended, error = self.ended, self.error
-            if len(self.hashes) > heard:
-                heard, deadline = len(self.hashes), time.monotonic() + patience_s
-            if not ended:
-                continue
-            if (error and not isinstance(error, Unreachable)) or time.monotonic() > deadline:
-                raise error or SurgvqaError(f"{self.reserve.host.name}: the host ended before every file was verified")
-            time.sleep(1.0)
-            self._start()
-            for index, entry in enumerate(self.item.entries):
-                if index not in self.hashes:
-                    self.tell(index, entry.size)
-        return self.hashes
-
-    def close(self) -> None:
-        self._agent.kill()
-        self._agent.finish()
-
-    def reset(self, index: int) -> None:
-        """Has the staged file thrown away, to be sent again."""
-        self.hashes.pop(index, None)
-        self.tell(index, -1)
-
-    def _heard(self, message: dict[str, Any]) -> None:
-        with self.changed:
-            if "sha256" in message:
-                self.hashes[message["file"]] = message["sha256"]
-            self.changed.notify_all()
-
-    def _ended(self, error: SurgvqaError | None) -> None:
-        with self.changed:
-            self.error, self.ended = error, True
-            self.changed.notify_all()

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgvqa.checkpoint.folder import DTYPE_BYTES, SINGLE_FILE, TensorInfo, header_bytes
+from surgvqa.checkpoint.headers import DTYPE_BYTES, TensorInfo, header_bytes
+from surgvqa.checkpoint.names import SINGLE_FILE
 from surgvqa.errors import SurgvqaError
 
 PAGE_BYTES = 4096

@@ -27,28 +27,24 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.folder import INDEX_FILE, usable_cores
+from rich.filesize import decimal as human_bytes
+
+from surgvqa.checkpoint.names import INDEX_FILE
 from surgvqa.checkpoint.shard_writer import ShardWriter
-from surgvqa.checkpoint.shards import BLOCK_BYTES, Shard, index_of
+from surgvqa.checkpoint.shards import Shard, index_of
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs.folder import Run, write_json_atomic
-from surgvqa.terminal.job_view import counted, human_bytes
+from surgvqa.files import _write_synced, free_bytes, fsync_folder, sha256_file, write_json_atomic
+from surgvqa.machine.process import usable_cores
+from surgvqa.runs.folder import Run
+from surgvqa.terminal.figures import counted
 
 MANIFEST_FILE = "surgvqa_manifest.json"
 MAX_WORKERS = 4  # two shards at once; more threads would mostly wait for the disk, and each takes 20 MB
-
-
-def free_bytes(path: Path) -> int:
-    """Free disk for an ordinary user where `path` is or will be."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 def file_identity(file: Path) -> dict[str, Any]:
@@ -59,9 +55,6 @@ def file_identity(file: Path) -> dict[str, Any]:
         stream.seek(0)
         beginning = stream.read(min(length + 8, 100_000_000))
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "head_sha256": hashlib.sha256(beginning).hexdigest()}
-
-
-# --- the folder in the making ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -116,26 +109,6 @@ def difference(record: dict[str, Any], job: Job) -> str | None:
     if record.get("plan_sha256") != job.plan_sha256():
         return "it was made with another shard plan"
     return None
-
-
-def sha256_file(file: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Of the whole file, read block by block."""
-    digest, buffer = hashlib.sha256(), bytearray(BLOCK_BYTES)
-    with open(file, "rb", buffering=0) as stream:
-        while got := stream.readinto(buffer):
-            digest.update(memoryview(buffer)[:got])
-            if on_bytes:
-                on_bytes(got)
-    return digest.hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes the names in a folder last."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Writer:
@@ -363,10 +336,3 @@ class Writer:
                 f"{self.job.partial.name}: free some space and run it again to go on"
             )
         return SurgvqaError(f"{self.job.output}: cannot be written: {error.strerror or error}{where}")
-
-
-def _write_synced(file: Path, content: bytes) -> None:
-    with open(file, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())

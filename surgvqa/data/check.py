@@ -22,16 +22,10 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from surgvqa.config.options import CheckDataOptions, Workspace
-from surgvqa.data.samples import (
-    AudioIndex,
-    FrameIndex,
-    MissingFile,
-    Problem,
-    Sample,
-    majority_accuracy,
-    scan_samples,
-)
+from surgvqa.config.options import CheckDataOptions
+from surgvqa.config.workspace import Workspace
+from surgvqa.data.lookup import AudioIndex, FrameIndex, MissingFile
+from surgvqa.data.samples import Problem, Sample, majority_accuracy, scan_samples
 from surgvqa.errors import UsageError
 from surgvqa.outcome import Outcome
 

@@ -12,9 +12,10 @@ import numpy as np
 from surgvqa.config.options import DataOptions
 from surgvqa.data.audio import audio_features, audio_seconds, load_audio
 from surgvqa.data.frames import frame_patches, load_frame, select_frames
+from surgvqa.data.lookup import AudioIndex, FrameIndex
 from surgvqa.data.processors import Processors
 from surgvqa.data.prompt import IGNORED, answer_ids, prompt_ids
-from surgvqa.data.samples import AudioIndex, FrameIndex, Sample
+from surgvqa.data.samples import Sample
 from surgvqa.errors import SurgvqaError, UsageError, of_worker
 
 if TYPE_CHECKING:

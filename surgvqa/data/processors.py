@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from transformers import Qwen2TokenizerFast, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint, read_json
+from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
 from surgvqa.data.audio import HOP, SAMPLE_RATE
 from surgvqa.errors import UsageError
+from surgvqa.files import read_json
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgvqa.config.options import DemoOptions, Workspace
+from surgvqa.config.options import DemoOptions
+from surgvqa.config.workspace import Workspace
 from surgvqa.outcome import Outcome
 
 

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from surgvqa.cli import main
-from surgvqa.config import options
+from surgvqa.cli import commands, jobs
+from surgvqa.config import resolve
+from surgvqa.config.workspace import Workspace, load_workspace
 from surgvqa.demo.workspace import Made
 from surgvqa.errors import SurgvqaError
 from surgvqa.outcome import Outcome
-from surgvqa.terminal.job_view import JobView, human_seconds
+from surgvqa.terminal.figures import human_seconds
+from surgvqa.terminal.job_view import JobView
 
 
 def run_job(made: Made) -> Outcome:
@@ -24,13 +26,13 @@ def run_job(made: Made) -> Outcome:
 
     began = time.monotonic()
     torch.set_num_threads(1)  # the model is so small that threads wait for each other longer than they work
-    workspace = options.load_workspace(made.folder)
+    workspace = load_workspace(made.folder)
     merged = Path(workspace.value("output_path", "merge"))
     view = JobView()
     outcomes: dict[str, Outcome] = {}
 
     outcomes["merge"] = _step("merge", workspace, {})
-    audit = options.resolve("audit", {"checkpoint": str(merged)}, workspace)
+    audit = resolve.resolve("audit", {"checkpoint": str(merged)}, workspace)
     outcomes["audit"] = importlib.import_module("surgvqa.checkpoint.audit").run(audit.options, workspace)
     view.show({"kind": "phase", "name": "audit", "text": f"{merged}: {'ok' if outcomes['audit'].ok else 'not ok'}"})
     if outcomes["audit"].ok:
@@ -67,13 +69,13 @@ def verdict(report: dict[str, Any]) -> str:
     )
 
 
-def _step(name: str, workspace: options.Workspace, given: dict[str, Any]) -> Outcome:
+def _step(name: str, workspace: Workspace, given: dict[str, Any]) -> Outcome:
     """One command with the workspace's settings, as a run of its own."""
-    room = importlib.import_module(main.COMMANDS[name].room)
-    resolved = options.resolve(name, given, workspace)
+    room = importlib.import_module(commands.COMMANDS[name].room)
+    resolved = resolve.resolve(name, given, workspace)
     if hasattr(room, "check"):
         room.check(resolved.options)
-    outcome = main.run_job(name, room.run, resolved, workspace, argv=["demo", "--run"])
+    outcome = jobs.run_job(name, room.run, resolved, workspace, argv=["demo", "--run"])
     if name == "train" and outcome.data.get("state") != "finished":
         raise SurgvqaError(f"the training run {outcome.data['run']} is {outcome.data.get('state')}, not finished")
     return outcome

@@ -20,7 +20,8 @@ from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.demo.speech import Synthesiser, draw_voice
 from surgvqa.demo.weights import MARK, marks, overwrite
-from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration, load_model
+from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
+from surgvqa.model.loading import load_model
 
 POSITIONS_A_SECOND = 50
 WORDS_A_LIST = 5

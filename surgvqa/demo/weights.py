@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgvqa.checkpoint.folder import header_bytes, open_checkpoint
+from surgvqa.checkpoint.folder import open_checkpoint
+from surgvqa.checkpoint.headers import header_bytes
 from surgvqa.config.options import LORA_TARGETS
 
 if TYPE_CHECKING:

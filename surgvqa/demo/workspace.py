@@ -18,12 +18,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgvqa.config.options import BUDGET_GB, WORKSPACE_FILE
+from surgvqa.config.options import BUDGET_GB
+from surgvqa.config.workspace import WORKSPACE_FILE
 from surgvqa.demo.questions import QUESTION_TYPES, QuestionType
 from surgvqa.demo.shots import CLIP_FRAMES, Clip, Shot, clips_of, draw_shots
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.folder import write_json_atomic
-from surgvqa.terminal.job_view import human_seconds
+from surgvqa.files import write_json_atomic
+from surgvqa.terminal.figures import human_seconds
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from surgvqa.config.options import AskOptions, Workspace
+from surgvqa.config.options import AskOptions
+from surgvqa.config.workspace import Workspace
 from surgvqa.errors import UsageError
-from surgvqa.evaluation.command import model_folders
+from surgvqa.evaluation.model_folders import model_folders
 from surgvqa.outcome import Outcome
 
 
@@ -26,7 +27,7 @@ def run(options: AskOptions, workspace: Workspace) -> Outcome:
     """Loads the model and answers."""
     from surgvqa.data.dataset import encode
     from surgvqa.data.frames import select_frames
-    from surgvqa.evaluation.generate import load_answerer
+    from surgvqa.evaluation.answerer import load_answerer
 
     began = time.monotonic()
     answerer = load_answerer(options)

@@ -10,17 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.folder import open_checkpoint, read_json
-from surgvqa.config.options import AskOptions, EvaluateOptions
+from surgvqa.config.options import EvaluateOptions
+from surgvqa.data.lookup import check_samples
 from surgvqa.data.samples import Sample
 from surgvqa.errors import UsageError
+from surgvqa.evaluation.model_folders import model_folders
 from surgvqa.evaluation.score import read_predictions, score
+from surgvqa.files import write_json_atomic
 from surgvqa.outcome import Outcome
-from surgvqa.runs.folder import Run, write_json_atomic
-from surgvqa.training import results
-from surgvqa.training.command import check_samples
-
-ADAPTER_CONFIG = "adapter_config.json"
+from surgvqa.runs.folder import Run
 
 
 def check(options: EvaluateOptions) -> None:
@@ -68,41 +66,13 @@ def run(options: EvaluateOptions, run: Run) -> Outcome:
     return Outcome(data, show=lambda console: draw(console, report))
 
 
-def model_folders(options: EvaluateOptions | AskOptions) -> tuple[Path, Path | None]:
-    """(base checkpoint, adapter or None) that `options.checkpoint` stands for: an adapter, the output folder of a
-    training run, or a full checkpoint. UsageError when it is none of them, or an adapter without a base.
-    """
-    folder = Path(options.checkpoint)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; expected an adapter or checkpoint folder, or a run id")
-    record = results.read(folder)
-    whole = (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file()
-    if not whole or (record and record.step is None):  # a run that has not ended, perhaps in the folder of one that has
-        unfinished, _ = results.newest_whole_checkpoint(folder)
-        if unfinished is None and record and not whole:
-            raise UsageError(f"{folder}: a training run's folder in which no adapter has been saved yet")
-        folder = unfinished or folder
-    if not (folder / ADAPTER_CONFIG).is_file():
-        open_checkpoint(folder).require_sound()
-        return folder, None
-    record = results.read(folder)
-    base = options.model_name_or_path or (record and record.options.get("model_name_or_path"))
-    base = base or read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
-        raise UsageError(
-            f"{folder}: an adapter, and its base checkpoint {base or ''} is not here; name it: --model_name_or_path DIR"
-        )
-    open_checkpoint(base).require_sound()
-    return Path(base), folder
-
-
 def draw(console: Any, report: dict[str, Any]) -> None:
     """The report as a table; with a bar of the label accuracy where the terminal is wide enough."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    from surgvqa.terminal.job_view import bar
+    from surgvqa.terminal.drawing import bar
 
     wide = console.width >= 100
     table = Table(box=box.SIMPLE, show_edge=False)

@@ -6,99 +6,35 @@ import math
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
-from surgvqa.checkpoint.folder import usable_cores
-from surgvqa.config.options import AskOptions, EvaluateOptions, LoraOptions
-from surgvqa.data.collate import Collator
+from surgvqa.config.options import EvaluateOptions, LoraOptions
 from surgvqa.data.dataset import ClipDataset, Item, loaded, make_room_for_sockets
 from surgvqa.data.frames import largest_frame
-from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import Sample, read_samples
 from surgvqa.errors import SurgvqaError
-from surgvqa.evaluation.command import model_folders
+from surgvqa.evaluation.answerer import Answerer, load_answerer
+from surgvqa.machine.process import usable_cores
 from surgvqa.machine.sampling import MemorySampler
+from surgvqa.memory import fit
 from surgvqa.memory import predict as predict_module
-from surgvqa.model.adapter import ADAPTER, load_adapter
-from surgvqa.model.audio_qwen2vl import choose_attention, load_model
-from surgvqa.model.device import choose_device, choose_dtype, memory_limit_gb
+from surgvqa.memory.clip import clip_of
+from surgvqa.memory.fit import memory_limit_gb
+from surgvqa.memory.out_of_memory import empty_cache, read
+from surgvqa.model.adapter import ADAPTER
 from surgvqa.model.encode import use_cache
-from surgvqa.model.sizes import checkpoint_sizes, clip_of
+from surgvqa.model.sizes import checkpoint_sizes
 from surgvqa.runs.folder import Run
-from surgvqa.training.step_down import empty_cache, read
 
 AT_ONCE, AT_MOST = 8, 32
 """Samples generated together when nobody says how many: on a CPU; on a GPU as many as are predicted to fit, up to this.
 A step of generation takes a GPU little longer for more of them."""
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""torch's own kernels: cuDNN's, which torch takes on Hopper, seems to plan anew for each length, so for each token."""
-
-
-@dataclass
-class Answerer:
-    """A loaded model that answers."""
-
-    model: Any
-    base: Path
-    """Folder of the (base) checkpoint."""
-    processors: Processors
-    device: torch.device
-    max_new_tokens: int
-    description: str
-
-    @property
-    def base_model(self) -> Any:
-        """The model below an adapter's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    @torch.inference_mode()
-    def answer(self, items: list[Item]) -> list[str]:
-        """One greedy answer for each encoded sample, without special tokens and outer spaces."""
-        batch = Collator(self.processors, padding_side="left")(items)
-        del batch["labels"]
-        prompt_length = batch["input_ids"].shape[1]
-        greedy = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.processors.im_end_token_id,
-            pad_token_id=self.processors.pad_token_id,
-        )
-        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        with sdpa_kernel(ATTENTION):
-            ids = self.model.generate(**inputs, generation_config=greedy)
-        answers = self.processors.tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
-
-
-def load_answerer(options: EvaluateOptions | AskOptions) -> Answerer:
-    """The model that `options.checkpoint` stands for, ready to answer. UsageError when it cannot be loaded."""
-    base, adapter = model_folders(options)
-    device = choose_device(options.device)
-    attention, why = choose_attention(options.attn_implementation, device)
-    dtype = choose_dtype(device)
-    transformers_logging.disable_progress_bar()
-    processors = load_processors(base)
-    model: Any = load_model(base, dtype=dtype, device=device, attn_implementation=attention)
-    if adapter:
-        model = load_adapter(model, adapter)
-    name = f"{adapter} on {base}" if adapter else str(base)
-    return Answerer(
-        model.eval(),
-        Path(base),
-        processors,
-        device,
-        options.max_new_tokens,
-        f"{name}; {str(dtype).removeprefix('torch.')} on {device}; attention {why}",
-    )
 
 
 def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], list[str], dict[str, Any]]:
@@ -186,7 +122,7 @@ def _at_once(
     if predict is None:
         count = options.batch_size or AT_ONCE
         return count, f"{count} at once"
-    room = limit_gb * (1 - predict_module.MARGIN)
+    room = limit_gb * (1 - fit.MARGIN)
     count = options.batch_size or min(AT_MOST, samples)
     while options.batch_size is None and count > 1 and not predict(count).fits(room):
         count -= 1

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from surgvqa.config.options import Workspace
+from surgvqa.config.workspace import Workspace
 from surgvqa.machine import gpu
 from surgvqa.outcome import Outcome
 
@@ -59,7 +59,7 @@ def torch_facts():
         facts["bf16"] = torch.cuda.is_bf16_supported()
     return facts
 def attention():
-    from surgvqa.model.audio_qwen2vl import choose_attention
+    from surgvqa.model.device import choose_attention
     import torch
     name, why = choose_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
     return {"name": name, "why": why}

@@ -326,7 +326,7 @@ def draw(gpus: list[dict[str, Any]], problem: str | None = None) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from surgvqa.terminal.job_view import bar
+    from surgvqa.terminal.drawing import bar
 
     if not gpus:
         return Text(f"no GPU: {problem or 'the driver lists none'}")

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from surgvqa.config.options import LoraOptions
-from surgvqa.model.sizes import BF16, Clip, Sizes
+from surgvqa.memory.clip import Clip
+from surgvqa.model.sizes import BF16, Sizes
 
 FP32 = 4
 MIB = 2**20

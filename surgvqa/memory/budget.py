@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from presets import Preset, load_presets
-from surgvqa.config.options import BudgetOptions, Workspace, convert, settings_of
+from surgvqa.config.options import BudgetOptions
+from surgvqa.config.settings import convert, settings_of
+from surgvqa.config.workspace import Workspace
 from surgvqa.errors import UsageError
 from surgvqa.machine import gpu
-from surgvqa.memory import predict
+from surgvqa.memory import fit, predict
 from surgvqa.memory.predict import GB, Prediction
 from surgvqa.model.sizes import Sizes, checkpoint_sizes, require_layers
 from surgvqa.outcome import Outcome
@@ -52,9 +54,9 @@ def run(options: BudgetOptions, workspace: Workspace) -> Outcome:
     prediction = predict.predict(sizes, configuration, weights)
     fits = prediction.fits(options.budget_gb)
     peaks = preset_peaks(options, load_presets(workspace.root))
-    fitted = predict.fit(sizes, configuration, options.budget_gb, weights)
+    fitted = fit.fit(sizes, configuration, options.budget_gb, weights)
     advice = _advice(options, prediction, fitted, peaks)
-    choices = [{"text": text, "saves_gb": gb} for text, gb in predict.choices(sizes, configuration, weights)]
+    choices = [{"text": text, "saves_gb": gb} for text, gb in fit.choices(sizes, configuration, weights)]
     data = {
         **document(prediction),
         "budget_gb": options.budget_gb,
@@ -133,7 +135,7 @@ def _show(
     from rich.table import Table
     from rich.text import Text
 
-    from surgvqa.terminal.job_view import bar, bought
+    from surgvqa.terminal.drawing import bar, bought
 
     where = "" if gpu.any_gpu() else f"; {NO_GPU}"
     console.print(Text(f"{prediction.plan}; {prediction.configuration.clip.tokens} tokens{where}", "dim"))
@@ -167,6 +169,6 @@ def _show(
 def _total(table: Any, name: str, gb: float, budget_gb: float, note: str) -> None:
     from rich.text import Text
 
-    from surgvqa.terminal.job_view import bar
+    from surgvqa.terminal.drawing import bar
 
     table.add_row(Text(name, "bold"), bar(gb / budget_gb, WIDTH), Text(f"{gb:.2f}", "bold"), Text(note, "dim"))

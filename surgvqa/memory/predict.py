@@ -16,26 +16,22 @@ GB = 1e9 bytes. T is tokens of a batch, h hidden, m intermediate, q and k widths
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from surgvqa.config.options import DataOptions, LoraOptions, TrainOptions, settings_of
+from surgvqa.config.options import DataOptions, LoraOptions, TrainOptions
+from surgvqa.config.settings import settings_of
 from surgvqa.memory.activations import FP32, MIB, Configuration, block, encoder_temporaries, layer_tensors, temporaries
-from surgvqa.model.sizes import BF16, Sizes, checkpoint_sizes, clip_of
+from surgvqa.memory.clip import clip_of
+from surgvqa.model.sizes import BF16, Sizes, checkpoint_sizes
 
 GB = 1e9
-MARGIN = 0.01
-"""Share of the budget that `fit` leaves free: six times the most that a prediction was too low on an H100 (0.16 %, of
-35 configurations, docs/benchmarks.md)."""
 CUBLAS_WORKSPACES = 4 * 32 * MIB
 """cuBLAS and cuBLASLt, one each for the forward and for the backward thread; 32 MiB on Hopper
 (aten/src/ATen/cuda/CublasHandlePool.cpp, CUDABlas.cpp); less on older cards."""
 CUDA_CONTEXT = 0.81 * GB
 """What the driver holds for a process beside torch's allocator: context and loaded kernels. Measured on an H100, the
 same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
-WORTH_TELLING_GB = 0.05
-"""Of a choice."""
 MIN_8BIT = 4096
 """bitsandbytes keeps float32 moments for smaller tensors; larger ones take a byte and a float32 scale per 256."""
 TRANSFER_COLUMNS = 3
@@ -342,61 +338,6 @@ def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
 
 
 # --- fitting ---------------------------------------------------------------------------------------------------------
-
-
-def plans(sizes: Sizes, c: Configuration) -> Iterator[Configuration]:
-    """The ways to run `c`, fastest first: compiled layers keep everything; or only matrix products, since computing
-    again what stands between them costs little; and layers recompute, the fewer the better: all of them cost a quarter
-    of a step's time."""
-    if c.keep == "auto":
-        yield replace(c, keep="all", checkpointed_layers=0)
-        c = replace(c, keep="products")
-    for count in range(sizes.num_hidden_layers + 1):
-        yield replace(c, checkpointed_layers=count)
-
-
-def fit(
-    sizes: Sizes,
-    c: Configuration,
-    budget_gb: float,
-    weights: dict[str, list[int]] | None = None,
-    capped: bool = False,
-) -> Prediction | None:
-    """The fastest plan whose predicted peak, with a margin for the prediction's error, is within the budget; None when
-    there is none. `capped`: see Prediction.fits."""
-    predicted = (predict(sizes, plan, weights) for plan in plans(sizes, c))
-    return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN), capped)), None)
-
-
-def choices(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> list[tuple[str, float]]:
-    """What is done otherwise than the old way, and the GB by which the peak would be higher without each (negative:
-    lower, it spends memory on speed)."""
-    layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
-    at_answer = c.supervised_tokens is None
-    without = {
-        "logits at the answer only": (at_answer, {"supervised_tokens": c.clip.tokens}),
-        "frames and questions encoded once, the encoders off the GPU": (
-            c.cached_features and not c.encoders_resident,
-            {"cached_features": False, "encoders_resident": True},
-        ),
-        "8-bit AdamW": (c.eight_bit, {"eight_bit": False}),
-        "no float32 copies of LoRA's inputs": (
-            not c.casts_lora_inputs and c.adapter_bytes == FP32,
-            {"casts_lora_inputs": True},
-        ),
-        "compiled layers keep only matrix products": (c.compiled and c.keep != "all", {"keep": "all"}),
-        f"{layers - recomputing} of {layers} layers do not recompute, a third less to compute in each": (
-            recomputing < layers,
-            {"checkpointed_layers": None},
-        ),
-    }
-    peak = predict(sizes, c, weights).predicted_peak_gb
-    saved = {
-        text: predict(sizes, replace(c, **other), weights).predicted_peak_gb - peak
-        for text, (chosen, other) in without.items()
-        if chosen
-    }
-    return [(text, gb) for text, gb in saved.items() if abs(gb) >= WORTH_TELLING_GB]
 
 
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from presets import Preset
-from surgvqa.config.options import TrainOptions, convert, settings_of
+from surgvqa.config.options import TrainOptions
+from surgvqa.config.settings import convert, settings_of
 from surgvqa.memory import predict
+from surgvqa.memory.clip import clip_of
+from surgvqa.memory.fit import MARGIN
+from surgvqa.memory.fit import fit as fastest_that_fits
 from surgvqa.memory.predict import Prediction
-from surgvqa.model.sizes import checkpoint_sizes, clip_of
+from surgvqa.model.sizes import checkpoint_sizes
 
 SHOWN = ("num_frames", "image_size")
 """The settings of a preset that can change within a run; what else it sets takes effect in new runs only."""
@@ -36,7 +40,7 @@ class Forecast:
 
     def fastest(self, options: TrainOptions, limit_gb: float) -> Prediction | None:
         """With these options but the fewest recomputing layers that fit; None when nothing does."""
-        return predict.fit(
+        return fastest_that_fits(
             self.sizes, self._configuration(options), limit_gb, self.weights, capped=options.enforce_budget
         )
 
@@ -93,7 +97,7 @@ def fit(
         return Fit(asked, layers, why, keep=keeps[-1])
     for keep in keeps:
         prediction = forecast.of(changed(options, checkpointed_layers=asked, keep_activations=keep))
-        room_gb = limit_gb if len(keeps) == 1 else limit_gb * (1 - predict.MARGIN)
+        room_gb = limit_gb if len(keeps) == 1 else limit_gb * (1 - MARGIN)
         if prediction.fits(room_gb, options.enforce_budget):
             break
     if prediction.fits(limit_gb, options.enforce_budget):

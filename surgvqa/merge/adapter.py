@@ -20,8 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.folder import Checkpoint, TensorInfo, read_header, read_json, to_old_name
+from surgvqa.checkpoint.folder import Checkpoint
+from surgvqa.checkpoint.headers import TensorInfo, read_header
+from surgvqa.checkpoint.names import to_old_name
 from surgvqa.errors import UsageError
+from surgvqa.files import read_json
 
 PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
@@ -160,7 +163,7 @@ def _adapter_tensors(folder: Path) -> tuple[Path, dict[str, TensorInfo]]:
             raise UsageError(problems[0])
         return file, tensors
     if (folder / "adapter_model.bin").is_file():
-        from surgvqa.merge.arithmetic import read_torch_file  # needs torch
+        from surgvqa.checkpoint.torch_tensors import read_torch_file  # needs torch
 
         return folder / "adapter_model.bin", read_torch_file(folder / "adapter_model.bin")
     raise UsageError(f"{folder}: no adapter_model.safetensors in it")

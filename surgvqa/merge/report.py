@@ -8,14 +8,16 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgvqa.checkpoint.folder import read_json
+from rich.filesize import decimal as human_bytes
+
 from surgvqa.checkpoint.writer import Writer
 from surgvqa.errors import UsageError
+from surgvqa.files import read_json
 from surgvqa.merge.adapter import Adapter
-from surgvqa.terminal.job_view import counted, human_bytes
+from surgvqa.terminal.figures import counted
 
 if TYPE_CHECKING:
-    from surgvqa.merge.command import Plan
+    from surgvqa.merge.plan import Plan
 
 
 def make_report(plan: Plan, writer: Writer, seconds: dict[str, float], peak_rss_bytes: int) -> dict[str, Any]:

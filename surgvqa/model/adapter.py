@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from surgvqa.checkpoint.folder import read_json, to_old_name
+from surgvqa.checkpoint.names import to_old_name
 from surgvqa.config.options import LoraOptions
 from surgvqa.errors import UsageError
+from surgvqa.files import read_json
 
 ADAPTER = "default"
 """PEFT's name of the only adapter; a part of its parameters' names."""

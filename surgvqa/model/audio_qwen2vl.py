@@ -7,40 +7,23 @@ text to M-RoPE. Everything else is upstream's `Qwen2VLForConditionalGeneration`.
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
-from transformers.utils import can_return_tuple, is_flash_attn_2_available
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
-from transformers.utils.logging import disable_progress_bar
 
-from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint, to_old_name, whisper_config
-from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.model.adapter import add_lora, load_adapter, save_adapter
-
-__all__ = [
-    "AudioQwen2VLForConditionalGeneration",
-    "add_lora",
-    "choose_attention",
-    "load_adapter",
-    "load_model",
-    "save_adapter",
-]
+from surgvqa.errors import SurgvqaError
 
 IGNORED = -100
 """The label of a position that is not supervised (torch's and transformers' convention)."""
-FLASH_CAPABILITY = (8, 0)
-"""flash-attn 2 needs Ampere or newer."""
 
 
 class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
@@ -312,128 +295,3 @@ def _trainable(module: nn.Module) -> bool:
 
 def _grad_if_trainable(encoder: nn.Module):
     return torch.set_grad_enabled(torch.is_grad_enabled() and _trainable(encoder))
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def load_model(
-    folder: str | Path, *, dtype: torch.dtype, device: str | torch.device, attn_implementation: str
-) -> AudioQwen2VLForConditionalGeneration:
-    """The checkpoint's model on `device`, in eval mode with every parameter frozen; on a GPU without the token
-    embeddings, which stay on the host.
-
-    Tensors go from the file straight to the device, one copy. UsageError when `folder` is no such checkpoint;
-    SurgvqaError when a tensor is missing, left over, or of another shape than the model's.
-    """
-    checkpoint = open_checkpoint(folder).require_sound()
-    config = checkpoint_config(checkpoint)
-    _check_tensors(config, checkpoint)
-    disable_progress_bar()  # transformers draws one on stderr; ours belong in the run folder
-    model, report = AudioQwen2VLForConditionalGeneration.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        device_map={"": device},
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    # After the check above this says that transformers mapped every name as we do.
-    if left := {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}:
-        raise SurgvqaError(f"{folder}: transformers did not load {_some(left)}")
-    if torch.device(device).type == "cuda":
-        model.embeddings_to_host()
-    return model.requires_grad_(False).eval()
-
-
-def _check_tensors(config: Qwen2VLConfig, checkpoint: Checkpoint) -> None:
-    """SurgvqaError unless the files hold the model's tensors, all of them and no others, in its shapes.
-
-    Before anything is loaded, so that a wrong 18 GB checkpoint fails in a second and in the checkpoint's own names.
-    """
-    with torch.device("meta"):
-        skeleton = AudioQwen2VLForConditionalGeneration(config)
-    expected = {to_old_name(name): tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    found = {name: info.shape for name, info in checkpoint.tensors.items()}
-    folder = checkpoint.folder
-    missing = expected.keys() - found.keys()
-    if config.tie_word_embeddings:
-        missing -= {"lm_head.weight"}
-    hint = "is config.json this checkpoint's own, and is every shard there?"
-    if missing:
-        raise SurgvqaError(f"{folder}: not in the checkpoint: {_some(missing)}; {hint}")
-    if extra := found.keys() - expected.keys():
-        raise SurgvqaError(f"{folder}: not in the model: {_some(extra)}; {hint}")
-    for name in sorted(expected):
-        if name in found and found[name] != expected[name]:
-            raise SurgvqaError(
-                f"{folder}: {name} is {list(found[name])} but config.json calls for {list(expected[name])}; {hint}"
-            )
-
-
-def checkpoint_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
-    """config.json of the checkpoint (flat as the fork wrote it, or nested), completed from the tensors' shapes.
-
-    Adds `audio_encoder_config` (unless it stands there) and `audio_projector_bias`.
-    """
-    path, raw = checkpoint.folder / "config.json", dict(checkpoint.config)
-    if raw.get("model_type") != "qwen2_vl" or "audio_token_id" not in raw:
-        raise UsageError(
-            f'{path}: expected "model_type": "qwen2_vl" and an "audio_token_id"; this is no audio-grafted Qwen2-VL'
-        )
-    raw["audio_encoder_config"] = raw.get("audio_encoder_config") or whisper_config(checkpoint.tensors)
-    if not raw["audio_encoder_config"]:
-        raise UsageError(f"{checkpoint.folder}: no Whisper encoder (audio_encoder.*) among the checkpoint's tensors")
-    raw["audio_projector_bias"] = "audio_projector.bias" in checkpoint.tensors
-    try:
-        return Qwen2VLConfig.from_dict(raw)
-    except StrictDataclassError as error:
-        raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
-
-
-def _some(names: Any, shown: int = 5) -> str:
-    names = sorted(map(str, names))
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
-
-
-def choose_attention(requested: str, device: str | torch.device) -> tuple[str, str]:
-    """The attention kernel that will run (for LM, vision tower and Whisper alike) and a sentence that says why.
-
-    `requested` is "auto", "flash_attention_2", "sdpa" or "eager". UsageError when flash_attention_2 is asked for by
-    name and cannot run here.
-    """
-    if requested in ("sdpa", "eager"):
-        return requested, f"{requested}: asked for by name."
-    obstacle = _flash_obstacle(torch.device(device))
-    if obstacle is None:
-        return "flash_attention_2", "flash_attention_2: flash-attn is installed and the GPU is Ampere or newer."
-    if requested == "flash_attention_2":
-        raise UsageError(f"attn_implementation is flash_attention_2, but {obstacle}; use auto or sdpa")
-    return "sdpa", f"sdpa (on a GPU cuDNN's kernel, before Hopper torch's own flash kernel): {obstacle}."
-
-
-def _flash_obstacle(device: torch.device) -> str | None:
-    """Why flash-attn 2 cannot run on the device, or None."""
-    if device.type != "cuda":
-        return f"flash-attn needs a CUDA GPU and the device is {device.type}"
-    if not torch.cuda.is_available():
-        return "no CUDA GPU is available"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FLASH_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        return (
-            f"flash-attn needs an Ampere or newer GPU and {name} has compute capability {capability[0]}.{capability[1]}"
-        )
-    try:
-        importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:  # OSError: a build for another torch or glibc
-        return f"flash-attn cannot be imported ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
-    if not is_flash_attn_2_available():  # it asks the package's metadata too
-        return "transformers does not take the flash-attn that is here for version 2 of the package flash-attn"
-    return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
+from transformers.utils import is_flash_attn_2_available
 
 from surgvqa.errors import UsageError
-from surgvqa.memory.predict import CUDA_CONTEXT
 
 
 def choose_device(requested: str) -> torch.device:
@@ -41,9 +42,42 @@ def attention_kernel(config: Any, attention: str, device: torch.device) -> str:
     return "cudnn" if chosen == SDPBackend.CUDNN_ATTENTION.value else "flash"
 
 
-def memory_limit_gb(budget_gb: float, device: torch.device) -> float:
-    """What a run may allocate: the budget, or what the card has beside the driver's own if that is less."""
+FLASH_CAPABILITY = (8, 0)
+"""flash-attn 2 needs Ampere or newer."""
+
+
+def choose_attention(requested: str, device: str | torch.device) -> tuple[str, str]:
+    """The attention kernel that will run (for LM, vision tower and Whisper alike) and a sentence that says why.
+
+    `requested` is "auto", "flash_attention_2", "sdpa" or "eager". UsageError when flash_attention_2 is asked for by
+    name and cannot run here.
+    """
+    if requested in ("sdpa", "eager"):
+        return requested, f"{requested}: asked for by name."
+    obstacle = _flash_obstacle(torch.device(device))
+    if obstacle is None:
+        return "flash_attention_2", "flash_attention_2: flash-attn is installed and the GPU is Ampere or newer."
+    if requested == "flash_attention_2":
+        raise UsageError(f"attn_implementation is flash_attention_2, but {obstacle}; use auto or sdpa")
+    return "sdpa", f"sdpa (on a GPU cuDNN's kernel, before Hopper torch's own flash kernel): {obstacle}."
+
+
+def _flash_obstacle(device: torch.device) -> str | None:
+    """Why flash-attn 2 cannot run on the device, or None."""
     if device.type != "cuda":
-        return budget_gb
-    total = torch.cuda.get_device_properties(device).total_memory
-    return min(budget_gb, (total - CUDA_CONTEXT) / 1e9)
+        return f"flash-attn needs a CUDA GPU and the device is {device.type}"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is available"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FLASH_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return (
+            f"flash-attn needs an Ampere or newer GPU and {name} has compute capability {capability[0]}.{capability[1]}"
+        )
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError) as error:  # OSError: a build for another torch or glibc
+        return f"flash-attn cannot be imported ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
+    if not is_flash_attn_2_available():  # it asks the package's metadata too
+        return "transformers does not take the flash-attn that is here for version 2 of the package flash-attn"
+    return None

@@ -18,13 +18,14 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
-from surgvqa.checkpoint.folder import open_checkpoint, usable_cores
+from surgvqa.checkpoint.folder import open_checkpoint
 from surgvqa.config.options import CacheOptions
 from surgvqa.data.audio import audio_features, load_audio
 from surgvqa.data.dataset import ClipDataset, loaded
 from surgvqa.data.feature_store import FeatureStore, encoder_fingerprint
 from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import Processors
+from surgvqa.machine.process import usable_cores
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
 from surgvqa.runs.folder import Run
 

@@ -25,83 +25,11 @@ import sys
 import time
 from pathlib import Path
 
+from surgvqa.runs.process import descendants, end_all, process_identity
+
 STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
 SWEEP_GRACE_S = 3.0  # what the job left behind has this long to end by itself
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
-
-
-# --- processes, by /proc(5) ------------------------------------------------------------------------------------------
-
-
-def process_stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the state on; the name before them may hold spaces and brackets."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    return text[text.rindex(")") + 2 :].split()
-
-
-def process_identity(pid: int) -> str | None:
-    """Boot id and start time (10 ms ticks) of a live process; None when it is gone or a zombie."""
-    stat = process_stat(pid)
-    if stat is None or stat[0] in "ZX":
-        return None
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-    return f"{boot}:{stat[19]}"
-
-
-def descendants(root: int) -> list[int]:
-    """Every live process below `root`."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            stat = process_stat(int(entry))
-            if stat is not None and stat[0] not in "ZX":
-                children.setdefault(int(stat[1]), []).append(int(entry))
-    found, waiting = [], [root]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
-
-
-def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
-    """Signals the process only if it is still the one with this identity; pidfd makes that free of races."""
-    try:
-        handle = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
-    except OSError:
-        return False
-    try:
-        if identity is None or process_identity(pid) != identity:
-            return False
-        if handle is None:
-            os.kill(pid, number)
-        else:
-            signal.pidfd_send_signal(handle, number)
-        return True
-    except ProcessLookupError:
-        return False
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def end_all(pids: list[int], grace_s: float) -> int:
-    """SIGTERM, then SIGKILL after `grace_s` seconds, to these very processes; how many there were."""
-    known = {pid: process_identity(pid) for pid in pids}
-    known = {pid: identity for pid, identity in known.items() if identity}
-    for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 2.0)):
-        for pid, identity in known.items():
-            signal_exactly(pid, identity, number)
-        deadline = time.monotonic() + patience
-        while any(process_identity(p) == i for p, i in known.items()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-    return len(known)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -9,53 +9,15 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.filesize import decimal as human_bytes
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+
+from surgvqa.terminal.drawing import bought
+from surgvqa.terminal.figures import amount, human_seconds
 
 NOT_SHOWN = ("v", "t", "kind", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
 """Fields of an `eval` event that say nothing of the model."""
 DRAWN = ("phase", "progress", "output", "metric", "eval", "checkpoint", "preset", "oom", "warning", "error", "finished")
-
-
-def human_seconds(seconds: float) -> str:
-    """3 s, 4 min 05 s, 2 h 10 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
-def amount(done: float, unit: str) -> str:
-    """A progress figure in its unit."""
-    return human_bytes(int(done)) if unit == "bytes" else f"{done:,.0f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """1 shard, 2 shards."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def bought(text: str, saves_gb: float) -> str:
-    """A choice and what it does to the peak (memory.choices), in a line."""
-    return f"  {abs(saves_gb):5.1f} GB {'less' if saves_gb >= 0 else 'more'}: {text}"
-
-
-def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
-    """A bar in eighths of a cell; with `alarm` it turns yellow from 85 % and red from 100 %. Above 100 % it is full."""
-    eighths = round(min(max(fraction, 0.0), 1.0) * width * 8)
-    full, rest = divmod(eighths, 8)
-    colour = "red" if alarm and fraction > 1 else "yellow" if alarm and fraction > 0.85 else "green"
-    filled = "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
-    return Text.assemble((filled, colour), ("─" * (width - len(filled)), "dim"))
-
-
-def terminal() -> Console:
-    """stdout, which shows text as it is: brackets in a name are no markup, :x: is no emoji."""
-    return Console(highlight=False, markup=False, emoji=False)
 
 
 class JobView:

@@ -16,12 +16,13 @@ from rich.filesize import decimal as human_bytes
 
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
 from surgvqa.config.options import TrainOptions
-from surgvqa.data.samples import AudioIndex, FrameIndex, Sample, read_samples
+from surgvqa.data.lookup import check_samples
 from surgvqa.errors import UsageError
 from surgvqa.model.sizes import checkpoint_sizes, require_layers
 from surgvqa.outcome import Outcome
 from surgvqa.runs.folder import Run
-from surgvqa.training import results
+from surgvqa.training import checkpoints, results
+from surgvqa.training.schedule import evaluates
 
 AT_LEAST = {
     "num_frames": 1,
@@ -52,7 +53,7 @@ def check(options: TrainOptions) -> None:
         check_samples(options.eval_data_path, options.frames_dir, options.eval_audio_dir or options.audio_dir)
     _check_resumed(options)
     _check_output(options, checkpoint)
-    from surgvqa.training.recipe import training_arguments  # only now: it takes seconds
+    from surgvqa.training.arguments import training_arguments  # only now: it takes seconds
 
     training_arguments(options, Path(options.output_dir or "."))
 
@@ -76,76 +77,6 @@ def run(options: TrainOptions, run: Run) -> Outcome:
         )
 
     return Outcome({"run": run.id, **result}, show=show)
-
-
-def evaluates(options: TrainOptions) -> bool:
-    """Whether the run evaluates while it trains."""
-    return bool(options.eval_data_path) and options.do_eval and options.eval_strategy != "no"
-
-
-def schedule(options: TrainOptions) -> tuple[dict[str, Any], list[str]]:
-    """When to evaluate, to save and what is best, as TrainingArguments fields that agree with each other, and what had
-    to be changed for that.
-
-    transformers refuses to end with the best model unless it is saved when it is evaluated.
-    """
-    notes: list[str] = []
-    planned: dict[str, Any] = {
-        "eval_strategy": options.eval_strategy,
-        "eval_steps": options.eval_steps,
-        "save_strategy": options.save_strategy,
-        "save_steps": options.save_steps,
-        "load_best_model_at_end": options.load_best_model_at_end,
-        "metric_for_best_model": options.metric_for_best_model,
-        "greater_is_better": options.greater_is_better,
-    }
-    if not evaluates(options):
-        why = (
-            "no eval_data_path"
-            if not options.eval_data_path
-            else "do_eval is false"
-            if not options.do_eval
-            else "eval_strategy is no"
-        )
-        early = ", and nothing stops early" if options.early_stopping_patience else ""
-        notes.append(f"{why}: nothing is evaluated, so the last state is the result, not the best one{early}")
-        planned |= {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False}
-        planned |= {"metric_for_best_model": None, "greater_is_better": None}
-        if options.save_strategy == "best":
-            planned["save_strategy"] = "epoch"
-            notes.append("save_strategy is best, which needs evaluation: saving every epoch")
-        return planned, notes
-    if options.eval_strategy == "steps" and options.eval_steps is None:
-        planned["eval_steps"] = options.save_steps
-    if options.load_best_model_at_end and options.save_strategy != "best":
-        if options.save_strategy != options.eval_strategy:
-            notes.append(
-                f"load_best_model_at_end: save_strategy {options.save_strategy} follows eval_strategy "
-                f"{options.eval_strategy}"
-            )
-            planned["save_strategy"] = options.eval_strategy
-        every = planned["eval_steps"]
-        if planned["save_strategy"] == "steps" and options.save_steps % every:
-            planned["save_steps"] = (options.save_steps // every + 1) * every
-            notes.append(
-                f"load_best_model_at_end: save_steps {options.save_steps} is no multiple of eval_steps {every}; saving "
-                f"every {planned['save_steps']} steps"
-            )
-    return planned, notes
-
-
-def check_samples(jsonl: str, frames_dir: str, audio_dir: str) -> list[Sample]:
-    """Reads the JSONL file and finds every frame and spoken question of it; UsageError for the first that fails."""
-    samples = read_samples(jsonl)
-    frames, audio = FrameIndex(frames_dir), AudioIndex(audio_dir, samples)
-    for sample in samples:
-        audio.find(sample)
-        for frame in sample.frames:
-            try:
-                frames.find(frame)
-            except UsageError as error:
-                raise UsageError(f"{sample.place}: {error}") from None
-    return samples
 
 
 def adapter_size(checkpoint: Checkpoint, options: TrainOptions) -> int:
@@ -194,8 +125,8 @@ def _check_resumed(options: TrainOptions) -> None:
     folder = Path(options.resume or ".")
     if not options.resume or folder.name.startswith("checkpoint-"):
         return
-    checkpoint, damaged = results.newest_whole_checkpoint(folder)
-    if checkpoint is None and (damaged or (folder / results.ADAPTER).is_file()):
+    checkpoint, damaged = checkpoints.newest_whole_checkpoint(folder)
+    if checkpoint is None and (damaged or (folder / checkpoints.ADAPTER).is_file()):
         raise UsageError(
             f"{folder}: no checkpoint to resume from ({damaged[0] if damaged else 'none was kept'}), only trained "
             "adapters; bring it here whole, or train anew without --resume into another output_dir"
@@ -214,16 +145,16 @@ def _check_output(options: TrainOptions, checkpoint: Checkpoint) -> None:
         if folder.is_dir():
             with results.only_one(folder):
                 pass
-        if resumed in [checkpoint.resolve() for checkpoint in results.checkpoints(folder)]:
-            newer = next((c for c in results.newer_than(resumed) if not results.damage_of(c)), None)
+        if resumed in [checkpoint.resolve() for checkpoint in checkpoints.checkpoints(folder)]:
+            newer = next((c for c in checkpoints.newer_than(resumed) if not checkpoints.damage_of(c)), None)
             if newer:
                 raise UsageError(
                     f"{newer}: is of a later step than {resumed.name}, and would be taken for the newest of the run "
                     "that goes on there; choose another output_dir, or delete it"
                 )
-        if resumed not in (folder.resolve(), *(c.resolve() for c in results.checkpoints(folder))):
+        if resumed not in (folder.resolve(), *(c.resolve() for c in checkpoints.checkpoints(folder))):
             earlier = results.read(folder)
-            if earlier or results.checkpoints(folder) or (folder / results.ADAPTER).exists():
+            if earlier or checkpoints.checkpoints(folder) or (folder / checkpoints.ADAPTER).exists():
                 whose = f"run {earlier.run}" if earlier and earlier.run else "another training"
                 raise UsageError(
                     f"{folder}: holds the results of {whose}; choose another output_dir, or go on with "

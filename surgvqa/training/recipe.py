@@ -5,126 +5,44 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, HfArgumentParser, TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from presets import ladder
-from surgvqa.checkpoint.folder import usable_cores
-from surgvqa.config.options import TrainOptions, nearest, settings_of
+from surgvqa.config.options import TrainOptions
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset, make_room_for_sockets
 from surgvqa.data.frames import largest_frame
 from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
-from surgvqa.errors import SurgvqaError, UsageError, of_worker
+from surgvqa.errors import SurgvqaError, of_worker
+from surgvqa.files import write_json_atomic
 from surgvqa.machine.sampling import MemorySampler
-from surgvqa.memory import allocator, predict, retreat
+from surgvqa.memory import allocator, retreat
+from surgvqa.memory.fit import choices, memory_limit_gb
 from surgvqa.model import layers
 from surgvqa.model.adapter import adapter_parameters, add_lora
-from surgvqa.model.audio_qwen2vl import choose_attention, load_model
-from surgvqa.model.device import attention_kernel, choose_device, choose_dtype, memory_limit_gb
+from surgvqa.model.device import attention_kernel, choose_attention, choose_dtype
 from surgvqa.model.encode import use_cache
-from surgvqa.runs.folder import Run, write_json_atomic
+from surgvqa.model.loading import load_model
+from surgvqa.runs.folder import Run
 from surgvqa.training import results, resume
-from surgvqa.training.command import evaluates, schedule
+from surgvqa.training.arguments import training_arguments
+from surgvqa.training.callbacks import EventCallback
+from surgvqa.training.schedule import evaluates, schedule
 from surgvqa.training.step_down import StepDown, take
 from surgvqa.training.stopping import StopRequested, stop_on_signals
 from surgvqa.training.tracking import wandb_environment
-from surgvqa.training.trainer import EventCallback, EventTrainer
+from surgvqa.training.trainer import EventTrainer
 
 LENGTH_BUCKET, ALIGNED = 64, 8
 """Compiled layers are compiled again for each new length, so rows are padded: to the longest one's, rounded up to a
 multiple of 8 as tensor cores like it, or some times 64 less."""
-NOT_OURS = {
-    "resume_from_checkpoint": "use --resume RUN",
-    "output_dir": "it is an option of its own",
-    "deepspeed": "one GPU only",
-    "fsdp": "one GPU only",
-    "remove_unused_columns": "the model needs all that a batch holds",
-}
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
-def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = "") -> TrainingArguments:
-    """The one place where our options become transformers' TrainingArguments. UsageError for what it rejects."""
-    device = choose_device(options.device)
-    planned, _ = schedule(options)
-    values = {
-        "output_dir": str(output_dir),
-        "run_name": options.run_name or run_name,
-        **planned,
-        "do_eval": evaluates(options),
-        "bf16": choose_dtype(device, options.bf16) == torch.bfloat16,
-        "use_cpu": device.type == "cpu",
-        "optim": choose_optimiser(options.optim, device),
-        "warmup_steps": options.warmup_ratio,  # below 1 it is a share of the steps
-        "report_to": options.report_to.split(","),
-        "prediction_loss_only": True,
-        "remove_unused_columns": False,
-        "max_steps": options.max_steps if options.max_steps > 0 else -1,  # 0 would be one step
-        "label_names": ["labels"],
-        "logging_nan_inf_filter": False,  # it waits for the GPU at each micro step; EventTrainer looks once a step
-        "disable_tqdm": True,
-        "dataloader_num_workers": min(4, usable_cores() // 2) if device.type == "cuda" else 0,
-    }
-    same_name = {f.name for f in fields(TrainingArguments)} & set(settings_of(TrainOptions))
-    for name in same_name - set(values) - {"gradient_checkpointing"}:  # that one we switch on in the model
-        values[name] = getattr(options, name)
-    values |= parse_extra(getattr(options, "extra", {}))
-    try:
-        arguments = TrainingArguments(**values)
-    except (ValueError, TypeError) as error:
-        raise UsageError(" ".join(str(error).split())) from None
-    if arguments.label_smoothing_factor:  # Trainer's own way takes this model's labels for shifted ones
-        raise UsageError("--label_smoothing_factor: not with this model, whose loss has no smoothing")
-    missing = set(arguments.report_to) - set(get_available_reporting_integrations())
-    if missing:
-        known = ", ".join(["none", *get_available_reporting_integrations()])
-        raise UsageError(f"report_to is {options.report_to}; expected what is installed and switched on here: {known}")
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # never torch's DataParallel
-    return arguments
-
-
-def parse_extra(extra: dict[str, str]) -> dict[str, Any]:
-    """Further TrainingArguments fields, given as text, in their types. UsageError for a name or value that is none."""
-    known = {f.name for f in fields(TrainingArguments) if f.init}
-    for name in extra:
-        if name in NOT_OURS:
-            raise UsageError(f"--{name}: {NOT_OURS[name]}")
-        if name not in known:
-            raise UsageError(f"unknown option --{name}{nearest(name, known | set(settings_of(TrainOptions)))}")
-    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
-
-    def fail(message: str) -> None:
-        raise UsageError(message)
-
-    parser.error = fail
-    namespace, _ = parser.parse_known_args([f"--{name}={value}" for name, value in extra.items()])
-    return {name: getattr(namespace, name) for name in extra}
-
-
-def choose_optimiser(requested: str, device: torch.device) -> str:
-    """auto = 8-bit AdamW where bitsandbytes can run, else torch's."""
-    if requested != "auto":
-        return requested
-    if device.type == "cuda":
-        with contextlib.suppress(Exception):  # a bitsandbytes for another CUDA fails in many ways
-            import bitsandbytes  # noqa: F401
-
-            return "adamw_bnb_8bit"
-    return "adamw_torch"
-
-
-# --- the job ---------------------------------------------------------------------------------------------------------
 
 
 def train(options: TrainOptions, run: Run) -> dict[str, Any]:
@@ -258,7 +176,7 @@ def _prepare(
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
     total_steps = _total_steps(arguments, len(train_set))
     rows = "packed" if packed and arguments.train_batch_size > 1 else "padded"
-    bought = predict.choices(forecast.sizes, fit.prediction.configuration, forecast.weights) if forecast else []
+    bought = choices(forecast.sizes, fit.prediction.configuration, forecast.weights) if forecast else []
     _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit, rows, bought)
     return trainer, total_steps
 

@@ -11,29 +11,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
-import re
-import shutil
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.config.options import DataOptions, Inherited, Path_, TrainOptions, Workspace, settings_of
+from surgvqa.config.options import DataOptions, TrainOptions
+from surgvqa.config.resolve import Inherited
+from surgvqa.config.settings import Path_, settings_of
+from surgvqa.config.workspace import Workspace
 from surgvqa.errors import UsageError
-from surgvqa.runs.commands import runs_dirs
-from surgvqa.runs.folder import Run, find_run, read_run_json
+from surgvqa.runs.folder import Run
+from surgvqa.runs.history import find_run
+from surgvqa.runs.state import read_run_json
 
 RECORD = "surgvqa.json"
-ADAPTER = "adapter_model.safetensors"
 RETREATED = ("num_frames", "image_size", "gradient_checkpointing", "checkpointed_layers")
 """Options that a run changes when it runs out of memory; surgvqa.json has what they became, run.json what was asked."""
-RESUME_FILES = (ADAPTER, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-"""What a checkpoint must have to be resumed from."""
 BUSY_S = 12.0
 """So long a training that was killed may still hold its output folder: its worker processes look every 5 s whether it
 lives."""
@@ -101,7 +98,7 @@ def find(name: str, workspace: Workspace) -> Trained:
     if not folder.exists() and (folder.is_absolute() or os.sep in name):
         raise UsageError(f"{name}: no such folder; expected an adapter or checkpoint folder, or a run id")
     try:
-        run = find_run(name, runs_dirs(workspace), "train")
+        run = find_run(name, workspace.runs_dirs, "train")
     except UsageError as error:
         raise UsageError(f"{error}; nor is it a folder") from None
     info = read_run_json(run)
@@ -190,77 +187,3 @@ def _brought_here(options: dict[str, Any], cwd: str, workspace: Workspace) -> di
                 here = workspace.root / Path(value).relative_to(cwd)
                 moved |= {key: str(here)} if here.exists() else {}
     return options | moved
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint-<step> folders, newest step first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-
-
-def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint that can be resumed from, why each newer one cannot)."""
-    skipped = []
-    for checkpoint in checkpoints(output_dir):
-        damage = damage_of(checkpoint)
-        if not damage:
-            return checkpoint, skipped
-        skipped.append(f"{checkpoint.name}: {damage}")
-    return None, skipped
-
-
-def newer_than(checkpoint: Path) -> list[Path]:
-    """The checkpoints of later steps beside it, the last one first."""
-    return list(itertools.takewhile(lambda other: other != checkpoint, checkpoints(checkpoint.parent)))
-
-
-def put_aside(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint, so that it counts as none; its new place."""
-    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return checkpoint.rename(aside)
-
-
-def damage_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, told from names, sizes and headers; None when it looks whole."""
-    for name in RESUME_FILES:
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # its directory stands at the end
-            return f"{name} is truncated"
-    try:
-        step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-        if checkpoint.name != f"checkpoint-{step}":
-            return f"trainer_state.json is of step {step}"
-    except (ValueError, KeyError, TypeError):
-        return "trainer_state.json is damaged"
-    try:
-        with open(checkpoint / ADAPTER, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
-        end = max(row["data_offsets"][1] for key, row in header.items() if key != "__metadata__")
-    except (ValueError, KeyError, TypeError, MemoryError, OverflowError):
-        return f"{ADAPTER} is damaged"
-    if (checkpoint / ADAPTER).stat().st_size != 8 + header_size + end:
-        return f"{ADAPTER} is truncated"
-    return None
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Renames a finished folder to its final name, its files on disk first; an older `final` makes room."""
-    for file in temporary.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    with contextlib.suppress(OSError):  # not every file system can fsync a folder
-        descriptor = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers.trainer_callback import ExportableState
 
 from surgvqa.config.options import TrainOptions
 from surgvqa.errors import UsageError
 from surgvqa.runs.folder import Run
-from surgvqa.training import results
+from surgvqa.training import checkpoints, results
 
 if TYPE_CHECKING:
     from surgvqa.training.trainer import EventTrainer
@@ -30,17 +29,17 @@ def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path |
     if not options.resume:
         return None
     folder = Path(options.resume).absolute()
-    if folder.name.startswith("checkpoint-") and not results.checkpoints(folder):
-        damage = results.damage_of(folder)
+    if folder.name.startswith("checkpoint-") and not checkpoints.checkpoints(folder):
+        damage = checkpoints.damage_of(folder)
         if damage:
             raise UsageError(f"{folder}: cannot be resumed from: {damage}")
-        checkpoint, newer = folder, results.newer_than(folder)
+        checkpoint, newer = folder, checkpoints.newer_than(folder)
     else:
-        checkpoint, _ = results.newest_whole_checkpoint(folder)
-        newer = results.newer_than(checkpoint) if checkpoint else results.checkpoints(folder)
+        checkpoint, _ = checkpoints.newest_whole_checkpoint(folder)
+        newer = checkpoints.newer_than(checkpoint) if checkpoint else checkpoints.checkpoints(folder)
     for damaged in newer:
-        damage = results.damage_of(damaged)
-        now = f"; it is now {results.put_aside(damaged).name}" if damaged.parent == output_dir else ""
+        damage = checkpoints.damage_of(damaged)
+        now = f"; it is now {checkpoints.put_aside(damaged).name}" if damaged.parent == output_dir else ""
         run.warning(f"skipped {damaged.name}: {damage}{now}")
     if checkpoint is None:
         run.warning(f"{folder}: no whole checkpoint there; starting at step 0")
@@ -59,39 +58,6 @@ def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path |
 def samples_a_step(options: dict[str, Any]) -> int:
     """Samples of one optimiser step."""
     return int(options["per_device_train_batch_size"]) * int(options["gradient_accumulation_steps"])
-
-
-# --- optimiser and schedule ------------------------------------------------------------------------------------------
-
-
-OF_THE_STATES = ("params", "lr", "fused", "foreach", "capturable", "differentiable")
-"""Of a group of parameters: what goes with the states of the optimiser, not with the options."""
-
-
-def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the options ask of each group of parameters, without the rate of the moment."""
-    return [{k: v for k, v in group.items() if k not in OF_THE_STATES} for group in optimizer.param_groups]
-
-
-def keep_asked(optimizer: Any, scheduler: Any, asked: list[dict[str, Any]], checkpoint: str) -> None:
-    """Back to the `asked` hyperparameters after the checkpoint's have been loaded with its states; the learning rate is
-    what the schedule makes of it at this step. UsageError when the states are of another optimiser."""
-    for group, now in zip(optimizer.param_groups, asked):
-        loaded = group.keys() - set(OF_THE_STATES)
-        if loaded - now.keys() and now.keys() - loaded:
-            raise UsageError(
-                f"{checkpoint}: its optimizer.pt is of another optimiser than this run's; name the one that the run "
-                "began with (--optim; its plan says which)"
-            )
-        group.update(now)
-    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas):
-            group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
-# --- the state of the training ---------------------------------------------------------------------------------------
 
 
 def begin(trainer: EventTrainer) -> None:
@@ -114,7 +80,7 @@ def find_best(trainer: EventTrainer) -> None:
     if not trainer.args.load_best_model_at_end or state.best_global_step is None:
         return
     places = [Path(state.best_model_checkpoint or folder), folder / f"checkpoint-{state.best_global_step}"]
-    best = next((place for place in places if (place / results.ADAPTER).is_file() and place != folder), None)
+    best = next((place for place in places if (place / checkpoints.ADAPTER).is_file() and place != folder), None)
     if best is None:
         trainer.events.warning(f"{places[1]}, the best so far, is gone: the best from now on counts")
         state.best_metric = state.best_global_step = None

@@ -5,10 +5,8 @@ What is given up is decided in retreat.py. Who ran out of memory (trainer.py) do
 
 from __future__ import annotations
 
-import gc
-import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +16,17 @@ from presets import Preset
 from surgvqa.config.options import TrainOptions
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.errors import SurgvqaError
+from surgvqa.files import write_json_atomic
+from surgvqa.memory.out_of_memory import read
 from surgvqa.memory.retreat import SHOWN, Forecast, Retreat, changed, next_retreat
 from surgvqa.model import layers
 from surgvqa.model.encode import encode_again
-from surgvqa.runs.folder import Run, write_json_atomic
+from surgvqa.runs.folder import Run
 from surgvqa.training import results
 
 if TYPE_CHECKING:
     from surgvqa.training.trainer import EventTrainer
 
-UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
-REQUESTED = rf"allocate {SIZE}"
-ALLOCATED, UNALLOCATED = rf"{SIZE} is allocated by PyTorch", rf"{SIZE} is reserved by PyTorch but unallocated"
-"""Where torch's message has its figures (c10/cuda/CUDACachingAllocator.cpp)."""
 OWNERS_SHOWN = 6
 """Rows of the predicted table in an `oom` event, the largest ones."""
 
@@ -198,33 +193,6 @@ class StepDown:
             self.run.phase("evaluate" if evaluating else "train", f"again at step {lack.step}, {retreat.text}")
 
 
-@dataclass(frozen=True)
-class Said:
-    """What torch's message says: in one line that fits, and in bytes. Where it does not say what is allocated and
-    reserved, the allocator does: by the time an error is met, the work has let go of some."""
-
-    text: str
-    requested_bytes: int | None
-    allocated_bytes: int
-    reserved_bytes: int
-
-
-def read(error: torch.OutOfMemoryError) -> Said:
-    """The error in figures."""
-    message = " ".join(str(error).split("\n")[0].split())
-    requested, allocated, unallocated = (size_in(message, where) for where in (REQUESTED, ALLOCATED, UNALLOCATED))
-    if allocated is None or unallocated is None:
-        allocated, reserved = allocator_bytes()
-    else:
-        reserved = allocated + unallocated
-    if requested is None:
-        return Said(message, requested, allocated, reserved)
-    held = f"; {allocated / 1e9:.1f} GB allocated, {(reserved - allocated) / 1e9:.2f} GB reserved but free"
-    return Said(
-        f"tried to allocate {requested / 1e9:.2f} GB" + (held if reserved else ""), requested, allocated, reserved
-    )
-
-
 def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: bool = False) -> Lack:
     """Reads what the error says and who holds the memory, then lets go of what the cut-off work held and puts the rest
     aside."""
@@ -243,64 +211,6 @@ def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: b
     return lack
 
 
-class Aside:
-    """What a step needs beside the model, the optimiser's states and the window's inputs, off the GPU from an error
-    until work goes on.
-
-    Each was cut from whatever block was free when it came. Without them the emptied cache gives everything back, and
-    when they return they lie together.
-    """
-
-    def __init__(self) -> None:
-        self._places: list[tuple[dict[str, Any], str]] = []
-
-    def put(self, holders: Iterable[dict[str, Any]], device: torch.device) -> None:
-        """Their tensors on the device go to the host, one for all who share it, and the cache is emptied."""
-        places = [  # by name: a tensor that is still referred to here would keep its place on the GPU
-            (holder, name)
-            for holder in holders
-            for name, value in holder.items()
-            if torch.is_tensor(value) and value.device.type == device.type
-        ]
-        on_host = {id(holder[name]): holder[name].to("cpu", copy=True) for holder, name in places}
-        for holder, name in places:
-            holder[name] = on_host[id(holder[name])]
-        self._places += places
-        empty_cache()
-
-    def bring_back(self, device: torch.device) -> None:
-        """To the device. May run out of memory itself; what has not come then comes the next time."""
-        came: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        while self._places:
-            holder, name = self._places[-1]
-            if name in holder:
-                value = holder[name]
-                if id(value) not in came:
-                    came[id(value)] = value, value.to(device)
-                holder[name] = came[id(value)][1]
-            self._places.pop()
-
-
-def size_in(message: str, where: str) -> int | None:
-    """Bytes that stand in torch's message at `where` (`Tried to allocate 2.00 GiB`); None when it does not say."""
-    found = re.search(where, message)
-    return round(float(found[1]) * UNITS[found[2]]) if found else None
-
-
-def allocator_bytes() -> tuple[int, int]:
-    """(allocated, reserved) by torch's CUDA allocator; 0 without a GPU."""
-    if not torch.cuda.is_available():
-        return 0, 0
-    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-
-
-def empty_cache() -> None:
-    """Gives everything back that nothing refers to."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def owners(trainer: EventTrainer, allocated: int) -> dict[str, int]:
     """Bytes by owner: what the model and the optimiser hold on the training device, and the rest of the allocated."""
     device = trainer.args.device.type
@@ -317,32 +227,3 @@ def owners(trainer: EventTrainer, allocated: int) -> dict[str, int]:
         "optimiser states": size(value for state in states for value in state.values()),
     }
     return held | {"activations and temporaries": max(0, allocated - sum(held.values()))}
-
-
-class OptimizerSnapshot:
-    """Trained parameters and the optimiser's states, on the CPU: an optimiser step that runs out of memory has changed
-    some of them."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        def copy(value: Any) -> Any:
-            return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
-
-        self.optimizer = optimizer
-        self.parameters = [(p, copy(p)) for group in optimizer.param_groups for p in group["params"]]
-        self.states = {p: {name: copy(value) for name, value in held.items()} for p, held in optimizer.state.items()}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """As it was; states that were not there are gone."""
-        for parameter, before in self.parameters:
-            parameter.copy_(before)
-        for parameter in list(self.optimizer.state):
-            if parameter not in self.states:
-                del self.optimizer.state[parameter]
-                continue
-            held = self.optimizer.state[parameter]
-            for name, before in self.states[parameter].items():
-                if torch.is_tensor(before):
-                    held[name].copy_(before)
-                else:
-                    held[name] = before

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -30,9 +30,10 @@ from surgvqa.memory.retreat import SHOWN
 from surgvqa.model.adapter import adapter_parameters, save_adapter
 from surgvqa.model.layers import compilations
 from surgvqa.runs.folder import Run
-from surgvqa.training import results, resume
+from surgvqa.training import checkpoints, optimiser, results, resume
 from surgvqa.training.random_state import random_state, set_random_state
-from surgvqa.training.step_down import Aside, OptimizerSnapshot, StepDown, take
+from surgvqa.training.rollback import Aside, OptimizerSnapshot
+from surgvqa.training.step_down import StepDown, take
 from surgvqa.training.stopping import StopRequested
 
 MAX_NON_FINITE = 3  # steps in a row with a loss or gradient that is not finite, before the run gives up
@@ -242,7 +243,7 @@ class EventTrainer(Trainer):
             self.events.warning(f"step {step} is not finite ({what}): left out, the weights stay as they were")
             return
         self.save_last_step()
-        good = next(iter(results.checkpoints(Path(self.args.output_dir))), None)
+        good = next(iter(checkpoints.checkpoints(Path(self.args.output_dir))), None)
         raise SurgvqaError(
             f"steps {step - self._non_finite + 1} to {step} are not finite ({what}); last good checkpoint: "
             f"{good or 'none'}; try a lower --learning_rate, or look at the samples"
@@ -399,7 +400,7 @@ class EventTrainer(Trainer):
             if best.is_dir() or best == final:
                 self.state.best_model_checkpoint = str(best)
             self.state.save_to_json(str(staging / final.name / "trainer_state.json"))  # not with the staging path
-            results.publish(staging / final.name, final)
+            checkpoints.publish(staging / final.name, final)
         except torch.OutOfMemoryError:
             raise
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
@@ -420,7 +421,7 @@ class EventTrainer(Trainer):
     def save_last_step(self) -> None:
         """A checkpoint of the last whole optimiser step, with the random state of then; none before the first step."""
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.state.global_step == 0 or (final.is_dir() and not results.damage_of(final)):
+        if self.state.global_step == 0 or (final.is_dir() and not checkpoints.damage_of(final)):
             return
         if self._rng:
             set_random_state(self._rng)
@@ -428,7 +429,7 @@ class EventTrainer(Trainer):
 
     def restore(self, folder: str | Path) -> None:
         """Puts the adapter of a checkpoint into the model; every tensor must have its place."""
-        path = Path(folder) / results.ADAPTER
+        path = Path(folder) / checkpoints.ADAPTER
         tensors, slots = load_file(path), adapter_parameters(self.model)
         for name in sorted(tensors.keys() | slots.keys()):
             found = tuple(tensors[name].shape) if name in tensors else "missing"
@@ -455,10 +456,10 @@ class EventTrainer(Trainer):
         self.resumed = Path(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        asked = resume.hyperparameters(self.optimizer)
+        asked = optimiser.hyperparameters(self.optimizer)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint:
-            resume.keep_asked(self.optimizer, self.lr_scheduler, asked, checkpoint)
+            optimiser.keep_asked(self.optimizer, self.lr_scheduler, asked, checkpoint)
 
     def _load_best_model(self) -> None:
         self.restore(self.state.best_model_checkpoint)
@@ -471,28 +472,6 @@ class EventTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         self._rng = random_state()
-
-
-class EventCallback(TrainerCallback):
-    """Tells the run what happens, and evaluates the last step."""
-
-    def __init__(self, trainer: EventTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.resumed:
-            resume.begin(self.trainer)
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> Any:
-        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
-            control.should_evaluate = True  # else the last state is never compared with the best
-        self.trainer.end_of_step()
-        return control
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **_: Any
-    ) -> None:
-        self.trainer.events.emit("eval", step=state.global_step, **metrics)
 
 
 def _train(model: Any, mode: bool = True) -> Any:

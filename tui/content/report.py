@@ -8,9 +8,10 @@ from typing import Any
 
 from textual.content import Content
 
-from surgvqa.terminal.job_view import counted
+from surgvqa.terminal.figures import counted
 from tui import words
-from tui.follow.follower import Follower, Progress
+from tui.follow.follower import Follower
+from tui.follow.run_model import Progress
 
 MUTED = "$muted"
 SHARDS_SHOWN = 8

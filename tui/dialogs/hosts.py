@@ -12,7 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from remote.ssh.connection import UnknownHostKey
+from remote.ssh.host_keys import UnknownHostKey
 from remote.ssh.hosts import HostEntry, read_hosts_files, ssh_config_names
 from surgvqa.errors import SurgvqaError
 from tui import words

@@ -10,17 +10,20 @@ import psutil
 from textual.actions import parse
 from textual.app import ComposeResult
 from textual.binding import ActiveBinding, Binding, BindingsMap, BindingType
-from textual.containers import Container, Horizontal, Vertical, VerticalScroll
+from textual.containers import Container
 from textual.content import Content
-from textual.screen import ModalScreen, Screen
-from textual.widgets import Footer, Static
+from textual.screen import Screen
+from textual.widgets import Footer
 from textual.worker import Worker, WorkerState
 
 from remote.jobs.launch import EXCLUSIVE
 from surgvqa.errors import SurgvqaError
 from tui import words
-from tui.targets.target import Target, apart, newest_running
+from tui.dialogs.confirm import Confirm
+from tui.targets.target import Target, newest_running
+from tui.targets.threads import apart
 from tui.widgets.form import Field
+from tui.widgets.head import Head, Notice, Where
 from tui.widgets.pane import Pane
 
 if TYPE_CHECKING:
@@ -28,70 +31,6 @@ if TYPE_CHECKING:
     from tui.settings.settings import Settings
 
 WIDE = 108  # columns from which there is room for two panels side by side
-TITLES = {"merge": "Merge", "upload": "Upload", "train": "Train", "monitor": "Monitor"}
-
-
-class Tab(Static):
-    """One of the four tabs; a click goes there."""
-
-    def __init__(self, number: int, mode: str, active: bool) -> None:
-        label = Content.assemble((f"{number} ", "$muted"), TITLES[mode])
-        super().__init__(label, classes="tab -active" if active else "tab")
-        self.mode = mode
-
-    async def on_click(self) -> None:
-        await self.app.run_action(f"go('{self.mode}')")
-
-
-class Head(Horizontal):
-    """Program, tabs, and where we are: host, workspace, preset, budget, and a running job."""
-
-    def __init__(self, mode: str) -> None:
-        super().__init__()
-        self.mode = mode
-
-    def compose(self) -> ComposeResult:
-        yield Static(" surgvqa ", id="program", markup=False)
-        for number, mode in enumerate(TITLES, 1):
-            yield Tab(number, mode, mode == self.mode)
-        yield Pane(id="busy")
-
-
-class Where(Pane):
-    """Host, workspace, preset and budget in one line."""
-
-    def show_place(self, place: Content, workspace: Path, preset: str | None, budget_gb: float | None) -> None:
-        parts = [("workspace", words.short_path(workspace)), ("preset", preset or "none")]
-        if budget_gb:
-            parts.append(("budget", f"{budget_gb:g} GB"))
-        room = self.app.size.width - 2
-        if place.cell_length + 5 + sum(len(k) + len(v) + 3 for k, v in parts) <= room:
-            spans: list[Content | str | tuple[str, str]] = [("host ", "$muted"), place]
-            for name, text in parts:
-                spans += ["  ", (f"{name} ", "$muted"), text]
-        else:  # no room for every name, perhaps not even for every part
-            spans, left = [place], room - place.cell_length
-            for name, text in parts:
-                shown = words.clip(text, max(8, room // 3), keep_end=name == "workspace")
-                label = "budget " if name == "budget" else ""
-                if len(shown) + len(label) + 2 <= left:
-                    left -= len(shown) + len(label) + 2
-                    spans += ["  ", (label, "$muted"), shown]
-        self.show(Content.assemble(*spans))
-
-
-class Notice(Static):
-    """The screen's own line for what went wrong or was done."""
-
-    def __init__(self) -> None:
-        super().__init__("", id="notice", markup=False)
-        self.display = False
-
-    def say(self, text: str, kind: str = "") -> None:
-        """`kind`: "", "error", "warning" or "success"; empty text takes the line away."""
-        self.set_classes(f"-{kind}" if kind else "")
-        self.update(Content(text))
-        self.display = bool(text)
 
 
 class PanelScreen(Screen[None]):
@@ -229,48 +168,3 @@ class PanelScreen(Screen[None]):
         except (OSError, SurgvqaError, psutil.Error) as error:
             self.say(f"{run_id} could not be stopped: {error}", "error")
             return None
-
-
-class Confirm(ModalScreen[bool]):
-    """A question; y or Enter is yes."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter", "answer(True)", "yes"),
-        Binding("n,escape,q", "answer(False)", "no"),
-    ]
-
-    def __init__(self, question: str, detail: str, yes: str) -> None:
-        super().__init__()
-        self.question, self.detail, self.yes = question, detail, yes
-
-    def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog"):
-            yield Static(self.question, classes="question", markup=False)
-            yield Static(self.detail, classes="detail", markup=False)
-            keys = [("y", "$footer-key-foreground"), f" {self.yes}   ", ("n", "$footer-key-foreground"), " leave it"]
-            yield Static(Content.assemble(*keys), classes="keys")
-
-    def action_answer(self, yes: bool) -> None:
-        self.dismiss(yes)
-
-
-class Help(ModalScreen[None]):
-    """What this screen is for, and all keys that work on it: taken from the bindings themselves."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,question_mark,q,enter", "dismiss", "close")]
-
-    def __init__(self, title: str, about: str, rows: list[tuple[str, str]]) -> None:
-        super().__init__()
-        self.heading, self.about, self.rows = title, about, rows
-
-    def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="dialog wide"):
-            yield Static(self.heading, classes="question", markup=False)
-            yield Static(self.about, classes="detail", markup=False)
-            for key, text in self.rows:
-                with Horizontal(classes="help-row"):
-                    yield Static(key, classes="help-key", markup=False)
-                    yield Static(text, classes="help-text", markup=False)
-
-    def on_mount(self) -> None:
-        self.query_one(".dialog").border_subtitle = "Esc closes"

@@ -13,11 +13,13 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 
-from surgvqa.config.options import MergeOptions, settings_of
+from surgvqa.config.options import MergeOptions
+from surgvqa.config.settings import settings_of
 from tui import words
 from tui.content import report
+from tui.dialogs.confirm import Confirm
 from tui.follow.follower import Follower
-from tui.screens.base import Confirm, PanelScreen
+from tui.screens.base import PanelScreen
 from tui.settings.settings import Settings
 from tui.targets.target import newest_running
 from tui.widgets.form import Field, Form
@@ -68,7 +70,7 @@ class MergeScreen(PanelScreen):
 
     async def on_mount(self) -> None:
         self.query_one("#merge-form").border_title = "what to merge"
-        self.settings.fill(self.query_one(Form), None)
+        self.query_one(Form).fill(self.settings, None)
         self.query_one(Form).field("stage1_model_path").focus()
         running = newest_running(self.app.listed_here, "merge")
         if running:
@@ -91,13 +93,13 @@ class MergeScreen(PanelScreen):
     @on(Field.Edited)
     async def _edited(self, event: Field.Edited) -> None:
         if await self.take(event, self.settings):
-            self.settings.fill(self.query_one(Form), None)
+            self.query_one(Form).fill(self.settings, None)
             self.action_plan()
 
     def action_revert(self) -> None:
         field = next((f for f in self.query(Field) if f.has_focus), None)
         if field and self.settings.revert(field.key):
-            self.settings.fill(self.query_one(Form), None)
+            self.query_one(Form).fill(self.settings, None)
             self.action_plan()
 
     @work(group="plan", exclusive=True, exit_on_error=False)

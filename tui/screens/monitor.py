@@ -15,16 +15,19 @@ from textual.widgets import ContentSwitcher, Input, Log, OptionList
 from textual.widgets.option_list import Option
 
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs.folder import RunSummary
-from surgvqa.terminal.job_view import counted
+from surgvqa.runs.history import RunSummary
+from surgvqa.terminal.figures import counted
 from tui import words
 from tui.content import report
 from tui.content.facts import facts, facts_in_two_lines
-from tui.follow.follower import Follower, RunModel
-from tui.screens.base import WIDE, Confirm, PanelScreen
-from tui.targets.host import watched
+from tui.dialogs.confirm import Confirm
+from tui.follow.follower import Follower
+from tui.follow.run_model import RunModel
+from tui.follow.series import Series
+from tui.screens.base import WIDE, PanelScreen
 from tui.targets.target import newest_running
-from tui.widgets.chart import Chart, Series, tick_text
+from tui.targets.threads import watched
+from tui.widgets.chart import Chart, tick_text
 from tui.widgets.gauge import Gauge
 from tui.widgets.pane import Pane
 

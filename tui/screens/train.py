@@ -12,15 +12,16 @@ from textual.content import Content
 from textual.widgets import Static
 
 from presets import Preset, PresetError, load_presets
-from surgvqa.config.options import TrainOptions, settings_of
+from surgvqa.config.options import TrainOptions
+from surgvqa.config.settings import settings_of
 from surgvqa.errors import SurgvqaError
 from tui import words
 from tui.content import report
+from tui.content.memory import memory_bar, predicted_bar, predicted_legend
 from tui.screens.base import WIDE, PanelScreen
 from tui.settings.prediction import Prediction, predict
 from tui.settings.settings import Settings, preset_changes
 from tui.widgets.form import Field, Form
-from tui.widgets.gauge import memory_bar, predicted_bar, predicted_legend
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
@@ -148,7 +149,7 @@ class TrainScreen(PanelScreen):
         """Fields, presets and memory anew."""
         self.shown_for = (self.app.preset, self.app.target.name)
         try:
-            self.settings.fill(self.query_one(Form), self.app.preset)
+            self.query_one(Form).fill(self.settings, self.app.preset)
         except SurgvqaError as error:
             self.say(str(error), "error")
         self.show_presets()

@@ -14,14 +14,16 @@ from textual.content import Content
 from textual.widgets import Static
 
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs.folder import read_run_json
+from surgvqa.runs.state import read_run_json
 from tui import words
 from tui.content import report
+from tui.dialogs.confirm import Confirm
 from tui.follow.follower import Follower
-from tui.screens.base import Confirm, PanelScreen
+from tui.screens.base import PanelScreen
 from tui.settings.upload_plan import Item, file_plan
-from tui.targets.host import HostTarget, watched
-from tui.targets.target import ACTIVE, apart
+from tui.targets.host import HostTarget
+from tui.targets.target import ACTIVE
+from tui.targets.threads import apart, watched
 from tui.widgets.pane import Pane
 
 WHAT, FILES, SIZE = 20, 8, 11  # widths of the plan's columns; the path takes the rest

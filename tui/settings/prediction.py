@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 from surgvqa.errors import SurgvqaError
 from surgvqa.machine import gpu
+from surgvqa.memory import fit
 from surgvqa.memory import predict as predict_module
 from surgvqa.memory.budget import NO_GPU
 from surgvqa.model.sizes import Sizes, checkpoint_sizes
 from tui import words
+from tui.content.memory import Part, largest
 from tui.settings.settings import Settings
-from tui.widgets.gauge import Part, largest
 from tui.words import GB
 
 SHOWN = 7  # parts with a colour of their own; the smaller ones are shown together
@@ -47,7 +48,7 @@ def _predict(settings: Settings, preset: str, here: bool) -> Prediction:
         return Prediction(0.0, problem=f"no prediction: {error}")
     notes = [] if folder else ["of the real model: no checkpoint is chosen"]
     if options.gradient_checkpointing and options.checkpointed_layers is None:
-        fitted = predict_module.fit(sizes, configuration, options.budget_gb, weights)
+        fitted = fit.fit(sizes, configuration, options.budget_gb, weights)
         if fitted and fitted.peak_bytes > found.peak_bytes:
             count = fitted.configuration.checkpointed_layers
             notes.append(f"spare for speed: {words.gb(fitted.peak_bytes)}, {count} of {fitted.layers} layers recompute")

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from presets import PresetError, load_presets
-from surgvqa.config import options
-from surgvqa.config.options import Path_, Resolved, Workspace
+from surgvqa.config import options, resolve
+from surgvqa.config.resolve import Resolved
+from surgvqa.config.settings import Path_, convert, settings_of
+from surgvqa.config.workspace import WORKSPACE_FILE, Workspace
 from surgvqa.errors import UsageError
 from tui import words
-from tui.widgets.form import EDITED, Field, Form
+
+EDITED = "edited here"
 
 
 @dataclass
@@ -24,23 +27,23 @@ class Settings:
     edited: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.known = options.settings_of(options.COMMAND_OPTIONS[self.command])
+        self.known = settings_of(options.COMMAND_OPTIONS[self.command])
 
     def resolve(self, preset: str | None) -> tuple[Resolved, list[str]]:
         """The options as they would be used, and the names of required ones that nothing sets."""
-        given = {name: options.convert(self.known[name], text, EDITED) for name, text in self.edited.items()}
+        given = {name: convert(self.known[name], text, EDITED) for name, text in self.edited.items()}
         missing = [
             name
             for name, setting in self.known.items()
             if setting.required and name not in given and self.workspace.value(name, self.command) is None
         ]
-        return options.resolve(
+        return resolve.resolve(
             self.command, {**given, **dict.fromkeys(missing, Path_(""))}, self.workspace, preset
         ), missing
 
     def edit(self, name: str, text: str) -> None:
         """Takes in a typed value; UsageError when it is none for this setting."""
-        options.convert(self.known[name], text, EDITED)
+        convert(self.known[name], text, EDITED)
         self.edited[name] = text
 
     def revert(self, name: str) -> bool:
@@ -58,8 +61,7 @@ class Settings:
             given = {
                 name: self._word(name, getattr(resolved.options, name))
                 for name, source in resolved.sources.items()
-                if source in (options.WORKSPACE_FILE, "command line")
-                and getattr(resolved.options, name) not in (None, "")
+                if source in (WORKSPACE_FILE, "command line") and getattr(resolved.options, name) not in (None, "")
             }
         return [
             self.command,
@@ -71,15 +73,6 @@ class Settings:
         if self.known[name].type is Path_:
             return str(Path(self.workspace.root, os.path.expanduser(value)))
         return repr(value) if isinstance(value, float) else words.value(value)
-
-    def fill(self, form: Form, preset: str | None) -> None:
-        """Shows every field's value and where it comes from."""
-        resolved, missing = self.resolve(preset)
-        for row in form.query(Field):
-            source = resolved.sources.get(row.key, "")
-            origin = EDITED if row.key in self.edited else source.removeprefix("preset ")
-            text = self.edited.get(row.key, words.value(getattr(resolved.options, row.key), self.workspace.root))
-            row.show(text, "required" if row.key in missing else origin, problem=row.key in missing)
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,7 @@ def preset_changes(settings: Settings, current: str | None, new: str) -> list[Ch
         old, value = getattr(before.options, name), getattr(after.options, name)
         wanted = available[new].settings.get(name, settings.known[name].default)
         source = after.sources[name]
-        held = source in (options.WORKSPACE_FILE, "command line") and value != wanted
+        held = source in (WORKSPACE_FILE, "command line") and value != wanted
         if old != value or held:
             by = EDITED if source == "command line" else source
             changes.append(Change(name, old, wanted if held else value, by if held else None))

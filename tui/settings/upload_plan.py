@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgvqa.config.options import Workspace
-from surgvqa.data.samples import AudioIndex, FrameIndex, read_samples
+from surgvqa.config.workspace import Workspace
+from surgvqa.data.lookup import AudioIndex, FrameIndex
+from surgvqa.data.samples import read_samples
 from surgvqa.errors import UsageError
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
 from textual.strip import Strip
 from textual.widget import Widget
+
+from tui.follow.series import Mark, Series
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Braille bit of a dot, by row (0..3) and column (0..1) in its cell: Unicode chapter 21.1."""
@@ -23,42 +25,6 @@ MEAN_FROM = 60
 """Points in view from which a noisy series is drawn with its mean."""
 MEAN_PART = 40
 """The mean reaches this part of the view to either side."""
-
-
-@dataclass
-class Series:
-    """One line: points in the order of x."""
-
-    name: str
-    component: str
-    """The component class that colours it."""
-    dots: bool = False
-    """Whether each point is marked: for series with few points."""
-    noisy: bool = False
-    """Whether its running mean is drawn over it: for what jumps from step to step."""
-    xs: list[float] = field(default_factory=list)
-    ys: list[float] = field(default_factory=list)
-
-    def add(self, x: float, y: float) -> None:
-        """Appends a point. An x at or before the last one takes back what came after it: those steps are redone."""
-        if self.xs and x <= self.xs[-1]:
-            keep = bisect_left(self.xs, x)
-            del self.xs[keep:], self.ys[keep:]
-        self.xs.append(x)
-        self.ys.append(y)
-
-    def last(self) -> float | None:
-        """The newest value that is a number."""
-        return next((y for y in reversed(self.ys) if y == y), None)
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Something that happened at a step: a vertical line with a word."""
-
-    x: float
-    text: str
-    component: str = "chart--mark"
 
 
 @dataclass

@@ -16,8 +16,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from tui import words
-
-EDITED = "edited here"
+from tui.settings.settings import EDITED, Settings
 
 
 class PathSuggester(Suggester):
@@ -180,3 +179,14 @@ class Form(VerticalScroll, can_focus=False):
             self.scroll_home(animate=False)
         else:
             event.field.scroll_visible(animate=False)
+
+    def fill(self, settings: Settings, preset: str | None) -> None:
+        """Shows every field's value and where it comes from."""
+        resolved, missing = settings.resolve(preset)
+        for row in self.query(Field):
+            source = resolved.sources.get(row.key, "")
+            origin = EDITED if row.key in settings.edited else source.removeprefix("preset ")
+            text = settings.edited.get(
+                row.key, words.value(getattr(resolved.options, row.key), settings.workspace.root)
+            )
+            row.show(text, "required" if row.key in missing else origin, problem=row.key in missing)

@@ -1,0 +1,95 @@
+"""config.json: the sizes and the quantisation that it states, and the one that a new checkpoint gets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgvqa.checkpoint.folder import Checkpoint
+from surgvqa.checkpoint.headers import TensorInfo
+from surgvqa.checkpoint.names import CARRIED_FILES
+
+
+def whisper_config(tensors: Mapping[str, TensorInfo], prefix: str = "audio_encoder.") -> dict[str, Any] | None:
+    """The audio encoder's sizes in WhisperConfig's field names, read off the tensor shapes; None without an encoder.
+
+    The number of heads is not in any shape: Whisper's heads are 64 wide in every size (Radford et al. 2022, table 1).
+    """
+
+    def shape(name: str) -> tuple[int, ...] | None:
+        info = tensors.get(prefix + name)
+        return info.shape if info else None
+
+    conv1, positions, fc1 = shape("conv1.weight"), shape("embed_positions.weight"), shape("layers.0.fc1.weight")
+    if not (conv1 and positions and fc1 and len(conv1) == 3 and len(positions) == 2):
+        return None
+    layers = {int(m[1]) for name in tensors if (m := re.match(re.escape(prefix) + r"layers\.(\d+)\.", name))}
+    return {
+        "model_type": "whisper",
+        "d_model": conv1[0],
+        "encoder_layers": len(layers),
+        "encoder_attention_heads": max(1, conv1[0] // 64),
+        "encoder_ffn_dim": fc1[0],
+        "num_mel_bins": conv1[1],
+        "max_source_positions": positions[0],
+    }
+
+
+def quantisation(checkpoint: Checkpoint) -> str | None:
+    """What says that the weights are quantised, in words; None for plain weights."""
+    config = checkpoint.config.get("quantization_config") or {}
+    four_bit = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+    packed = (".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_packed")
+    marked = next((name for name in checkpoint.tensors if name.endswith(four_bit)), None)
+    if marked or config.get("load_in_4bit") or config.get("_load_in_4bit"):
+        return f"this checkpoint is 4-bit ({marked or 'quantization_config in config.json'})"
+    found = next((name for name in checkpoint.tensors if name.endswith(packed)), None)
+    if found or config:
+        method = config.get("quant_method") or "packed weights"
+        return f"this checkpoint is quantised ({method}{', ' + found if found else ''})"
+    return None
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as the old fork reads it: the language model's keys at the top level, under their old names.
+
+    transformers 5 nests them in `text_config` and folds rope_theta into `rope_parameters`.
+    """
+    flat = {k: v for k, v in config.items() if k != "text_config"}
+    for key, value in (config.get("text_config") or {}).items():
+        if key not in ("model_type", "architectures", "transformers_version"):
+            flat.setdefault(key, value)
+    rope = flat.pop("rope_parameters", None)
+    if rope:
+        flat.setdefault("rope_theta", rope.get("rope_theta"))
+        flat.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    dtype = flat.pop("dtype", None)
+    if dtype:
+        flat.setdefault("torch_dtype", dtype)
+    return flat
+
+
+def output_config(base: Checkpoint) -> dict[str, Any]:
+    """config.json of a BF16 copy: flat, for the old fork too; the audio encoder's sizes in a key that it ignores."""
+    config = flat_config(base.config)
+    config["torch_dtype"] = "bfloat16"
+    sizes = whisper_config(base.tensors)
+    if sizes:
+        known = config.get("audio_encoder_config") or {}
+        config["audio_encoder_config"] = {**known, **sizes}
+        if known.get("encoder_attention_heads"):  # the one size that no tensor shape tells
+            config["audio_encoder_config"]["encoder_attention_heads"] = known["encoder_attention_heads"]
+    return config
+
+
+def side_files(base: Checkpoint, config: dict[str, Any], also: Path | None = None) -> dict[str, bytes]:
+    """config.json and the tokenizer, preprocessor, … files of the base, or of `also` where the base has none."""
+    found = {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+    for folder in [base.folder] + ([also] if also else []):
+        for name in CARRIED_FILES:
+            if name not in found and (folder / name).is_file():
+                found[name] = (folder / name).read_bytes()
+    return found

@@ -1,0 +1,98 @@
+"""Safetensors headers, read and written.
+
+A safetensors file is 8 bytes (little-endian length), a JSON header {name: {dtype, shape, data_offsets}}, then the data
+(https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+META = "__metadata__"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor in one file."""
+
+    name: str
+    """The name as the file has it."""
+    dtype: str
+    """As safetensors spells it: BF16, F16, F32, …"""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """Of its first byte, from the start of the file."""
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors of one safetensors file, and what is wrong with it, each problem a line that names the file.
+
+    A file whose header cannot be read at all gives no tensors and one problem.
+    """
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            first = stream.read(8)
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                return {}, [f"{file}: truncated or no safetensors file ({size} bytes)"]
+            document = json.loads(stream.read(length))
+        entries = [(k, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in document.items() if k != META]
+        if not all(isinstance(n, int) and n >= 0 for e in entries for n in (*e[2], e[3], e[4])):
+            raise ValueError("negative or fractional sizes")
+    except OSError as error:
+        return {}, [f"{file}: cannot be read: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{file}: damaged header: {error}"]
+
+    problems, data = [], 8 + length
+    end_of_last, last = 0, ""
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda e: (e[3], e[4])):
+        if dtype not in DTYPE_BYTES:
+            problems.append(f"{file}: {name}: unknown dtype {dtype}")
+        elif end - begin != math.prod(shape) * DTYPE_BYTES[dtype]:
+            wanted = math.prod(shape) * DTYPE_BYTES[dtype]
+            problems.append(f"{file}: {name}: {end - begin} bytes, but {dtype} {list(shape)} needs {wanted}")
+        if begin < end_of_last:
+            problems.append(f"{file}: {name}: overlaps the data of {last}")
+        elif begin > end_of_last:
+            problems.append(f"{file}: {begin - end_of_last} bytes that belong to no tensor before {name}")
+        if data + end > size:
+            problems.append(f"{file}: {name}: truncated: data ends at byte {data + end}, the file at {size}")
+        end_of_last, last = max(end_of_last, end), name
+    if entries and data + end_of_last < size:
+        problems.append(f"{file}: {size - data - end_of_last} bytes after the last tensor")
+    tensors = {
+        n: TensorInfo(n, dtype, shape, file, data + begin, end - begin) for n, dtype, shape, begin, end in entries
+    }
+    return tensors, problems
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """The head of a safetensors file for (name, dtype, shape, nbytes) laid down one after the other."""
+    document: dict[str, Any] = {META: {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, nbytes in tensors:
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,86 @@
+"""A command that is a job: its run folder, its log, its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+from surgvqa.config import resolve, workspace
+from surgvqa.errors import SurgvqaError
+from surgvqa.outcome import Outcome
+from surgvqa.runs.events import finished_event
+from surgvqa.runs.folder import Run
+from surgvqa.terminal.job_view import JobView, OutputToLog
+
+
+def record_failure(argv: list[str], error: SurgvqaError) -> None:
+    """A launched job that could not even be asked says so in the run folder that was made for it."""
+
+    def value(option: str) -> str | None:
+        """The last one counts, as for argparse."""
+        found = None
+        for word, after in zip(argv, [*argv[1:], None]):
+            name, equals, text = word.partition("=")
+            if name == option:
+                found = text if equals else after
+        return found
+
+    run_id = value("--run_id")
+    if not run_id:
+        return
+    folder = Path(value("--workspace") or workspace.find_workspace()) / "runs" / run_id
+    if folder.is_dir() and finished_event(folder) is None:
+        with suppress(SurgvqaError), Run(folder):
+            raise error
+
+
+def run_job(
+    name: str,
+    room: Callable[..., Outcome],
+    resolved: resolve.Resolved,
+    workspace: workspace.Workspace,
+    run_id: str | None = None,
+    argv: list[str] | None = None,
+) -> Outcome:
+    """Runs one job with its run folder; in the foreground its events are drawn on the terminal.
+
+    SIGTERM is met as Ctrl-C is: the job ends cleanly and says "stopped".
+    """
+
+    def terminate(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    detached = os.environ.get("SURGVQA_DETACHED") == "1"
+    run = Run.create(
+        workspace.runs_dir, name, run_id=run_id, options=resolved.record(), preset=resolved.preset, argv=argv
+    )
+    try:
+        with nullcontext() if detached else OutputToLog(run.folder / "log.txt") as output:
+            view = JobView(getattr(output, "terminal", None))
+            run.observer = None if detached else view.show
+            try:
+                with run:
+                    try:
+                        outcome = room(resolved.options, run)
+                    except (SurgvqaError, KeyboardInterrupt):
+                        raise
+                    except Exception:
+                        traceback.print_exc()  # into log.txt; the terminal gets one line
+                        raise
+                    run.result = {**outcome.data, **run.result}
+                    run.exit_code = 0 if outcome.ok else 1
+            finally:
+                view.close()
+    except (SurgvqaError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise SurgvqaError(f"{type(error).__name__}: {error} (details: {run.folder / 'log.txt'})") from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    outcome.data = {"run": run.id, **outcome.data}
+    return outcome

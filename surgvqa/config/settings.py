@@ -1,0 +1,115 @@
+"""A setting: a field of an options dataclass that is also a command-line option and a key of surgvqa.toml."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from surgvqa.errors import UsageError
+
+NONE = ("none", "None", "null", "")
+"""Texts that stand for no value, where a setting may have none."""
+
+
+class Path_(str):
+    """A path option: relative to the workspace in surgvqa.toml, to the current folder on the command line."""
+
+
+def option(default: Any = MISSING, help: str = "", choices: tuple[str, ...] | None = None, metavar: str | None = None):
+    """A dataclass field that is also a command-line option and a key of surgvqa.toml."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field: its name, plain type, and what is known about it."""
+
+    name: str
+    type: type  # bool, int, float, str or Path_
+    repeated: bool
+    optional: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None
+    metavar: str | None
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+
+def settings_of(options_class: type) -> dict[str, Setting]:
+    """The settings of an options dataclass, by name, in order of declaration."""
+    hints = typing.get_type_hints(options_class)
+    found = {}
+    for f in fields(options_class):
+        hint, optional, repeated = hints[f.name], False, False
+        if isinstance(hint, types.UnionType):
+            optional = True
+            hint = next(a for a in hint.__args__ if a is not type(None))
+        if typing.get_origin(hint) is list:
+            repeated, hint = True, hint.__args__[0]
+        found[f.name] = Setting(
+            f.name,
+            hint,
+            repeated,
+            optional,
+            f.default,
+            f.metadata.get("help", ""),
+            f.metadata.get("choices"),
+            f.metadata.get("metavar"),
+        )
+    return found
+
+
+def convert(setting: Setting, value: Any, where: str) -> Any:
+    """`value` (text from the command line, or a TOML value) as the setting's type; UsageError names `where`."""
+
+    def bad(expected: str) -> UsageError:
+        return UsageError(f"{where}: {setting.name} is {value!r}, expected {expected}")
+
+    if value is None or (setting.optional and value in NONE):
+        if setting.optional:
+            return None
+        raise bad("a value")
+    if setting.repeated and isinstance(value, list):
+        return [convert(_single(setting), item, where) for item in value]
+    if setting.type is bool:
+        if isinstance(value, bool):
+            return value
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(value).lower() not in known:
+            raise bad("true or false")
+        return known[str(value).lower()]
+    if isinstance(value, (bool, list, dict)):
+        raise bad("one path" if setting.type is Path_ else f"one {setting.type.__name__}")
+    if setting.type in (int, float):
+        try:
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError
+            if setting.type is float:
+                return number
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        except (ValueError, OverflowError):
+            raise bad("a whole number" if setting.type is int else "a number") from None
+    if setting.choices and str(value) not in setting.choices:
+        raise bad("one of " + ", ".join(setting.choices))
+    return Path_(os.path.expanduser(str(value))) if setting.type is Path_ else setting.type(value)
+
+
+def _single(setting: Setting) -> Setting:
+    return Setting(**{**setting.__dict__, "repeated": False})
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean x?` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

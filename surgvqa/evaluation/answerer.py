@@ -1,0 +1,82 @@
+"""A model that is ready to answer: loaded, with its adapter and processors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from surgvqa.config.options import AskOptions, EvaluateOptions
+from surgvqa.data.collate import Collator
+from surgvqa.data.dataset import Item
+from surgvqa.data.processors import Processors, load_processors
+from surgvqa.evaluation.model_folders import model_folders
+from surgvqa.model.adapter import load_adapter
+from surgvqa.model.device import choose_attention, choose_device, choose_dtype
+from surgvqa.model.loading import load_model
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""torch's own kernels: cuDNN's, which torch takes on Hopper, seems to plan anew for each length, so for each token."""
+
+
+@dataclass
+class Answerer:
+    """A loaded model that answers."""
+
+    model: Any
+    base: Path
+    """Folder of the (base) checkpoint."""
+    processors: Processors
+    device: torch.device
+    max_new_tokens: int
+    description: str
+
+    @property
+    def base_model(self) -> Any:
+        """The model below an adapter's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @torch.inference_mode()
+    def answer(self, items: list[Item]) -> list[str]:
+        """One greedy answer for each encoded sample, without special tokens and outer spaces."""
+        batch = Collator(self.processors, padding_side="left")(items)
+        del batch["labels"]
+        prompt_length = batch["input_ids"].shape[1]
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.processors.im_end_token_id,
+            pad_token_id=self.processors.pad_token_id,
+        )
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        with sdpa_kernel(ATTENTION):
+            ids = self.model.generate(**inputs, generation_config=greedy)
+        answers = self.processors.tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+
+def load_answerer(options: EvaluateOptions | AskOptions) -> Answerer:
+    """The model that `options.checkpoint` stands for, ready to answer. UsageError when it cannot be loaded."""
+    base, adapter = model_folders(options)
+    device = choose_device(options.device)
+    attention, why = choose_attention(options.attn_implementation, device)
+    dtype = choose_dtype(device)
+    transformers_logging.disable_progress_bar()
+    processors = load_processors(base)
+    model: Any = load_model(base, dtype=dtype, device=device, attn_implementation=attention)
+    if adapter:
+        model = load_adapter(model, adapter)
+    name = f"{adapter} on {base}" if adapter else str(base)
+    return Answerer(
+        model.eval(),
+        Path(base),
+        processors,
+        device,
+        options.max_new_tokens,
+        f"{name}; {str(dtype).removeprefix('torch.')} on {device}; attention {why}",
+    )

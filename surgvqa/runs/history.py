@@ -1,0 +1,93 @@
+"""The runs of a workspace: listed, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgvqa.errors import UsageError
+from surgvqa.runs.events import last_events
+from surgvqa.runs.state import read_run_json, state_of
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One row of the run list."""
+
+    id: str
+    command: str
+    state: str
+    started: float
+    steps: int
+    host: str
+    name: str
+    folder: Path
+
+    def data(self) -> dict[str, Any]:
+        """The row as JSON keys."""
+        return {**vars(self), "folder": str(self.folder)}
+
+
+def list_runs(runs_dir: Path) -> list[RunSummary]:
+    """Every run of a workspace, newest first."""
+    found = [summary(folder) for folder in (Path(runs_dir).iterdir() if Path(runs_dir).is_dir() else [])]
+    return newest_first(run for run in found if run)
+
+
+def newest_first(found: Iterable[RunSummary]) -> list[RunSummary]:
+    """The order of every run list."""
+    return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
+
+
+def summary(folder: Path) -> RunSummary | None:
+    """One run's row; None for a folder that is no run."""
+    info = read_run_json(folder)
+    if not info:
+        return None
+    return RunSummary(
+        info.get("id", folder.name),
+        info.get("command", "?"),
+        state_of(folder),
+        info.get("started", 0.0),
+        last_step(folder),
+        info.get("host", "?"),
+        run_name(info),
+        folder,
+    )
+
+
+def run_name(info: dict[str, Any]) -> str:
+    """The name that the user gave to a run, or ''."""
+    named = (info.get("options") or {}).get("run_name") or {}
+    return str(named.get("value") or "")
+
+
+def last_step(folder: Path) -> int:
+    """The last optimiser step that the run reported, 0 for a job that has none; read from the end of the file."""
+    return next((e["step"] for e in last_events(folder, b'"step"') if isinstance(e.get("step"), int)), 0)
+
+
+def find_run(name: str, runs_dirs: list[Path], command: str | None = None) -> Path:
+    """The run folder that `name` means: a folder, an id, the beginning of an id, a run name, or `last`.
+
+    `last` is the newest run, of `command` where one is given and has any. Raises UsageError when nothing or more than
+    one thing fits.
+    """
+    if (Path(name) / "run.json").is_file():
+        return Path(name).resolve()
+    runs = sorted((r for d in runs_dirs for r in list_runs(d)), key=lambda r: r.started, reverse=True)
+    if not runs:
+        raise UsageError(f"{name}: no runs in {', '.join(map(str, runs_dirs))}")
+    if name == "last":
+        return next((r for r in runs if r.command == command), runs[0]).folder
+    exact = [r for r in runs if r.id == name] or [r for r in runs if r.name == name][:1]
+    matches = exact or [r for r in runs if r.id.startswith(name)]
+    if len(matches) == 1:
+        return matches[0].folder
+    if matches:
+        raise UsageError(
+            f"{name}: fits {len(matches)} runs ({', '.join(r.id for r in matches[:3])}, …); give more of the id"
+        )
+    raise UsageError(f"{name}: no such run in {', '.join(map(str, runs_dirs))} (surgvqa runs lists them)")

@@ -1,0 +1,94 @@
+"""Starting a job as a process of its own, and stopping it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from surgvqa.errors import SurgvqaError
+from surgvqa.files import write_json_atomic
+from surgvqa.runs.folder import new_run_id
+from surgvqa.runs.process import process_identity
+from surgvqa.runs.state import read_run_json, state_of
+
+STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
+
+
+def launch(command: str, argv: list[str], workspace: Path, runs_dir: Path | None = None) -> Path:
+    """Starts `surgvqa COMMAND ARGV…` as a job in a session of its own and returns its run folder.
+
+    The job outlives us; its output goes to the run folder's log.txt. It takes over the run.json written here.
+    """
+    run_id = new_run_id(command)
+    folder = (runs_dir or Path(workspace) / "runs") / run_id
+    try:
+        folder.mkdir(parents=True)
+        write_json_atomic(
+            folder / "run.json",
+            {
+                "v": 1,
+                "id": run_id,
+                "command": command,
+                "argv": [command, *argv],
+                "cwd": str(workspace),
+                "host": platform.node(),
+                "pid": None,
+                "started": time.time(),
+            },
+        )
+        with open(folder / "log.txt", "ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "surgvqa", command, *argv, "--run_id", run_id],
+                cwd=workspace,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "SURGVQA_DETACHED": "1"},
+            )
+    except OSError as error:
+        raise SurgvqaError(f"{folder}: cannot start the job: {error.strerror}") from None
+    return folder
+
+
+def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
+    """SIGTERM, then after `grace_s` seconds SIGKILL to the job and its children. Returns the state afterwards.
+
+    Only the very process of the run is touched: pid and start time must match. A job that is starting is waited for.
+    """
+    import psutil
+
+    while state_of(folder) == "starting":
+        time.sleep(0.05)
+    info = read_run_json(folder)
+    pid, identity = info.get("pid"), info.get("identity")
+    if not pid or not identity or process_identity(pid) != identity:
+        return state_of(folder)
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it may end by itself at any moment
+        family = psutil.Process(pid).children(recursive=True)
+        os.kill(pid, signal.SIGTERM)
+        if not _gone(pid, identity, grace_s):
+            family = psutil.Process(pid).children(recursive=True) or family
+            os.kill(pid, signal.SIGKILL)
+            _gone(pid, identity, 5.0)
+    for child in family:  # psutil compares start times before it signals
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    return state_of(folder)
+
+
+def _gone(pid: int, identity: str, within_s: float) -> bool:
+    """Waits until the process has ended; False when it still lives after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
+    while process_identity(pid) == identity:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

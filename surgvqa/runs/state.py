@@ -1,0 +1,40 @@
+"""The state of a run, derived from its folder and its process, never stored."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from surgvqa.runs.events import finished_event
+from surgvqa.runs.process import process_identity
+
+STARTING_GRACE_S = 60.0  # a launched job may take this long before it first speaks
+
+
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """run.json as a dict; {} when it is missing or damaged."""
+    try:
+        document = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        return document if isinstance(document, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:
+    """starting | running | finished | failed | stopped | died | unknown, derived from the folder and the process."""
+    folder = Path(folder)
+    finished = finished or finished_event(folder)
+    if finished:
+        return str(finished.get("state", "finished"))
+    info = read_run_json(folder)
+    if not info or info.get("host") not in (None, platform.node()):
+        return "unknown"
+    if info.get("pid"):
+        if process_identity(info["pid"]) == info.get("identity"):
+            return "running"
+        finished = finished_event(folder)  # again: it may have ended between the two looks
+        return str(finished.get("state", "finished")) if finished else "died"
+    return "starting" if time.time() - info.get("started", 0) < STARTING_GRACE_S else "died"

@@ -1,0 +1,25 @@
+"""Bars, and the terminal that they are drawn on."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+
+def bought(text: str, saves_gb: float) -> str:
+    """A choice and what it does to the peak (memory.choices), in a line."""
+    return f"  {abs(saves_gb):5.1f} GB {'less' if saves_gb >= 0 else 'more'}: {text}"
+
+
+def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
+    """A bar in eighths of a cell; with `alarm` it turns yellow from 85 % and red from 100 %. Above 100 % it is full."""
+    eighths = round(min(max(fraction, 0.0), 1.0) * width * 8)
+    full, rest = divmod(eighths, 8)
+    colour = "red" if alarm and fraction > 1 else "yellow" if alarm and fraction > 0.85 else "green"
+    filled = "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+    return Text.assemble((filled, colour), ("─" * (width - len(filled)), "dim"))
+
+
+def terminal() -> Console:
+    """stdout, which shows text as it is: brackets in a name are no markup, :x: is no emoji."""
+    return Console(highlight=False, markup=False, emoji=False)

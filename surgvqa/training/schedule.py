@@ -1,0 +1,63 @@
+"""When a run evaluates and saves, and what is best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surgvqa.config.options import TrainOptions
+
+
+def evaluates(options: TrainOptions) -> bool:
+    """Whether the run evaluates while it trains."""
+    return bool(options.eval_data_path) and options.do_eval and options.eval_strategy != "no"
+
+
+def schedule(options: TrainOptions) -> tuple[dict[str, Any], list[str]]:
+    """When to evaluate, to save and what is best, as TrainingArguments fields that agree with each other, and what had
+    to be changed for that.
+
+    transformers refuses to end with the best model unless it is saved when it is evaluated.
+    """
+    notes: list[str] = []
+    planned: dict[str, Any] = {
+        "eval_strategy": options.eval_strategy,
+        "eval_steps": options.eval_steps,
+        "save_strategy": options.save_strategy,
+        "save_steps": options.save_steps,
+        "load_best_model_at_end": options.load_best_model_at_end,
+        "metric_for_best_model": options.metric_for_best_model,
+        "greater_is_better": options.greater_is_better,
+    }
+    if not evaluates(options):
+        why = (
+            "no eval_data_path"
+            if not options.eval_data_path
+            else "do_eval is false"
+            if not options.do_eval
+            else "eval_strategy is no"
+        )
+        early = ", and nothing stops early" if options.early_stopping_patience else ""
+        notes.append(f"{why}: nothing is evaluated, so the last state is the result, not the best one{early}")
+        planned |= {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False}
+        planned |= {"metric_for_best_model": None, "greater_is_better": None}
+        if options.save_strategy == "best":
+            planned["save_strategy"] = "epoch"
+            notes.append("save_strategy is best, which needs evaluation: saving every epoch")
+        return planned, notes
+    if options.eval_strategy == "steps" and options.eval_steps is None:
+        planned["eval_steps"] = options.save_steps
+    if options.load_best_model_at_end and options.save_strategy != "best":
+        if options.save_strategy != options.eval_strategy:
+            notes.append(
+                f"load_best_model_at_end: save_strategy {options.save_strategy} follows eval_strategy "
+                f"{options.eval_strategy}"
+            )
+            planned["save_strategy"] = options.eval_strategy
+        every = planned["eval_steps"]
+        if planned["save_strategy"] == "steps" and options.save_steps % every:
+            planned["save_steps"] = (options.save_steps // every + 1) * every
+            notes.append(
+                f"load_best_model_at_end: save_steps {options.save_steps} is no multiple of eval_steps {every}; saving "
+                f"every {planned['save_steps']} steps"
+            )
+    return planned, notes

@@ -1,0 +1,69 @@
+"""`surgvqa-tui`: opens the panel in a workspace."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from presets import PresetError
+from surgvqa.cli.parser import Parser
+from surgvqa.config.workspace import WORKSPACE_FILE, Workspace, find_workspace, load_workspace
+from surgvqa.errors import SurgvqaError, UsageError
+from tui.app import Panel
+from tui.targets.local import LocalTarget
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the panel."""
+    parser = Parser(
+        prog="surgvqa-tui",
+        description="The panel: merge, upload, train and monitor. Closing it never harms a running job.",
+        epilog="example: surgvqa-tui --demo",
+    )
+    parser.add_argument(
+        "--demo", action="store_true", help="open the demo workspace; make it in ./demo when it is not there"
+    )
+    parser.add_argument(
+        "--workspace", metavar="DIR", help="workspace folder (default: the nearest one with a surgvqa.toml)"
+    )
+    parser.add_argument("--host", metavar="NAME", help="GPU host: a name of ~/.ssh/config or hosts.toml")
+    return parser
+
+
+def open_workspace(arguments: argparse.Namespace) -> Workspace:
+    """The workspace that the command line means; --demo makes it first. Raises SurgvqaError."""
+    if arguments.demo:
+        root = Path(arguments.workspace or "demo")
+        if not (root / WORKSPACE_FILE).is_file():
+            made = subprocess.run([sys.executable, "-m", "surgvqa", "demo", str(root)], check=False)
+            if made.returncode:
+                raise SurgvqaError(f"the demo workspace could not be made in {root}")
+    elif arguments.workspace:
+        root = Path(arguments.workspace)
+        if not root.is_dir():
+            raise UsageError(f"--workspace {root}: no such folder")
+    else:
+        root = find_workspace()
+    return load_workspace(root)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the panel; 0 when it was closed, 2 when it could not be opened."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        workspace = open_workspace(arguments)
+        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"))
+    except (SurgvqaError, PresetError) as error:
+        print(f"surgvqa-tui: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):  # Textual draws on stderr
+        print("surgvqa-tui: needs a terminal; surgvqa runs and surgvqa follow work without one", file=sys.stderr)
+        return 2
+    panel.run()
+    return 0 if panel.return_code is None else panel.return_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
