@@ -207,7 +207,9 @@ def test_deep_finds_nan_and_infinity(tmp_path: Path) -> None:
 def test_deep_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = of(tmp_path, architecture(tmp_path))
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(reporter._Terminal, "emit", lambda _, kind, **fields: told.append({"kind": kind, **fields}))
+    monkeypatch.setattr(
+        reporter.TerminalReporter, "emit", lambda _, kind, **fields: told.append({"kind": kind, **fields})
+    )
     room.run(AuditOptions(checkpoint=Path_(tmp_path / "c"), deep=True), None)
     last = [e for e in told if e["kind"] == "progress"][-1]
     assert last["phase"] == "scan" and last["done"] == last["total"] == data["bytes"] and last["unit"] == "bytes"

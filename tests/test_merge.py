@@ -405,12 +405,13 @@ import re, sys
 sys.path.insert(0, {root!r})
 import torch
 from pathlib import Path
-from surgvqa import checkpoint_writer, merge
+from surgvqa.checkpoint import writer
+from surgvqa.merge import command as merge
 from surgvqa.config.options import MergeOptions, Path_
 from surgvqa.runs.folder import Run
 def resident(which):
     return int(re.search(which + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-checkpoint_writer.usable_cores = lambda: 16
+writer.usable_cores = lambda: 16
 before = resident("VmRSS")
 base, adapter, output = (Path_(p) for p in {folders!r})
 options = MergeOptions(stage1_model_path=base, stage2_adapter_path=adapter, output_path=output, max_shard_size="200MB")

@@ -178,7 +178,6 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
 def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch):
     import torch
 
-    from surgvqa.memory import out_of_memory as out_of_memory_module
     from surgvqa.training import rollback
 
     device, emptied = torch.device("cpu"), []
@@ -187,9 +186,7 @@ def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch
     batch = {"labels": torch.tensor([1, -100]), "shown": (8, 512), "gone": torch.ones(1)}
     before = [moments[0].clone(), moments[1].clone(), batch["labels"].clone()]
     on_device = [weakref.ref(value) for value in (batch["labels"], batch["gone"])]
-    monkeypatch.setattr(
-        out_of_memory_module, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device])
-    )
+    monkeypatch.setattr(rollback, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device]))
 
     aside = rollback.Aside()
     aside.put((*states.values(), batch), device)

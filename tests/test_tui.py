@@ -321,7 +321,7 @@ async def test_one_key_goes_on_as_an_out_of_memory_error_proposes(root, monkeypa
         return run.id
 
     app = panel(root)
-    monkeypatch.setattr(app.here, "launch", launch)
+    monkeypatch.setattr(app.session.here, "launch", launch)
     async with app.run_test(size=size) as pilot:
         await pilot.press("4")
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None)
@@ -444,7 +444,7 @@ async def test_stop_asks_first(root, monkeypatch):
     run = training(root)
     stopped = []
     app = panel(root)
-    monkeypatch.setattr(app.target, "stop", lambda run_id: stopped.append(run_id) or "stopped")
+    monkeypatch.setattr(app.session.target, "stop", lambda run_id: stopped.append(run_id) or "stopped")
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower.active)
         await settle(pilot, lambda: app.screen.follower.model.events > 0)
@@ -463,7 +463,7 @@ async def test_an_unforeseen_error_is_said_and_the_panel_goes_on(root, monkeypat
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
-        monkeypatch.setattr(app.target, "runs", lambda: 1 / 0)
+        monkeypatch.setattr(app.session.target, "runs", lambda: 1 / 0)
         await settle(pilot, lambda: "ZeroDivisionError" in text(app, "#notice"))
         await pilot.press("3")
         await pilot.pause()
@@ -556,7 +556,7 @@ async def test_merge_from_the_panel(root, oracle):
 def test_a_job_outlives_the_panel_that_started_it(root, oracle):
     """In a real terminal: the panel is killed with its whole session as soon as the job is there."""
     merge_settings(root, oracle)
-    process, terminal = in_a_terminal([sys.executable, "-m", "tui.app", "--workspace", str(root)])
+    process, terminal = in_a_terminal([sys.executable, "-m", "tui.main", "--workspace", str(root)])
     try:
         wait_for(lambda: b"modules merged" in terminal())
         os.write(process.terminal, b"m")

@@ -174,7 +174,7 @@ async def test_the_picker_lists_this_machine_first_and_keeps_both_connections(la
         await open_picker(app, pilot)
         await pilot.press("home", "enter")
         await settle(pilot, lambda: app.screen.follower and app.screen.follower.run_id == here.id)
-        assert app.hosts["gpuhost"].light.kind == "connected"
+        assert app.session.hosts["gpuhost"].light.kind == "connected"
         run.emit("metric", step=4, total_steps=100, loss=0.2)  # heard meanwhile
         await open_picker(app, pilot)
         await pilot.press("end", "enter")
@@ -260,7 +260,7 @@ async def test_launch_stop_continue_and_fetch_on_the_host(laptop):  # noqa: F811
     (laptop.workspace / "surgvqa.toml").write_text("\n".join(settings) + "\n")
     app = panel(laptop.workspace, "gpuhost")
     async with app.run_test(size=(120, 36)) as pilot:
-        await settle(pilot, lambda: app.host and app.host.light.kind == "connected")
+        await settle(pilot, lambda: app.session.host and app.session.host.light.kind == "connected")
         await pilot.press("3")
         await pilot.pause()
         app.screen.settings.edit("run_name", "it's $(id) here")
@@ -276,7 +276,7 @@ async def test_launch_stop_continue_and_fetch_on_the_host(laptop):  # noqa: F811
         await pilot.press("f")
         await settle(pilot, lambda: "verified" in text(app, "#notice"), 60)
         assert (laptop.workspace / "runs" / run / "events.jsonl").is_file()
-        again = await app.host.resume(run, "--image_size=384")
+        again = await app.session.host.resume(run, "--image_size=384")
         assert read_run_json(laptop.there / "runs" / again)["argv"][-3:] == ["--image_size=384", "--resume", run]
 
 
@@ -310,7 +310,7 @@ async def test_a_host_without_us_is_set_up_by_one_key(laptop):  # noqa: F811
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: "v sets it up" in text(app, "#notice"))
         with pytest.raises(SurgvqaError, match="not installed there; v sets it up"):
-            await app.host.launch("train")
+            await app.session.host.launch("train")
         await pilot.press("v")
         await settle(pilot, lambda: app.current_mode == "upload" and app.screen.query_one("#job-text").display, 60)
         folder = next((laptop.workspace / "runs").glob("*-setup-*"))

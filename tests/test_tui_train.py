@@ -118,13 +118,13 @@ async def test_a_preset_is_shown_before_it_is_applied(root, size):
         shown = text(app, "#presets")
         assert "would change" in shown and "8 → 6" in shown
         assert "stays 512" in shown and "surgvqa.toml" in shown  # pinned there
-        assert app.preset == "baseline-8f-512px"
+        assert app.session.preset == "baseline-8f-512px"
         await pilot.press("escape")
         await pilot.pause()
-        assert "would change" not in text(app, "#presets") and app.preset == "baseline-8f-512px"
+        assert "would change" not in text(app, "#presets") and app.session.preset == "baseline-8f-512px"
         await pilot.press("f8", "enter")
         await pilot.pause()
-        assert app.preset == "oom-6f-384px" and "oom-6f-384px" in text(app, "#where")
+        assert app.session.preset == "oom-6f-384px" and "oom-6f-384px" in text(app, "#where")
         assert app.screen.query_one("#field-num_frames", Field).text == "6"
 
 
@@ -230,7 +230,7 @@ async def test_a_key_pressed_twice_starts_one_job(root, monkeypatch):
         await checked.wait()
         raise UsageError("no such folder")
 
-    monkeypatch.setattr(app.here, "launch", launch)
+    monkeypatch.setattr(app.session.here, "launch", launch)
     async with app.run_test(size=(120, 36)) as pilot:
         await pilot.press("3")
         await pilot.pause()
@@ -259,7 +259,7 @@ async def test_a_second_job_on_the_gpu_asks_first(root, monkeypatch, key):
         launched.append(argv)
         return ended.id
 
-    monkeypatch.setattr(app.here, "launch", launch)
+    monkeypatch.setattr(app.session.here, "launch", launch)
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
         monitor = app.screen

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+from textual import on
 from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.events import Key
@@ -14,26 +15,28 @@ from textual.screen import Screen
 from textual.widgets import Input
 from textual.worker import Worker
 
-from presets import load_presets
-from surgvqa.config import options
-from surgvqa.runs.history import RunSummary
 from tui.dialogs.help import Help
 from tui.dialogs.hosts import HostKey, HostPicker
-from tui.screens.base import WIDE, PanelScreen
+from tui.screens.base import WIDE, PanelScreen, RunStarted, SetUpHost
 from tui.screens.merge import MergeScreen
 from tui.screens.monitor import MonitorScreen
 from tui.screens.train import TrainScreen
 from tui.screens.upload import UploadScreen
-from tui.targets.host import HostTarget
+from tui.session import Session
 from tui.targets.light import Light
 from tui.targets.local import LocalTarget
-from tui.targets.target import Target, newest_running
-from tui.targets.threads import apart
+from tui.targets.target import newest_running
 from tui.theme import THEME
 from tui.widgets.form import Field
 from tui.widgets.head import TITLES
 
 REFRESH_S = 1.0
+SCREENS: dict[str, type[PanelScreen]] = {
+    "merge": MergeScreen,
+    "upload": UploadScreen,
+    "train": TrainScreen,
+    "monitor": MonitorScreen,
+}
 
 
 class Panel(App[None]):
@@ -41,7 +44,6 @@ class Panel(App[None]):
 
     TITLE = "surgvqa"
     CSS_PATH = "panel.tcss"
-    MODES = {"merge": MergeScreen, "upload": UploadScreen, "train": TrainScreen, "monitor": MonitorScreen}  # noqa: RUF012
     HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(TITLES.items(), 1)),
@@ -54,35 +56,13 @@ class Panel(App[None]):
 
     def __init__(self, here: LocalTarget, host: str | None = None) -> None:
         super().__init__()
-        self.here = here
-        self.hosts: dict[str, HostTarget] = {}
-        """Those that were chosen once; their connections are kept."""
-        self.target: Target = here
-        self.listed: list[RunSummary] = []
-        """The target's runs, newest first."""
-        self.listed_here: list[RunSummary] = []
-        self.job_starts = False
-        """While a job is being started."""
+        self.session = Session(here, host)
         self._seen: dict[str, Light] = {}
         """What was said of each connection."""
-        if host:
-            self.target = self.hosts[host] = HostTarget(host, here.workspace)
-        workspace = here.workspace
-        names = [p.name for p in load_presets(workspace.root)]
-        self.preset: str | None = workspace.preset or (names[0] if names else None)
+        for mode, screen in SCREENS.items():
+            self.add_mode(mode, partial(screen, self.session))
         self.register_theme(THEME)
         self.theme = "surgvqa"
-
-    @property
-    def budget_gb(self) -> float | None:
-        """The budget that training would have: surgvqa.toml's or the default."""
-        value = self.here.workspace.value("budget_gb", "train")
-        return options.BUDGET_GB if value is None else float(value)
-
-    @property
-    def host(self) -> HostTarget | None:
-        """The host that is chosen; None while this machine is."""
-        return self.target if isinstance(self.target, HostTarget) else None
 
     @property
     def front(self) -> PanelScreen | None:
@@ -99,9 +79,9 @@ class Panel(App[None]):
 
     def _first_mode(self) -> str:
         """Where one would go on: a running job, else the first step not done. Of a host neither is known yet."""
-        if self.host or newest_running(self.listed):
+        if self.session.host or newest_running(self.session.listed):
             return "monitor"
-        workspace = self.here.workspace
+        workspace = self.session.here.workspace
         merged = workspace.value("output_path", "merge") or workspace.value("model_name_or_path", "train")
         return "train" if merged and (Path(merged) / "config.json").is_file() else "merge"
 
@@ -121,17 +101,13 @@ class Panel(App[None]):
 
     async def refresh_runs(self) -> None:
         """Reads the run lists anew."""
-        here = await apart(self.here.runs)
-        listed = here if self.host is None else self.host.runs()
-        if (here, listed) != (self.listed_here, self.listed):
-            self.listed_here, self.listed = here, listed
-            if self.front:
-                self.front.show_where()
-                self.front.keys_changed()
+        if await self.session.refresh_runs() and self.front:
+            self.front.show_where()
+            self.front.keys_changed()
 
     def show_light(self) -> None:
         """Says once what became of the chosen host's connection; an unknown key asks."""
-        host, front = self.host, self.front
+        host, front = self.session.host, self.front
         if host is None or front is None or self._seen.get(host.name) == host.light:
             return
         before, light = self._seen.get(host.name), host.light
@@ -167,21 +143,13 @@ class Panel(App[None]):
     def action_hosts(self) -> None:
         """The list of hosts; the chosen one becomes the target."""
         if self.front:
-            self.push_screen(HostPicker(), self._choose)
+            self.push_screen(HostPicker(self.session), self._choose)
 
     async def _choose(self, name: str | None) -> None:
         if name is None:
             return
-        if name == self.here.name:
-            self.target = self.here
-        else:
-            if name not in self.hosts:
-                self.hosts[name] = HostTarget(name, self.here.workspace)
-            self.target = host = self.hosts[name]
-            if host.light.kind in ("refused", "unreachable"):
-                host.link.again()
-            self._seen.pop(name, None)
-        self.listed = self.listed_here if self.host is None else self.host.runs()  # never another machine's, for a tick
+        self.session.choose(name)
+        self._seen.pop(name, None)
         if self.front:
             self.front.say("")
         await self.refresh_runs()
@@ -190,15 +158,15 @@ class Panel(App[None]):
             self.front.keys_changed()
         self._tick()
 
-    async def set_up_host(self) -> None:
-        """Installs this version of surgvqa on the host: on Upload, where its output is shown."""
+    @on(SetUpHost)
+    async def _set_up_host(self) -> None:
+        """On Upload, where its output is shown."""
         await self.switch_mode("upload")
         if isinstance(self.screen, UploadScreen):
             self.screen.set_up_host()
 
     def on_unmount(self) -> None:
-        for host in self.hosts.values():
-            host.end()
+        self.session.end()
 
     def action_help(self) -> None:
         """All keys of this screen."""
@@ -212,15 +180,17 @@ class Panel(App[None]):
         )
         self.push_screen(Help(TITLES[screen.MODE], screen.ABOUT, list(keys)))
 
-    async def monitor(self, run_id: str) -> None:
-        """Goes to Monitor and follows this run."""
+    @on(RunStarted)
+    async def _monitor(self, started: RunStarted) -> None:
+        """Goes to Monitor and follows the run."""
         await self.refresh_runs()
         await self.switch_mode("monitor")
         if isinstance(self.screen, MonitorScreen):
-            self.screen.attach(run_id)
-            if self.host and self.host.warning:
-                self.screen.say(self.host.warning, "warning")
-                self.host.warning = ""
+            self.screen.attach(started.run_id)
+            host = self.session.host
+            if host and host.warning:
+                self.screen.say(host.warning, "warning")
+                host.warning = ""
 
     def get_system_commands(self, screen: Screen) -> Iterable[SystemCommand]:
         """The palette: the screens, what this screen can do now, and Textual's own."""

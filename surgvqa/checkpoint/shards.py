@@ -1,6 +1,6 @@
 """The shards of a checkpoint to be written: which tensor lies where, and where its bytes come from.
 
-A source makes one tensor of the output, block by block; `plan_shards` lays sources out in files; `checkpoint_writer`
+A source makes one tensor of the output, block by block; `plan_shards` lays sources out in files; `writer`
 brings them to the disk.
 """
 

@@ -1,7 +1,7 @@
 """LoRA adapters + checkpoint -> one full BF16 checkpoint, tensor by tensor.
 
 A plan is made from the headers alone: for each tensor of the output, where its bytes come from (copied, cast, merged,
-replaced). `checkpoint_writer` then streams it to disk; `lora_math` has the arithmetic. Memory does not grow with the
+replaced). `writer` then streams it to disk; `arithmetic` has the arithmetic. Memory does not grow with the
 checkpoint: a few blocks of 4 MB and the factors of the modules at hand.
 """
 

@@ -277,7 +277,7 @@ def _run_trainer(trainer: EventTrainer, checkpoint: Path | None, total_steps: in
     """Trains to the end; returns the stop that cut it short. A full card becomes an error that says how to go on."""
     if checkpoint and int(checkpoint.name.rpartition("-")[2]) >= total_steps:
         trainer.events.warning(f"{checkpoint.name} is already at the last of {total_steps} steps: nothing to train")
-        trainer.end_with(checkpoint)
+        resume.end_with(trainer, checkpoint)
         return None
     trainer.events.phase("train", f"{total_steps} steps")
     try:

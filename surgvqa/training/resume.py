@@ -7,17 +7,16 @@ Trainer takes the options of the optimiser and when to evaluate, save and log fr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
 from surgvqa.config.options import TrainOptions
 from surgvqa.errors import UsageError
 from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, results
-
-if TYPE_CHECKING:
-    from surgvqa.training.trainer import EventTrainer
+from surgvqa.training.trainer import EventTrainer
 
 
 def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path | None:
@@ -72,6 +71,15 @@ def begin(trainer: EventTrainer) -> None:
     find_best(trainer)
     if evaluation_is_due(trainer) and trainer._determine_best_metric(trainer._evaluate(None, None), None):
         state.best_model_checkpoint = str(trainer.resumed)
+
+
+def end_with(trainer: EventTrainer, checkpoint: Path) -> None:
+    """The result of a run whose last checkpoint is of its last step: the best state of it, or that one."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer._load_from_checkpoint(str(checkpoint))
+    begin(trainer)
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        trainer._load_best_model()
 
 
 def find_best(trainer: EventTrainer) -> None:

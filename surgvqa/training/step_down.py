@@ -8,7 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,9 +23,7 @@ from surgvqa.model import layers
 from surgvqa.model.encode import encode_again
 from surgvqa.runs.folder import Run
 from surgvqa.training import results
-
-if TYPE_CHECKING:
-    from surgvqa.training.trainer import EventTrainer
+from surgvqa.training.rollback import Aside
 
 OWNERS_SHOWN = 6
 """Rows of the predicted table in an `oom` event, the largest ones."""
@@ -50,6 +48,25 @@ class Lack:
         """The allocator held enough free memory, but in no piece that was large enough."""
         free = self.reserved_bytes - self.allocated_bytes
         return self.requested_bytes is not None and free >= self.requested_bytes
+
+
+class Trains(Protocol):
+    """What stepping down needs of the trainer."""
+
+    model: Any
+    optimizer: Any
+    args: Any
+    """Of which `device` is read."""
+    state: Any
+    """Of which `global_step` is read."""
+    activity: str
+    window: Any
+    """Of which `inputs` are read: the batches of the optimiser step in the making."""
+    aside: Aside
+
+    def save_last_step(self) -> None:
+        """Saves a checkpoint of the last whole optimiser step."""
+        ...
 
 
 class StepDown:
@@ -87,7 +104,7 @@ class StepDown:
         """--on_oom step_down."""
         return self.options.on_oom == "step_down"
 
-    def meet(self, lack: Lack, trainer: EventTrainer, evaluating: bool = False) -> None:
+    def meet(self, lack: Lack, trainer: Trains, evaluating: bool = False) -> None:
         """Makes room for another try. Raises SurgvqaError, the last step saved, when there is no way left.
 
         Fragmentation is met with an emptied cache at first, everything else with the next retreat; and so is a retreat
@@ -109,7 +126,7 @@ class StepDown:
             return
         self.meet(lack, trainer, evaluating)
 
-    def stop(self, lack: Lack, trainer: EventTrainer, intact: bool = True) -> SurgvqaError:
+    def stop(self, lack: Lack, trainer: Trains, intact: bool = True) -> SurgvqaError:
         """Saves the last whole step and returns the error that names the way on.
 
         Not `intact`: an optimiser step or a save was cut short, and the weights may be half updated; nothing is saved.
@@ -193,7 +210,7 @@ class StepDown:
             self.run.phase("evaluate" if evaluating else "train", f"again at step {lack.step}, {retreat.text}")
 
 
-def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: bool = False) -> Lack:
+def take(error: torch.OutOfMemoryError, trainer: Trains, drop_gradients: bool = False) -> Lack:
     """Reads what the error says and who holds the memory, then lets go of what the cut-off work held and puts the rest
     aside."""
     said = read(error)
@@ -211,7 +228,7 @@ def take(error: torch.OutOfMemoryError, trainer: EventTrainer, drop_gradients: b
     return lack
 
 
-def owners(trainer: EventTrainer, allocated: int) -> dict[str, int]:
+def owners(trainer: Trains, allocated: int) -> dict[str, int]:
     """Bytes by owner: what the model and the optimiser hold on the training device, and the rest of the allocated."""
     device = trainer.args.device.type
 

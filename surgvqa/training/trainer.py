@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerState
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -30,7 +30,7 @@ from surgvqa.memory.retreat import SHOWN
 from surgvqa.model.adapter import adapter_parameters, save_adapter
 from surgvqa.model.layers import compilations
 from surgvqa.runs.folder import Run
-from surgvqa.training import checkpoints, optimiser, results, resume
+from surgvqa.training import checkpoints, optimiser, results
 from surgvqa.training.random_state import random_state, set_random_state
 from surgvqa.training.rollback import Aside, OptimizerSnapshot
 from surgvqa.training.step_down import StepDown, take
@@ -442,14 +442,6 @@ class EventTrainer(Trainer):
         with torch.no_grad():
             for name, slot in slots.items():
                 slot.copy_(tensors[name])
-
-    def end_with(self, checkpoint: Path) -> None:
-        """The result of a run whose last checkpoint is of its last step: the best state of it, or that one."""
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        self._load_from_checkpoint(str(checkpoint))
-        resume.begin(self)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            self._load_best_model()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.restore(resume_from_checkpoint)

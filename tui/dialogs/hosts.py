@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -16,9 +16,7 @@ from remote.ssh.host_keys import UnknownHostKey
 from remote.ssh.hosts import HostEntry, read_hosts_files, ssh_config_names
 from surgvqa.errors import SurgvqaError
 from tui import words
-
-if TYPE_CHECKING:
-    from tui.app import Panel
+from tui.session import Session
 
 NAME = 20
 NO_HOSTS = (
@@ -31,11 +29,11 @@ NO_HOSTS = (
 class HostPicker(ModalScreen[str | None]):
     """This machine first, then what hosts.toml and ~/.ssh/config name. Hosts that were chosen show their light."""
 
-    app: Panel
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,h,q", "leave", "leave")]
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
         super().__init__()
+        self.session = session
         self.known: dict[str, HostEntry] = {}
         self.problem = ""
 
@@ -50,10 +48,10 @@ class HostPicker(ModalScreen[str | None]):
     def on_mount(self) -> None:
         entries: dict[str, HostEntry] = {}
         try:
-            entries = read_hosts_files(self.app.here.workspace.root)
+            entries = read_hosts_files(self.session.here.workspace.root)
         except SurgvqaError as error:
             self.problem = str(error)
-        names = dict.fromkeys([*self.app.hosts, *entries, *ssh_config_names()])
+        names = dict.fromkeys([*self.session.hosts, *entries, *ssh_config_names()])
         self.known = {name: entries.get(name, HostEntry()) for name in names}
         self.show_hosts()
         self.set_interval(1.0, self.show_hosts)
@@ -61,11 +59,11 @@ class HostPicker(ModalScreen[str | None]):
     def show_hosts(self) -> None:
         """The list with the lights as they are now."""
         listed = self.query_one(OptionList)
-        rows = {self.app.here.name: Content.assemble((f"{self.app.here.name:<{NAME}}", "bold"))}
+        rows = {self.session.here.name: Content.assemble((f"{self.session.here.name:<{NAME}}", "bold"))}
         rows |= {name: self._row(name, entry) for name, entry in self.known.items()}
         if not listed.option_count:
             listed.add_options([Option(row, id=name) for name, row in rows.items()])
-            listed.highlighted = listed.get_option_index(self.app.target.name)
+            listed.highlighted = listed.get_option_index(self.session.target.name)
             listed.focus()
         else:
             for name, row in rows.items():
@@ -74,7 +72,7 @@ class HostPicker(ModalScreen[str | None]):
         self.query_one("#hosts-detail", Static).update(Content(self.problem or none))
 
     def _row(self, name: str, entry: HostEntry) -> Content:
-        host = self.app.hosts.get(name)
+        host = self.session.hosts.get(name)
         price = None if entry.price_per_hour is None else f"{entry.price_per_hour:.2f}/h"
         about = "  ".join(part for part in (entry.gpus, price) if part)
         if host is None:

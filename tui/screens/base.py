@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import psutil
 from textual.actions import parse
@@ -12,6 +12,7 @@ from textual.app import ComposeResult
 from textual.binding import ActiveBinding, Binding, BindingsMap, BindingType
 from textual.containers import Container
 from textual.content import Content
+from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Footer
 from textual.worker import Worker, WorkerState
@@ -20,23 +21,32 @@ from remote.jobs.launch import EXCLUSIVE
 from surgvqa.errors import SurgvqaError
 from tui import words
 from tui.dialogs.confirm import Confirm
+from tui.session import Session
+from tui.settings.settings import Settings
 from tui.targets.target import Target, newest_running
 from tui.targets.threads import apart
 from tui.widgets.form import Field
 from tui.widgets.head import Head, Notice, Where
 from tui.widgets.pane import Pane
 
-if TYPE_CHECKING:
-    from tui.app import Panel
-    from tui.settings.settings import Settings
-
 WIDE = 108  # columns from which there is room for two panels side by side
+
+
+class RunStarted(Message):
+    """A screen has started a run that is to be followed on Monitor."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__()
+        self.run_id = run_id
+
+
+class SetUpHost(Message):
+    """This version of surgvqa is to be installed on the chosen host."""
 
 
 class PanelScreen(Screen[None]):
     """A screen of the panel. `body` makes its middle; `tick` is called once a second while it is shown."""
 
-    app: Panel
     MODE: ClassVar[str] = ""
     ABOUT: ClassVar[str] = ""
     """What the screen is for, in the help."""
@@ -45,6 +55,10 @@ class PanelScreen(Screen[None]):
         Binding("v", "set_up", "set up host", tooltip="Install this version of surgvqa on the host")
     ]
     _possible: list[bool | None] | None = None
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
 
     def compose(self) -> ComposeResult:
         yield Head(self.MODE)
@@ -64,7 +78,7 @@ class PanelScreen(Screen[None]):
     @property
     def workspace_root(self) -> Path:
         """Relative paths on this screen start here."""
-        return self.app.here.workspace.root
+        return self.session.here.workspace.root
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
         """What nobody foresaw is said in place; the panel goes on."""
@@ -86,7 +100,7 @@ class PanelScreen(Screen[None]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "set_up":
-            host = self.app.host
+            host = self.session.host
             return host is not None and host.light.kind == "connected" and bool(host.skew)
         return True
 
@@ -109,18 +123,18 @@ class PanelScreen(Screen[None]):
         """Draws the head."""
         if not self.is_mounted:
             return
-        host = self.app.host
-        place = Content(self.app.here.name) if host is None else words.light(host.name, host.light)
-        self.query_one(Where).show_place(place, self.workspace_root, self.app.preset, self.app.budget_gb)
+        host = self.session.host
+        place = Content(self.session.here.name) if host is None else words.light(host.name, host.light)
+        self.query_one(Where).show_place(place, self.workspace_root, self.session.preset, self.session.budget_gb)
         heard = host is None or host.light.kind == "connected"
-        running = [r for r in self.app.listed if r.state == "running" and heard]
+        running = [r for r in self.session.listed if r.state == "running" and heard]
         text = f"● {running[0].command} running" if running else ""
         if len(running) > 1:
             text = f"● {len(running)} jobs running"
         self.query_one("#busy", Pane).show(Content(text))
 
-    async def action_set_up(self) -> None:
-        await self.app.set_up_host()
+    def action_set_up(self) -> None:
+        self.post_message(SetUpHost())
 
     async def take(self, event: Field.Edited, settings: Settings) -> bool:
         """Takes what was typed into the settings. What is no value is said, and stays in its field to be mended."""
@@ -135,11 +149,11 @@ class PanelScreen(Screen[None]):
 
     def ask_beside(self, what: str, go: Callable[[bool], object]) -> None:
         """`go(share)` at once; while another job has the GPU there only after a yes."""
-        running = newest_running(self.app.listed, *EXCLUSIVE)
+        running = newest_running(self.session.listed, *EXCLUSIVE)
         if running is None:
             go(False)
             return
-        detail = f"{running.id} is running. Both would share the memory of {self.app.target.name}."
+        detail = f"{running.id} is running. Both would share the memory of {self.session.target.name}."
         self.app.push_screen(Confirm(f"{what} beside it?", detail, "start it"), lambda yes: go(True) if yes else None)
 
     async def start(self, launch: Callable[[], Awaitable[str]], said: str = "checking the input …") -> str | None:
@@ -147,9 +161,9 @@ class PanelScreen(Screen[None]):
 
         One at a time: the check takes seconds, and who presses the key again meanwhile does not want two jobs.
         """
-        if self.app.job_starts:
+        if self.session.job_starts:
             return None
-        self.app.job_starts = True
+        self.session.job_starts = True
         self.say(said)
         try:
             run_id = await launch()
@@ -157,14 +171,14 @@ class PanelScreen(Screen[None]):
             self.say(str(error), "error")
             return None
         finally:
-            self.app.job_starts = False
+            self.session.job_starts = False
         self.say("")
         return run_id
 
     async def stop_run(self, run_id: str, target: Target | None = None) -> str | None:
         """Ends a run in a thread; its state then, or None when that failed (said in place)."""
         try:
-            return await apart((target or self.app.target).stop, run_id)
+            return await apart((target or self.session.target).stop, run_id)
         except (OSError, SurgvqaError, psutil.Error) as error:
             self.say(f"{run_id} could not be stopped: {error}", "error")
             return None

@@ -20,6 +20,7 @@ from tui.content import report
 from tui.dialogs.confirm import Confirm
 from tui.follow.follower import Follower
 from tui.screens.base import PanelScreen
+from tui.session import Session
 from tui.settings.settings import Settings
 from tui.targets.target import newest_running
 from tui.widgets.form import Field, Form
@@ -51,9 +52,9 @@ class MergeScreen(PanelScreen):
         Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
     ]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.settings = Settings("merge", self.app.here.workspace)
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.settings = Settings("merge", self.session.here.workspace)
         self.follower: Follower | None = None
         self.planning = False
         self.picture: Content | Callable[[int], Content] = Content("")
@@ -72,9 +73,9 @@ class MergeScreen(PanelScreen):
         self.query_one("#merge-form").border_title = "what to merge"
         self.query_one(Form).fill(self.settings, None)
         self.query_one(Form).field("stage1_model_path").focus()
-        running = newest_running(self.app.listed_here, "merge")
+        running = newest_running(self.session.listed_here, "merge")
         if running:
-            self.follower = Follower(self.app.here, running.id)
+            self.follower = Follower(self.session.here, running.id)
         elif not self.show_finished():
             self.action_plan()
 
@@ -116,7 +117,7 @@ class MergeScreen(PanelScreen):
             self.show("plan", report.waiting(f"Choose the {labels}: move there with ↑ ↓ and press Enter."))
             return
         try:
-            answer = await self.app.here.command(*self.settings.argv(), "--dry_run")
+            answer = await self.session.here.command(*self.settings.argv(), "--dry_run")
         except OSError as error:
             self.show("plan", report.problem(f"the dry run did not start: {error}"))
             return
@@ -126,7 +127,7 @@ class MergeScreen(PanelScreen):
 
     def show_finished(self) -> bool:
         """Shows the report of the checkpoint that stands at the output path, when one does."""
-        document = self.app.here.document(str(self.output() / "merge_report.json"))
+        document = self.session.here.document(str(self.output() / "merge_report.json"))
         if document:
             self.show("merged", partial(report.merge_report, document))
         return bool(document)
@@ -159,17 +160,17 @@ class MergeScreen(PanelScreen):
     @work(group="launch", exit_on_error=False)
     async def action_merge(self) -> None:
         """Starts the merge as a job."""
-        run_id = await self.start(lambda: self.app.here.launch(*self.settings.argv()))
+        run_id = await self.start(lambda: self.session.here.launch(*self.settings.argv()))
         if run_id is None:
             return
-        self.follower = Follower(self.app.here, run_id)
+        self.follower = Follower(self.session.here, run_id)
         self.keys_changed()
         await self.tick()
 
     async def tick(self) -> None:
-        running = newest_running(self.app.listed_here, "merge")
+        running = newest_running(self.session.listed_here, "merge")
         if running and self.follower is None and not self.planning:
-            self.follower = Follower(self.app.here, running.id)
+            self.follower = Follower(self.session.here, running.id)
         follower = self.follower
         if follower is None:
             return
@@ -199,12 +200,12 @@ class MergeScreen(PanelScreen):
 
     @work(group="stop", exit_on_error=False)
     async def _stop(self, follower: Follower) -> None:
-        await self.stop_run(follower.run_id, self.app.here)
+        await self.stop_run(follower.run_id, self.session.here)
 
     @work(group="plan", exclusive=True, exit_on_error=False)
     async def action_audit(self) -> None:
         """Audits the merged checkpoint from its headers."""
         self.say("")
         self.show("audit", report.waiting("reading the headers …"))
-        answer = await self.app.here.command("audit", str(self.output()))
+        answer = await self.session.here.command("audit", str(self.output()))
         self.show("audit", report.audit(answer.data) if answer.data else report.problem(answer.error))

@@ -24,7 +24,8 @@ from tui.dialogs.confirm import Confirm
 from tui.follow.follower import Follower
 from tui.follow.run_model import RunModel
 from tui.follow.series import Series
-from tui.screens.base import WIDE, PanelScreen
+from tui.screens.base import WIDE, PanelScreen, RunStarted
+from tui.session import Session
 from tui.targets.target import newest_running
 from tui.targets.threads import watched
 from tui.widgets.chart import Chart, tick_text
@@ -74,10 +75,10 @@ class MonitorScreen(PanelScreen):
         Binding("n", "search_again", "next match", show=False),
     ]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
         self.follower: Follower | None = None
-        self.shown_target = self.app.target
+        self.shown_target = self.session.target
         self.kept: dict[str, Follower] = {}
         """What is followed on the other machines, by their names."""
         self.shown_list: list[object] = []
@@ -129,15 +130,15 @@ class MonitorScreen(PanelScreen):
 
     def attach_newest(self) -> None:
         """The newest run that is going, else the newest; without any, what to do."""
-        if self.app.listed:
-            self.attach((newest_running(self.app.listed) or self.app.listed[0]).id)
+        if self.session.listed:
+            self.attach((newest_running(self.session.listed) or self.session.listed[0]).id)
         else:
             self.query_one(Chart).empty = self.no_runs()
             self.query_one(Chart).redraw()
 
     def no_runs(self) -> str:
         """What an empty list means."""
-        host = self.app.host
+        host = self.session.host
         if host is None:
             return NO_RUNS
         if host.link.listed is None:
@@ -146,7 +147,7 @@ class MonitorScreen(PanelScreen):
 
     def attach(self, run_id: str) -> None:
         """Follows this run from its first event."""
-        old, target = self.follower, self.app.target
+        old, target = self.follower, self.session.target
         if old is not None and (old.target, old.run_id) == (target, run_id):
             return
         if old is not None and old.target is target:
@@ -182,11 +183,11 @@ class MonitorScreen(PanelScreen):
         """Another machine was chosen: what was followed there goes on, and this is kept meanwhile."""
         if self.follower is not None:
             self.kept[self.shown_target.name] = self.follower
-        self.shown_target = self.app.target
-        self.show_follower(self.kept.pop(self.app.target.name, None))
+        self.shown_target = self.session.target
+        self.show_follower(self.kept.pop(self.session.target.name, None))
 
     async def tick(self, first: bool = False) -> None:
-        if self.shown_target is not self.app.target:
+        if self.shown_target is not self.session.target:
             self.change_target()
             return
         self.show_list()
@@ -219,17 +220,17 @@ class MonitorScreen(PanelScreen):
     def show_list(self) -> None:
         """The run list, when it changed; the highlight stays on its run."""
         attached = self.follower.run_id if self.follower else None
-        shown = [attached, *((run.id, run.state, run.name) for run in self.app.listed)]
+        shown = [attached, *((run.id, run.state, run.name) for run in self.session.listed)]
         if shown == self.shown_list:
             return
         self.shown_list = shown
         options = self.query_one("#runs", OptionList)
         chosen = options.highlighted_option.id if options.highlighted_option else attached
         options.clear_options()
-        options.add_options([Option(self._row(run, attached), id=run.id) for run in self.app.listed])
-        if chosen in {run.id for run in self.app.listed}:
+        options.add_options([Option(self._row(run, attached), id=run.id) for run in self.session.listed])
+        if chosen in {run.id for run in self.session.listed}:
             options.highlighted = options.get_option_index(str(chosen))
-        self.query_one("#runs").border_subtitle = f"{len(self.app.listed)}" if self.app.listed else ""
+        self.query_one("#runs").border_subtitle = f"{len(self.session.listed)}" if self.session.listed else ""
 
     @staticmethod
     def _row(run: RunSummary, attached: str | None) -> Content:
@@ -352,7 +353,7 @@ class MonitorScreen(PanelScreen):
         if action == "way_on":
             return self.way_on() is not None
         if action == "fetch":
-            return bool(follower and not follower.active and self.app.host)
+            return bool(follower and not follower.active and self.session.host)
         if action == "evaluate":
             return bool(follower and follower.model.command == "train" and follower.state in ("finished", "stopped"))
         if action == "attach":
@@ -455,24 +456,24 @@ class MonitorScreen(PanelScreen):
 
     def _resume(self, what: str, *changes: str) -> None:
         assert self.follower
-        target, run_id = self.app.target, self.follower.run_id
+        target, run_id = self.session.target, self.follower.run_id
         self.ask_beside(what, lambda share: self._launch(partial(target.resume, run_id, *changes, share=share)))
 
     def action_evaluate(self) -> None:
         assert self.follower
-        launch = partial(self.app.target.launch, "evaluate", "--checkpoint", self.follower.run_id)
+        launch = partial(self.session.target.launch, "evaluate", "--checkpoint", self.follower.run_id)
         self.ask_beside("Evaluate", lambda share: self._launch(partial(launch, share=share)))
 
     @work(group="launch", exit_on_error=False)
     async def _launch(self, launch: Callable[[], Awaitable[str]]) -> None:
         run_id = await self.start(launch)
         if run_id:
-            await self.app.monitor(run_id)
+            self.post_message(RunStarted(run_id))
 
     @work(group="fetch", exclusive=True, exit_on_error=False)
     async def action_fetch(self) -> None:
         """Brings the run home; what has arrived stays when the panel is closed, and the next fetch goes on there."""
-        host, follower = self.app.host, self.follower
+        host, follower = self.session.host, self.follower
         assert host and follower
         try:
             done = await watched(partial(host.fetch, follower.run_id), self.say)

@@ -18,7 +18,8 @@ from surgvqa.errors import SurgvqaError
 from tui import words
 from tui.content import report
 from tui.content.memory import memory_bar, predicted_bar, predicted_legend
-from tui.screens.base import WIDE, PanelScreen
+from tui.screens.base import WIDE, PanelScreen, RunStarted
+from tui.session import Session
 from tui.settings.prediction import Prediction, predict
 from tui.settings.settings import Settings, preset_changes
 from tui.widgets.form import Field, Form
@@ -95,9 +96,9 @@ class TrainScreen(PanelScreen):
         Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
     ]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.settings = Settings("train", self.app.here.workspace)
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self.settings = Settings("train", self.session.here.workspace)
         self.presets: list[Preset] = []
         self.previewed: str | None = None
         self.predictions: dict[str, Prediction] = {}
@@ -135,7 +136,7 @@ class TrainScreen(PanelScreen):
 
     async def tick(self) -> None:
         """Nothing on this screen moves by itself; a preset or a host chosen elsewhere is the exception."""
-        if self.shown_for != (self.app.preset, self.app.target.name):
+        if self.shown_for != (self.session.preset, self.session.target.name):
             self.show_all()
 
     def on_resize(self) -> None:
@@ -147,9 +148,9 @@ class TrainScreen(PanelScreen):
 
     def show_all(self) -> None:
         """Fields, presets and memory anew."""
-        self.shown_for = (self.app.preset, self.app.target.name)
+        self.shown_for = (self.session.preset, self.session.target.name)
         try:
-            self.query_one(Form).fill(self.settings, self.app.preset)
+            self.query_one(Form).fill(self.settings, self.session.preset)
         except SurgvqaError as error:
             self.say(str(error), "error")
         self.show_presets()
@@ -167,7 +168,7 @@ class TrainScreen(PanelScreen):
         rows: list[Content] = []
         crowded = self.previewed is not None and self.app.size.width < WIDE  # what would change matters more
         for key, preset in zip(PRESET_KEYS, self.presets):
-            chosen, looked_at = preset.name == self.app.preset, preset.name == self.previewed
+            chosen, looked_at = preset.name == self.session.preset, preset.name == self.previewed
             if crowded and not (chosen or looked_at):
                 continue
             style = "bold $success" if chosen else "bold $accent" if looked_at else ""
@@ -192,7 +193,7 @@ class TrainScreen(PanelScreen):
 
     def show_about(self) -> None:
         """The preset that is looked at or in use, and the setting under the cursor."""
-        preset = next((p for p in self.presets if p.name == (self.previewed or self.app.preset)), None)
+        preset = next((p for p in self.presets if p.name == (self.previewed or self.session.preset)), None)
         rows: list[Content] = []
         if preset:
             rows = [
@@ -213,7 +214,7 @@ class TrainScreen(PanelScreen):
     def _changes(self) -> list[Content | str]:
         assert self.previewed
         try:
-            changes = preset_changes(self.settings, self.app.preset, self.previewed)
+            changes = preset_changes(self.settings, self.session.preset, self.previewed)
         except SurgvqaError as error:
             return ["", report.problem(str(error))]
         rows: list[Content | str] = [
@@ -245,7 +246,7 @@ class TrainScreen(PanelScreen):
     async def predict_all(self) -> None:
         """The predicted peak of every preset with the settings as they are."""
         for preset in self.presets:
-            self.predictions[preset.name] = await predict(self.settings, preset.name, here=self.app.host is None)
+            self.predictions[preset.name] = await predict(self.settings, preset.name, here=self.session.host is None)
         self.show_presets()
         self.show_memory()
         self.call_after_refresh(self._preview_changed)  # at the width that the panels have with all that in them
@@ -254,7 +255,7 @@ class TrainScreen(PanelScreen):
         """The configuration's predicted memory against the budget."""
         panel = self.query_one("#memory", Static)
         width = max(20, panel.size.width or 40)
-        found = self.predictions.get(self.previewed or self.app.preset or "")
+        found = self.predictions.get(self.previewed or self.session.preset or "")
         if found is None or not found.peak_bytes:
             panel.update(report.waiting(found.problem if found else "predicting …"))
             return
@@ -289,13 +290,13 @@ class TrainScreen(PanelScreen):
     def action_preview(self, index: int) -> None:
         """Looks at a preset; the same key again, or the one in use, leaves it."""
         name = self.presets[index].name
-        self.previewed = None if name in (self.app.preset, self.previewed) else name
+        self.previewed = None if name in (self.session.preset, self.previewed) else name
         self._preview_changed()
 
     def action_apply(self) -> None:
         """The previewed preset becomes the one in use."""
-        self.app.preset, self.previewed = self.previewed, None
-        self.say(f"preset {self.app.preset} is set for the next launch", "success")
+        self.session.preset, self.previewed = self.previewed, None
+        self.say(f"preset {self.session.preset} is set for the next launch", "success")
         self.show_where()
         self.show_all()
         self._preview_changed()
@@ -329,12 +330,12 @@ class TrainScreen(PanelScreen):
 
     @work(group="launch", exit_on_error=False)
     async def _launch(self, share: bool) -> None:
-        target = self.app.target
+        target = self.session.target
 
         async def launch() -> str:
-            argv = self.settings.argv(self.app.preset, everything=self.app.host is not None)
+            argv = self.settings.argv(self.session.preset, everything=self.session.host is not None)
             return await target.launch(*argv, share=share)
 
         run_id = await self.start(launch)
         if run_id:
-            await self.app.monitor(run_id)
+            self.post_message(RunStarted(run_id))

@@ -20,6 +20,7 @@ from tui.content import report
 from tui.dialogs.confirm import Confirm
 from tui.follow.follower import Follower
 from tui.screens.base import PanelScreen
+from tui.session import Session
 from tui.settings.upload_plan import Item, file_plan
 from tui.targets.host import HostTarget
 from tui.targets.target import ACTIVE
@@ -50,8 +51,8 @@ class UploadScreen(PanelScreen):
         Binding("s", "stop", "stop", tooltip="End the upload; the next one goes on there"),
     ]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
         self.host: HostTarget | None = None
         """That this screen shows; None: this machine."""
         self.what = "auto"
@@ -75,24 +76,24 @@ class UploadScreen(PanelScreen):
 
     def change_host(self) -> None:
         """Another host was chosen: its plan, and what is being done for it."""
-        self.host = self.app.host
+        self.host = self.session.host
         self.what, self.plan, self.planned, self.follower = "auto", None, False, None
         host = self.host
-        for run in self.app.listed_here:
+        for run in self.session.listed_here:
             if (
                 host
                 and run.command in JOBS
                 and run.state in ACTIVE
                 and _host_of(read_run_json(run.folder)) == host.name
             ):
-                self.follower = Follower(self.app.here, run.id)
+                self.follower = Follower(self.session.here, run.id)
                 break
         self.show_host()
         self.show_job()
         self.action_plan()
 
     async def tick(self) -> None:
-        if self.host is not self.app.host:
+        if self.host is not self.session.host:
             self.change_host()
         host = self.host
         self.show_host()
@@ -130,7 +131,7 @@ class UploadScreen(PanelScreen):
         """Where it is, what it has, and whether it has this version of us."""
         host, panel = self.host, self.query_one("#host-text", Pane)
         if host is None:
-            panel.show(Content(NO_HOST.format(file=self.app.here.workspace.file.name)))
+            panel.show(Content(NO_HOST.format(file=self.session.here.workspace.file.name)))
             return
         rows: list[Content | str] = [words.light(host.name, host.light, max(30, panel.size.width - len(host.name) - 2))]
         facts, reached = host.link.facts, host.link.host
@@ -164,7 +165,7 @@ class UploadScreen(PanelScreen):
         panel.update(report.waiting("reading the files …"))
         try:
             if host is None or not asked:
-                items = await apart(file_plan, self.app.here.workspace)
+                items = await apart(file_plan, self.session.here.workspace)
                 panel.update(self.table(items) if items else Content(NOTHING))
                 return
             await self._plan_for(host, panel)
@@ -257,11 +258,11 @@ class UploadScreen(PanelScreen):
     def action_upload(self) -> None:
         host = self.host
         assert host
-        self._start(partial(self.app.here.launch, "upload", host.name, "--what", self.marked, module="remote"))
+        self._start(partial(self.session.here.launch, "upload", host.name, "--what", self.marked, module="remote"))
 
     def set_up_host(self) -> None:
         """Installs this version of us on the host; pip's output is shown here."""
-        if self.host is not self.app.host:
+        if self.host is not self.session.host:
             self.change_host()
         host = self.host
         if host and not self.working:
@@ -272,7 +273,7 @@ class UploadScreen(PanelScreen):
         run_id = await self.start(launch, "starting …")
         if run_id is None:
             return
-        self.follower = Follower(self.app.here, run_id)
+        self.follower = Follower(self.session.here, run_id)
         self.keys_changed()
         await self.tick()
         self.call_after_refresh(self.query_one("#job-text").scroll_visible, animate=False)
@@ -290,7 +291,7 @@ class UploadScreen(PanelScreen):
 
     @work(group="stop", exit_on_error=False)
     async def _stop(self, follower: Follower) -> None:
-        if await self.stop_run(follower.run_id, self.app.here):
+        if await self.stop_run(follower.run_id, self.session.here):
             self.say(f"{follower.model.command} stopped; the next one goes on there")
 
 

@@ -1,0 +1,66 @@
+"""What the screens share: where jobs run, what is known of it, and the settings that hold on every screen."""
+
+from __future__ import annotations
+
+from presets import load_presets
+from surgvqa.config.options import BUDGET_GB
+from surgvqa.runs.history import RunSummary
+from tui.targets.host import HostTarget
+from tui.targets.local import LocalTarget
+from tui.targets.target import Target
+from tui.targets.threads import apart
+
+
+class Session:
+    """One target is chosen: this machine, or one of the hosts. Merging and uploading are always done here."""
+
+    def __init__(self, here: LocalTarget, host: str | None = None) -> None:
+        self.here = here
+        self.hosts: dict[str, HostTarget] = {}
+        """Those that were chosen once; their connections are kept."""
+        self.target: Target = here
+        self.listed: list[RunSummary] = []
+        """The target's runs, newest first."""
+        self.listed_here: list[RunSummary] = []
+        self.job_starts = False
+        """While a job is being started."""
+        names = [p.name for p in load_presets(here.workspace.root)]
+        self.preset: str | None = here.workspace.preset or (names[0] if names else None)
+        if host:
+            self.choose(host)
+
+    @property
+    def host(self) -> HostTarget | None:
+        """The host that is chosen; None while this machine is."""
+        return self.target if isinstance(self.target, HostTarget) else None
+
+    @property
+    def budget_gb(self) -> float:
+        """The budget that training would have: surgvqa.toml's or the default."""
+        value = self.here.workspace.value("budget_gb", "train")
+        return BUDGET_GB if value is None else float(value)
+
+    def choose(self, name: str) -> None:
+        """Makes this machine or a host the target; a host that was given up is sought again."""
+        if name == self.here.name:
+            self.target = self.here
+        else:
+            if name not in self.hosts:
+                self.hosts[name] = HostTarget(name, self.here.workspace)
+            self.target = host = self.hosts[name]
+            if host.light.kind in ("refused", "unreachable"):
+                host.link.again()
+        self.listed = self.listed_here if self.host is None else self.host.runs()  # never another machine's, for a tick
+
+    async def refresh_runs(self) -> bool:
+        """Reads the run lists anew; whether they changed."""
+        here = await apart(self.here.runs)
+        listed = here if self.host is None else self.host.runs()
+        changed = (here, listed) != (self.listed_here, self.listed)
+        self.listed_here, self.listed = here, listed
+        return changed
+
+    def end(self) -> None:
+        """Ends the connections."""
+        for host in self.hosts.values():
+            host.end()
