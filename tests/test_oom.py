@@ -42,7 +42,7 @@ def options_for(**changes) -> TrainOptions:
 
 @pytest.fixture
 def forecast(monkeypatch):
-    """Of the real model on REAL-Colon-VQA frames, as training.py runs it on a GPU."""
+    """Of the real model on REAL-Colon-VQA frames, as training/recipe.py runs it on a GPU."""
     monkeypatch.setattr(retreat, "checkpoint_sizes", lambda folder: (Sizes(), None))
     return retreat.Forecast(options_for(), (1240, 1080))
 

@@ -1,6 +1,7 @@
 """The whole job in the demo workspace, headless: merge, audit, train, evaluate, each as the command line runs it.
 
-A merge that stands there whole already is left as it is (merge.py sees that); training and evaluation are new runs.
+A merge that stands there whole already is left as it is (merge/command.py sees that); training and evaluation are
+new runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`surgvqa evaluate`: an answer to every sample, scored by question type; or the scores of an existing file.
 
-Accuracies are shares, 0..1; score.py says what counts. Light to import; the model is in generate.py.
+Accuracies are shares, 0..1; score.py says what counts. Light to import; answering is in generate.py.
 """
 
 from __future__ import annotations

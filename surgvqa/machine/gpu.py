@@ -57,7 +57,7 @@ def driver_problem() -> str | None:
 
 
 def sample_process(device_index: int | None, uuid: str | None = None) -> dict[str, Any]:
-    """The fields of a `gpu` event (surgvqa/runs.py) for this process on one device.
+    """The fields of a `gpu` event (surgvqa/runs/folder.py) for this process on one device.
 
     `device_index` is NVML's; `uuid` (torch.cuda.get_device_properties(i).uuid), when given, wins over it, because
     CUDA_VISIBLE_DEVICES renumbers what torch sees. None for both: a process that runs on the CPU.

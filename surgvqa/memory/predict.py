@@ -341,8 +341,8 @@ def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
 
 
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:
-    """The configuration in which `options` (of train or budget) train on a CUDA GPU, see training.py; `overrides` are
-    fields of Configuration."""
+    """The configuration in which `options` (of train or budget) train on a CUDA GPU (recipe.py); `overrides` are fields
+    of Configuration."""
     lora = options if isinstance(options, LoraOptions) else LoraOptions()
 
     def value(name: str) -> Any:

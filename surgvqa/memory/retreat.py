@@ -1,6 +1,6 @@
 """Needing less memory: how many layers must recompute for a training to fit, and what to give up when it did not.
 
-Torch-free and without effects; training.py and oom.py act on what is decided here.
+Torch-free and without effects; training/recipe.py and training/step_down.py act on what is decided here.
 """
 
 from __future__ import annotations

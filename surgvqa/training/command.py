@@ -1,6 +1,6 @@
 """`surgvqa train`: looks at everything that can be looked at before the model loads, then trains.
 
-The training itself is in training.py and trainer.py, which are heavy to import.
+The training itself is in recipe.py and trainer.py, which are heavy to import.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check(options: TrainOptions) -> None:
 
 
 def run(options: TrainOptions, run: Run) -> Outcome:
-    """Trains; the result is in the output folder (trained.py). A stop that was asked for and saved is no failure."""
+    """Trains; the result is in the output folder (results.py). A stop that was asked for and saved is no failure."""
     from surgvqa.training.recipe import train
 
     result = train(options, run)

@@ -1,4 +1,4 @@
-"""Where work is done: this machine, or a GPU host (tui/host.py). The screens know a `Target`, not what is behind it.
+"""Where work is done: this machine, or a GPU host (host.py). The screens know a `Target`, not what is behind it.
 
 Jobs are started by the command line itself (`surgvqa train … --detach`), so that the panel and a terminal refuse the
 same input with the same words, and a job is never the panel's child.
