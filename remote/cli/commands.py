@@ -118,8 +118,9 @@ def _as_job(
             run.exit_code = 0 if outcome.ok else 1
     finally:
         view.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if not stopping:  # else a signal that comes late would kill a process that has ended as stopped
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     return outcome
 
 
