@@ -46,7 +46,8 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _write_synced(file: Path, content: bytes) -> None:
+def write_synced(file: Path, content: bytes) -> None:
+    """Writes a file and waits until it is on the disk."""
     with open(file, "wb") as stream:
         stream.write(content)
         stream.flush()

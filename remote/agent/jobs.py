@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from remote.agent.files import read_record, within
-from remote.agent.machine import _smi
+from remote.agent.machine import nvidia_smi
 from surgvqa import files
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs import folder as run_folders
@@ -149,13 +149,13 @@ def _gpu_locks(visible: str | None) -> list[str]:
 
     Raises SurgvqaError when a process that holds no lock of ours computes on the GPU.
     """
-    cards = _smi("--query-gpu=index,uuid")
+    cards = nvidia_smi("--query-gpu=index,uuid")
     names = ["host"]
     if cards:
         wanted = [w.strip() for w in visible.split(",")] if visible else [index for index, _ in cards]
         chosen = [(index, uuid) for index, uuid in cards if index in wanted or uuid in wanted]
         names = ["gpu-" + index for index, _ in chosen] or ["gpu-all"]
-        for pid, uuid, used in _smi("--query-compute-apps=pid,gpu_uuid,used_memory") or []:
+        for pid, uuid, used in nvidia_smi("--query-compute-apps=pid,gpu_uuid,used_memory") or []:
             if uuid in [u for _, u in chosen] and not _ours(int(pid)):
                 raise SurgvqaError(f"GPU busy: process {pid} takes {used} MiB; end it, wait, or launch with --share")
     folder = os.path.join(tempfile.gettempdir(), f"surgvqa-{os.getuid()}")

@@ -106,7 +106,7 @@ def execute(channel: Any, workspace: str, argv: list[str], env: dict[str, str] |
     return {"exit_code": code}
 
 
-def _smi(*arguments: str) -> list[list[str]] | None:
+def nvidia_smi(*arguments: str) -> list[list[str]] | None:
     """nvidia-smi's CSV rows; None where there is none."""
     try:
         done = subprocess.run(
@@ -156,7 +156,7 @@ def gpus(channel: Any, workspace: str, venv: str, watch: float | None) -> dict[s
             if answer["gpus"] or not shutil.which("nvidia-smi"):
                 return _stream([*words, "--watch", str(watch)], channel) if watch else answer
     while True:
-        rows = _smi("--query-gpu=" + SMI_FIELDS)
+        rows = nvidia_smi("--query-gpu=" + SMI_FIELDS)
         answer = {"gpus": [parse_smi(row) for row in rows or []], "source": "nvidia-smi"}
         if rows is None:
             answer = {"gpus": [], "note": "no NVIDIA driver on this host (no nvidia-smi)"}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from remote.ssh import timeouts
 from remote.ssh.bundle import bootstrap, payload, request_line
 from remote.ssh.errors import Unreachable, explain
-from remote.ssh.fabric_connection import _chain
+from remote.ssh.fabric_connection import chain_to
 from remote.ssh.host_keys import UnknownHostKey
 from remote.ssh.hosts import Host, resolve
 from remote.ssh.replies import Replies
@@ -52,7 +52,7 @@ class Remote:
         connection = None
         at = self.host
         try:
-            for at, connection in _chain(self.host):  # noqa: B007
+            for at, connection in chain_to(self.host):  # noqa: B007
                 connection.open()
         except Exception as error:
             self._fabric = connection

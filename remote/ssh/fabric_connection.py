@@ -30,7 +30,7 @@ def jump_host(hop: str, name: str) -> Host:
     return Host(f"{name} via {rest}", HostEntry(), rest, tuple(options), ssh_settings(rest, options), "ProxyJump")
 
 
-def _chain(host: Host, beyond: tuple[str, ...] = ()) -> list[tuple[Host, Connection]]:
+def chain_to(host: Host, beyond: tuple[str, ...] = ()) -> list[tuple[Host, Connection]]:
     """The jumps to `host` and the host itself, each with a connection through the one before; none is open yet.
 
     `beyond`: what is reached through `host`; to be jumped to again would never end.
@@ -40,7 +40,7 @@ def _chain(host: Host, beyond: tuple[str, ...] = ()) -> list[tuple[Host, Connect
     chain: list[tuple[Host, Connection]] = []
     for hop in host.jump.split(",") if host.jump else []:
         hop_host = jump_host(hop.strip(), host.name)
-        chain += [(hop_host, _fabric(hop_host, chain[-1][1]))] if chain else _chain(hop_host, (*beyond, host.target))
+        chain += [(hop_host, _fabric(hop_host, chain[-1][1]))] if chain else chain_to(hop_host, (*beyond, host.target))
     return [*chain, (host, _fabric(host, chain[-1][1] if chain else None))]
 
 

@@ -61,7 +61,7 @@ def load(info: TensorInfo, files: Files) -> torch.Tensor:
     return torch.frombuffer(files.read(info), dtype=DTYPES[info.dtype]).view(info.shape)
 
 
-class _Rows:
+class RowSource:
     """A float tensor of the output, made in blocks of rows; always BF16."""
 
     dtype = "BF16"
@@ -92,7 +92,7 @@ class _Rows:
         pass
 
 
-def _read_rows(info: TensorInfo, files: Files, first: int, count: int) -> torch.Tensor:
+def read_rows(info: TensorInfo, files: Files, first: int, count: int) -> torch.Tensor:
     """`count` elements of a tensor from element `first`, flat."""
     dtype = DTYPES[info.dtype]
     if isinstance(info, MemoryTensor):
@@ -102,7 +102,7 @@ def _read_rows(info: TensorInfo, files: Files, first: int, count: int) -> torch.
     return torch.frombuffer(raw, dtype=dtype)
 
 
-class Cast(_Rows):
+class Cast(RowSource):
     """A float tensor of the base that is not BF16, rounded to it."""
 
     def __init__(self, name: str, info: TensorInfo, files: Files):
@@ -112,7 +112,7 @@ class Cast(_Rows):
     def fill(self, start: int, out: memoryview) -> None:
         if out.nbytes:
             _, _, target = self.rows(start, out)
-            target.copy_(_read_rows(self.info, self.files, start // 2, target.numel()).view_as(target))
+            target.copy_(read_rows(self.info, self.files, start // 2, target.numel()).view_as(target))
 
     def stats(self) -> dict[str, Any]:
         return {"what": "cast", "from": self.info.dtype}

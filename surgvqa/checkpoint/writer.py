@@ -38,7 +38,7 @@ from surgvqa.checkpoint.names import INDEX_FILE
 from surgvqa.checkpoint.shard_writer import ShardWriter
 from surgvqa.checkpoint.shards import Shard, index_of
 from surgvqa.errors import SurgvqaError
-from surgvqa.files import _write_synced, free_bytes, fsync_folder, sha256_file, write_json_atomic
+from surgvqa.files import free_bytes, fsync_folder, sha256_file, write_json_atomic, write_synced
 from surgvqa.machine.process import usable_cores
 from surgvqa.runs.folder import Run
 from surgvqa.terminal.figures import counted
@@ -303,10 +303,10 @@ class Writer:
         job, partial = self.job, self.job.partial
         try:
             for name, content in job.side_files.items():
-                _write_synced(partial / name, content)
+                write_synced(partial / name, content)
             if len(job.shards) > 1:
                 text = json.dumps(index_of(job.shards), indent=2) + "\n"
-                _write_synced(partial / INDEX_FILE, text.encode())
+                write_synced(partial / INDEX_FILE, text.encode())
             self.record = {**self.record, **report, "complete": True}
             write_json_atomic(partial / MANIFEST_FILE, self.record)
             os.rename(partial / MANIFEST_FILE, partial / job.report_file)

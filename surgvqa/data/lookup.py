@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from surgvqa.data.samples import Sample, _short, read_samples
+from surgvqa.data.samples import Sample, read_samples, shortened
 from surgvqa.errors import UsageError
 
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -177,8 +177,9 @@ class AudioIndex:
         if file and others:
             other = others[0]
             raise UsageError(
-                f"{sample.place}: {file} stands for two questions: {_short(sample.question)} (video {sample.video_id})"
-                f" and at {other.place} {_short(other.question)} (video {other.video_id}); each needs its own file,"
+                f"{sample.place}: {file} stands for two questions: {shortened(sample.question)} "
+                f"(video {sample.video_id}) and at {other.place} {shortened(other.question)} "
+                f"(video {other.video_id}); each needs its own file,"
                 f" {self.root}/<video_id>/<id>{file.suffix} or <video_id>_<id>_<question_type>{file.suffix}"
             )
         return file

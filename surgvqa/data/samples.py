@@ -131,7 +131,7 @@ def _parse(line: bytes, number: int, file: str) -> Sample:
         _text(record, field)
     for field in NAME_FIELDS:
         if not _is_file_name(record[field]):
-            raise _Bad(f"{field} is {_short(record[field])}, expected text that can be part of a file name")
+            raise _Bad(f"{field} is {shortened(record[field])}, expected text that can be part of a file name")
     video_id = record["video_id"]
     return Sample(frames=_frames(record, video_id), line=number, file=file, **{f: record[f] for f in TEXT_FIELDS})
 
@@ -163,7 +163,7 @@ def _frames(record: dict[str, Any], video_id: str) -> tuple[str, ...]:
         if not isinstance(frame, str):
             raise _Bad(f"frames[{index}] is {_kind(frame)}, expected a name {video_id}_<frame number>")
         if not frame.removeprefix(f"{video_id}_").isalnum() or not frame.startswith(f"{video_id}_"):
-            raise _Bad(f"frames[{index}] is {_short(frame)}, expected {video_id}_<frame number>")
+            raise _Bad(f"frames[{index}] is {shortened(frame)}, expected {video_id}_<frame number>")
     return tuple(frames)
 
 
@@ -177,7 +177,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "an object")
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
     """`text` quoted, escaped (half surrogates too) and cut for a one-line message."""
     return ascii(text if len(text) <= 60 else text[:60] + "...") if not text.isprintable() else repr(text[:60])
 

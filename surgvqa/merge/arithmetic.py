@@ -27,7 +27,7 @@ import torch
 
 from surgvqa.checkpoint.headers import TensorInfo
 from surgvqa.checkpoint.shards import Files, page_memory, split_rows
-from surgvqa.checkpoint.torch_tensors import MemoryTensor, _read_rows, _Rows, load
+from surgvqa.checkpoint.torch_tensors import MemoryTensor, RowSource, load, read_rows
 from surgvqa.merge.adapter import LoraModule
 
 TILE_ROWS, TILE_NUMEL, MOST_NUMEL = 128, 5 << 17, 1 << 20  # whole rows; fewer make the product slower
@@ -43,7 +43,7 @@ def _norm(value: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(value, dtype=torch.float64))
 
 
-class Replaced(_Rows):
+class Replaced(RowSource):
     """A tensor that was trained in the base tensor's place; `base` is None when the base has none of that name."""
 
     def __init__(self, name: str, info: TensorInfo, base: TensorInfo | None, files: Files, origin: str):
@@ -56,10 +56,10 @@ class Replaced(_Rows):
         if not out.nbytes:
             return
         _, _, target = self.rows(start, out)
-        value = _read_rows(self.info, self.files, start // 2, target.numel()).view_as(target)
+        value = read_rows(self.info, self.files, start // 2, target.numel()).view_as(target)
         old = None
         if self.base is not None:  # PEFT holds it in the base's dtype
-            old = _read_rows(self.base, self.files, start // 2, target.numel()).view_as(target)
+            old = read_rows(self.base, self.files, start // 2, target.numel()).view_as(target)
             value = value.to(old.dtype)
         target.copy_(value)
         new = target.float()
@@ -76,7 +76,7 @@ class Replaced(_Rows):
         return {**found, "w_norm": math.sqrt(self._sums["base2"]), "delta_norm": math.sqrt(self._sums["delta2"])}
 
 
-class AddedBias(_Rows):
+class AddedBias(RowSource):
     """b + s·b_B."""
 
     def __init__(self, name: str, base: TensorInfo, lora: LoraModule, files: Files):
@@ -132,7 +132,7 @@ def _tile_rows(width: int) -> int:
     return max(1, min(max(TILE_ROWS, TILE_NUMEL // width), MOST_NUMEL // width))
 
 
-class Merged(_Rows):
+class Merged(RowSource):
     """W + s·BA, or DoRA's. `base` is the tensor under it: the base's own, or one laid over it."""
 
     def __init__(
@@ -198,7 +198,7 @@ class Merged(_Rows):
             self.files.read_into(self.base, start, out)  # W lies where W' will
             weight = target
         else:
-            weight = _read_rows(self.base, self.files, first * self.row_numel, count * self.row_numel)
+            weight = read_rows(self.base, self.files, first * self.row_numel, count * self.row_numel)
             weight = weight.view(count, self.row_numel)
         result = target
         if self.on_gpu:
