@@ -43,7 +43,7 @@ for step; do
         rm -rf "$WORK/engine"
         ;;
     equality) # training beside a CPU, flash-attn beside sdpa, gradients of compiled layers with dropout
-        run equality 280 env "$with_flash_attn" python -m pytest -s tests/test_train_gpu.py tests/test_layers.py
+        run equality 280 env "$with_flash_attn" python -m pytest -s tests/surgvqa/training/test_train_gpu.py tests/surgvqa/model/test_layers.py
         ;;
     train_step) # one step, lever by lever, and its kernels
         run train_step 300 env "$with_flash_attn" python benchmarks/train_step.py --out "$OUT/train_step.json" --profile "$OUT" \

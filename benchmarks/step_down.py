@@ -31,7 +31,7 @@ from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/kits"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from surgvqa.memory import allocator

@@ -1,17 +1,16 @@
 """Fixtures that several test files share."""
 
-import os
 import tarfile
 from pathlib import Path
 
 import pytest
+from places import SHARED
 
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory) -> Path:
     """The unpacked reference oracle: what the author's fork computed on a small model of the real architecture."""
-    shared = Path(os.environ.get("SURGVQA_SHARED") or Path(__file__).parents[2] / "shared")
-    archive = shared / "oracle" / "fork-oracle.tar.xz"
+    archive = SHARED / "oracle" / "fork-oracle.tar.xz"
     if not archive.is_file():
         pytest.skip(f"no reference oracle at {archive} (SURGVQA_SHARED names the folder that holds oracle/)")
     folder = tmp_path_factory.mktemp("oracle")

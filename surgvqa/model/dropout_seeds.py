@@ -5,7 +5,7 @@ torch give the backward pass other masks, without a word:
 
 - Where torch._functorch.config.aggressive_recomputation is on, the partitioner forbids computing some operations again,
   and the seeds' is not among them: the backward pass may draw new ones (torch 2.11 and 2.13, any device; it does so
-  where a graph has up to four dropouts, and within a checkpoint always; tests/test_layers.py).
+  where a graph has up to four dropouts, and within a checkpoint always; tests/surgvqa/model/test_layers.py).
 - From torch 2.13 on, on CUDA, a one-dimensional kernel makes other numbers of a seed than one with a reduction, such as
   a norm's (https://github.com/pytorch/pytorch/issues/198333).
 """

@@ -135,7 +135,7 @@ class EventTrainer(Trainer):
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """The model stays where it is: load_model put it there, and what no step needs has left the GPU. (On a GPU
-        tests/test_train_gpu.py looks; on a CPU nothing can be in the wrong place.)"""
+        tests/surgvqa/training/test_train_gpu.py looks; on a CPU nothing can be in the wrong place.)"""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer would go through all modules for it at every micro step."""

@@ -6,13 +6,14 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from panels import SIZES, die, options, panel, settle, text, training
+from places import ROOT
 from textual.events import Key
 from textual.widgets import Log, OptionList, Static
+from waiting import until
 
 from surgvqa.errors import UsageError
 from surgvqa.runs.folder import Run
@@ -268,7 +269,7 @@ def test_the_screenshot_is_of_the_newest_training(root, tmp_path):
     with Run.create(root / "runs", "evaluate", run_id="99991231-235959-evaluate-fff"):
         pass
     drawn = tmp_path / "panel.svg"
-    script = Path(__file__).parents[1] / "docs/screenshot.py"
+    script = ROOT / "docs/screenshot.py"
     subprocess.run([sys.executable, script, root, drawn, "--wait", "0.3"], check=True, timeout=120)
     assert "the&#160;curve" in drawn.read_text() and "step&#160;30/100" in drawn.read_text()
 
@@ -558,15 +559,15 @@ def test_a_job_outlives_the_panel_that_started_it(root, oracle):
     merge_settings(root, oracle)
     process, terminal = in_a_terminal([sys.executable, "-m", "tui.main", "--workspace", str(root)])
     try:
-        wait_for(lambda: b"modules merged" in terminal())
+        until(lambda: b"modules merged" in terminal())
         os.write(process.terminal, b"m")
-        folder = wait_for(lambda: next((p.parent for p in (root / "runs").glob("*/run.json")), None))
-        wait_for(lambda: read_run_json(folder).get("pid"))
+        folder = until(lambda: next((p.parent for p in (root / "runs").glob("*/run.json")), None))
+        until(lambda: read_run_json(folder).get("pid"))
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         os.waitpid(process.pid, 0)
         os.close(process.terminal)  # the terminal hangs up
-    wait_for(lambda: state_of(folder) not in ("starting", "running"))
+    until(lambda: state_of(folder) not in ("starting", "running"))
     assert state_of(folder) == "finished"
     assert (root / "merged" / "merge_report.json").is_file()
 
@@ -602,11 +603,3 @@ def in_a_terminal(argv):
             return bytes(seen)
 
     return Terminal(pid, terminal), read
-
-
-def wait_for(condition, seconds: float = 120.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-    return found

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import small
+from places import REAL_DATA
 
 from surgvqa.cli import main
 from surgvqa.config.options import AskOptions, EvaluateOptions
@@ -17,7 +18,6 @@ from surgvqa.runs.folder import Run
 from surgvqa.training import command as train
 from surgvqa.training import results
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "real-colon-vqa"
 model = pytest.mark.model
 
 
@@ -74,10 +74,10 @@ def _ask_options(world, learned, **changes) -> AskOptions:
 # --- without a model --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"{REAL_DATA} is not here")
 def test_the_published_figure_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    file = str(REAL / "predictions_qwen2_zeroshot.jsonl")
+    file = str(REAL_DATA / "predictions_qwen2_zeroshot.jsonl")
     assert main.main(["evaluate", "--predictions", file, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["samples"] == 1000 and report["keyword_accuracy"] == pytest.approx(0.36)

@@ -23,6 +23,8 @@ import pytest
 from checkpoint_kit import read_tensors, write_file, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
+from waiting import until
 
 from surgvqa import files
 from surgvqa.checkpoint import shard_writer, writer
@@ -428,7 +430,7 @@ SCRIPT = """
 import sys, time
 sys.path[:0] = {path!r}
 from pathlib import Path
-from test_checkpoint import Copy, make_job, write
+from test_writer import Copy, make_job, write
 fill = Copy.fill
 def slow(self, start, out):
     time.sleep({delay})
@@ -441,20 +443,13 @@ write(make_job(Path({base!r}), Path({output!r})))
 
 def start(base: Path, output: Path, delay: float) -> subprocess.Popen[str]:
     """The writer in a process of its own, slowed down; returns once it is about to begin."""
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    path = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests/kits")]
     script = textwrap.dedent(SCRIPT).format(path=path, base=str(base), output=str(output), delay=delay)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     return process
-
-
-def wait_for(condition: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
@@ -469,7 +464,7 @@ def test_kill_9_and_rerun(tmp_path: Path, base: Path, done: int) -> None:
             return -1
 
     process = start(base, output, 0.05)
-    wait_for(lambda: entered() >= done)
+    until(lambda: entered() >= done)
     process.kill()
     process.wait()
     assert not output.exists()
@@ -482,7 +477,7 @@ def test_kill_9_and_rerun(tmp_path: Path, base: Path, done: int) -> None:
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path, base: Path) -> None:
     process = start(base, tmp_path / "out", 0.05)
-    wait_for(lambda: list((tmp_path / "out.partial").glob("*.safetensors")))
+    until(lambda: list((tmp_path / "out.partial").glob("*.safetensors")))
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate()[1]
     assert not (tmp_path / "out").exists()
@@ -494,7 +489,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, base: Path) -> None:
 def test_two_at_once(tmp_path: Path, base: Path) -> None:
     process = start(base, tmp_path / "out", 0.2)
     try:
-        wait_for(lambda: (tmp_path / "out.partial" / MANIFEST_FILE).exists())
+        until(lambda: (tmp_path / "out.partial" / MANIFEST_FILE).exists())
         with pytest.raises(SurgvqaError, match="another process is writing it"):
             write(make_job(base, tmp_path / "out"))
     finally:
@@ -646,7 +641,7 @@ def test_a_damaged_shard_is_found_and_written_again(tmp_path: Path, base: Path) 
 
 def test_other_inputs_start_again_and_say_so(tmp_path: Path, base: Path) -> None:
     process = start(base, tmp_path / "out", 0.05)
-    wait_for(lambda: list((tmp_path / "out.partial").glob("*.safetensors")))
+    until(lambda: list((tmp_path / "out.partial").glob("*.safetensors")))
     process.kill()
     process.wait()
     write_folder(base, [{n: (d, (s[0], s[1] + 1)) for n, (d, s) in shard.items()} for shard in SHARDS])
@@ -667,7 +662,7 @@ def test_what_others_made_is_never_touched(tmp_path: Path, base: Path) -> None:
         shutil.rmtree(place)
     assert not partial.exists()
     process = start(base, output, 0.05)
-    wait_for(lambda: (partial / MANIFEST_FILE).exists())
+    until(lambda: (partial / MANIFEST_FILE).exists())
     process.kill()
     process.wait()
     (partial / "thesis.tex").write_text("years of work")

@@ -9,6 +9,7 @@ import pytest
 from panels import panel, settle, text, training
 from sshd import TRAIN, Relay, laptop, processes_naming, stub_train  # noqa: F401
 from textual.widgets import Log, OptionList
+from waiting import until
 
 from remote.ssh.errors import Unreachable
 from surgvqa.config import workspace
@@ -27,14 +28,6 @@ from tui.widgets.chart import Chart
 pytestmark = pytest.mark.slow
 
 
-def wait_for(condition, seconds: float = 30.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-    return found
-
-
 @pytest.fixture
 def link(laptop):  # noqa: F811
     one = Link("gpuhost", laptop.workspace)
@@ -48,7 +41,7 @@ def link(laptop):  # noqa: F811
 def test_many_threads_ask_over_one_connection(laptop, link):  # noqa: F811
     from concurrent.futures import ThreadPoolExecutor
 
-    wait_for(lambda: link.light.kind == "connected")
+    until(lambda: link.light.kind == "connected")
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: link.call("probe", venv="venv")["workspace"], range(24)))
     assert set(answers) == {str(laptop.there)}
@@ -59,16 +52,16 @@ def test_many_threads_ask_over_one_connection(laptop, link):  # noqa: F811
 
 
 def test_a_lost_connection_is_unreachable_since_and_comes_back(laptop, link):  # noqa: F811
-    wait_for(lambda: link.light.kind == "connected")
+    until(lambda: link.light.kind == "connected")
     laptop.server.stop()
-    wait_for(lambda: link.light.kind == "unreachable")
+    until(lambda: link.light.kind == "unreachable")
     since = link.light.since
     with pytest.raises(Unreachable):
         link.call("runs")
     time.sleep(1.5)
     assert link.light.since == since
     laptop.server.start()
-    wait_for(lambda: link.light.kind == "connected")
+    until(lambda: link.light.kind == "connected")
     assert link.call("runs")["runs"] == []
 
 
@@ -80,17 +73,17 @@ def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop, monk
     run = remote_run(laptop)
     target = HostTarget("gpuhost", workspace.load_workspace(laptop.workspace))
     try:
-        wait_for(lambda: target.light.kind == "connected")
+        until(lambda: target.light.kind == "connected")
         feed = target.feed(run.id)
         seen: list = []
-        wait_for(lambda: seen.extend(feed.read().events) or len(seen) == 4)
+        until(lambda: seen.extend(feed.read().events) or len(seen) == 4)
         relay.freeze()  # nothing is said any more, nothing is closed
         run.emit("metric", step=4, total_steps=100, loss=0.25)
-        wait_for(lambda: target.light.kind == "unreachable", 40)
+        until(lambda: target.light.kind == "unreachable", 40)
         assert feed.read().state == "running"
         relay.cut()
         relay.thaw()
-        wait_for(lambda: seen.extend(feed.read().events) or len(seen) == 5, 60)
+        until(lambda: seen.extend(feed.read().events) or len(seen) == 5, 60)
         assert [e.get("step") for e in seen] == [None, 1, 2, 3, 4]
         feed.close()
         with pytest.raises(Detached):
@@ -108,12 +101,12 @@ def test_a_host_with_another_clock(laptop, monkeypatch, behind_s):  # noqa: F811
     monkeypatch.setattr(time, "time", lambda real=time.time: real() - behind_s)
     target = HostTarget("gpuhost", workspace.load_workspace(laptop.workspace))
     try:
-        listed = wait_for(target.runs)[0]
+        listed = until(target.runs)[0]
         assert listed.id == run.id and listed.state == "running"
         assert abs(listed.started - (started - behind_s)) < 30
         heard = []
         feed = target.feed(run.id)
-        wait_for(lambda: heard.extend(feed.read().events) or heard)
+        until(lambda: heard.extend(feed.read().events) or heard)
         assert abs(heard[0]["t"] - (started - behind_s)) < 30
     finally:
         target.end()
@@ -127,10 +120,10 @@ def test_a_resumed_run_brings_the_curve_of_the_first(laptop):  # noqa: F811
     again.emit("metric", step=4, total_steps=100, loss=0.2)
     target = HostTarget("gpuhost", workspace.load_workspace(laptop.workspace))
     try:
-        wait_for(lambda: len(target.runs()) == 2)
+        until(lambda: len(target.runs()) == 2)
         feed = target.feed(again.id)
         heard = [feed.read()]
-        wait_for(lambda: heard.append(feed.read()) or any(news.events for news in heard))
+        until(lambda: heard.append(feed.read()) or any(news.events for news in heard))
         steps = [e.get("step") for news in heard for e in [*news.earlier, *news.events]]
         assert steps == [1, 2, 3, 4] and heard[-1].info["id"] == again.id
     finally:
@@ -295,7 +288,7 @@ async def test_the_plan_and_the_upload_that_outlives_the_panel(laptop):  # noqa:
         await pilot.press("u")
         await settle(pilot, lambda: list((root / "runs").glob("*-upload-*/run.json")), 60)
     folder = next((root / "runs").glob("*-upload-*"))
-    wait_for(lambda: state_of(folder) not in ("starting", "running"), 60)
+    until(lambda: state_of(folder) not in ("starting", "running"), 60)
     assert state_of(folder) == "finished"
     assert (laptop.there / "merged" / "model.safetensors").stat().st_size == 30_000_000
     app = panel(root, "gpuhost")
@@ -319,4 +312,4 @@ async def test_a_host_without_us_is_set_up_by_one_key(laptop):  # noqa: F811
         await settle(pilot, lambda: state_of(folder) not in ("starting", "running"), 60)
         assert state_of(folder) == "stopped"
         await settle(pilot, lambda: "stopped" in text(app, "#job-text"))
-    wait_for(lambda: not processes_naming(laptop.there / "venv"))  # what it had started there
+    until(lambda: not processes_naming(laptop.there / "venv"))  # what it had started there

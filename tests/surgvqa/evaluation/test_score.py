@@ -1,15 +1,14 @@
 """Scoring: the published figure reproduced, and the stricter metric's rules one by one."""
 
 import json
-from pathlib import Path
 
 import pytest
+from places import REAL_DATA
 
 from surgvqa.errors import UsageError
 from surgvqa.evaluation.score import LabelSet, keyword_correct, read_predictions, score
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "real-colon-vqa"
-needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here")
+needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"{REAL_DATA} is not here")
 
 DIRECTION = LabelSet(
     [
@@ -25,7 +24,7 @@ POLAR = LabelSet([("no", "No, the scope is not moving in these frames."), ("yes"
 
 @needs_real_data
 def test_published_keyword_accuracy_is_reproduced():
-    predictions = read_predictions(REAL / "predictions_qwen2_zeroshot.jsonl")
+    predictions = read_predictions(REAL_DATA / "predictions_qwen2_zeroshot.jsonl")
     report = score(predictions)
     assert report["samples"] == 1000
     assert report["keyword_accuracy"] == pytest.approx(0.36, abs=1e-9)
@@ -40,14 +39,14 @@ def test_published_keyword_accuracy_is_reproduced():
 @needs_real_data
 @pytest.mark.parametrize("name", ["in_002-001.jsonl", "out_002-001.jsonl"])
 def test_reference_answers_score_full_marks(name):
-    samples = [json.loads(line) for line in (REAL / name).read_text().splitlines()]
+    samples = [json.loads(line) for line in (REAL_DATA / name).read_text().splitlines()]
     report = score([{**s, "ground_truth": s["answer"], "predicted_answer": s["answer"]} for s in samples])
     assert report["label_accuracy"] == report["keyword_accuracy"] == 1.0
 
 
 @needs_real_data
 def test_reference_answers_of_the_prediction_file_score_full_marks():
-    predictions = read_predictions(REAL / "predictions_qwen2_zeroshot.jsonl")
+    predictions = read_predictions(REAL_DATA / "predictions_qwen2_zeroshot.jsonl")
     assert score([{**p, "predicted_answer": p["ground_truth"]} for p in predictions])["label_accuracy"] == 1.0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -443,7 +444,7 @@ def test_peak_memory_does_not_grow_with_the_cores(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 64, "lora_alpha": 16, "target_modules": ["up_proj", "down_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     folders = [str(p) for p in (base, adapter, tmp_path / "merged")]
-    script = MEMORY.format(root=str(Path(__file__).parents[1]), folders=folders)
+    script = MEMORY.format(root=str(ROOT), folders=folders)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, peak = map(int, done.stdout.split())

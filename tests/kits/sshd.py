@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from places import ROOT
+
+from remote.jobs import launch
 
 
 def why_not() -> str | None:
@@ -261,7 +264,7 @@ def laptop(tmp_path, monkeypatch):
     server = Sshd(tmp_path / "host").start()
     server.trust()
     monkeypatch.setenv("SURGVQA_SSH_CONFIG", str(server.config))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     workspace = tmp_path / "ws"
     workspace.mkdir()
     one = Laptop(tmp_path, server, workspace)
@@ -269,14 +272,6 @@ def laptop(tmp_path, monkeypatch):
     yield one
     server.stop()
     end_processes_below(tmp_path)
-
-
-def until(true, patience_s: float = 30.0) -> None:
-    """Waits for it."""
-    deadline = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 def processes_naming(path: Path) -> list[int]:
@@ -344,7 +339,7 @@ def stub_train(laptop: Laptop) -> None:
     (site / "sitecustomize.py").write_text(STUB_TRAIN)
     python = laptop.root / "host" / "venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site}:{Path(__file__).parent.parent} exec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site}:{ROOT} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     laptop.host(venv=str(python.parent.parent), python=sys.executable)
     for folder in ("merged", "frames", "audio"):
@@ -369,3 +364,8 @@ def venv_there(laptop: Laptop, without: tuple[str, ...] = ()) -> Path:
 
 TRAIN = ("train", "--model_name_or_path", "merged", "--train_data_path", "train.jsonl", "--frames_dir", "frames",
          "--audio_dir", "audio")  # fmt: skip
+
+
+def start(remote, *more, **options):
+    command, *argv = [*TRAIN, *more]
+    return launch.launch(remote, command, argv, needs=[], **options)["run"]

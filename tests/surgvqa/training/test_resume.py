@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import small
-from test_train import Watched, assert_same_adapter
+from watched import Watched, assert_same_adapter
 
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.errors import SurgvqaError, UsageError

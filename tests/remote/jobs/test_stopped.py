@@ -6,25 +6,17 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from sshd import Relay, laptop, processes_naming  # noqa: F401
+from waiting import until
 
 from surgvqa.runs.state import state_of
 
 pytestmark = pytest.mark.slow
 
 MB = 1_000_000
-
-
-def until(true, patience_s: float = 60.0):
-    deadline = time.monotonic() + patience_s
-    while not (found := true()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-    return found
 
 
 def begun(laptop, *words: str) -> tuple[subprocess.Popen[str], Path]:  # noqa: F811

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from places import REAL_DATA
 
 from surgvqa.data.lookup import AudioIndex, FrameIndex, MissingFile, find_frame
 from surgvqa.data.samples import Sample, majority_accuracy, read_samples, scan_samples
 from surgvqa.errors import UsageError
-
-REAL = Path(__file__).parents[2] / "shared/data/real-colon-vqa"
 
 
 def record(**changes) -> dict:
@@ -45,10 +44,10 @@ def touch(root: Path, *names: str) -> Path:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no shared/data")
 @pytest.mark.parametrize("name", ["in_002-001.jsonl", "out_002-001.jsonl"])
 def test_the_real_files_are_read(name):
-    samples = read_samples(REAL / name)
+    samples = read_samples(REAL_DATA / name)
     assert len(samples) == 50 and samples[0].frames[0] == "002-001_18743" and samples[49].line == 50
     assert all(len(sample.frames) == 8 for sample in samples)
 
@@ -266,9 +265,9 @@ def test_majority_accuracy_is_by_type_and_blind_to_case():
     assert majority_accuracy([]) == 0
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no shared/data")
 def test_majority_accuracy_of_the_real_file():
-    samples = read_samples(REAL / "in_002-001.jsonl")
+    samples = read_samples(REAL_DATA / "in_002-001.jsonl")
     by_type: dict = {}
     for s in samples:
         by_type.setdefault(s.question_type, []).append(s.short_answer)

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sshd import TRAIN, laptop, stub_train  # noqa: F401
-from test_remote_jobs import start, until
+from places import ROOT
+from sshd import TRAIN, laptop, start, stub_train  # noqa: F401
+from waiting import until
 
 from remote.jobs import launch
 from remote.jobs.follower import Follower
@@ -18,7 +19,7 @@ from remote.jobs.follower import Follower
 pytestmark = pytest.mark.slow
 
 MANAGER = Path("/lib/systemd/systemd")
-SCRIPT = Path(__file__).with_name("user_manager.sh")
+SCRIPT = ROOT / "tests/kits/user_manager.sh"
 
 
 def cgroup2() -> Path | None:

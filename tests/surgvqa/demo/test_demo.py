@@ -6,11 +6,11 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from places import REAL_DATA
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("espeakng_loader")
@@ -24,7 +24,6 @@ from surgvqa.demo.questions import QUESTION_TYPES  # noqa: E402
 from surgvqa.demo.shots import CLIP_FRAMES, Shot, clips_of, draw_shots  # noqa: E402
 from surgvqa.errors import UsageError  # noqa: E402
 
-REAL = Path(__file__).parents[2] / "shared/data/real-colon-vqa"
 SIZES = (1240, 1080)
 
 
@@ -65,9 +64,11 @@ def test_consecutive_clips_share_frames_and_stay_in_one_shot():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data is not here")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="../shared/data is not here")
 def test_lines_have_the_real_files_keys_in_their_order_and_their_wordings():
-    real = [json.loads(line) for f in ("in", "out") for line in (REAL / f"{f}_002-001.jsonl").open(encoding="utf-8")]
+    real = [
+        json.loads(line) for f in ("in", "out") for line in (REAL_DATA / f"{f}_002-001.jsonl").open(encoding="utf-8")
+    ]
     ours = rows_of(workspace.SPLITS[0])[0]
     assert list(ours) == list(real[0])
     assert [type(v) for v in ours.values()] == [type(v) for v in real[0].values()]

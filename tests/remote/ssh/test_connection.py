@@ -19,9 +19,9 @@ from sshd import (
     laptop,  # noqa: F401
     processes_naming,
     stub_train,
-    until,
     venv_there,
 )
+from waiting import until
 
 from remote import setup as setup_room
 from remote.agent.machine import parse_smi

@@ -17,7 +17,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from sshd import Relay, cmdline, laptop  # noqa: F401
+from waiting import until
 
 from remote.agent import staging as staging_room
 from remote.paths import remote_name
@@ -51,13 +53,6 @@ def checkpoint(folder: Path, shards: dict[str, int], seed: int = 0) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def until(true, patience_s: float = 30.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 def test_the_hosts_settings_say_what_ours_say(tmp_path):
@@ -598,7 +593,7 @@ def test_the_receiver_takes_every_byte_by_whatever_way_the_host_has(tmp_path, sp
     body = random.Random(1).randbytes(2_500_000)
     theirs, ours = (end if isinstance(end, int) else end.detach() for end in pair())
     words = [sys.executable, "-c", RECEIVE, str(tmp_path / "out"), splice]
-    process = subprocess.Popen(words, stdin=theirs, cwd=Path(__file__).parent.parent)
+    process = subprocess.Popen(words, stdin=theirs, cwd=ROOT)
     os.close(theirs)
     with open(ours, "wb") as stream:
         stream.write(b"request\nhead" + body)

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sshd import TRAIN, Relay, laptop, stub_train  # noqa: F401
+from sshd import TRAIN, Relay, laptop, start, stub_train  # noqa: F401
+from waiting import until
 
 from remote.cli.main import main
 from remote.cli.parser import split_job
@@ -32,18 +33,6 @@ pytestmark = pytest.mark.slow
 def host(laptop):  # noqa: F811
     stub_train(laptop)
     return laptop
-
-
-def start(remote, *more, **options):
-    command, *argv = [*TRAIN, *more]
-    return launch.launch(remote, command, argv, needs=[], **options)["run"]
-
-
-def until(true, patience_s=20.0):
-    deadline = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 def supervisor_of(host, run):

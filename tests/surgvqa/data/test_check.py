@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from places import REAL_DATA
 
 from surgvqa.cli.main import main
-
-REAL = Path(__file__).parents[2] / "shared/data/real-colon-vqa"
 
 
 def line(
@@ -132,9 +131,9 @@ def test_deep_decodes_everything(room):
     ]
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no shared/data")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no shared/data")
 def test_the_real_files_without_their_frames(tmp_path, capsys):
-    files = [str(REAL / f"{side}_002-001.jsonl") for side in ("in", "out")]
+    files = [str(REAL_DATA / f"{side}_002-001.jsonl") for side in ("in", "out")]
     code = main(["check-data", *files, "--frames_dir", str(tmp_path), "--audio_dir", str(tmp_path)])
     shown = capsys.readouterr().out
     assert code == 1

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import small
+from watched import Watched, adapter_of, assert_same_adapter
 
 from surgvqa.cli import main
 from surgvqa.config.options import TrainOptions
 from surgvqa.config.workspace import load_workspace
-from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.errors import UsageError
 from surgvqa.runs.events import finished_event
 from surgvqa.runs.folder import Run
 from surgvqa.runs.history import last_step
@@ -29,47 +30,6 @@ from surgvqa.training import checkpoints, command, results, schedule
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     return small.build(tmp_path_factory.mktemp("small"))
-
-
-class Watched:
-    """A finished run: result, events, and its folders."""
-
-    def __init__(self, options, runs_dir: Path, on_event=lambda event: None):
-        self.events = []
-
-        def observe(event):
-            self.events.append(event)
-            on_event(event)
-
-        with Run.create(runs_dir, "train", observer=observe) as run:
-            self.run = run
-            try:
-                self.result = command.run(options, run).data
-            except SurgvqaError as error:
-                self.error = error
-                self.result = None
-        self.output = Path(options.output_dir or run.folder / "checkpoints")
-
-    def of(self, kind: str) -> list[dict]:
-        return [event for event in self.events if event["kind"] == kind]
-
-    def losses(self) -> dict[int, float]:
-        return {event["step"]: event["loss"] for event in self.of("metric")}
-
-
-def adapter_of(folder: Path):
-    from safetensors.torch import load_file
-
-    return load_file(folder / checkpoints.ADAPTER)
-
-
-def assert_same_adapter(left: Path, right: Path, **tolerance):
-    import torch
-
-    one, other = adapter_of(left), adapter_of(right)
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 # --- without a model --------------------------------------------------------------------------------------------------
