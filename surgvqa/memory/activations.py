@@ -2,8 +2,8 @@
 
 Two ways of running a layer. Uncompiled: the tensors that autograd keeps in transformers 5's Qwen2VLDecoderLayer with
 PEFT's LoRA under bf16 autocast (modeling_qwen2_vl.py, peft/tuners/lora/layer.py). Compiled: those that torch's min-cut
-partitioner keeps (torch/_functorch/partitioners.py, the same in torch 2.11 and 2.13). tests/surgvqa/memory/test_predict.py holds both
-to traces of the real classes at real size.
+partitioner keeps (torch/_functorch/partitioners.py, the same in torch 2.11 and 2.13).
+tests/surgvqa/memory/test_predict.py holds both to traces of the real classes at real size.
 
 GB = 1e9 bytes. T is tokens of a batch, h hidden, m intermediate, q and k widths of queries and keys, r LoRA rank.
 """
