@@ -57,7 +57,13 @@ def run_job(
     previous = signal.signal(signal.SIGTERM, terminate)
     detached = os.environ.get("SURGVQA_DETACHED") == "1"
     run = Run.create(
-        workspace.runs_dir, name, run_id=run_id, options=resolved.record(), preset=resolved.preset, argv=argv
+        workspace.runs_dir,
+        name,
+        run_id=run_id,
+        options=resolved.record(),
+        preset=resolved.preset,
+        argv=argv,
+        workspace=workspace.root,
     )
     try:
         with nullcontext() if detached else OutputToLog(run.folder / "log.txt") as output:

@@ -97,8 +97,7 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
     }
     inherited = results.inherit(name, given, workspace)
     resolved = resolve.resolve(name, given, workspace, getattr(arguments, "preset", None), extra, inherited)
-    if resolved.extra:
-        resolved.options.extra = resolved.extra
+    settings.require_bounds(resolved.options, resolved.sources)
     room = importlib.import_module(module)
     if hasattr(room, "check"):
         room.check(resolved.options)

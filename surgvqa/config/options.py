@@ -6,7 +6,7 @@ A command's options are one dataclass here. `resolve` lays the sources over each
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from surgvqa.config.settings import Path_, option
 
@@ -41,8 +41,8 @@ class AuditOptions:
 class DataOptions:
     """How a sample is shown to the model; shared by train, evaluate, ask and budget."""
 
-    num_frames: int = option(8, "frames shown of each sample, evenly spaced over its clip")
-    image_size: int = option(512, "longest side of a frame in pixels; larger frames are scaled down")
+    num_frames: int = option(8, "frames shown of each sample, evenly spaced over its clip", least=1)
+    image_size: int = option(512, "longest side of a frame in pixels; larger frames are scaled down", least=28)
     input_mode: str = option(
         "audio_only",
         "how the question reaches the model: spoken only, or spoken and written (the old script's way, which lets "
@@ -66,9 +66,9 @@ class CheckDataOptions:
 class LoraOptions:
     """The adapter that is trained; the author's LoraConfig."""
 
-    lora_r: int = option(64, "rank of the LoRA matrices")
-    lora_alpha: int = option(16, "LoRA scale is alpha / r")
-    lora_dropout: float = option(0.05, "dropout on the LoRA input, 0..1")
+    lora_r: int = option(64, "rank of the LoRA matrices", least=1)
+    lora_alpha: int = option(16, "LoRA scale is alpha / r", least=1)
+    lora_dropout: float = option(0.05, "dropout on the LoRA input, 0..1", least=0, below=1)
     lora_target_modules: str = option(LORA_TARGETS, "regular expression over the checkpoint's module names")
 
 
@@ -82,7 +82,7 @@ class CacheOptions:
         "step",
         choices=("auto", "off"),
     )
-    feature_cache_gb: float = option(60.0, "disk space that the feature cache may take, GB = 1e9 bytes")
+    feature_cache_gb: float = option(60.0, "disk space that the feature cache may take, GB = 1e9 bytes", least=0)
     feature_cache_dir: Path_ | None = option(None, "folder of the feature cache (default: cache/ in the workspace)")
 
 
@@ -99,33 +99,33 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     output_dir: Path_ | None = option(None, "folder for checkpoints (default: inside the run folder)")
     run_name: str | None = option(None, "name of the run in the run list and in W&B")
 
-    budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes")
+    budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes", above=0)
     enforce_budget: bool = option(False, "cap the process at the budget, as if the card had no more")
     on_oom: str = option("step_down", "when CUDA runs out of memory", choices=("step_down", "fail"))
     resume: str | None = option(None, "run id (or its folder) to go on from its last checkpoint", metavar="RUN")
 
-    per_device_train_batch_size: int = option(1, "samples a micro step")
-    per_device_eval_batch_size: int = option(1, "samples an evaluation step")
-    gradient_accumulation_steps: int = option(4, "micro steps an optimiser step")
-    eval_accumulation_steps: int | None = option(None, "evaluation steps before results leave the GPU")
-    learning_rate: float = option(2e-4, "peak learning rate")
+    per_device_train_batch_size: int = option(1, "samples a micro step", least=1)
+    per_device_eval_batch_size: int = option(1, "samples an evaluation step", least=1)
+    gradient_accumulation_steps: int = option(4, "micro steps an optimiser step", least=1)
+    eval_accumulation_steps: int | None = option(None, "evaluation steps before results leave the GPU", least=1)
+    learning_rate: float = option(2e-4, "peak learning rate", above=0)
     num_train_epochs: float = option(3.0, "passes over the training samples")
     max_steps: int = option(-1, "optimiser steps; overrides num_train_epochs when positive")
-    warmup_ratio: float = option(0.0, "share of the steps over which the learning rate rises, 0..1")
+    warmup_ratio: float = option(0.0, "share of the steps over which the learning rate rises, 0..1", least=0, below=1)
     do_eval: bool = option(True, "evaluate during training when eval_data_path is given")
     eval_strategy: str = option("epoch", "when to evaluate", choices=("no", "steps", "epoch"))
-    eval_steps: int | None = option(None, "optimiser steps between evaluations (eval_strategy=steps)")
+    eval_steps: int | None = option(None, "optimiser steps between evaluations (eval_strategy=steps)", least=1)
     save_strategy: str = option("epoch", "when to save a checkpoint", choices=("no", "steps", "epoch", "best"))
-    save_steps: int = option(50, "optimiser steps between checkpoints (save_strategy=steps)")
-    save_total_limit: int | None = option(2, "checkpoints kept; the best one is always among them")
+    save_steps: int = option(50, "optimiser steps between checkpoints (save_strategy=steps)", least=1)
+    save_total_limit: int | None = option(2, "checkpoints kept; the best one is always among them", least=1)
     load_best_model_at_end: bool = option(True, "end with the best checkpoint, not the last (needs evaluation)")
     metric_for_best_model: str = option("eval_loss", "what best means")
     greater_is_better: bool | None = option(None, "whether a larger metric is better (default: not for losses)")
-    early_stopping_patience: int = option(0, "evaluations without improvement before stopping; 0 = never")
+    early_stopping_patience: int = option(0, "evaluations without improvement before stopping; 0 = never", least=0)
     bf16: bool = option(True, "train in bfloat16 (on a CPU: float32, bfloat16 is slower there)")
-    logging_steps: int = option(1, "optimiser steps between logged losses")
+    logging_steps: int = option(1, "optimiser steps between logged losses", least=1)
     report_to: str = option("none", "wandb, none, or a comma-separated list of transformers' integrations")
-    seed: int = option(42, "seed of shuffling, dropout and initialisation")
+    seed: int = option(42, "seed of shuffling, dropout and initialisation", least=0)
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
     checkpointed_layers: int | None = option(
         None,
@@ -153,6 +153,9 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     optim: str = option("auto", "optimiser: auto = 8-bit AdamW where bitsandbytes has a GPU, else torch's AdamW")
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
 
+    extra: dict[str, str] = field(default_factory=dict)
+    """Further fields of transformers' TrainingArguments, as they were typed."""
+
 
 @dataclass(kw_only=True)
 class EvaluateOptions(DataOptions, CacheOptions):
@@ -168,10 +171,12 @@ class EvaluateOptions(DataOptions, CacheOptions):
     eval_audio_dir: Path_ | None = option(None, "folder of spoken evaluation questions (default: audio_dir)")
     predictions: Path_ | None = option(None, "score this predictions JSONL instead of running a model")
     batch_size: int | None = option(
-        None, "samples generated together (default: 8, on a GPU as many of them as are predicted to fit the budget)"
+        None,
+        "samples generated together (default: 8, on a GPU as many of them as are predicted to fit the budget)",
+        least=1,
     )
-    max_new_tokens: int = option(32, "longest answer in tokens")
-    budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes")
+    max_new_tokens: int = option(32, "longest answer in tokens", least=1)
+    budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes", above=0)
     attn_implementation: str = option(
         "auto", "attention kernel", choices=("auto", "flash_attention_2", "sdpa", "eager")
     )
@@ -189,7 +194,7 @@ class AskOptions(DataOptions):
     frames: list[Path_] = option(help="the clip's frames, in order")
     audio: Path_ = option(help="the spoken question")
     question: str | None = option(None, "the question in writing, for input_mode audio_text")
-    max_new_tokens: int = option(32, "longest answer in tokens")
+    max_new_tokens: int = option(32, "longest answer in tokens", least=1)
     attn_implementation: str = option(
         "auto", "attention kernel", choices=("auto", "flash_attention_2", "sdpa", "eager")
     )
@@ -201,9 +206,9 @@ class BudgetOptions(DataOptions, LoraOptions):
     """The memory table of a configuration; no weight is loaded."""
 
     model_name_or_path: Path_ | None = option(None, "checkpoint folder (default: the real model's sizes)")
-    budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes")
-    per_device_train_batch_size: int = option(1, "samples a micro step")
-    gradient_accumulation_steps: int = option(4, "micro steps an optimiser step")
+    budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes", above=0)
+    per_device_train_batch_size: int = option(1, "samples a micro step", least=1)
+    gradient_accumulation_steps: int = option(4, "micro steps an optimiser step", least=1)
     gradient_checkpointing: bool = option(True, "recompute activations in the backward pass instead of keeping them")
     checkpointed_layers: int | None = option(None, "how many of the language model's layers recompute (default: all)")
     compile: str = option("auto", "compiled layers keep less: auto = on", choices=("auto", "on", "off"))
@@ -220,7 +225,7 @@ class DemoOptions:
 
     directory: Path_ = option(Path_("demo"), "folder to make the workspace in", metavar="DIR")
     run: bool = option(False, "go on headless: merge, audit, train, evaluate; print the report")
-    demo_seed: int = option(0, "seed of the clips, the voices and the weights")
+    demo_seed: int = option(0, "seed of the clips, the voices and the weights", least=0)
 
 
 @dataclass(kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.config.options import COMMAND_OPTIONS, DataOptions
-from surgvqa.config.settings import convert, nearest, settings_of
+from presets import Preset, PresetError, load_presets
+from surgvqa.config.options import COMMAND_OPTIONS, DataOptions, TrainOptions
+from surgvqa.config.settings import Setting, convert, nearest, settings_of
 from surgvqa.config.workspace import WORKSPACE_FILE, Workspace
 from surgvqa.errors import UsageError
 
@@ -21,13 +23,12 @@ class Resolved:
     sources: dict[str, str]
     """Where each value came from: default, preset NAME, surgvqa.toml, command line."""
     preset: str | None
-    extra: dict[str, str]
-    """Options that are not ours: further TrainingArguments fields, as text."""
 
     def record(self) -> dict[str, dict[str, Any]]:
         """{setting: {value, from}} for run.json."""
         listed = {name: {"value": getattr(self.options, name), "from": source} for name, source in self.sources.items()}
-        listed.update({name: {"value": value, "from": "command line"} for name, value in self.extra.items()})
+        extra = self.options.extra if isinstance(self.options, TrainOptions) else {}
+        listed.update({name: {"value": value, "from": "command line"} for name, value in extra.items()})
         return listed
 
 
@@ -50,51 +51,65 @@ def resolve(
     extra: dict[str, str] | None = None,
     inherited: Inherited | None = None,
 ) -> Resolved:
-    """Default < preset < surgvqa.toml < command line (`given`: converted values of the options that were named).
+    """Default < preset < surgvqa.toml < inherited < command line (`given`: converted values of the options named).
 
-    `inherited` values stand between surgvqa.toml and what was named: a preset named with them is above them.
-    Raises UsageError for an unknown preset and for a required option that no source names.
+    A preset that was named itself stands above inherited values. Raises UsageError for an unknown preset and for
+    a required option that no source names.
     """
-    from presets import PresetError, load_presets
-
     inherited = inherited or Inherited({}, "")
     options_class = COMMAND_OPTIONS[command]
     known = settings_of(options_class)
-    values = {name: s.default for name, s in known.items() if not s.required}
-    sources = dict.fromkeys(values, "default")
+    chosen = _preset(known, workspace, preset, inherited.preset)
+    named = set(chosen.settings) if chosen and preset else set()
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, found in (
+        ("default", {name: setting.default for name, setting in known.items() if not setting.required}),
+        *([(f"preset {chosen.name}", _converted(known, chosen.settings, f"preset {chosen.name}"))] if chosen else []),
+        (WORKSPACE_FILE, _from_workspace(known, workspace, command)),
+        (inherited.origin, _converted(known, inherited.values, inherited.origin, named)),
+        ("command line", given),
+    ):
+        values |= found
+        sources |= dict.fromkeys(found, source)
+    if missing := [name for name in known if name not in values]:
+        raise UsageError(
+            "missing " + ", ".join(f"--{name}" for name in missing) + f" (or the key of that name in {workspace.file})"
+        )
+    options = options_class(**values)
+    if isinstance(options, TrainOptions):
+        options.extra = {**inherited.extra, **(extra or {})}
+    return Resolved(options, sources, chosen.name if chosen else None)
+
+
+def _converted(
+    known: dict[str, Setting], values: dict[str, Any], where: str, but: Collection[str] = ()
+) -> dict[str, Any]:
+    """Those of `values` that are settings of this command, in their types; without those in `but`."""
+    return {
+        name: convert(known[name], value, where) for name, value in values.items() if name in known and name not in but
+    }
+
+
+def _preset(known: dict[str, Setting], workspace: Workspace, named: str | None, earlier: str | None) -> Preset | None:
+    """The preset that was named, else that of the run that is inherited from, else the workspace's, else the first;
+    None for a command that shows no samples."""
     try:
-        available = load_presets(workspace.root)
+        available = {preset.name: preset for preset in load_presets(workspace.root)}
     except PresetError as error:
         raise UsageError(str(error)) from None
-    takes_preset = any(name in known for name in settings_of(DataOptions))
-    earlier = next((p.name for p in available if p.name == inherited.preset), None)
-    name = preset or earlier or workspace.preset or (available[0].name if available else None)
-    chosen = None
-    if takes_preset and name:
-        chosen = next((p for p in available if p.name == name), None)
-        if chosen is None:
-            where = "--preset" if preset else str(workspace.file)
-            raise UsageError(
-                f"{where}: no preset {name}{nearest(name, [p.name for p in available])} (surgvqa presets lists them)"
-            )
-        for key, value in chosen.settings.items():
-            if key in known:
-                values[key], sources[key] = convert(known[key], value, f"preset {name}"), f"preset {name}"
-    for key in known:
-        value = workspace.value(key, command)
-        if command == "budget" and key == "model_name_or_path" and value and not Path(value).exists():
-            value = workspace.value("stage1_model_path", "merge")  # not merged yet: the sizes are the same
-        if value is not None:
-            values[key], sources[key] = value, WORKSPACE_FILE
-    for key, value in inherited.values.items():
-        if key in known and not (preset and chosen and key in chosen.settings):
-            values[key], sources[key] = convert(known[key], value, inherited.origin), inherited.origin
-    for key, value in given.items():
-        values[key], sources[key] = value, "command line"
-    missing = [key for key in known if key not in values]
-    if missing:
-        raise UsageError(
-            "missing " + ", ".join(f"--{key}" for key in missing) + f" (or the key of that name in {workspace.file})"
-        )
-    extra = {**inherited.extra, **(extra or {})}
-    return Resolved(options_class(**values), sources, chosen.name if chosen else None, extra)
+    if not any(name in known for name in settings_of(DataOptions)):
+        return None
+    name = named or (earlier if earlier in available else None) or workspace.preset or next(iter(available), None)
+    if name and name not in available:
+        where = "--preset" if named else str(workspace.file)
+        raise UsageError(f"{where}: no preset {name}{nearest(name, available)} (surgvqa presets lists them)")
+    return available[name] if name else None
+
+
+def _from_workspace(known: dict[str, Setting], workspace: Workspace, command: str) -> dict[str, Any]:
+    values = {name: workspace.value(name, command) for name in known}
+    base = values.get("model_name_or_path")
+    if command == "budget" and base and not Path(base).exists():  # not merged yet: Stage 1 has the same sizes
+        values["model_name_or_path"] = workspace.value("stage1_model_path", "merge")
+    return {name: value for name, value in values.items() if value is not None}

@@ -7,6 +7,7 @@ import math
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -20,9 +21,44 @@ class Path_(str):
     """A path option: relative to the workspace in surgvqa.toml, to the current folder on the command line."""
 
 
-def option(default: Any = MISSING, help: str = "", choices: tuple[str, ...] | None = None, metavar: str | None = None):
-    """A dataclass field that is also a command-line option and a key of surgvqa.toml."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option and a key of surgvqa.toml.
+
+    A number has to be at least `least`, more than `above` and less than `below`; see `require_bounds`.
+    """
+    bounds = Bounds(least, above, below)
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "bounds": bounds})
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number has to be; None: no bound on that side."""
+
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def admit(self, value: float) -> bool:
+        """Whether `value` is within all of them."""
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """For people: "at least 0 and less than 1"."""
+        named = (("at least", self.least), ("more than", self.above), ("less than", self.below))
+        return " and ".join(f"{words} {bound:g}" for words, bound in named if bound is not None)
 
 
 @dataclass(frozen=True)
@@ -37,6 +73,7 @@ class Setting:
     help: str
     choices: tuple[str, ...] | None
     metavar: str | None
+    bounds: Bounds = Bounds()
 
     @property
     def required(self) -> bool:
@@ -48,6 +85,8 @@ def settings_of(options_class: type) -> dict[str, Setting]:
     hints = typing.get_type_hints(options_class)
     found = {}
     for f in fields(options_class):
+        if "help" not in f.metadata:  # not a setting
+            continue
         hint, optional, repeated = hints[f.name], False, False
         if isinstance(hint, types.UnionType):
             optional = True
@@ -60,11 +99,23 @@ def settings_of(options_class: type) -> dict[str, Setting]:
             repeated,
             optional,
             f.default,
-            f.metadata.get("help", ""),
-            f.metadata.get("choices"),
-            f.metadata.get("metavar"),
+            f.metadata["help"],
+            f.metadata["choices"],
+            f.metadata["metavar"],
+            f.metadata["bounds"],
         )
     return found
+
+
+def require_bounds(options: Any, sources: Mapping[str, str] | None = None) -> None:
+    """UsageError for the first number of an options dataclass that is out of its bounds; `sources` says where each
+    value came from."""
+    for name, setting in settings_of(type(options)).items():
+        value = getattr(options, name)
+        if isinstance(value, (int, float)) and not setting.bounds.admit(value):
+            where = f"{sources[name]}: " if sources else ""
+            number = value if isinstance(value, int) else f"{value:g}"
+            raise UsageError(f"{where}{name} is {number}, expected {setting.bounds}")
 
 
 def convert(setting: Setting, value: Any, where: str) -> Any:

@@ -46,8 +46,9 @@ class Workspace:
 
     def value(self, name: str, command: str | None = None) -> Any:
         """A key of surgvqa.toml (paths made absolute), or None. A budget is the budget of what [train] describes."""
-        for table in (command, "train") if command == "budget" else (command,):
-            if name in self.by_command.get(table or "", {}):
+        tables = ["budget", "train"] if command == "budget" else [command or ""]
+        for table in tables:
+            if name in self.by_command.get(table, {}):
                 return self.by_command[table][name]
         return self.values.get(name)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.config.options import EvaluateOptions
+from surgvqa.config.settings import require_bounds
 from surgvqa.data.lookup import check_samples
 from surgvqa.data.samples import Sample
 from surgvqa.errors import UsageError
@@ -33,10 +34,7 @@ def check(options: EvaluateOptions) -> None:
     missing = [f"--{name}" for name in needed if not given[name]]
     if missing:
         raise UsageError(f"missing {', '.join(missing)}; or --predictions FILE scores an existing file")
-    for name in ("num_frames", "image_size", "batch_size", "max_new_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}, expected at least 1")
+    require_bounds(options)
     model_folders(options)
     check_samples(options.eval_data_path, options.frames_dir, given["audio_dir"])
 

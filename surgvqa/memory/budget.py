@@ -7,9 +7,8 @@ from typing import Any
 
 from presets import Preset, load_presets
 from surgvqa.config.options import BudgetOptions
-from surgvqa.config.settings import convert, settings_of
+from surgvqa.config.settings import convert, require_bounds, settings_of
 from surgvqa.config.workspace import Workspace
-from surgvqa.errors import UsageError
 from surgvqa.machine import gpu
 from surgvqa.memory import fit, predict
 from surgvqa.memory.predict import GB, Prediction
@@ -26,24 +25,11 @@ GROUPS = {
 NO_GPU = "on a GPU; this machine has none"
 WIDTH = 15
 """Of a bar, in cells; the table fits 80 columns."""
-AT_LEAST = {
-    "num_frames": 1,
-    "image_size": 28,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "lora_r": 1,
-}
 
 
 def check(options: BudgetOptions) -> None:
     """UsageError for numbers that mean nothing."""
-    for name, least in AT_LEAST.items():
-        if getattr(options, name) < least:
-            raise UsageError(f"{name} is {getattr(options, name)}, expected at least {least}")
-    if not options.budget_gb > 0:
-        raise UsageError(f"budget_gb is {options.budget_gb:g}, expected more than 0")
-    if not 0 <= options.lora_dropout < 1:
-        raise UsageError(f"lora_dropout is {options.lora_dropout}, expected 0 <= dropout < 1")
+    require_bounds(options)
 
 
 def run(options: BudgetOptions, workspace: Workspace) -> Outcome:

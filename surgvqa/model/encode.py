@@ -49,7 +49,7 @@ def use_cache(
     """Encodes all that the datasets show, once, and frees the encoders; False when every step has to encode instead."""
     if options.feature_cache == "off" or encoders_trainable(model):
         return False
-    folder = Path(options.feature_cache_dir or run.folder.parents[1] / "cache")
+    folder = Path(options.feature_cache_dir or run.workspace / "cache")
     store = open_store(model, checkpoint, datasets[0].processors, folder)
     if not fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run):
         return False

@@ -63,8 +63,15 @@ class Run:
     Use as a context manager: leaving it writes the `finished` event, also on an exception.
     """
 
-    def __init__(self, folder: Path, observer: Callable[[dict[str, Any]], None] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        observer: Callable[[dict[str, Any]], None] | None = None,
+        workspace: Path | None = None,
+    ) -> None:
         self.folder = folder
+        self.workspace = workspace or folder.parent.parent
+        """The folder whose runs/ this run lies in; presets and the feature cache are looked for there."""
         self.id = folder.name
         self.observer = observer
         self.result: dict[str, Any] = {}
@@ -84,6 +91,7 @@ class Run:
         preset: str | None = None,
         argv: list[str] | None = None,
         observer: Callable[[dict[str, Any]], None] | None = None,
+        workspace: Path | None = None,
     ) -> Run:
         """Makes `runs_dir`/<id>/ and its run.json. `run_id` of a folder that `launch` prepared is taken over."""
         run_id = run_id or new_run_id(command)
@@ -107,7 +115,7 @@ class Run:
                     "versions": {"surgvqa": __version__, "python": platform.python_version()},
                 },
             )
-            return cls(folder, observer)
+            return cls(folder, observer, workspace)
         except OSError as error:
             raise SurgvqaError(f"{folder}: cannot write the run folder: {error.strerror}") from None
 

@@ -52,7 +52,7 @@ def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = 
     same_name = {f.name for f in fields(TrainingArguments)} & set(settings_of(TrainOptions))
     for name in same_name - set(values) - {"gradient_checkpointing"}:  # that one we switch on in the model
         values[name] = getattr(options, name)
-    values |= parse_extra(getattr(options, "extra", {}))
+    values |= parse_extra(options.extra)
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError) as error:

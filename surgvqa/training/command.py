@@ -16,6 +16,7 @@ from rich.filesize import decimal as human_bytes
 
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
 from surgvqa.config.options import TrainOptions
+from surgvqa.config.settings import require_bounds
 from surgvqa.data.lookup import check_samples
 from surgvqa.errors import UsageError
 from surgvqa.model.sizes import checkpoint_sizes, require_layers
@@ -24,22 +25,6 @@ from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, results
 from surgvqa.training.schedule import evaluates
 
-AT_LEAST = {
-    "num_frames": 1,
-    "image_size": 28,
-    "lora_r": 1,
-    "lora_alpha": 1,
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "eval_accumulation_steps": 1,
-    "eval_steps": 1,
-    "save_steps": 1,
-    "logging_steps": 1,
-    "save_total_limit": 1,
-    "early_stopping_patience": 0,
-    "seed": 0,
-}
 METRICS = ("eval_loss", "loss")
 
 
@@ -93,19 +78,9 @@ def adapter_size(checkpoint: Checkpoint, options: TrainOptions) -> int:
 
 
 def _check_values(options: TrainOptions) -> None:
-    for name, least in AT_LEAST.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UsageError(f"{name} is {value}, expected at least {least}")
-    if not 0 <= options.warmup_ratio < 1:
-        raise UsageError(f"warmup_ratio is {options.warmup_ratio}, expected a share of the steps: 0 <= ratio < 1")
-    if not 0 <= options.lora_dropout < 1:
-        raise UsageError(f"lora_dropout is {options.lora_dropout}, expected 0 <= dropout < 1")
+    require_bounds(options)
     if options.num_train_epochs <= 0 and options.max_steps <= 0:
         raise UsageError(f"num_train_epochs is {options.num_train_epochs} and max_steps is not given: nothing to train")
-    for name in ("learning_rate", "budget_gb"):
-        if getattr(options, name) <= 0:
-            raise UsageError(f"{name} is {getattr(options, name):g}, expected more than 0")
     if evaluates(options) and options.metric_for_best_model not in METRICS:
         raise UsageError(
             f"metric_for_best_model is {options.metric_for_best_model}; training evaluates the loss only: eval_loss"

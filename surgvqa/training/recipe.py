@@ -136,7 +136,7 @@ def _prepare(
 
     kernel = attention_kernel(base.config.text_config, attention, device)
     forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
-    limit_gb, presets = memory_limit_gb(options.budget_gb, device), ladder(run.folder.parents[1])
+    limit_gb, presets = memory_limit_gb(options.budget_gb, device), ladder(run.workspace)
     fit = retreat.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
     if fit.warning:
         run.warning(fit.warning)

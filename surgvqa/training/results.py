@@ -69,7 +69,7 @@ def record_of(options: TrainOptions, output_dir: Path, run: Run) -> Trained:
     values = {name: getattr(options, name) for name in settings_of(TrainOptions) if name != "resume"}
     values = _absolute(values | {"output_dir": str(output_dir)}, Path.cwd())
     preset = read_run_json(run.folder).get("preset")
-    return Trained(output_dir, values, run.id, preset, getattr(options, "extra", {}), str(Path.cwd()))
+    return Trained(output_dir, values, run.id, preset, options.extra, str(Path.cwd()))
 
 
 def read(folder: Path) -> Trained | None:

@@ -4,7 +4,7 @@ import pytest
 
 from surgvqa.config.options import COMMAND_OPTIONS, MergeOptions, TrainOptions
 from surgvqa.config.resolve import resolve
-from surgvqa.config.settings import convert, settings_of
+from surgvqa.config.settings import convert, require_bounds, settings_of
 from surgvqa.config.workspace import WORKSPACE_FILE, find_workspace, load_workspace
 from surgvqa.errors import UsageError
 
@@ -87,9 +87,9 @@ def test_the_workspace_is_found_from_below(tmp_path):
 
 
 def test_run_json_records_where_every_value_came_from(tmp_path):
-    record = resolve("merge", MERGE, workspace(tmp_path), extra={"weight_decay": "0.1"}).record()
-    assert record["stage1_model_path"] == {"value": "a", "from": "command line"}
-    assert record["max_shard_size"]["from"] == "default"
+    record = resolve("train", TRAIN, workspace(tmp_path), extra={"weight_decay": "0.1"}).record()
+    assert record["frames_dir"] == {"value": TRAIN["frames_dir"], "from": "command line"}
+    assert record["lora_r"]["from"] == "default"
     assert record["weight_decay"] == {"value": "0.1", "from": "command line"}
 
 
@@ -143,3 +143,30 @@ def test_a_home_is_filled_in_where_the_shell_does_not(monkeypatch):
     known = settings_of(MergeOptions)["stage1_model_path"]
     assert convert(known, "~/stage 1", "command line") == "/home/me/stage 1"
     assert convert(known, "a/~", "command line") == "a/~"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("lora_r", 0, "at least 1"),
+        ("learning_rate", 0.0, "more than 0"),
+        ("warmup_ratio", 1.0, "at least 0 and less than 1"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_named_with_its_source(tmp_path, name, value, expected):
+    (tmp_path / "surgvqa.toml").write_text(f"{name} = {value}\n")
+    resolved = resolve("train", TRAIN, load_workspace(tmp_path))
+    with pytest.raises(UsageError, match=f"^surgvqa.toml: {name} is {value:g}, expected {expected}$"):
+        require_bounds(resolved.options, resolved.sources)
+
+
+def test_every_number_says_what_it_may_be():
+    """Only these have no bound of their own: what they may be depends on other options or on the checkpoint."""
+    free = {"max_steps", "num_train_epochs", "checkpointed_layers"}
+    numbers = {
+        name: setting
+        for options_class in COMMAND_OPTIONS.values()
+        for name, setting in settings_of(options_class).items()
+        if setting.type in (int, float)
+    }
+    assert {name for name, setting in numbers.items() if not str(setting.bounds)} == free
