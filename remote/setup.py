@@ -19,7 +19,7 @@ from typing import Any
 from remote.ssh.connection import Remote
 from surgvqa import __version__
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 
 PACKAGES = ("surgvqa", "remote", "tui", "presets")
 MINIMUM = (3, 11)
@@ -81,7 +81,7 @@ def _wheel_from_installation(folder: Path) -> None:
 
 def setup(
     remote: Remote,
-    run: Run,
+    run: Reporter,
     *,
     extra: str = "train",
     system_site_packages: bool = False,
@@ -153,7 +153,7 @@ def _has_pip(remote: Remote, python: str) -> bool:
     return list(remote.stream("execute", argv=[python, "-m", "pip", "--version"]))[-1].get("exit_code") == 0
 
 
-def execute(remote: Remote, argv: list[str], what: str, run: Run | None = None) -> list[str]:
+def execute(remote: Remote, argv: list[str], what: str, run: Reporter | None = None) -> list[str]:
     """Runs a program there; raises with its last line when it fails."""
     lines: list[str] = []
     code = -1

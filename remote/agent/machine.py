@@ -16,7 +16,7 @@ from typing import Any
 
 from remote.agent.files import within
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs.supervisor import write_json
+from surgvqa.files import write_json_atomic
 
 
 def probe(channel: Any, workspace: str, venv: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def prepare(channel: Any, workspace: str, wheel_name: str, wheel: str) -> dict[s
 
 def installed(channel: Any, workspace: str, record: dict[str, Any]) -> dict[str, Any]:
     """Notes what `setup` installed."""
-    write_json(Path(_installed(workspace)), record)
+    write_json_atomic(Path(_installed(workspace)), record)
     return {}
 
 

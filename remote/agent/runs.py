@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
+from surgvqa.files import write_json_atomic
 from surgvqa.runs import events, history
 from surgvqa.runs.process import descendants, end_all, process_identity, signal_exactly
 from surgvqa.runs.state import read_run_json, state_of
-from surgvqa.runs.supervisor import close_events, write_json
+from surgvqa.runs.supervisor import close_events
 
 POLL_S = 0.2
 STATE_EVERY_S = 1.0
@@ -126,7 +127,7 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
     before, began = state_of(folder), time.monotonic()
     supervisor = _supervisor_of(folder)
     if before in ("running", "starting"):
-        write_json(folder / "stop.json", {"grace_s": grace_s})
+        write_json_atomic(folder / "stop.json", {"grace_s": grace_s})
     pid, identity = supervisor.get("pid"), supervisor.get("identity")
     if pid and signal_exactly(pid, identity, 15):
         _wait_gone(pid, identity, grace_s + 15)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,15 +17,18 @@ from rich.console import Console
 from rich.table import Table
 
 from remote.upload.options import UploadOptions
+from surgvqa.cli.jobs import run_job
 from surgvqa.cli.parser import normalise
 from surgvqa.config.settings import convert, settings_of
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
-from surgvqa.runs.folder import Run, new_run_id
+from surgvqa.runs.folder import Run
+from surgvqa.runs.launch import launch as start_detached
 from surgvqa.terminal.drawing import terminal
 from surgvqa.terminal.figures import human_seconds
 from surgvqa.terminal.job_view import JobView
+from surgvqa.terminal.reporter import TerminalReporter
 
 
 def _connect(arguments: argparse.Namespace, workspace: Workspace) -> Any:
@@ -83,45 +84,18 @@ def hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     return Outcome({"hosts": listed}, show=show)
 
 
-def _as_job(
-    command: str, arguments: argparse.Namespace, workspace: Workspace, work: Callable[[Run], Outcome]
-) -> Outcome:
-    """Runs `work` with a run folder here, drawn on the terminal.
-
-    SIGTERM (the panel's stop) is met as Ctrl-C is: connections are closed, the run says "stopped".
-    """
-    stopping = False
-
-    def terminate(*_: object) -> None:
-        nonlocal stopping
-        if not stopping:  # once is enough: what is open is being closed
-            stopping = True
-            raise KeyboardInterrupt
-
+def _job(command: str, arguments: argparse.Namespace, workspace: Workspace, work: Callable[[Run], Outcome]) -> Outcome:
+    """Does `work` with a run folder here; with --detach in a process of its own."""
+    if arguments.detach:
+        words = normalise(sys.argv[1:])
+        words = [word for word in words[words.index(command) + 1 :] if word not in ("--detach", "--json")]
+        folder = start_detached(command, words, Path.cwd(), workspace.runs_dir, module="remote")
+        return Outcome(
+            {"run": folder.name, "folder": str(folder)}, show=lambda console: console.print(folder.name, markup=False)
+        )
     recorded = {k: {"value": v, "from": "command line"} for k, v in vars(arguments).items() if k != "command"}
-    previous = {number: signal.signal(number, terminate) for number in (signal.SIGTERM, signal.SIGINT)}
-    run = Run.create(
-        workspace.runs_dir, command, run_id=getattr(arguments, "run_id", None), options=recorded, argv=sys.argv[1:]
-    )
-    detached = os.environ.get("SURGVQA_DETACHED") == "1"
-    view = JobView()
-    run.observer = None if detached else view.show
-    try:
-        with run:
-            try:
-                outcome = work(run)
-            except Exception:
-                if stopping:  # a wait that was interrupted may fail on its way out
-                    raise KeyboardInterrupt from None
-                raise
-            run.result = outcome.data
-            run.exit_code = 0 if outcome.ok else 1
-    finally:
-        view.close()
-        if not stopping:  # else a signal that comes late would kill a process that has ended as stopped
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-    return outcome
+    run = Run.create(workspace.runs_dir, command, run_id=arguments.run_id, options=recorded, workspace=workspace.root)
+    return run_job(run, work)
 
 
 def set_up(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
@@ -143,7 +117,7 @@ def set_up(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         text = f"{arguments.host}: surgvqa {data['version']} {what}, {human_seconds(data['seconds'])}"
         return Outcome(data, show=lambda console: console.print(text))
 
-    return _as_job("setup", arguments, workspace, work)
+    return _job("setup", arguments, workspace, work)
 
 
 def upload(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
@@ -154,32 +128,12 @@ def upload(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     given = {k: convert(known[k], v, "command line") for k, v in vars(arguments).items() if k in known}
     options = UploadOptions(**given)
     command.check(options, workspace)
-    if arguments.detach:
-        return _detach(arguments, workspace)
-    return _as_job(
+    return _job(
         "upload",
         arguments,
         workspace,
         lambda run: command.upload(options, run, workspace, arguments.host, arguments.accept_new_host_key),
     )
-
-
-def _detach(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
-    """The same upload again, as a process of its own in a session of its own."""
-    run_id = new_run_id("upload")
-    folder = workspace.runs_dir / run_id
-    folder.mkdir(parents=True)
-    words = [w for w in normalise(sys.argv[1:]) if w not in ("--detach", "--json")]
-    with open(folder / "log.txt", "ab") as log:
-        subprocess.Popen(
-            [sys.executable, "-m", "remote", *words, "--run_id", run_id],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "SURGVQA_DETACHED": "1"},
-        )
-    return Outcome({"run": run_id, "folder": str(folder)}, show=lambda console: console.print(run_id))
 
 
 def launch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
@@ -300,29 +254,13 @@ def fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
     with _connect(arguments, workspace) as remote:
         found = remote.call("runs", run=arguments.run)
-        view = JobView()
-
-        class Progress:
-            """fetch's events go to the terminal alone: the folder belongs to the run that is fetched."""
-
-            def phase(self, name: str, text: str = "") -> None:
-                view.show({"kind": "phase", "name": name, "text": text})
-
-            def progress(self, phase: str, done: float, total: float, unit: str, **_: Any) -> None:
-                view.show({"kind": "progress", "phase": phase, "done": done, "total": total, "unit": unit})
-
-            def warning(self, text: str) -> None:
-                view.show({"kind": "warning", "text": text})
-
         root = Path(arguments.to or workspace.runs_dir)
         parts = []
-        try:
+        with TerminalReporter() as terminal:  # the folder belongs to the run that is fetched
             for folder in found["folders"]:
                 target = root / (folder.removeprefix("runs/") if folder.startswith("runs/") else inside(folder))
                 target.mkdir(parents=True, exist_ok=True)
-                parts.append(jobs.fetch(remote, folder, target, Progress(), everything=arguments.all))
-        finally:
-            view.close()
+                parts.append(jobs.fetch(remote, folder, target, terminal, everything=arguments.all))
     sums = {key: sum(part[key] for part in parts) for key in ("files", "bytes", "received_bytes", "seconds")}
     data = {"run": found["id"], "folder": parts[0]["folder"], "folders": [p["folder"] for p in parts], **sums}
     return Outcome(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from remote.cli import commands
 from remote.cli.parser import build_parser, split_job
+from surgvqa.cli.jobs import record_failure
 from surgvqa.cli.main import forgive_encoding
 from surgvqa.cli.parser import normalise
 from surgvqa.config.workspace import Workspace, find_workspace, load_workspace
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         outcome = COMMANDS[name](arguments, workspace)
     except SurgvqaError as error:
         print(f"surgvqa-remote {name}".rstrip() + f": {error}", file=sys.stderr)
+        record_failure(argv, error)
         return error.exit_code
     except KeyboardInterrupt:
         after = "run it again to go on from here" if name in ("setup", "upload", "fetch") else "the host's jobs go on"

@@ -76,10 +76,11 @@ def build_parser() -> Parser:
     upload = subs["upload"]
     for setting in settings_of(UploadOptions).values():
         add_option(upload, setting, positional=False)
-    upload.add_argument(
-        "--detach", action="store_true", default=False, help="go on in the background; print the run id and return"
-    )
-    upload.add_argument("--run_id", default=None, help=argparse.SUPPRESS)
+    for job in (setup, upload):
+        job.add_argument(
+            "--detach", action="store_true", default=False, help="go on in the background; print the run id and return"
+        )
+        job.add_argument("--run_id", default=None, help=argparse.SUPPRESS)
     for name in ("launch", "resume"):
         subs[name].add_argument("--share", action="store_true", help="start even when another job has the GPU")
         subs[name].add_argument("--follow", action="store_true", help="then watch it; Ctrl-C leaves it running")

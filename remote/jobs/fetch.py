@@ -18,7 +18,7 @@ from remote.ssh.errors import Unreachable, explain_ssh
 from remote.ssh.process import ssh_command
 from remote.ssh.replies import Replies
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 
 BLOCK = 1 << 18
 ATTEMPTS = 8
@@ -34,7 +34,7 @@ def wanted_files(listed: list[list[Any]], everything: bool) -> list[tuple[str, i
     return [f for f in files if f[0].rsplit("/", 1)[-1] not in OPTIMISER_FILES]
 
 
-def fetch(remote: Remote, folder: str, target: Path, run: Run, everything: bool = False) -> dict[str, Any]:
+def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: bool = False) -> dict[str, Any]:
     """Brings the files below `folder` of the host's workspace into `target`.
 
     A file appears under its name only when its hash is right.

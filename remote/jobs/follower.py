@@ -12,7 +12,7 @@ from remote.ssh.connection import Remote
 from remote.ssh.errors import Unreachable
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs.events import EventTail
-from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 
 BACKOFF_S = (1, 2, 4, 8, 15, 30)
 
@@ -95,7 +95,7 @@ class Follower:
                 yield {"kind": "log", "text": data.decode("utf-8", "replace")}
 
 
-def wait(remote: Remote, run_id: str, run: Run) -> dict[str, Any]:
+def wait(remote: Remote, run_id: str, run: Reporter) -> dict[str, Any]:
     """Follows a run on the host until it ends, passing its phases and progress on. Raises when it failed."""
     follower, failure = Follower(remote, run_id, give_up_s=600), ""
     for event in follower:

@@ -30,6 +30,7 @@ from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import human_seconds
 
 AHEAD = 3  # connections that every upload needs: two streams, and one for the hashes
@@ -124,7 +125,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
     return Outcome(data_out, show=tell)
 
 
-def merge_there(remote: Remote, way: Way, run: Run) -> dict[str, Any]:
+def merge_there(remote: Remote, way: Way, run: Reporter) -> dict[str, Any]:
     """Has the host merge, unless it did so before with the same inputs; the merge's events pass through `run`."""
     names, host = way.merge(), remote.host.name
     if remote.ask("merged", **names)["same"]:

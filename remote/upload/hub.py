@@ -20,7 +20,7 @@ from surgvqa.errors import SurgvqaError, UsageError
 if TYPE_CHECKING:
     from remote.ssh.connection import Remote
     from remote.upload.hashes import Item
-    from surgvqa.runs.folder import Run
+    from surgvqa.runs.reporter import Reporter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*)?")
 
@@ -47,7 +47,7 @@ def look(remote: Remote, hub_id: str) -> dict[str, Any]:
         return {"problem": str(problem)}
 
 
-def get(remote: Remote, hub_id: str, run: Run, patience_s: float) -> str:
+def get(remote: Remote, hub_id: str, run: Reporter, patience_s: float) -> str:
     """Has the host get it; its folder in the workspace there. A lost connection is waited for `patience_s` seconds."""
     from remote.ssh.errors import Unreachable
 

@@ -18,7 +18,7 @@ from remote.upload.hashes import Hashes, Item
 from remote.upload.options import UploadOptions
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import human_seconds
 
 MERGE_BYTES_PER_S = 300e6  # reading, arithmetic and writing on a rented host; an estimate, shown as one
@@ -127,7 +127,7 @@ WAYS = {
 }
 
 
-def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes, run: Run) -> list[Way]:
+def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes, run: Reporter) -> list[Way]:
     """The ways to the checkpoint that are open from here; send_bytes still counts everything."""
     ways = []
 

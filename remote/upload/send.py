@@ -15,13 +15,13 @@ from remote.upload.hashes import Hashes, Item
 from remote.upload.streams import Transfer, changed
 from remote.upload.verifier import Verifier
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 
 
 def send_item(
     remote: Remote,
     item: Item,
-    run: Run,
+    run: Reporter,
     hashes: Hashes,
     facts: dict[str, Any],
     reserve: Reserve,

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surgvqa.checkpoint.shards import BLOCK_BYTES, PAGE_BYTES, Shard, Source, page_memory, tensor_bytes
-from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 
 OnShard = Callable[[Shard, str], None]
 Fill = Callable[[int, memoryview], None]
@@ -121,7 +121,7 @@ class _Output:
 class ShardWriter:
     """Writes `shards` into `folder`; calls `on_shard(shard, sha256)` once a shard is on the disk under its name."""
 
-    def __init__(self, folder: Path, shards: list[Shard], workers: int, run: Run, on_shard: OnShard):
+    def __init__(self, folder: Path, shards: list[Shard], workers: int, run: Reporter, on_shard: OnShard):
         self.folder, self.workers, self.run_, self.on_shard = folder, workers, run, on_shard
         self.waiting = deque(shards)
         self.to_prepare = deque(source for shard in shards for source in shard.sources)

@@ -40,7 +40,7 @@ from surgvqa.checkpoint.shards import Shard, index_of
 from surgvqa.errors import SurgvqaError
 from surgvqa.files import free_bytes, fsync_folder, sha256_file, write_json_atomic, write_synced
 from surgvqa.machine.process import usable_cores
-from surgvqa.runs.folder import Run
+from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import counted
 
 MANIFEST_FILE = "surgvqa_manifest.json"
@@ -114,7 +114,7 @@ def difference(record: dict[str, Any], job: Job) -> str | None:
 class Writer:
     """Takes a job from nothing, or from what an earlier try left, to its published folder. A context manager."""
 
-    def __init__(self, job: Job, run: Run, workers: int | None = None):
+    def __init__(self, job: Job, run: Reporter, workers: int | None = None):
         self.job, self.run = job, run
         self.workers = min(workers or usable_cores(), MAX_WORKERS)
         self.record: dict[str, Any] = {}

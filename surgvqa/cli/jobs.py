@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from surgvqa.config import resolve, workspace
+from surgvqa.config.resolve import Resolved
+from surgvqa.config.workspace import Workspace, find_workspace
 from surgvqa.errors import SurgvqaError
 from surgvqa.outcome import Outcome
 from surgvqa.runs.events import finished_event
@@ -32,39 +33,27 @@ def record_failure(argv: list[str], error: SurgvqaError) -> None:
     run_id = value("--run_id")
     if not run_id:
         return
-    folder = Path(value("--workspace") or workspace.find_workspace()) / "runs" / run_id
+    folder = Path(value("--workspace") or find_workspace()) / "runs" / run_id
     if folder.is_dir() and finished_event(folder) is None:
         with suppress(SurgvqaError), Run(folder):
             raise error
 
 
-def run_job(
-    name: str,
-    room: Callable[..., Outcome],
-    resolved: resolve.Resolved,
-    workspace: workspace.Workspace,
-    run_id: str | None = None,
-    argv: list[str] | None = None,
-) -> Outcome:
-    """Runs one job with its run folder; in the foreground its events are drawn on the terminal.
+def run_job(run: Run, work: Callable[[Run], Outcome]) -> Outcome:
+    """Does `work` in its run folder; in the foreground its events are drawn and its output goes to log.txt.
 
-    SIGTERM is met as Ctrl-C is: the job ends cleanly and says "stopped".
+    SIGTERM (the panel's stop) and Ctrl-C end it alike and once: what is open is closed, the run says "stopped".
     """
+    stopping = False
 
-    def terminate(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, terminate)
     detached = os.environ.get("SURGVQA_DETACHED") == "1"
-    run = Run.create(
-        workspace.runs_dir,
-        name,
-        run_id=run_id,
-        options=resolved.record(),
-        preset=resolved.preset,
-        argv=argv,
-        workspace=workspace.root,
-    )
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with nullcontext() if detached else OutputToLog(run.folder / "log.txt") as output:
             view = JobView(getattr(output, "terminal", None))
@@ -72,10 +61,14 @@ def run_job(
             try:
                 with run:
                     try:
-                        outcome = room(resolved.options, run)
+                        outcome = work(run)
                     except (SurgvqaError, KeyboardInterrupt):
+                        if stopping:  # a wait that was interrupted may fail on its way out
+                            raise KeyboardInterrupt from None
                         raise
                     except Exception:
+                        if stopping:
+                            raise KeyboardInterrupt from None
                         traceback.print_exc()  # into log.txt; the terminal gets one line
                         raise
                     run.result = {**outcome.data, **run.result}
@@ -87,6 +80,27 @@ def run_job(
     except Exception as error:
         raise SurgvqaError(f"{type(error).__name__}: {error} (details: {run.folder / 'log.txt'})") from error
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if not stopping:  # else a signal that comes late would kill a process that has ended as stopped
+            for number, handler in previous.items():
+                signal.signal(number, handler)
     outcome.data = {"run": run.id, **outcome.data}
     return outcome
+
+
+def new_run(
+    name: str,
+    resolved: Resolved,
+    workspace: Workspace,
+    run_id: str | None = None,
+    argv: list[str] | None = None,
+) -> Run:
+    """The run folder of a command whose options are resolved."""
+    return Run.create(
+        workspace.runs_dir,
+        name,
+        run_id=run_id,
+        options=resolved.record(),
+        preset=resolved.preset,
+        argv=argv,
+        workspace=workspace.root,
+    )

@@ -15,10 +15,11 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from surgvqa.cli.commands import COMMANDS, TRAIN_PACKAGES
-from surgvqa.cli.jobs import record_failure, run_job
+from surgvqa.cli.jobs import new_run, record_failure, run_job
 from surgvqa.cli.parser import build_parser, extra_options, normalise
 from surgvqa.config import options, resolve, settings
 from surgvqa.config.workspace import Workspace, find_workspace, load_workspace
@@ -105,9 +106,11 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
         return room.run(resolved.options, workspace)
     if getattr(resolved.options, "dry_run", False):  # only a question: it leaves no run folder
         with tempfile.TemporaryDirectory() as folder:
-            return run_job(name, room.run, resolved, Workspace(Path(folder), {}, {}), argv=argv)
+            run = new_run(name, resolved, Workspace(Path(folder), {}, {}), argv=argv)
+            return run_job(run, partial(room.run, resolved.options))
     if arguments.detach:
         rest = [a for a in argv[argv.index(name) + 1 :] if a not in ("--detach", "--json")]
         folder = launch(name, rest, Path.cwd(), workspace.runs_dir)
         return Outcome({"run": folder.name, "folder": str(folder)}, show=lambda console: console.print(folder.name))
-    return run_job(name, room.run, resolved, workspace, arguments.run_id, argv)
+    run = new_run(name, resolved, workspace, arguments.run_id, argv)
+    return run_job(run, partial(room.run, resolved.options))

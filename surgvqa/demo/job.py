@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def _step(name: str, workspace: Workspace, given: dict[str, Any]) -> Outcome:
     resolved = resolve.resolve(name, given, workspace)
     if hasattr(room, "check"):
         room.check(resolved.options)
-    outcome = jobs.run_job(name, room.run, resolved, workspace, argv=["demo", "--run"])
+    run = jobs.new_run(name, resolved, workspace, argv=["demo", "--run"])
+    outcome = jobs.run_job(run, partial(room.run, resolved.options))
     if name == "train" and outcome.data.get("state") != "finished":
         raise SurgvqaError(f"the training run {outcome.data['run']} is {outcome.data.get('state')}, not finished")
     return outcome

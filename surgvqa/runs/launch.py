@@ -20,8 +20,11 @@ from surgvqa.runs.state import read_run_json, state_of
 STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
 
 
-def launch(command: str, argv: list[str], workspace: Path, runs_dir: Path | None = None) -> Path:
-    """Starts `surgvqa COMMAND ARGV…` as a job in a session of its own and returns its run folder.
+def launch(
+    command: str, argv: list[str], workspace: Path, runs_dir: Path | None = None, module: str = "surgvqa"
+) -> Path:
+    """Starts `surgvqa COMMAND ARGV…` (`module` "remote": `surgvqa-remote`) as a job in a session of its own and returns
+    its run folder.
 
     The job outlives us; its output goes to the run folder's log.txt. It takes over the run.json written here.
     """
@@ -44,7 +47,7 @@ def launch(command: str, argv: list[str], workspace: Path, runs_dir: Path | None
         )
         with open(folder / "log.txt", "ab") as log:
             subprocess.Popen(
-                [sys.executable, "-m", "surgvqa", command, *argv, "--run_id", run_id],
+                [sys.executable, "-m", module, command, *argv, "--run_id", run_id],
                 cwd=workspace,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -25,6 +25,7 @@ import sys
 import time
 from pathlib import Path
 
+from surgvqa.files import write_json_atomic
 from surgvqa.runs.process import descendants, end_all, process_identity
 
 STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
@@ -33,16 +34,6 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, document: dict) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def take_locks(paths: list[str], run_id: str) -> tuple[list[int], str]:
@@ -124,7 +115,7 @@ def supervise(folder: Path) -> int:
     me = {"pid": os.getpid(), "identity": process_identity(os.getpid()), "started": time.time()}
     locks, holder = take_locks(start.get("locks", []), folder.name)
     if holder:
-        write_json(folder / "supervisor.json", {**me, "state": "busy", "holder": holder})
+        write_json_atomic(folder / "supervisor.json", {**me, "state": "busy", "holder": holder})
         return 75  # EX_TEMPFAIL
 
     watched = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
@@ -141,12 +132,12 @@ def supervise(folder: Path) -> int:
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, watched),
         )
     except OSError as error:
-        write_json(
+        write_json_atomic(
             folder / "supervisor.json", {**me, "state": "failed", "error": f"{start['argv'][0]}: {error.strerror}"}
         )
-        write_json(folder / "exit.json", {"v": 1, "exit_code": 127, "signal": None, "ended": time.time()})
+        write_json_atomic(folder / "exit.json", {"v": 1, "exit_code": 127, "signal": None, "ended": time.time()})
         return 127
-    write_json(folder / "supervisor.json", {**me, "state": "running", "job_pid": job.pid})
+    write_json_atomic(folder / "supervisor.json", {**me, "state": "running", "job_pid": job.pid})
 
     status = None
     kill_at = None
@@ -178,7 +169,7 @@ def supervise(folder: Path) -> int:
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     code = None if killed_by else os.WEXITSTATUS(status)
     close_events(folder, code, killed_by, stopped=kill_at is not None)
-    write_json(
+    write_json_atomic(
         folder / "exit.json",
         {
             "v": 1,

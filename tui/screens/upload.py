@@ -266,7 +266,7 @@ class UploadScreen(PanelScreen):
             self.change_host()
         host = self.host
         if host and not self.working:
-            self._start(host.set_up)
+            self._start(partial(self.session.here.launch, "setup", host.name, module="remote"))
 
     @work(group="launch", exit_on_error=False)
     async def _start(self, launch: Callable[[], Awaitable[str]]) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
 from remote.jobs import launch as launch_module
@@ -20,14 +16,11 @@ from remote.upload.plan import checkpoint_ways, compare, data_sources
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.history import RunSummary
-from surgvqa.runs.state import read_run_json
 from tui.targets.host_feed import HostFeed
 from tui.targets.light import Light
 from tui.targets.link import Link
 from tui.targets.target import ACTIVE
-from tui.targets.threads import Progress, apart
-
-SETUP_STARTS_S = 30.0
+from tui.targets.threads import LineReporter, apart
 
 
 class HostTarget:
@@ -90,7 +83,7 @@ class HostTarget:
         self.link.look()
         return str(launched["run"])
 
-    def fetch(self, run_id: str, progress: Progress) -> dict[str, Any]:
+    def fetch(self, run_id: str, progress: LineReporter) -> dict[str, Any]:
         """Brings a run home into runs/ of the workspace here, verified; goes on where it was broken off."""
         found = self.link.call("runs", run=run_id)
         parts = []
@@ -101,43 +94,19 @@ class HostTarget:
             parts.append(fetch(self.link, folder, target, progress))  # type: ignore[arg-type]
         return {"folders": [p["folder"] for p in parts], "files": sum(p["files"] for p in parts)}
 
-    def plan(self, what: str, progress: Progress) -> dict[str, Any]:
+    def plan(self, what: str, progress: LineReporter) -> dict[str, Any]:
         """What `surgvqa-remote upload --dry-run` would say: each way, its bytes and time, and what is there."""
         self.link.probe()
         options = UploadOptions(what=what)
         check(options, self.workspace)
         hashes = Hashes()
-        ways = checkpoint_ways(options, self.workspace, hashes, progress)  # type: ignore[arg-type]
+        ways = checkpoint_ways(options, self.workspace, hashes, progress)
         sources = data_sources(options, self.workspace)
         progress.phase("hash", "the data")
         entries = hashes.entries(sources, lambda done, total: progress.progress("hash", done, total, "bytes"))
         data = [Item("data", "files", entries)] if sources else []
         progress.phase("ask", f"what {self.name} has")
         return compare(self.link, ways, data)  # type: ignore[arg-type]
-
-    async def set_up(self) -> str:
-        """Starts `surgvqa-remote setup` as a process of its own; its run id here. Raises with its own line."""
-        words = [sys.executable, "-m", "remote", "setup", self.name, "--workspace", str(self.workspace.root)]
-        with tempfile.TemporaryFile() as errors:
-            process = subprocess.Popen(
-                words,
-                cwd=self.workspace.root,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-                env={**os.environ, "SURGVQA_DETACHED": "1"},
-            )
-            for _ in range(int(SETUP_STARTS_S / 0.1)):
-                for folder in self.workspace.runs_dir.glob("*-setup-*"):
-                    if read_run_json(folder).get("pid") == process.pid:
-                        return folder.name
-                if process.poll() is not None:
-                    break
-                await asyncio.sleep(0.1)
-            errors.seek(0)
-            said = errors.read().decode("utf-8", "replace").strip().splitlines()
-        raise SurgvqaError(said[-1] if said else f"setup of {self.name} did not start")
 
     def end(self) -> None:
         """Closes the connection; jobs there go on."""

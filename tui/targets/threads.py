@@ -37,20 +37,24 @@ async def apart(work: Callable[..., Result], *arguments: Any) -> Result:
     return await future
 
 
-class Progress:
+class LineReporter:
     """What remote's planner and fetch tell of themselves, as one line; they end when it is not `wanted` any more."""
 
     def __init__(self) -> None:
-        self.text, self.share, self.wanted = "", None, True
+        self.text, self.wanted = "", True
+        self.share: float | None = None
 
     @property
     def line(self) -> str:
         return self.text if self.share is None else f"{self.text}  {100 * self.share:.0f} %"
 
+    def emit(self, kind: str, **fields: Any) -> None:
+        """What is neither a phase nor progress is not shown."""
+
     def phase(self, name: str, text: str = "") -> None:
         self._tell(f"{name}  {text}", None)
 
-    def progress(self, phase: str, done: float, total: float, unit: str, **_: Any) -> None:
+    def progress(self, phase: str, done: float, total: float | None, unit: str, **_: Any) -> None:
         self._tell(self.text, done / total if total else None)
 
     def warning(self, text: str) -> None:
@@ -62,9 +66,9 @@ class Progress:
         self.text, self.share = text, share
 
 
-async def watched(work: Callable[[Progress], Result], show: Callable[[str], object]) -> Result:
+async def watched(work: Callable[[LineReporter], Result], show: Callable[[str], object]) -> Result:
     """Runs `work` in a thread of its own and shows meanwhile how far it is; cancelled, it ends soon."""
-    progress = Progress()
+    progress = LineReporter()
     working = asyncio.ensure_future(apart(work, progress))
     try:
         while not (await asyncio.wait({working}, timeout=0.3))[0]:
