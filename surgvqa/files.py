@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
+from surgvqa.untrusted import parse_json
 
 READ_AT_ONCE = 4 << 20
 """Bytes of one read while a file is hashed."""
@@ -67,7 +68,7 @@ def write_json_atomic(path: Path, document: Any) -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; UsageError when it is missing, damaged or something else."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file") from None
     except OSError as error:

@@ -234,10 +234,11 @@ def listing(channel: Any, workspace: str, folder: str) -> dict[str, Any]:
 def send(channel: Any, workspace: str, folder: str, wanted: list[Any]) -> dict[str, Any]:
     """Sends files from given offsets: {"path", "offset", "size"}, the bytes, then {"path", "sha256"} of the whole.
 
-    {"path", "gone": true} for one that is there no more.
+    `wanted`: [path, offset, size as listed]; of a file that has grown since, as much as was listed. {"path", "gone":
+    true} for one that is there no more.
     """
     root = within(workspace, folder)
-    for path, offset in wanted:
+    for path, offset, listed in wanted:
         digest = hashlib.sha256()
         try:
             source = open(within(root, path), "rb", buffering=0)  # noqa: SIM115
@@ -245,7 +246,7 @@ def send(channel: Any, workspace: str, folder: str, wanted: list[Any]) -> dict[s
             channel.say({"path": path, "gone": True})
             continue
         with source as file:
-            size = os.fstat(file.fileno()).st_size  # a file that grows is sent as it is now
+            size = min(listed, os.fstat(file.fileno()).st_size)
             offset = offset if offset <= size else 0
             channel.say({"path": path, "offset": offset, "size": size})
             at = 0

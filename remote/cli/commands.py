@@ -16,8 +16,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from remote.ssh.errors import not_understood
 from remote.upload.options import UploadOptions
 from surgvqa.cli.jobs import run_job
+from surgvqa.cli.main import say
 from surgvqa.cli.parser import normalise
 from surgvqa.config.settings import convert, settings_of
 from surgvqa.config.workspace import Workspace
@@ -25,10 +27,11 @@ from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 from surgvqa.runs.folder import Run
 from surgvqa.runs.launch import launch as start_detached
-from surgvqa.terminal.drawing import terminal
+from surgvqa.terminal.drawing import plain, terminal
 from surgvqa.terminal.figures import human_seconds
 from surgvqa.terminal.job_view import JobView
 from surgvqa.terminal.reporter import TerminalReporter
+from surgvqa.untrusted import log_text
 
 
 def _connect(arguments: argparse.Namespace, workspace: Workspace) -> Any:
@@ -76,10 +79,10 @@ def hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         for row in listed:
             price = "" if row["price_per_hour"] is None else f"{row['price_per_hour']:.2f}"
             reached = f"{row['user']}@{row['hostname']}:{row['port']}"
-            table.add_row(row["name"], reached, row["source"], price, row["gpus"] or "")
+            table.add_row(*map(plain, (row["name"], reached, row["source"], price, row["gpus"] or "")))
         console.print(table if listed else "no hosts: neither ~/.ssh/config nor hosts.toml names one")
         for row in listed if arguments.check else []:
-            console.print(f"{row['name']}: {row.get('error') or row.get('skew') or 'ready'}", markup=False)
+            console.print(plain(f"{row['name']}: {row.get('error') or row.get('skew') or 'ready'}"))
 
     return Outcome({"hosts": listed}, show=show)
 
@@ -91,7 +94,7 @@ def _job(command: str, arguments: argparse.Namespace, workspace: Workspace, work
         words = [word for word in words[words.index(command) + 1 :] if word not in ("--detach", "--json")]
         folder = start_detached(command, words, Path.cwd(), workspace.runs_dir, module="remote")
         return Outcome(
-            {"run": folder.name, "folder": str(folder)}, show=lambda console: console.print(folder.name, markup=False)
+            {"run": folder.name, "folder": str(folder)}, show=lambda console: console.print(plain(folder.name))
         )
     recorded = {k: {"value": v, "from": "command line"} for k, v in vars(arguments).items() if k != "command"}
     run = Run.create(workspace.runs_dir, command, run_id=arguments.run_id, options=recorded, workspace=workspace.root)
@@ -115,7 +118,7 @@ def set_up(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
             )
         what = "installed" if data["changed"] else "was there already"
         text = f"{arguments.host}: surgvqa {data['version']} {what}, {human_seconds(data['seconds'])}"
-        return Outcome(data, show=lambda console: console.print(text))
+        return Outcome(data, show=lambda console: console.print(plain(text)))
 
     return _job("setup", arguments, workspace, work)
 
@@ -179,10 +182,10 @@ def _same_version(remote: Any) -> None:
 
 def _after_launch(remote: Any, launched: dict[str, Any], arguments: argparse.Namespace) -> Outcome:
     if launched["warning"]:
-        print(f"surgvqa-remote: warning: {launched['warning']}", file=sys.stderr)
+        say(f"surgvqa-remote: warning: {launched['warning']}")
     if arguments.follow or arguments.wait:
         return _watch(remote, launched["run"], quiet=arguments.wait, log=False)
-    return Outcome(launched, show=lambda console: console.print(launched["run"]))
+    return Outcome(launched, show=lambda console: console.print(plain(launched["run"])))
 
 
 def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
@@ -201,7 +204,7 @@ def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
             elif quiet:
                 continue
             elif kind == "log" and log:
-                view.console.print(event["text"], end="", markup=False)
+                view.console.print(log_text(event["text"]), end="", markup=False)
             elif kind == "error":
                 view.console.print(f"error: {event.get('text')}", markup=False)
             elif kind not in ("log", "state"):
@@ -211,23 +214,39 @@ def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
     finished = follower.outcome.get("finished") or {}
     data = {"run": follower.run, "state": follower.state, **(finished.get("result") or {})}
     good = follower.state in ("finished", "stopped") and not finished.get("exit_code")
-    return Outcome(data, ok=good, show=lambda console: console.print(f"{follower.run}: {follower.state}"))
+    return Outcome(data, ok=good, show=lambda console: console.print(plain(f"{follower.run}: {follower.state}")))
 
 
 def runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """The runs on the host."""
     with _connect(arguments, workspace) as remote:
         data = remote.call("runs")
+    row = {"id": str, "command": str, "state": str, "started": (int, float), "steps": int, "name": str}
+    right = isinstance(data.get("runs"), list) and isinstance(data.get("time"), (int, float))
+    if not right or not all(
+        isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in row.items()) for r in data["runs"]
+    ):
+        raise not_understood(remote.host, "a list of runs that is none")
 
     def show(console: Console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)
         table.columns[0].no_wrap = table.columns[3].no_wrap = True  # the id is there to be copied
         for r in data["runs"]:
             ago = human_seconds(max(0, data["time"] - r["started"]))  # the host's clock, whatever ours says
-            table.add_row(r["id"], r["command"], r["state"], f"{ago} ago", str(r["steps"] or ""), r["name"])
-        console.print(table if data["runs"] else f"no runs on {arguments.host}")
+            table.add_row(*map(plain, (r["id"], r["command"], r["state"], f"{ago} ago", r["steps"] or "", r["name"])))
+        console.print(table if data["runs"] else plain(f"no runs on {arguments.host}"))
 
     return Outcome({"runs": data["runs"]}, show=show)
+
+
+def _is_run_list(data: dict[str, Any]) -> bool:
+    types = {"id": str, "command": str, "state": str, "started": (int, float), "steps": int, "name": str}
+    rows = data.get("runs")
+    return (
+        isinstance(rows, list)
+        and isinstance(data.get("time"), (int, float))
+        and all(isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in types.items()) for row in rows)
+    )
 
 
 def follow(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
@@ -244,28 +263,18 @@ def stop(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         data = jobs.stop(remote, arguments.run, arguments.grace)
     was = "" if data["before"] in ("running", "starting") else " (it was not running)"
     text = f"{data['run']}: {data['state']}{was or ' after ' + human_seconds(data['seconds'])}"
-    return Outcome(data, show=lambda console: console.print(text))
+    return Outcome(data, show=lambda console: console.print(plain(text)))
 
 
 def fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """Brings a run's files here."""
-    from remote.jobs import fetch as jobs
-    from remote.paths import inside
+    from remote.jobs.fetch import fetch_run
 
-    with _connect(arguments, workspace) as remote:
-        found = remote.call("runs", run=arguments.run)
-        root = Path(arguments.to or workspace.runs_dir)
-        parts = []
-        with TerminalReporter() as terminal:  # the folder belongs to the run that is fetched
-            for folder in found["folders"]:
-                target = root / (folder.removeprefix("runs/") if folder.startswith("runs/") else inside(folder))
-                target.mkdir(parents=True, exist_ok=True)
-                parts.append(jobs.fetch(remote, folder, target, terminal, everything=arguments.all))
-    sums = {key: sum(part[key] for part in parts) for key in ("files", "bytes", "received_bytes", "seconds")}
-    data = {"run": found["id"], "folder": parts[0]["folder"], "folders": [p["folder"] for p in parts], **sums}
-    return Outcome(
-        data, show=lambda console: console.print(f"{', '.join(data['folders'])}: {data['files']} files, verified")
-    )
+    root = Path(arguments.to or workspace.runs_dir)
+    with _connect(arguments, workspace) as remote, TerminalReporter() as terminal:
+        data = fetch_run(remote, arguments.run, root, terminal, arguments.all)  # that folder is the run's own
+    text = f"{', '.join(data['folders'])}: {data['files']} files, verified"
+    return Outcome(data, show=lambda console: console.print(plain(text)))
 
 
 def gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:

@@ -4,34 +4,97 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import subprocess
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from remote.paths import inside
 from remote.ssh.bundle import bootstrap, payload
 from remote.ssh.connection import Remote
-from remote.ssh.errors import Unreachable, explain_ssh
+from remote.ssh.errors import Unreachable, explain_ssh, not_understood
+from remote.ssh.hosts import Host
 from remote.ssh.process import ssh_command
-from remote.ssh.replies import Replies
-from surgvqa.errors import SurgvqaError
+from remote.ssh.replies import Replies, parse_message
+from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.reporter import Reporter
 
 BLOCK = 1 << 18
+LINE = 1 << 20
+"""Bytes of the longest line between the files."""
+MAX_FILE = 1 << 40
+MAX_MTIME_NS = 1 << 62
+PARTIAL = ".partial"
+"""Folder of files that are not whole yet."""
 ATTEMPTS = 8
 OPTIMISER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 """Needed to resume, not to evaluate: left on the host unless asked for. start.json, which may hold secrets, always."""
 
 
-def wanted_files(listed: list[list[Any]], everything: bool) -> list[tuple[str, int, int]]:
-    """(path, size, mtime) of the files that are worth bringing home."""
-    files = [(inside(path, "file"), size, mtime) for path, size, mtime in listed if path != "start.json"]
-    if everything:
-        return files
-    return [f for f in files if f[0].rsplit("/", 1)[-1] not in OPTIMISER_FILES]
+@dataclass(frozen=True)
+class Listed:
+    """A file of a run as the host listed it: the bounds of all that it may send of it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def wanted_files(host: Host, listed: Any, everything: bool) -> list[Listed]:
+    """The files that are worth bringing home. Raises for a listing that is none, or names a path outside."""
+    files = []
+    for entry in listed if isinstance(listed, list) else [None]:
+        match entry:
+            case [str(path), int(size), int(mtime)] if 0 <= size <= MAX_FILE and 0 <= mtime < MAX_MTIME_NS:
+                files.append(Listed(named(host, path), size, mtime))
+            case _:
+                raise not_understood(host, f"the listing has {str(entry)[:80]}")
+    if reserved := next((f.path for f in files if f.path.split("/")[0] == PARTIAL), None):
+        raise not_understood(host, f"the listing has {reserved}")
+    kept = [f for f in files if f.path != "start.json"]
+    return kept if everything else [f for f in kept if f.path.rsplit("/", 1)[-1] not in OPTIMISER_FILES]
+
+
+def named(host: Host, path: str) -> str:
+    """A relative path that the host names. Raises for one that would leave the folder that it is relative to."""
+    try:
+        return inside(path)
+    except UsageError as error:
+        raise not_understood(host, str(error)) from None
+
+
+def folder_here(host: Host, folder: str, root: Path) -> Path:
+    """Where a folder of the host's workspace goes below `root`: runs/ID as ID. Raises for one that leaves `root`."""
+    return landing(root, named(host, named(host, folder).removeprefix("runs/")))
+
+
+def landing(root: Path, path: str) -> Path:
+    """`path` below `root`, its folders made. Raises where a symlink that lies here already leads outside."""
+    place = root / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.parent.resolve().is_relative_to(root.resolve()):
+        raise SurgvqaError(f"{place}: leaves {root} through a symlink; remove it")
+    return place
+
+
+def fetch_run(remote: Remote, run: str, root: Path, reporter: Reporter, everything: bool = False) -> dict[str, Any]:
+    """Brings all folders of a run (its id, the beginning of one, a name, or "last") into `root`, one below another."""
+    found = remote.call("runs", run=run)
+    match found:
+        case {"id": str(run_id), "folders": [str(), *_] as folders} if all(isinstance(f, str) for f in folders):
+            pass
+        case _:
+            raise not_understood(remote.host, f"the run has no folders: {str(found)[:80]}")
+    parts = []
+    for folder in folders:
+        target = folder_here(remote.host, folder, root)
+        target.mkdir(parents=True, exist_ok=True)
+        parts.append(fetch(remote, folder, target, reporter, everything))
+    sums = {key: sum(part[key] for part in parts) for key in ("files", "bytes", "received_bytes", "seconds")}
+    return {"run": run_id, "folder": parts[0]["folder"], "folders": [part["folder"] for part in parts], **sums}
 
 
 def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: bool = False) -> dict[str, Any]:
@@ -40,20 +103,17 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
     A file appears under its name only when its hash is right.
     """
     listing = remote.call("listing", folder=folder)
-    files = wanted_files(listing["files"], everything)
-    total = sum(size for _, size, _ in files)
-    times = {path: mtime for path, _, mtime in files}
-    todo = [f for f in files if not _here(target / f[0], f[1], f[2])]
-    here = total - sum(size for _, size, _ in todo)
+    files = wanted_files(remote.host, listing.get("files"), everything)
+    total = sum(file.size for file in files)
+    todo = [file for file in files if not _here(target / file.path, file)]
+    here = total - sum(file.size for file in todo)
     began, received = time.monotonic(), 0
     run.phase("fetch", f"{folder}: {len(todo)} of {len(files)} files")
     for attempt in range(ATTEMPTS):
         if not todo:
             break
-        wanted = []
-        for path, _, _ in todo:
-            part = _part(target, path)
-            wanted.append([path, part.stat().st_size if part.exists() else 0])
+        asked = {file.path: Asked(file, _begun(_part(target, file.path), file.size)) for file in todo}
+        wanted = [[path, one.offset, one.file.size] for path, one in asked.items()]
         request = {"op": "send", "folder": folder, "wanted": wanted, "beat": False}
         process = subprocess.Popen(
             ssh_command(remote.host, bootstrap(remote.host.entry.python)),
@@ -62,12 +122,13 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        assert process.stdin and process.stdout and process.stderr
         done: set[str] = set()
         try:
             with contextlib.suppress(OSError):  # ssh that has ended says why below
                 process.stdin.write(payload({"workspace": remote.host.entry.workspace, **request}))
                 process.stdin.close()
-            for path, count in _receive(remote, process.stdout, target, times):
+            for path, count in _receive(remote, process.stdout, target, asked):
                 if count is None:
                     run.warning(f"{path} is gone there meanwhile: the run goes on")
                     done.add(path)
@@ -83,14 +144,14 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
             with contextlib.suppress(OSError):
                 process.kill()
             process.wait()
-        todo = [f for f in todo if f[0] not in done]
+        todo = [file for file in todo if file.path not in done]
         if todo and failure:
             if not isinstance(failure, Unreachable) or attempt == ATTEMPTS - 1:
                 raise failure
             run.warning(f"{failure}; trying again")
             time.sleep(min(2**attempt, 15))
     if todo:
-        raise SurgvqaError(f"{todo[0][0]}: arrived damaged {ATTEMPTS} times; is the disk well?")
+        raise SurgvqaError(f"{todo[0].path}: arrived damaged {ATTEMPTS} times; is the disk well?")
     return {
         "folder": str(target),
         "files": len(files),
@@ -104,38 +165,63 @@ class _Broken(Exception):
     """The stream ended early."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the host was asked for: a file, from an offset on."""
+
+    file: Listed
+    offset: int
+
+
 def _part(target: Path, path: str) -> Path:
-    return target / ".partial" / path
+    return target / PARTIAL / path
 
 
-def _here(file: Path, size: int, mtime_ns: int) -> bool:
+def _begun(part: Path, size: int) -> int:
+    """Bytes that an earlier attempt left; what cannot be the beginning of the file is removed."""
+    if part.is_symlink() or (part.is_file() and part.stat().st_size > size):
+        part.unlink()
+    return part.stat().st_size if part.is_file() else 0
+
+
+def _here(path: Path, file: Listed) -> bool:
     """Whether the file was fetched before and has not changed on the host since."""
     try:
-        stat = file.stat()
+        stat = path.lstat()
     except OSError:
         return False
-    return stat.st_size == size and stat.st_mtime_ns == mtime_ns
+    return stat.st_size == file.size and stat.st_mtime_ns == file.mtime_ns
 
 
-def _receive(remote: Remote, stream: Any, target: Path, times: dict[str, int]):
+def _receive(remote: Remote, stream: Any, target: Path, asked: dict[str, Asked]) -> Iterator[tuple[str, int | None]]:
     """Yields (path, bytes) as they come, (path, 0) for a file that is whole and in its place, (path, None) for one
-    that the host has no more."""
-    line = b""
+    that the host has no more. Nothing is written but what was `asked` for, and no more of it than was listed."""
+    line, before = b"", 0
     while not line.endswith(Replies.MARK):  # a login shell may speak first, and end without a newline
-        line = stream.readline()
+        line = stream.readline(LINE)
+        before += len(line)
         if not line:
             raise _Broken
+        if before > Replies.MAX_BEFORE:
+            raise not_understood(remote.host, "output without end before the agent's own")
     while True:
         header = _message(remote, stream)
         if "done" in header:
             return
+        one = asked.get(header["path"]) if isinstance(header.get("path"), str) else None
+        if one is None:
+            raise not_understood(remote.host, f"sent {str(header)[:80]}, which was not asked for")
+        path = one.file.path
         if header.get("gone"):
-            _part(target, header["path"]).unlink(missing_ok=True)
-            yield header["path"], None
+            _part(target, path).unlink(missing_ok=True)
+            yield path, None
             continue
-        path, offset, size = inside(header["path"], "file"), header["offset"], header["size"]
-        part = _part(target, path)
-        part.parent.mkdir(parents=True, exist_ok=True)
+        offset, size = header.get("offset"), header.get("size")
+        if offset not in (0, one.offset) or not isinstance(size, int) or not offset <= size <= one.file.size:
+            raise not_understood(
+                remote.host, f"{path}: bytes {str(offset)[:20]} to {str(size)[:20]}, listed with {one.file.size}"
+            )
+        part = landing(target, f"{PARTIAL}/{path}")
         digest = hashlib.sha256()
         with open(part, "ab") as file:
             file.truncate(offset)
@@ -156,13 +242,11 @@ def _receive(remote: Remote, stream: Any, target: Path, times: dict[str, int]):
         except OSError as error:
             raise SurgvqaError(f"{target / path}: {error.strerror}; run it again to go on from here") from None
         trailer = _message(remote, stream)
-        if trailer["sha256"] != digest.hexdigest():
+        if trailer.get("sha256") != digest.hexdigest():
             part.unlink()
             continue
-        final = target / path
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if path in times:
-            os.utime(part, ns=(times[path], times[path]))
+        final = landing(target, path)
+        os.utime(part, ns=(one.file.mtime_ns, one.file.mtime_ns))
         os.replace(part, final)
         for folder in part.parents:
             if folder == target:
@@ -173,10 +257,7 @@ def _receive(remote: Remote, stream: Any, target: Path, times: dict[str, int]):
 
 
 def _message(remote: Remote, stream: Any) -> dict[str, Any]:
-    line = stream.readline()
+    line = stream.readline(LINE)
     if not line.endswith(b"\n"):
-        raise _Broken
-    message = json.loads(line)
-    if "error" in message:
-        raise SurgvqaError(f"{remote.host.name}: {message['error']}")
-    return message
+        raise not_understood(remote.host, "a line without end") if len(line) == LINE else _Broken
+    return parse_message(remote.host, line)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from remote.ssh.connection import Remote
-from remote.ssh.errors import Unreachable
+from remote.ssh.errors import Unreachable, not_understood
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs.events import EventTail
 from surgvqa.runs.reporter import Reporter
 
 BACKOFF_S = (1, 2, 4, 8, 15, 30)
+MAX_FILE = 1 << 40
+"""Bytes that no log reaches."""
 
 
 def _new_tail() -> EventTail:
@@ -25,7 +27,7 @@ def _new_tail() -> EventTail:
 class Follower:
     """Events and log of one run, as they come, over any number of lost connections.
 
-    Iterating yields the run's own events, and three more kinds: `log` {text}, `state` {state, run}, and
+    Iterating yields the run's own events, and three more kinds: `log` {text, not cleaned}, `state` {state, run}, and
     `connection` {state: "unreachable" with since, text | "connected"}. It ends when the run has ended. An unreachable
     host says nothing about the run: only the host itself says that a job has died.
     """
@@ -50,10 +52,14 @@ class Follower:
                     if self.unreachable_since is not None or attempt:
                         self.unreachable_since, attempt = None, 0
                         yield {"kind": "connection", "state": "connected"}
-                    yield from self._take(message)
+                    try:
+                        events = list(self._events_of(message))
+                    except (KeyError, TypeError, ValueError, AttributeError) as error:
+                        raise not_understood(self.remote.host, f"{type(error).__name__}: {error}") from None
+                    yield from events
                 if self.outcome:
                     return
-                raise Unreachable(f"{self.remote.host.name}: the stream ended early")
+                raise not_understood(self.remote.host, "the run's end without its state")
             except Unreachable as error:
                 self.remote.close()
                 self._tail = _new_tail()
@@ -70,7 +76,7 @@ class Follower:
                 time.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
                 attempt += 1
 
-    def _take(self, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _events_of(self, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if "finished" in message:
             self.outcome = message
             if message["state"] != self.state:
@@ -86,6 +92,8 @@ class Follower:
                 self._tail = _new_tail()
         else:
             data = message["text"].encode("utf-8", "surrogateescape")
+            if not 0 <= message["at"] <= MAX_FILE:
+                raise ValueError(f"at {message['at']}")
             if message["file"] == "events.jsonl":
                 events = self._tail.feed(data)
                 self.offsets["events.jsonl"] = message["at"] + len(data) - self._tail.pending  # the start of a line

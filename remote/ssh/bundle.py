@@ -16,10 +16,11 @@ from typing import Any
 MODULES = (
     "surgvqa",
     "surgvqa.errors",
+    "surgvqa.untrusted",
     "surgvqa.files",
     "surgvqa.runs.process",
-    "surgvqa.runs.supervisor",
     "surgvqa.runs.events",
+    "surgvqa.runs.supervisor",
     "surgvqa.runs.state",
     "surgvqa.runs.folder",
     "surgvqa.runs.history",

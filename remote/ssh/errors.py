@@ -10,6 +10,7 @@ from remote.ssh import timeouts
 from remote.ssh.host_keys import fingerprint
 from remote.ssh.hosts import Host
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.untrusted import one_line
 
 if TYPE_CHECKING:
     pass
@@ -25,6 +26,11 @@ class AuthenticationFailed(SurgvqaError):
 
 class ChangedHostKey(SurgvqaError):
     """The host's key is not the one that is known. Never accepted."""
+
+
+def not_understood(host: Host, what: str) -> SurgvqaError:
+    """The host answered, and not as our agent does."""
+    return SurgvqaError(one_line(f"{host.name}: cannot understand its answer ({what}); is this the right host?"))
 
 
 def explain(host: Host, error: Exception) -> SurgvqaError:

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from remote.ssh.bundle import TOO_OLD
-from remote.ssh.errors import Unreachable
+from remote.ssh.errors import Unreachable, not_understood
 from remote.ssh.hosts import Host
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.untrusted import cleaned, load_json, one_line
+
+
+def parse_message(host: Host, line: bytes) -> dict[str, Any]:
+    """One line of the agent. Raises what it says as an error, and SurgvqaError for what is no message.
+
+    Text is printable, but for the bytes of a file that is followed (`file` and `text`): whoever shows them cleans them.
+    """
+    try:
+        message = load_json(line)
+        if not isinstance(message, dict):
+            raise ValueError(f"a {type(message).__name__}")
+        raw = {"text": message["text"]} if "file" in message and isinstance(message.get("text"), str) else {}
+        message = {**cleaned({**message, **dict.fromkeys(raw, "")}), **raw}
+    except ValueError as error:
+        raise not_understood(host, str(error)) from None
+    if "error" in message:
+        kind = UsageError if message.get("usage") else SurgvqaError
+        raise kind(one_line(f"{host.name}: {message['error']}"))
+    return message
 
 
 class Replies:
     """The agent's messages out of a byte stream; what a login shell prints before it is passed over."""
 
     MARK = b"\x1esurgvqa\x1e\n"
+    MAX_BEFORE = 1 << 20
+    """Bytes that a login shell may print before the agent speaks."""
+    MAX_MESSAGE = 64 << 20
+    """Bytes of the longest message: the listing of some 500,000 files."""
 
     def __init__(self, host: Host, chunks: Iterator[tuple[bytes, bytes, int | None]]):
         self.host, self.chunks = host, chunks
@@ -29,19 +52,26 @@ class Replies:
                 if self.MARK not in buffer:
                     if status is not None:
                         raise self._no_agent(noise or buffer, status)
+                    if len(buffer) > self.MAX_BEFORE:
+                        first = buffer[:60].decode(errors="replace")
+                        raise SurgvqaError(
+                            one_line(f"{self.host.name}: its login shell prints without end: {first} …; mend it there")
+                        )
                     continue
                 buffer = buffer.split(self.MARK, 1)[1]
                 started = True
             *lines, buffer = buffer.split(b"\n")
+            if len(buffer) > self.MAX_MESSAGE:
+                raise not_understood(self.host, f"a message of more than {self.MAX_MESSAGE >> 20} MiB")
             for line in lines:
-                message = json.loads(line)
+                message = parse_message(self.host, line)
                 if "beat" in message:
                     continue
-                if "error" in message:
-                    kind = UsageError if message.get("usage") else SurgvqaError
-                    raise kind(f"{self.host.name}: {message['error']}")
                 answered = answered or "done" in message
-                yield message.get("done", message)
+                answer = message.get("done", message)
+                if not isinstance(answer, dict):
+                    raise not_understood(self.host, f"an answer that is a {type(answer).__name__}")
+                yield answer
             if status is not None and (not answered or 0 < status < 255):
                 text = noise.decode(errors="replace").strip().splitlines()
                 if status in (-1, 255) or not text:

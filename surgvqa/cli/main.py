@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +31,15 @@ from surgvqa.runs.events import finite
 from surgvqa.runs.launch import launch
 from surgvqa.terminal.drawing import terminal
 from surgvqa.training import results
+from surgvqa.untrusted import one_line
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 good, 1 the answer is bad or it failed, 2 it could not be asked."""
     argv = normalise(sys.argv[1:] if argv is None else argv)
     forgive_encoding()
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
     name = next((a for a in argv if not a.startswith("-")), "")
     try:
         arguments, unknown = build_parser().parse_known_args(argv)
@@ -43,20 +47,36 @@ def main(argv: list[str] | None = None) -> int:
         outcome = dispatch(name, arguments, extra_options(name, unknown), argv)
         answer(outcome, arguments.json)
     except SurgvqaError as error:
-        print(f"surgvqa {name}".rstrip() + f": {error}", file=sys.stderr)
+        say(f"surgvqa {name}".rstrip() + f": {error}")
         record_failure(argv, error)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"surgvqa {name}: stopped", file=sys.stderr)
+        say(f"surgvqa {name}: stopped")
         return 1
     except BrokenPipeError:  # `surgvqa runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:  # a folder that cannot be read, or is gone
         where = f"{error.filename}: " if error.filename else ""
-        print(f"surgvqa {name}: {where}{error.strerror or error}", file=sys.stderr)
+        say(f"surgvqa {name}: {where}{error.strerror or error}")
         return 1
+    except Exception as error:
+        return unexpected(f"surgvqa {name}", error, debug)
     return 0 if outcome.ok else 1
+
+
+def say(line: str) -> None:
+    """One line on stderr, whatever stood in a file name or in a host's answer."""
+    print(one_line(line), file=sys.stderr)
+
+
+def unexpected(program: str, error: Exception, debug: bool) -> int:
+    """The last catch: one line for an error that nobody foresaw, its traceback with --debug; the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    hint = "" if debug else " (--debug shows where; please report it)"
+    say(f"{program}: {type(error).__name__}: {error}{hint}")
+    return 1
 
 
 def forgive_encoding() -> None:

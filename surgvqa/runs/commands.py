@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +17,7 @@ from surgvqa.outcome import Outcome
 from surgvqa.runs import events, history, launch
 from surgvqa.runs.events import EventTail
 from surgvqa.runs.state import state_of
+from surgvqa.terminal.drawing import plain
 from surgvqa.terminal.figures import human_seconds
 from surgvqa.terminal.job_view import JobView
 
@@ -25,13 +27,13 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
     listed = sorted((r for d in workspace.runs_dirs for r in history.list_runs(d)), key=lambda r: -r.started)
     data = {"runs": [r.data() for r in listed]}
 
-    def show(console) -> None:
+    def show(console: Console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)
         table.columns[0].no_wrap = table.columns[3].no_wrap = True  # the id is there to be copied
         for r in listed:
             started = time.strftime("%m-%d %H:%M", time.localtime(r.started))
-            table.add_row(r.id, r.command, r.state, started, str(r.steps or ""), r.name)
-        console.print(table if listed else f"no runs in {', '.join(map(str, workspace.runs_dirs))}")
+            table.add_row(*map(plain, (r.id, r.command, r.state, started, r.steps or "", r.name)))
+        console.print(table if listed else plain(f"no runs in {', '.join(map(str, workspace.runs_dirs))}"))
 
     return Outcome(data, show=show)
 
@@ -52,7 +54,7 @@ def follow(arguments: Namespace, workspace: Workspace) -> Outcome:
     return Outcome(
         {"run": folder.name, "state": state, **(finished.get("result") or {})},
         ok=state in ("finished", "stopped") and not finished.get("exit_code"),
-        show=lambda console: console.print(f"{folder.name}: {state}"),
+        show=lambda console: console.print(plain(f"{folder.name}: {state}")),
     )
 
 
@@ -64,7 +66,7 @@ def stop(arguments: Namespace, workspace: Workspace) -> Outcome:
     text = f"{folder.name}: {state}" + (
         f" after {human_seconds(time.monotonic() - began)}" if before == "running" else " (it was not running)"
     )
-    return Outcome({"run": folder.name, "state": state}, show=lambda console: console.print(text))
+    return Outcome({"run": folder.name, "state": state}, show=lambda console: console.print(plain(text)))
 
 
 def follow_events(folder: Path, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:

@@ -60,8 +60,8 @@ def summary(folder: Path) -> RunSummary | None:
 
 def run_name(info: dict[str, Any]) -> str:
     """The name that the user gave to a run, or ''."""
-    named = (info.get("options") or {}).get("run_name") or {}
-    return str(named.get("value") or "")
+    named = info.get("options", {}).get("run_name")
+    return str(named.get("value") or "") if isinstance(named, dict) else ""
 
 
 def last_step(folder: Path) -> int:

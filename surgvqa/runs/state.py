@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from pathlib import Path
@@ -10,17 +9,34 @@ from typing import Any
 
 from surgvqa.runs.events import finished_event
 from surgvqa.runs.process import process_identity
+from surgvqa.untrusted import parse_object
 
 STARTING_GRACE_S = 60.0  # a launched job may take this long before it first speaks
 
 
+TYPES: dict[str, Any] = {
+    "id": str,
+    "command": str,
+    "host": str,
+    "cwd": str,
+    "identity": str,
+    "preset": str,
+    "started": (int, float),
+    "pid": int,
+    "argv": list,
+    "options": dict,
+    "versions": dict,
+}
+"""What the keys of run.json are, where they are there."""
+
+
 def read_run_json(folder: Path) -> dict[str, Any]:
-    """run.json as a dict; {} when it is missing or damaged."""
+    """run.json as a dict, without keys of the wrong type; {} when it is missing or damaged."""
     try:
-        document = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-        return document if isinstance(document, dict) else {}
+        info = parse_object((Path(folder) / "run.json").read_bytes())
     except (OSError, ValueError):
         return {}
+    return {key: value for key, value in info.items() if isinstance(value, TYPES.get(key, object))}
 
 
 def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:

@@ -24,8 +24,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from surgvqa.files import write_json_atomic
+from surgvqa.runs.events import finished_event
 from surgvqa.runs.process import descendants, end_all, process_identity
 
 STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
@@ -78,16 +80,16 @@ def stop_grace_s(folder: Path) -> float:
 def close_events(folder: Path, code: int | None, killed_by: int | None, stopped: bool) -> None:
     """A job that was killed could not say so: writes its `finished` event for it."""
     try:
+        if finished_event(folder):
+            return
         with open(folder / "events.jsonl", "ab+") as file:
-            file.seek(max(0, file.tell() - 65536))
+            file.seek(max(0, file.tell() - 1))
             tail = file.read()
-            if any(b'"kind": "finished"' in line for line in tail.splitlines()):
-                return
             why = f"ended with {code}"
             if killed_by:
                 hint = "; out of memory?" if killed_by == signal.SIGKILL and not stopped else ""
                 why = f"killed by {signal.Signals(killed_by).name}{hint}"
-            events = [] if stopped else [{"kind": "error", "text": why}]
+            events: list[dict[str, Any]] = [] if stopped else [{"kind": "error", "text": why}]
             state = "stopped" if stopped else "died"
             events += [{"kind": "finished", "state": state, "exit_code": code, "result": {}}]
             lines = [json.dumps({"v": 1, "t": round(time.time(), 3), **event}) for event in events]
@@ -151,13 +153,13 @@ def supervise(folder: Path) -> int:
             end_all(descendants(os.getpid()), 0.0)
         while True:  # our job, and orphans that became our children
             try:
-                pid, code = os.waitpid(-1, os.WNOHANG)
+                pid, ended = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 break
             if not pid:
                 break
             if pid == job.pid:
-                status = code
+                status = ended
     swept = 0
     for _ in range(20):  # killing a parent may hand us its children
         left = descendants(os.getpid())
@@ -167,7 +169,7 @@ def supervise(folder: Path) -> int:
     for lock in locks:
         os.ftruncate(lock, 0)
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    code = None if killed_by else os.WEXITSTATUS(status)
+    code: int | None = None if killed_by else os.WEXITSTATUS(status)
     close_events(folder, code, killed_by, stopped=kill_at is not None)
     write_json_atomic(
         folder / "exit.json",
@@ -181,7 +183,7 @@ def supervise(folder: Path) -> int:
             "ended": time.time(),
         },
     )
-    return 128 + killed_by if killed_by else code
+    return 128 + killed_by if killed_by else code or 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,13 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from surgvqa.untrusted import printable
+
+
+def plain(value: object) -> Text:
+    """Text that may come from outside, as it is: no markup, and nothing that a terminal would obey."""
+    return Text(printable(str(value)))
+
 
 def bought(text: str, saves_gb: float) -> str:
     """A choice and what it does to the peak (memory.choices), in a line."""

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from surgvqa.terminal.drawing import bought
 from surgvqa.terminal.figures import amount, human_seconds
+from surgvqa.untrusted import cleaned
 
 NOT_SHOWN = ("v", "t", "kind", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
 """Fields of an `eval` event that say nothing of the model."""
@@ -37,7 +38,7 @@ class JobView:
         """One event, as it comes. Unknown kinds are passed over, and so is one without the fields of its kind."""
         if event["kind"] in DRAWN:
             with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line, or another version's
-                getattr(self, f"_{event['kind']}")(event)
+                getattr(self, f"_{event['kind']}")(cleaned(event))
 
     def close(self) -> None:
         """Takes the bar off the screen."""

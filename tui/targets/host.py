@@ -6,8 +6,7 @@ import os
 from typing import Any
 
 from remote.jobs import launch as launch_module
-from remote.jobs.fetch import fetch
-from remote.paths import inside
+from remote.jobs.fetch import fetch_run
 from remote.setup import skew
 from remote.upload.command import check
 from remote.upload.hashes import Hashes, Item
@@ -85,14 +84,7 @@ class HostTarget:
 
     def fetch(self, run_id: str, progress: LineReporter) -> dict[str, Any]:
         """Brings a run home into runs/ of the workspace here, verified; goes on where it was broken off."""
-        found = self.link.call("runs", run=run_id)
-        parts = []
-        for folder in found["folders"]:
-            name = folder.removeprefix("runs/") if folder.startswith("runs/") else inside(folder)
-            target = self.workspace.runs_dir / name
-            target.mkdir(parents=True, exist_ok=True)
-            parts.append(fetch(self.link, folder, target, progress))  # type: ignore[arg-type]
-        return {"folders": [p["folder"] for p in parts], "files": sum(p["files"] for p in parts)}
+        return fetch_run(self.link, run_id, self.workspace.runs_dir, progress)  # type: ignore[arg-type]
 
     def plan(self, what: str, progress: LineReporter) -> dict[str, Any]:
         """What `surgvqa-remote upload --dry-run` would say: each way, its bytes and time, and what is there."""

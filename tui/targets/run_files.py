@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from surgvqa.untrusted import log_text
+
 LOG_TAIL_BYTES = 256 * 1024
 
 
@@ -19,7 +21,7 @@ class LogLines:
         """The lines that these bytes complete."""
         *lines, self._partial = (self._partial + data).split(b"\n")
         # A progress bar redraws its line with \r: what stands there in the end is the line.
-        return [line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace") for line in lines]
+        return [log_text(line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode("utf-8", "replace")) for line in lines]
 
 
 def resumed_from(info: dict[str, Any]) -> list[str]:

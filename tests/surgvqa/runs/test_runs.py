@@ -21,6 +21,7 @@ from surgvqa.runs import history, launch, process
 from surgvqa.runs.events import EventTail, finished_event
 from surgvqa.runs.folder import Run
 from surgvqa.runs.state import read_run_json, state_of
+from surgvqa.untrusted import parse_json
 
 
 def wait_for(condition, seconds=10.0):
@@ -107,7 +108,7 @@ def test_events_arrive_once_and_in_order_however_the_file_grows(tmp_path_factory
             handle.write(data[written : written + cut])
         written += cut
         seen += tail.read()
-    assert [e["payload"] for e in seen] == payloads
+    assert [e["payload"] for e in seen] == [parse_json(json.dumps(p)) for p in payloads]
 
 
 def test_a_killed_job_died_and_a_reused_pid_is_not_it(tmp_path):

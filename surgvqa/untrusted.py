@@ -1,0 +1,75 @@
+"""Text and JSON from outside (a host, a log, somebody's files), made safe to read and to show.
+
+Standard library, Python 3.8: it travels to GPU hosts with the agent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+MAX_DEPTH = 50
+"""Levels of lists and objects within each other that any document of ours stays well below."""
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+"""What a terminal obeys instead of showing it: control characters but newline and tab, changes of direction; and lone
+surrogates, which no terminal can be sent."""
+SEQUENCE = re.compile("\x1b(?:\\[[0-9:;<=>?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[ -/]*[0-~])")
+"""One escape sequence: CSI, OSC or a plain one (ECMA-48)."""
+
+
+def printable(text: str) -> str:
+    r"""`text` with whatever a terminal would obey written out: an escape character becomes the four letters `\x1b`."""
+
+    def written_out(found: re.Match[str]) -> str:
+        code = ord(found.group())
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return OBEYED.sub(written_out, text)
+
+
+def one_line(text: str) -> str:
+    """`text` printable and in one line."""
+    return printable(" ".join(text.splitlines()))
+
+
+def log_text(text: str) -> str:
+    """Output of a program without colours and cursor movements; what it redrew (a progress bar) is one line each."""
+    return printable(SEQUENCE.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def parse_json(document: bytes | str) -> Any:
+    """The JSON of `document`, its strings and keys printable.
+
+    Raises ValueError for what is not JSON, is not UTF-8 or is nested deeper than MAX_DEPTH.
+    """
+    return cleaned(load_json(document))
+
+
+def load_json(document: bytes | str) -> Any:
+    """As `json.loads`, and ValueError also for what is nested too deeply for it. For text that is cleaned later."""
+    try:
+        return json.loads(document)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_object(document: bytes | str) -> dict[str, Any]:
+    """As `parse_json`, of what has to be an object."""
+    found = parse_json(document)
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, found {type(found).__name__}")
+    return found
+
+
+def cleaned(value: Any, depth: int = 0) -> Any:
+    """A value made of JSON's types with all its text printable. ValueError when it is nested too deeply."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, str):
+        return printable(value) if OBEYED.search(value) else value
+    if isinstance(value, dict):
+        return {cleaned(key, depth): cleaned(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [cleaned(item, depth + 1) for item in value]
+    return value
