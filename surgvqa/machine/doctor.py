@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes.util
 import importlib.metadata
 import json
-import netrc
 import os
 import platform
 import re
@@ -24,6 +23,7 @@ from typing import Any
 
 from surgvqa.config.workspace import Workspace
 from surgvqa.machine import gpu
+from surgvqa.machine.wandb_key import wandb_key_source
 from surgvqa.outcome import Outcome
 
 TRAIN_PACKAGES = (
@@ -217,13 +217,8 @@ def _disk(root: Path) -> Finding:
 
 def _wandb() -> Finding:
     """Whether there is a key; it is never shown."""
-    if os.environ.get("WANDB_API_KEY"):
-        return Finding("W&B", "ok", "a key is in WANDB_API_KEY")
-    try:
-        if netrc.netrc().authenticators("api.wandb.ai"):
-            return Finding("W&B", "ok", "a key is in ~/.netrc")
-    except (OSError, netrc.NetrcParseError):
-        pass
+    if source := wandb_key_source():
+        return Finding("W&B", "ok", f"a key is in {source}")
     return Finding("W&B", "info", "no key: --report_to wandb would run offline (wandb login sets one)")
 
 
@@ -241,7 +236,8 @@ def probe() -> dict[str, Any]:
             timeout=PROBE_TIMEOUT_S,
             env={**os.environ, "TRANSFORMERS_OFFLINE": "1"},
         )
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
     except subprocess.TimeoutExpired:
         return {"crash": f"no answer in {PROBE_TIMEOUT_S} s"}
     except (ValueError, IndexError):

@@ -142,7 +142,7 @@ def _devices() -> Iterator[tuple[int, int | None, Any, Any]]:
         card = _try(pynvml.nvmlDeviceGetHandleByIndex, index)
         if card is None:
             continue
-        instances = []
+        instances: list[tuple[int, int | None, Any, Any]] = []
         mode = _try(pynvml.nvmlDeviceGetMigMode, card)
         if mode and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE:
             for number in range(_try(pynvml.nvmlDeviceGetMaxMigDeviceCount, card) or 0):

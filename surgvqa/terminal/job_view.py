@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from surgvqa.terminal.drawing import bought
 from surgvqa.terminal.figures import amount, human_seconds
@@ -27,7 +27,6 @@ class JobView:
         self.console = Console(file=stream or sys.stderr, highlight=False, emoji=False)
         self.live = self.console.is_terminal
         self.progress: Progress | None = None
-        self.task: TaskID | None = None
         self.phase = ""
         self.began: tuple[float, float] | None = None
         """When the phase first told its progress, and what was done then: a phase may go on from the middle."""
@@ -44,7 +43,6 @@ class JobView:
         if self.progress:
             self.progress.stop()
             self.progress = None
-            self.task = None
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=not self.live)  # a file or pipe has no width
@@ -77,8 +75,8 @@ class JobView:
                     transient=True,
                 )
                 self.progress.start()
-                self.task = self.progress.add_task(event["phase"], total=total, completed=done, text="")
-            self.progress.update(self.task, completed=done, total=total, text=text)
+                self.progress.add_task(event["phase"], total=total, completed=done, text="")
+            self.progress.update(self.progress.task_ids[0], completed=done, total=total, text=text)
         elif time.monotonic() - self.last_line > 10 or done == total:
             self.last_line = time.monotonic()
             left = f", {human_seconds((total - done) / per_s)} left" if per_s and total and done < total else ""
@@ -92,8 +90,10 @@ class JobView:
                 columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
                 self.progress = Progress(*columns, console=self.console, transient=True)
                 self.progress.start()
-                self.task = self.progress.add_task("")
-            self.progress.update(self.task, description=escape(text[: max(20, self.console.width - 14)]))
+                self.progress.add_task("")
+            self.progress.update(
+                self.progress.task_ids[0], description=escape(text[: max(20, self.console.width - 14)])
+            )
         elif time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
             self._say(f"  {escape(text)}")

@@ -141,6 +141,20 @@ def test_the_key_of_wandb_is_never_shown(machine, monkeypatch, capsys):
     assert "very-secret" not in capsys.readouterr().out + json.dumps([f.__dict__ for f in found.values()])
 
 
+def test_the_netrc_that_wandb_would_read_is_the_one_that_counts(machine, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    file = tmp_path / "elsewhere"
+    file.write_text("machine api.wandb.ai login user password very-secret-0123\n")
+    monkeypatch.setenv("NETRC", str(file))
+    assert machine()["W&B"].text == f"a key is in {file}"
+    file.write_text("machine elsewhere.org login user password x\n")
+    assert machine()["W&B"].status == "info"
+    file.write_bytes(b"\xff\xfe machine")
+    assert machine()["W&B"].status == "info"
+    monkeypatch.setenv("NETRC", str(tmp_path / "missing"))
+    assert machine()["W&B"].status == "info"
+
+
 def test_a_probe_that_crashes_is_reported_not_raised(monkeypatch):
     monkeypatch.setattr(doctor, "PROBE", "import os; os.abort()")
     assert "crash" in doctor.probe()
