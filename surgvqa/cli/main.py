@@ -1,7 +1,7 @@
-"""`surgvqa`: parses, lays the settings over each other, and hands each command to the room that does it.
+"""`surgvqa`: parses the command line, resolves the settings and calls the module of the command.
 
-Nothing heavy is imported here. A command's room has `run(options, run) -> Outcome`, and may have `check(options)`,
-which looks at the input before a run folder is made. Jobs (merge, train, evaluate, …) get a run folder; the others get
+Nothing heavy is imported here. A command's module has `run(options, run) -> Outcome` and may have `check(options)`,
+which validates the input before a run folder is made. Jobs (merge, train, evaluate, …) get a run folder; the others get
 None.
 """
 

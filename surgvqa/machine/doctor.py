@@ -1,7 +1,7 @@
-"""`surgvqa doctor`: what this machine can do, a line a thing, each with the way to mend it.
+"""`surgvqa doctor`: what this machine can do, one line for each finding, with the way to mend it.
 
-torch and its like are looked at in a process of their own: a broken build that crashes on import is a finding, not a
-crash of the doctor, and the doctor stays light.
+A child process imports torch and the libraries on top of it: a broken build that crashes on import becomes a finding
+and does not crash the doctor, which itself imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TRAIN_PACKAGES = (
     "soundfile",
 )
 TRAIN_EXTRA = "pip install 'surgvqa[train]'"
-FREE_GB = 40.0  # a merged checkpoint (18 GB), its sources already there, adapters and a feature cache
+FREE_GB = 40.0  # a merged checkpoint (18 GB), adapters and a feature cache; the merge's inputs are already there
 PROBE_TIMEOUT_S = 180
 PROBE = """
 import importlib, json, sys
@@ -81,7 +81,7 @@ print("\\n" + json.dumps(found))
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. `status`: ok, info (nothing to mend), warn (works, worse than it could), bad (does not work)."""
+    """One line. `status`: ok, info (nothing to mend), warn (works, but could be better), bad (does not work)."""
 
     name: str
     status: str
@@ -90,7 +90,7 @@ class Finding:
 
 
 def run(arguments: Namespace, workspace: Workspace) -> Outcome:
-    """Exit code 1 when something that training here would need is broken; a machine without torch is not broken."""
+    """Exit code 1 when something that training needs is broken; a machine without torch is not broken."""
     findings = list(examine(workspace))
     ok = not any(f.status == "bad" for f in findings)
     return Outcome({"ok": ok, "findings": [asdict(f) for f in findings]}, ok, lambda console: _show(console, findings))
@@ -164,7 +164,7 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def lower_bounds() -> dict[str, str]:
-    """{package: oldest version} that our own metadata (pyproject.toml) asks for."""
+    """{package: oldest version} that our own metadata (pyproject.toml) requires."""
     try:
         wanted = importlib.metadata.requires("surgvqa") or []
     except importlib.metadata.PackageNotFoundError:
@@ -177,7 +177,7 @@ def _versions(installed: dict[str, str | None]) -> Iterator[Finding]:
     for package, least in lower_bounds().items():
         found = installed.get(package)
         if found and release(found) < release(least):
-            text = f"{package} {found}: older than {least}, the oldest that surgvqa is tested with"
+            text = f"{package} {found}: older than {least}, the oldest version that surgvqa is tested with"
             yield Finding(package, "bad", text, f"pip install -U '{package}>={least}'")
     vision = version("torchvision")
     if vision and installed["torch"]:
@@ -211,12 +211,14 @@ def _disk(root: Path) -> Finding:
     if usage.free < 1e9:
         return Finding("disk", "bad", text, "free some space: not even an adapter's checkpoint fits")
     if usage.free < FREE_GB * 1e9:
-        return Finding("disk", "warn", text, f"a merge at real size wants {FREE_GB:.0f} GB; adapters take 1 GB each")
+        return Finding(
+            "disk", "warn", text, f"a merge of the real model needs {FREE_GB:.0f} GB; each adapter takes 1 GB"
+        )
     return Finding("disk", "ok", text)
 
 
 def _wandb() -> Finding:
-    """Whether there is a key; it is never shown."""
+    """Where the API key is, if there is one; the key itself is never shown."""
     if source := wandb_key_source():
         return Finding("W&B", "ok", f"a key is in {source}")
     return Finding("W&B", "info", "no key: --report_to wandb would run offline (wandb login sets one)")
@@ -226,7 +228,7 @@ def _wandb() -> Finding:
 
 
 def probe() -> dict[str, Any]:
-    """What torch and its like report, from a process of their own; {"crash": …} when that process did not survive."""
+    """What torch and the libraries on top of it report from a child process; {"crash": …} when it did not survive."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE],

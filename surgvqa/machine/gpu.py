@@ -1,4 +1,4 @@
-"""What the GPUs are doing, from NVML (nvidia-ml-py); on a machine without one, what the process takes of the host.
+"""What the GPUs are doing, from NVML (nvidia-ml-py); on a machine without a GPU, how much host memory the process uses.
 
 Any single figure may be missing: MIG devices have no utilisation, containers hide other processes, passively cooled
 cards have no fan. What is unknown is absent, never zero and never an error. NVML stays initialised between samples:
@@ -23,7 +23,7 @@ from surgvqa.errors import UsageError
 from surgvqa.outcome import Outcome
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-CHILDREN_EVERY_S = 5.0  # walking /proc for child processes is the dearest part of a host sample
+CHILDREN_EVERY_S = 5.0  # walking /proc for child processes is the slowest part of a host sample
 
 _lock = threading.Lock()
 _initialised = False
@@ -90,7 +90,7 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
 
 
 def _short(device: dict[str, Any]) -> dict[str, Any]:
-    """Of a GPU beside the run's own."""
+    """The fields shown of a GPU that is not the run's own."""
     mig = f".{device['mig_index']}" if "mig_index" in device else ""
     return _known(
         index=f"{device['index']}{mig}",
@@ -279,7 +279,7 @@ def _read_number(file: Path) -> int | None:
 
 
 def _read_cache(file: Path, key: str) -> int:
-    """Page cache that the kernel would give back before it ran out."""
+    """Bytes of page cache that the kernel can reclaim."""
     try:
         return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(key + " "))
     except (OSError, ValueError, StopIteration):

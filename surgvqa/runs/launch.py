@@ -17,7 +17,7 @@ from surgvqa.runs.folder import new_run_id
 from surgvqa.runs.process import process_identity
 from surgvqa.runs.state import read_run_json, state_of
 
-STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
+STOP_GRACE_S = 30.0  # from SIGTERM (save, end cleanly) to SIGKILL
 
 
 def launch(
@@ -26,7 +26,8 @@ def launch(
     """Starts `surgvqa COMMAND ARGV…` (`module` "remote": `surgvqa-remote`) as a job in a session of its own and returns
     its run folder.
 
-    The job outlives us; its output goes to the run folder's log.txt. It takes over the run.json written here.
+    The job outlives this process; its output goes to the run folder's log.txt, and it replaces the run.json written
+    here. Raises SurgvqaError when the folder cannot be written.
     """
     run_id = new_run_id(command)
     folder = (runs_dir or Path(workspace) / "runs") / run_id

@@ -1,4 +1,4 @@
-"""Processes, told apart for certain: pid and start time."""
+"""Processes, identified by pid and start time together."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _identity_without_proc(pid: int) -> str | None:
 
 
 def descendants(root: int) -> list[int]:
-    """Every live process below `root`."""
+    """The pids of all live descendants of `root`."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -62,7 +62,7 @@ def descendants(root: int) -> list[int]:
 
 
 def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
-    """Signals the process only if it is still the one with this identity; pidfd makes that free of races."""
+    """Signals the process only if it still has this identity, without a race where the kernel has pidfd."""
     try:
         handle = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
     except OSError:
@@ -83,7 +83,7 @@ def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
 
 
 def end_all(pids: list[int], grace_s: float) -> int:
-    """SIGTERM, then SIGKILL after `grace_s` seconds, to these very processes; how many there were."""
+    """Sends these processes SIGTERM and, after `grace_s` seconds, SIGKILL; returns how many were alive."""
     known = {pid: process_identity(pid) for pid in pids}
     known = {pid: identity for pid, identity in known.items() if identity}
     for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 2.0)):
