@@ -6,6 +6,7 @@ and does not crash the doctor, which itself imports nothing heavy.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import importlib.metadata
 import json
@@ -42,12 +43,27 @@ FREE_GB = 40.0  # a merged checkpoint (18 GB), adapters and a feature cache; the
 PROBE_TIMEOUT_S = 180
 PROBE = """
 import importlib, json, sys
-found = {}
 def look(name, function):
+    print("\\n" + json.dumps({name: None}), flush=True)
     try:
-        found[name] = function()
+        found = function()
     except BaseException as error:
-        found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        found = {"error": in_a_line(error), "culprit": culprit(error)}
+    print("\\n" + json.dumps({name: found}), flush=True)
+def in_a_line(error):
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {text[:300]}"
+def culprit(error):
+    "The package whose own import failed: PEFT imports bitsandbytes, transformers imports torchvision."
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    importing, trace = None, error.__traceback__
+    while trace:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__":
+            importing = frame.f_globals["__name__"].partition(".")[0]
+        trace = trace.tb_next
+    return importing
 def torch_facts():
     import torch
     facts = {"version": torch.__version__, "built_for": torch.version.cuda, "cuda": torch.cuda.is_available()}
@@ -71,12 +87,12 @@ def bitsandbytes():
         bitsandbytes.optim.AdamW8bit([p], lr=1e-3).step()
     return {"version": bitsandbytes.__version__}
 look("torch", torch_facts)
+look("bitsandbytes", bitsandbytes)
 for name in ("transformers", "peft"):
     look(name, lambda: {"version": importlib.import_module(name).__version__})
 look("attention", attention)
-look("bitsandbytes", bitsandbytes)
-print("\\n" + json.dumps(found))
 """
+PROBED = ("torch", "bitsandbytes", "transformers", "peft", "attention")
 
 
 @dataclass(frozen=True)
@@ -138,6 +154,10 @@ def _gpus() -> Iterator[Finding]:
             "reboot, or reinstall the driver: nvidia-smi must work" if broken else "",
         )
     for device in gpu.sample_devices():
+        if device.get("state", "ok") != "ok":
+            mend = "restart this machine (dmesg | grep Xid tells why); if it happens again, change the card or the host"
+            yield Finding(f"gpu {device['index']}", "bad", gpu.trouble(device), mend)
+            continue
         total = device.get("memory_total_bytes")
         used = device.get("memory_used_bytes", 0)
         text = device.get("name", "?") + (f", {total / 1e9:.0f} GB" if total else "")
@@ -228,7 +248,10 @@ def _wandb() -> Finding:
 
 
 def probe() -> dict[str, Any]:
-    """What torch and the libraries on top of it report from a child process; {"crash": …} when it did not survive."""
+    """What torch and the libraries on top of it report from a child process, by name.
+
+    When the child did not survive: {"crash": how it ended, "in": the library it was importing}.
+    """
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE],
@@ -238,46 +261,72 @@ def probe() -> dict[str, Any]:
             timeout=PROBE_TIMEOUT_S,
             env={**os.environ, "TRANSFORMERS_OFFLINE": "1"},
         )
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        out, how = done.stdout, ""
+    except subprocess.TimeoutExpired as error:
+        out, how = (error.stdout or b"").decode(errors="replace"), f"no answer in {PROBE_TIMEOUT_S} s"
+    found: dict[str, Any] = {}
+    for line in out.splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # what the libraries themselves print
+            found |= {name: facts for name, facts in json.loads(line).items() if name in PROBED}
+    unfinished = [name for name in PROBED if found.get(name) is None]
+    if not unfinished:
         return found
-    except subprocess.TimeoutExpired:
-        return {"crash": f"no answer in {PROBE_TIMEOUT_S} s"}
-    except (ValueError, IndexError):
+    if not how:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"crash": f"exit code {done.returncode}: {last[:200]}"}
+        how = f"exit code {done.returncode}: {last[:200]}"
+    return {"crash": how, "in": unfinished[0]}
 
 
 def _probed(found: dict[str, Any]) -> Iterator[Finding]:
     if "crash" in found:
-        yield Finding("torch", "bad", f"importing it ends the process ({found['crash']})", "reinstall torch")
+        name = found.get("in", "torch")
+        yield Finding(name, "bad", f"importing it ends the process ({found['crash']})", _reinstall(name))
         return
     torch = found["torch"]
     if "error" in torch:
-        yield Finding("torch", "bad", torch["error"], "reinstall torch for this driver: https://pytorch.org")
+        yield Finding("torch", "bad", torch["error"], _reinstall("torch"))
         return
     yield from _torch(torch)
-    for name in ("transformers", "peft"):
-        if "error" in found[name]:
-            yield Finding(name, "bad", f"cannot be imported: {found[name]['error']}", TRAIN_EXTRA)
-        else:
-            yield Finding(name, "ok", f"{name} {found[name]['version']}")
-    attention = found["attention"]
-    if "error" in attention:
-        yield Finding("attention", "bad", attention["error"], TRAIN_EXTRA)
-    else:
-        yield Finding("attention", "ok", attention["why"])
+    blamed = set()
+    for name in ("transformers", "peft", "attention"):
+        facts = found[name]
+        if "error" not in facts:
+            yield Finding(name, "ok", facts["why"] if name == "attention" else f"{name} {facts['version']}")
+            continue
+        culprit = _distribution(facts.get("culprit") or name)
+        if culprit in (name, "surgvqa"):
+            yield Finding(name, "bad", f"cannot be imported: {facts['error']}", TRAIN_EXTRA)
+        elif culprit not in blamed:
+            blamed.add(culprit)
+            text = f"{name} cannot be imported because importing {culprit} fails: {facts['error']}"
+            yield Finding(culprit, "bad", text, _reinstall(culprit))
     bitsandbytes = found["bitsandbytes"]
-    if not torch["cuda"]:
+    if not torch["cuda"] or "bitsandbytes" in blamed:
         return
     if "error" in bitsandbytes:
         yield Finding(
             "bitsandbytes",
             "warn",
             f"{bitsandbytes['error']}; the optimiser takes 32-bit moments: 1 GB more",
-            "pip install -U bitsandbytes",
+            _reinstall("bitsandbytes"),
         )
     else:
         yield Finding("bitsandbytes", "ok", f"bitsandbytes {bitsandbytes['version']}: 8-bit AdamW runs")
+
+
+def _distribution(module: str) -> str:
+    """The name by which pip knows a module: flash_attn is flash-attn, PIL is pillow."""
+    return importlib.metadata.packages_distributions().get(module, [module])[0]
+
+
+def _reinstall(package: str) -> str:
+    """How to mend a package whose import fails; one that training can do without may also go."""
+    if package == "torch":
+        return "reinstall torch for this driver: https://pytorch.org"
+    if package in TRAIN_PACKAGES or package == "attention":
+        return TRAIN_EXTRA
+    cost = " (AdamW then keeps 32-bit moments: 1 GB more)" if package == "bitsandbytes" else ""
+    return f"pip install -U {package}, or pip uninstall {package}{cost}"
 
 
 def _torch(torch: dict[str, Any]) -> Iterator[Finding]:

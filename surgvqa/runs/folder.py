@@ -17,7 +17,8 @@ Event kinds and their fields:
                                                     (compiled layers: graphs, recompiles, … of the process so far)
     eval        step, eval_loss, …
     gpu         device, backend ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
-                total_bytes, utilization_percent, temperature_c, power_w, others (processes), other_gpus
+                total_bytes, utilization_percent, temperature_c, power_w, others (processes), other_gpus,
+                problem (what NVML says of a card that is lost)
                                                     (what is unknown is absent)
     checkpoint  step, path
     preset      name, settings, step, predicted     (predicted: bytes of each component at the peak, from now on)
