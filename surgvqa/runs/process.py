@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+RUN_VARIABLE = "SURGVQA_RUN"
+"""The environment variable of a detached job that holds its run folder's absolute path."""
+
 
 def process_stat(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat (proc(5)) from the state on; the name before them may hold spaces and brackets."""
@@ -59,6 +62,30 @@ def descendants(root: int) -> list[int]:
         found += below
         waiting += below
     return found
+
+
+def job_processes() -> dict[str, list[int]]:
+    """{run folder: the pids of its detached job, the job itself before its children}, also where the folder is gone.
+
+    A job and all its children carry RUN_VARIABLE in the environment that they were started with. Only Linux tells it.
+    """
+    found: dict[str, list[int]] = {}
+    mark = f"{RUN_VARIABLE}=".encode()
+    for entry in os.listdir("/proc") if sys.platform == "linux" else []:
+        if entry.isdigit():
+            try:
+                variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            except OSError:  # somebody else's, or gone
+                continue
+            folder = next((v[len(mark) :] for v in variables if v.startswith(mark)), None)
+            if folder and process_identity(int(entry)):
+                found.setdefault(os.fsdecode(folder), []).append(int(entry))
+    return {folder: _first_is_the_root(pids) for folder, pids in found.items()}
+
+
+def _first_is_the_root(pids: list[int]) -> list[int]:
+    parents = {pid: int((process_stat(pid) or ["", "0"])[1]) for pid in pids}
+    return sorted(pids, key=lambda pid: (parents[pid] in parents, pid))
 
 
 def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
