@@ -32,8 +32,8 @@ def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:
     info = read_run_json(folder)
     if not info and str(folder.absolute()) in job_processes():  # its folder was deleted under it
         return "running"
-    running = bool(info.get("pid")) and process_identity(info["pid"]) == info.get("identity")
-    if running:  # whatever the machine is called by now: pid, boot and start time are the same
+    identity = info.get("identity")
+    if info.get("pid") and identity and process_identity(info["pid"]) == identity:  # whatever this machine is called by now
         return "running"
     if not info or info.get("host") not in (None, platform.node()):
         return "unknown"
