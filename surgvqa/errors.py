@@ -1,8 +1,9 @@
-"""The two errors that a user is meant to read: one line each, never a traceback."""
+"""The two errors that users read: one line each, never a traceback."""
 
 
 class SurgvqaError(Exception):
-    """The command ran and failed (exit code 1). The text names what, found, expected and the way out."""
+    """The command ran and failed (exit code 1). The text names the file or field, what was found,
+    what was expected and what to do."""
 
     exit_code = 1
 
@@ -14,6 +15,6 @@ class UsageError(SurgvqaError):
 
 
 def of_worker(error: SurgvqaError) -> SurgvqaError:
-    """The error without the traceback that torch puts before its text when it comes from a data loader's worker."""
+    """`error` without the traceback that torch prepends to the text of an error from a data loader's worker."""
     kind = type(error)
     return kind(str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: "))

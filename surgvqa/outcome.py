@@ -1,4 +1,4 @@
-"""What a command hands back to whoever called it: the command line, the demo, or a test."""
+"""What a command returns to its caller: the command line, the demo or a test."""
 
 from __future__ import annotations
 

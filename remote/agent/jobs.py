@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -10,7 +11,6 @@ import platform
 import pwd
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from remote.agent.files import read_record, within
 from remote.agent.machine import nvidia_smi
 from surgvqa import files
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import folder as run_folders
+from surgvqa.runs.folder import new_run_id
+from surgvqa.runs.process import RUN_VARIABLE
 
 UTF8 = ("-X", "utf8")  # names are what they were where they came from, whatever the locale here
+OF_A_JOB = {"SURGVQA_DETACHED": "1", "PYTHONUNBUFFERED": "1"}
 SYSTEMD_RUN = [
     *("systemd-run", "--user", "--quiet", "--collect", "--same-dir"),
     # The supervisor ends its job itself, and notes a job that was killed for memory: nothing is to end it for that.
@@ -53,7 +55,7 @@ def launch(
         if read_record(workspace, path).get("state") == "publishing":
             raise SurgvqaError(f"the upload of {path} did not come to its end; run surgvqa-remote upload again")
     locks = _gpu_locks(env.get("CUDA_VISIBLE_DEVICES")) if exclusive else []
-    run_id = run_folders.new_run_id(command)
+    run_id = new_run_id(command)
     folder = Path(workspace, "runs", run_id)
     folder.mkdir(parents=True)
     full = [command, *argv, "--workspace", workspace]
@@ -70,7 +72,14 @@ def launch(
     start = {
         "argv": [python, *UTF8, "-m", "surgvqa", *full, "--run_id", run_id],
         "cwd": workspace,
-        "env": {**os.environ, **env, **secrets, "SURGVQA_DETACHED": "1", "PYTHONUNBUFFERED": "1"},
+        "env": {
+            **os.environ,
+            **env,
+            **secrets,
+            "SURGVQA_DETACHED": "1",
+            RUN_VARIABLE: str(folder),
+            "PYTHONUNBUFFERED": "1",
+        },
         "locks": locks,
     }
     try:
@@ -158,11 +167,28 @@ def _gpu_locks(visible: str | None) -> list[str]:
         for pid, uuid, used in nvidia_smi("--query-compute-apps=pid,gpu_uuid,used_memory") or []:
             if uuid in [u for _, u in chosen] and not _ours(int(pid)):
                 raise SurgvqaError(f"GPU busy: process {pid} takes {used} MiB; end it, wait, or launch with --share")
-    folder = os.path.join(tempfile.gettempdir(), f"surgvqa-{os.getuid()}")
+    folder = _lock_folder()
+    return [os.path.join(folder, name + ".lock") for name in names]
+
+
+def _lock_folder() -> str:
+    """Where this user's locks of this machine lie: the same for every session, whatever its TMPDIR.
+
+    The home may be shared by several machines, so the boot id is part of the path. Where the home cannot be written or
+    has no locks (some network file systems), it is a folder of /tmp. Raises SurgvqaError when somebody else made that.
+    """
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        home = os.path.join(os.path.expanduser("~"), ".cache", "surgvqa", "locks-" + boot)
+        os.makedirs(home, mode=0o700, exist_ok=True)
+        with open(os.path.join(home, "probe"), "ab") as probe, contextlib.suppress(BlockingIOError):
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return home
+    folder = f"/tmp/surgvqa-{os.getuid()}"
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.stat(folder).st_uid != os.getuid() or os.path.islink(folder):
         raise SurgvqaError(f"{folder} belongs to somebody else; remove it")
-    return [os.path.join(folder, name + ".lock") for name in names]
+    return folder
 
 
 def _ours(pid: int) -> bool:

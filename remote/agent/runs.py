@@ -12,7 +12,7 @@ from typing import Any
 from surgvqa.errors import UsageError
 from surgvqa.files import write_json_atomic
 from surgvqa.runs import events, history
-from surgvqa.runs.process import descendants, end_all, process_identity, signal_exactly
+from surgvqa.runs.process import descendants, end_all, job_processes, process_identity, signal_exactly
 from surgvqa.runs.state import read_run_json, state_of
 from surgvqa.runs.supervisor import close_events
 
@@ -126,7 +126,7 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
     folder = _find(workspace, run)
     before, began = state_of(folder), time.monotonic()
     supervisor = _supervisor_of(folder)
-    if before in ("running", "starting"):
+    if before in ("running", "starting") and folder.is_dir():
         write_json_atomic(folder / "stop.json", {"grace_s": grace_s})
     pid, identity = supervisor.get("pid"), supervisor.get("identity")
     if pid and signal_exactly(pid, identity, 15):
@@ -134,6 +134,8 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
         if process_identity(pid) == identity:  # wedged itself: end all that hangs below it
             end_all([*descendants(pid), pid], 0.0)
     info = read_run_json(folder)
+    if not info and (lost := job_processes().get(str(folder))):  # its folder was deleted under it
+        info = {"pid": lost[0], "identity": process_identity(lost[0])}
     pid, identity = info.get("pid"), info.get("identity")
     if pid and identity and process_identity(pid) == identity:
         family = descendants(pid)
@@ -147,7 +149,7 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
         close_events(folder, None, None, stopped=True)
     return {
         "run": folder.name,
-        "state": state_of(folder),
+        "state": state_of(folder) if folder.is_dir() else "stopped",
         "before": before,
         "seconds": time.monotonic() - began,
         "exit": _exit_of(folder),

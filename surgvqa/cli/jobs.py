@@ -1,4 +1,4 @@
-"""A command that is a job: its run folder, its log, its end."""
+"""Runs a command that is a job: with a run folder, a log and an outcome."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from surgvqa.terminal.job_view import JobView, OutputToLog
 
 
 def record_failure(argv: list[str], error: SurgvqaError) -> None:
-    """A launched job that could not even be asked says so in the run folder that was made for it."""
+    """Records a usage error of a launched job in the run folder that was made for it."""
 
     def value(option: str) -> str | None:
         """The last one counts, as for argparse."""
@@ -40,9 +40,10 @@ def record_failure(argv: list[str], error: SurgvqaError) -> None:
 
 
 def run_job(run: Run, work: Callable[[Run], Outcome]) -> Outcome:
-    """Does `work` in its run folder; in the foreground its events are drawn and its output goes to log.txt.
+    """Runs `work` with its run folder; in the foreground its events are drawn and its output goes to log.txt.
 
-    SIGTERM (the panel's stop) and Ctrl-C end it alike and once: what is open is closed, the run says "stopped".
+    SIGTERM (the panel's stop) and Ctrl-C do the same, once: open files are closed and the run ends as "stopped".
+    Raises SurgvqaError, with one line for people, for any error of `work`; its traceback goes to log.txt.
     """
     stopping = False
 

@@ -1,7 +1,7 @@
-"""`surgvqa`: parses, lays the settings over each other, and hands each command to the room that does it.
+"""`surgvqa`: parses the command line, resolves the settings and calls the module of the command.
 
-Nothing heavy is imported here. A command's room has `run(options, run) -> Outcome`, and may have `check(options)`,
-which looks at the input before a run folder is made. Jobs (merge, train, evaluate, …) get a run folder; the others get
+Nothing heavy is imported here. A command's module has `run(options, run) -> Outcome` and may have `check(options)`,
+which validates the input before a run folder is made. Jobs (merge, train, evaluate, …) get a run folder; the others get
 None.
 """
 
@@ -108,7 +108,8 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
     workspace = load_workspace(Path(given_root) if given_root else find_workspace())
     module, _, function = command.room.partition(":")
     if name not in options.COMMAND_OPTIONS:
-        return getattr(importlib.import_module(module), function or "run")(arguments, workspace)
+        answered: Outcome = getattr(importlib.import_module(module), function or "run")(arguments, workspace)
+        return answered
 
     known = settings.settings_of(options.COMMAND_OPTIONS[name])
     given = {
@@ -123,14 +124,15 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
     if hasattr(room, "check"):
         room.check(resolved.options)
     if not command.job:
-        return room.run(resolved.options, workspace)
+        answered = room.run(resolved.options, workspace)
+        return answered
     if getattr(resolved.options, "dry_run", False):  # only a question: it leaves no run folder
         with tempfile.TemporaryDirectory() as folder:
             run = new_run(name, resolved, Workspace(Path(folder), {}, {}), argv=argv)
             return run_job(run, partial(room.run, resolved.options))
     if arguments.detach:
         rest = [a for a in argv[argv.index(name) + 1 :] if a not in ("--detach", "--json")]
-        folder = launch(name, rest, Path.cwd(), workspace.runs_dir)
-        return Outcome({"run": folder.name, "folder": str(folder)}, show=lambda console: console.print(folder.name))
+        started = launch(name, rest, Path.cwd(), workspace.runs_dir)
+        return Outcome({"run": started.name, "folder": str(started)}, show=lambda console: console.print(started.name))
     run = new_run(name, resolved, workspace, arguments.run_id, argv)
     return run_job(run, partial(room.run, resolved.options))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 from surgvqa import __version__
 from surgvqa.cli.commands import COMMANDS
@@ -14,7 +14,7 @@ from surgvqa.errors import UsageError
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit code 2."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 

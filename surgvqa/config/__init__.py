@@ -1,1 +1,1 @@
-"""Every setting: its default, where its value comes from, and the workspace that it belongs to."""
+"""Every setting: its default, where its value comes from, and the workspace it belongs to."""

@@ -1,7 +1,7 @@
-"""Every setting of every command, with its default, its unit and its reason: the single place where defaults stand.
+"""Every setting of every command, with its default, unit and reason. Defaults are defined here and nowhere else.
 
-A command's options are one dataclass here. `resolve` lays the sources over each other
-(built-in default < preset < surgvqa.toml < command line) and remembers where each value came from.
+Each command's options are one dataclass. `resolve` combines the sources (built-in default < preset < surgvqa.toml <
+command line) and records where each value came from.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DataOptions:
     image_size: int = option(512, "longest side of a frame in pixels; larger frames are scaled down", least=28)
     input_mode: str = option(
         "audio_only",
-        "how the question reaches the model: spoken only, or spoken and written (the old script's way, which lets "
+        "how the question reaches the model: spoken only, or spoken and written (as in the old script; it lets "
         "the model ignore the audio)",
         choices=("audio_only", "audio_text"),
     )
@@ -144,7 +144,7 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     packing: str = option(
         "auto",
         "the samples of a micro step in one row, without padding between them: auto = with flash-attn, whose kernel "
-        "keeps them apart for nothing; the others need a mask",
+        "separates them at no cost; other kernels need a mask",
         choices=("auto", "on", "off"),
     )
     attn_implementation: str = option(

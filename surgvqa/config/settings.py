@@ -41,14 +41,14 @@ def option(
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number has to be; None: no bound on that side."""
+    """Bounds of a number; None: no bound on that side."""
 
     least: float | None = None
     above: float | None = None
     below: float | None = None
 
     def admit(self, value: float) -> bool:
-        """Whether `value` is within all of them."""
+        """Whether `value` is within every bound."""
         return (
             (self.least is None or value >= self.least)
             and (self.above is None or value > self.above)
@@ -63,7 +63,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Setting:
-    """One field: its name, plain type, and what is known about it."""
+    """One field of an options dataclass: its name, plain type and metadata."""
 
     name: str
     type: type  # bool, int, float, str or Path_
@@ -108,7 +108,7 @@ def settings_of(options_class: type) -> dict[str, Setting]:
 
 
 def require_bounds(options: Any, sources: Mapping[str, str] | None = None) -> None:
-    """UsageError for the first number of an options dataclass that is out of its bounds; `sources` says where each
+    """Raises UsageError for the first number of an options dataclass that is out of bounds; `sources` names where each
     value came from."""
     for name, setting in settings_of(type(options)).items():
         value = getattr(options, name)

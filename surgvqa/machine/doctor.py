@@ -1,15 +1,15 @@
-"""`surgvqa doctor`: what this machine can do, a line a thing, each with the way to mend it.
+"""`surgvqa doctor`: what this machine can do, one line for each finding, with the way to mend it.
 
-torch and its like are looked at in a process of their own: a broken build that crashes on import is a finding, not a
-crash of the doctor, and the doctor stays light.
+A child process imports torch and the libraries on top of it: a broken build that crashes on import becomes a finding
+and does not crash the doctor, which itself imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes.util
 import importlib.metadata
 import json
-import netrc
 import os
 import platform
 import re
@@ -24,6 +24,7 @@ from typing import Any
 
 from surgvqa.config.workspace import Workspace
 from surgvqa.machine import gpu
+from surgvqa.machine.wandb_key import wandb_key_source
 from surgvqa.outcome import Outcome
 
 TRAIN_PACKAGES = (
@@ -38,16 +39,31 @@ TRAIN_PACKAGES = (
     "soundfile",
 )
 TRAIN_EXTRA = "pip install 'surgvqa[train]'"
-FREE_GB = 40.0  # a merged checkpoint (18 GB), its sources already there, adapters and a feature cache
+FREE_GB = 40.0  # a merged checkpoint (18 GB), adapters and a feature cache; the merge's inputs are already there
 PROBE_TIMEOUT_S = 180
 PROBE = """
 import importlib, json, sys
-found = {}
 def look(name, function):
+    print("\\n" + json.dumps({name: None}), flush=True)
     try:
-        found[name] = function()
+        found = function()
     except BaseException as error:
-        found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        found = {"error": in_a_line(error), "culprit": culprit(error)}
+    print("\\n" + json.dumps({name: found}), flush=True)
+def in_a_line(error):
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {text[:300]}"
+def culprit(error):
+    "The package whose own import failed: PEFT imports bitsandbytes, transformers imports torchvision."
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    importing, trace = None, error.__traceback__
+    while trace:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__":
+            importing = frame.f_globals["__name__"].partition(".")[0]
+        trace = trace.tb_next
+    return importing
 def torch_facts():
     import torch
     facts = {"version": torch.__version__, "built_for": torch.version.cuda, "cuda": torch.cuda.is_available()}
@@ -71,17 +87,17 @@ def bitsandbytes():
         bitsandbytes.optim.AdamW8bit([p], lr=1e-3).step()
     return {"version": bitsandbytes.__version__}
 look("torch", torch_facts)
+look("bitsandbytes", bitsandbytes)
 for name in ("transformers", "peft"):
     look(name, lambda: {"version": importlib.import_module(name).__version__})
 look("attention", attention)
-look("bitsandbytes", bitsandbytes)
-print("\\n" + json.dumps(found))
 """
+PROBED = ("torch", "bitsandbytes", "transformers", "peft", "attention")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. `status`: ok, info (nothing to mend), warn (works, worse than it could), bad (does not work)."""
+    """One line. `status`: ok, info (nothing to mend), warn (works, but could be better), bad (does not work)."""
 
     name: str
     status: str
@@ -90,7 +106,7 @@ class Finding:
 
 
 def run(arguments: Namespace, workspace: Workspace) -> Outcome:
-    """Exit code 1 when something that training here would need is broken; a machine without torch is not broken."""
+    """Exit code 1 when something that training needs is broken; a machine without torch is not broken."""
     findings = list(examine(workspace))
     ok = not any(f.status == "bad" for f in findings)
     return Outcome({"ok": ok, "findings": [asdict(f) for f in findings]}, ok, lambda console: _show(console, findings))
@@ -138,6 +154,10 @@ def _gpus() -> Iterator[Finding]:
             "reboot, or reinstall the driver: nvidia-smi must work" if broken else "",
         )
     for device in gpu.sample_devices():
+        if device.get("state", "ok") != "ok":
+            mend = "restart this machine (dmesg | grep Xid tells why); if it happens again, change the card or the host"
+            yield Finding(f"gpu {device['index']}", "bad", gpu.trouble(device), mend)
+            continue
         total = device.get("memory_total_bytes")
         used = device.get("memory_used_bytes", 0)
         text = device.get("name", "?") + (f", {total / 1e9:.0f} GB" if total else "")
@@ -164,7 +184,7 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def lower_bounds() -> dict[str, str]:
-    """{package: oldest version} that our own metadata (pyproject.toml) asks for."""
+    """{package: oldest version} that our own metadata (pyproject.toml) requires."""
     try:
         wanted = importlib.metadata.requires("surgvqa") or []
     except importlib.metadata.PackageNotFoundError:
@@ -177,7 +197,7 @@ def _versions(installed: dict[str, str | None]) -> Iterator[Finding]:
     for package, least in lower_bounds().items():
         found = installed.get(package)
         if found and release(found) < release(least):
-            text = f"{package} {found}: older than {least}, the oldest that surgvqa is tested with"
+            text = f"{package} {found}: older than {least}, the oldest version that surgvqa is tested with"
             yield Finding(package, "bad", text, f"pip install -U '{package}>={least}'")
     vision = version("torchvision")
     if vision and installed["torch"]:
@@ -211,19 +231,16 @@ def _disk(root: Path) -> Finding:
     if usage.free < 1e9:
         return Finding("disk", "bad", text, "free some space: not even an adapter's checkpoint fits")
     if usage.free < FREE_GB * 1e9:
-        return Finding("disk", "warn", text, f"a merge at real size wants {FREE_GB:.0f} GB; adapters take 1 GB each")
+        return Finding(
+            "disk", "warn", text, f"a merge of the real model needs {FREE_GB:.0f} GB; each adapter takes 1 GB"
+        )
     return Finding("disk", "ok", text)
 
 
 def _wandb() -> Finding:
-    """Whether there is a key; it is never shown."""
-    if os.environ.get("WANDB_API_KEY"):
-        return Finding("W&B", "ok", "a key is in WANDB_API_KEY")
-    try:
-        if netrc.netrc().authenticators("api.wandb.ai"):
-            return Finding("W&B", "ok", "a key is in ~/.netrc")
-    except (OSError, netrc.NetrcParseError):
-        pass
+    """Where the API key is, if there is one; the key itself is never shown."""
+    if source := wandb_key_source():
+        return Finding("W&B", "ok", f"a key is in {source}")
     return Finding("W&B", "info", "no key: --report_to wandb would run offline (wandb login sets one)")
 
 
@@ -231,7 +248,10 @@ def _wandb() -> Finding:
 
 
 def probe() -> dict[str, Any]:
-    """What torch and its like report, from a process of their own; {"crash": …} when that process did not survive."""
+    """What torch and the libraries on top of it report from a child process, by name.
+
+    When the child did not survive: {"crash": how it ended, "in": the library it was importing}.
+    """
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE],
@@ -241,45 +261,72 @@ def probe() -> dict[str, Any]:
             timeout=PROBE_TIMEOUT_S,
             env={**os.environ, "TRANSFORMERS_OFFLINE": "1"},
         )
-        return json.loads(done.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"crash": f"no answer in {PROBE_TIMEOUT_S} s"}
-    except (ValueError, IndexError):
+        out, how = done.stdout, ""
+    except subprocess.TimeoutExpired as error:
+        out, how = (error.stdout or b"").decode(errors="replace"), f"no answer in {PROBE_TIMEOUT_S} s"
+    found: dict[str, Any] = {}
+    for line in out.splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # what the libraries themselves print
+            found |= {name: facts for name, facts in json.loads(line).items() if name in PROBED}
+    unfinished = [name for name in PROBED if found.get(name) is None]
+    if not unfinished:
+        return found
+    if not how:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"crash": f"exit code {done.returncode}: {last[:200]}"}
+        how = f"exit code {done.returncode}: {last[:200]}"
+    return {"crash": how, "in": unfinished[0]}
 
 
 def _probed(found: dict[str, Any]) -> Iterator[Finding]:
     if "crash" in found:
-        yield Finding("torch", "bad", f"importing it ends the process ({found['crash']})", "reinstall torch")
+        name = found.get("in", "torch")
+        yield Finding(name, "bad", f"importing it ends the process ({found['crash']})", _reinstall(name))
         return
     torch = found["torch"]
     if "error" in torch:
-        yield Finding("torch", "bad", torch["error"], "reinstall torch for this driver: https://pytorch.org")
+        yield Finding("torch", "bad", torch["error"], _reinstall("torch"))
         return
     yield from _torch(torch)
-    for name in ("transformers", "peft"):
-        if "error" in found[name]:
-            yield Finding(name, "bad", f"cannot be imported: {found[name]['error']}", TRAIN_EXTRA)
-        else:
-            yield Finding(name, "ok", f"{name} {found[name]['version']}")
-    attention = found["attention"]
-    if "error" in attention:
-        yield Finding("attention", "bad", attention["error"], TRAIN_EXTRA)
-    else:
-        yield Finding("attention", "ok", attention["why"])
+    blamed = set()
+    for name in ("transformers", "peft", "attention"):
+        facts = found[name]
+        if "error" not in facts:
+            yield Finding(name, "ok", facts["why"] if name == "attention" else f"{name} {facts['version']}")
+            continue
+        culprit = _distribution(facts.get("culprit") or name)
+        if culprit in (name, "surgvqa"):
+            yield Finding(name, "bad", f"cannot be imported: {facts['error']}", TRAIN_EXTRA)
+        elif culprit not in blamed:
+            blamed.add(culprit)
+            text = f"{name} cannot be imported because importing {culprit} fails: {facts['error']}"
+            yield Finding(culprit, "bad", text, _reinstall(culprit))
     bitsandbytes = found["bitsandbytes"]
-    if not torch["cuda"]:
+    if not torch["cuda"] or "bitsandbytes" in blamed:
         return
     if "error" in bitsandbytes:
         yield Finding(
             "bitsandbytes",
             "warn",
             f"{bitsandbytes['error']}; the optimiser takes 32-bit moments: 1 GB more",
-            "pip install -U bitsandbytes",
+            _reinstall("bitsandbytes"),
         )
     else:
         yield Finding("bitsandbytes", "ok", f"bitsandbytes {bitsandbytes['version']}: 8-bit AdamW runs")
+
+
+def _distribution(module: str) -> str:
+    """The name by which pip knows a module: flash_attn is flash-attn, PIL is pillow."""
+    return importlib.metadata.packages_distributions().get(module, [module])[0]
+
+
+def _reinstall(package: str) -> str:
+    """How to mend a package whose import fails; one that training can do without may also go."""
+    if package == "torch":
+        return "reinstall torch for this driver: https://pytorch.org"
+    if package in TRAIN_PACKAGES or package == "attention":
+        return TRAIN_EXTRA
+    cost = " (AdamW then keeps 32-bit moments: 1 GB more)" if package == "bitsandbytes" else ""
+    return f"pip install -U {package}, or pip uninstall {package}{cost}"
 
 
 def _torch(torch: dict[str, Any]) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What the GPUs are doing, from NVML (nvidia-ml-py); on a machine without one, what the process takes of the host.
+"""What the GPUs are doing, from NVML (nvidia-ml-py); on a machine without a GPU, how much host memory the process uses.
 
 Any single figure may be missing: MIG devices have no utilisation, containers hide other processes, passively cooled
 cards have no fan. What is unknown is absent, never zero and never an error. NVML stays initialised between samples:
@@ -14,6 +14,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from surgvqa.errors import UsageError
 from surgvqa.outcome import Outcome
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-CHILDREN_EVERY_S = 5.0  # walking /proc for child processes is the dearest part of a host sample
+CHILDREN_EVERY_S = 5.0  # walking /proc for child processes is the slowest part of a host sample
 
 _lock = threading.Lock()
 _initialised = False
@@ -33,27 +34,29 @@ _initialised = False
 
 
 def sample_devices() -> list[dict[str, Any]]:
-    """One dict a GPU, or a MIG instance: index, name, uuid, memory_used_bytes, memory_total_bytes,
+    """One dict for each GPU or MIG instance: index, state, name, uuid, memory_used_bytes, memory_total_bytes,
     utilization_percent, power_w, power_limit_w, temperature_c, processes [{pid, used_bytes, name}], mig_index.
 
-    The index is NVML's (nvidia-smi's). No driver: an empty list; `driver_problem` says why.
+    `state` is "ok", "lost" (it fell off the bus, or needs a reset) or "failed" (NVML cannot open it); a card that is
+    not ok has `problem`, NVML's own words. The index is NVML's (nvidia-smi's). No driver: an empty list;
+    `driver_problem` says why.
     """
     with _lock:
         if _initialise():
             return []
-        return [_device_sample(*named) for named in _devices()]
+        return [_device_sample(found) for found in _devices()]
 
 
 def any_gpu() -> bool:
     """Whether this machine has a GPU that a training could use."""
     with _lock:
-        return not _initialise() and any(True for _ in _devices())
+        return not _initialise() and any(_device_sample(found)["state"] == "ok" for found in _devices())
 
 
 def driver_problem() -> str | None:
-    """Why there is no NVML, in one line; None when it answers."""
+    """Why NVML cannot list the GPUs, in one line; None when it can."""
     with _lock:
-        return _initialise()
+        return _initialise() or _counting_problem()
 
 
 def sample_process(device_index: int | None, uuid: str | None = None) -> dict[str, Any]:
@@ -76,6 +79,7 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
             return _known(
                 device=device["index"],
                 backend="cuda",
+                problem=device.get("problem"),
                 name=device.get("name"),
                 process_bytes=sum(own) or None,
                 used_bytes=device.get("memory_used_bytes"),
@@ -86,14 +90,17 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
                 others=[p for p in device.get("processes", []) if p["pid"] != os.getpid()] if own else None,
                 other_gpus=[_short(other) for other in devices if other is not device] or None,
             )
-    return _known(device=device_index, backend="cuda")  # NVML hides it; torch's own figures are all there is
+    broken = [_short(device) for device in devices if device["state"] != "ok"]  # the run's own may be among them
+    return _known(device=device_index, backend="cuda", other_gpus=broken or None)  # else NVML hides it
 
 
 def _short(device: dict[str, Any]) -> dict[str, Any]:
-    """Of a GPU beside the run's own."""
+    """The fields shown of a GPU that is not the run's own."""
     mig = f".{device['mig_index']}" if "mig_index" in device else ""
     return _known(
         index=f"{device['index']}{mig}",
+        state=device["state"],
+        problem=device.get("problem"),
         name=device.get("name"),
         used_bytes=device.get("memory_used_bytes"),
         total_bytes=device.get("memory_total_bytes"),
@@ -134,36 +141,83 @@ def _try(function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def _devices() -> Iterator[tuple[int, int | None, Any, Any]]:
-    """(index, MIG index or None, handle, handle of the whole card) of every device that has memory of its own."""
+@dataclass(frozen=True)
+class _Device:
+    """A device that has memory of its own: a card or a MIG instance of one."""
+
+    index: int
+    mig_index: int | None = None
+    handle: Any = None
+    card: Any = None
+    """The handle of the whole card, which alone knows power and temperature."""
+    problem: str = ""
+    """Why the card could not be opened."""
+    lost: bool = False
+
+
+def _counting_problem() -> str | None:
+    """Why the driver, once initialised, cannot count its cards."""
+    import pynvml
+
+    try:
+        pynvml.nvmlDeviceGetCount()
+    except pynvml.NVMLError as error:
+        return f"the NVIDIA driver does not answer: {error}"
+    return None
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether NVML says that the whole card is gone: it fell off the bus (Xid 79) or needs a reset."""
+    import pynvml
+
+    codes = [getattr(pynvml, name, None) for name in ("NVML_ERROR_GPU_IS_LOST", "NVML_ERROR_RESET_REQUIRED")]
+    return getattr(error, "value", -1) in codes or "lost" in str(error).lower()
+
+
+def _devices() -> Iterator[_Device]:
+    """Every device that has memory of its own, and every card that could not be opened."""
     import pynvml
 
     for index in range(_try(pynvml.nvmlDeviceGetCount) or 0):
-        card = _try(pynvml.nvmlDeviceGetHandleByIndex, index)
-        if card is None:
+        try:
+            card = pynvml.nvmlDeviceGetHandleByIndex(index)
+        except pynvml.NVMLError as error:
+            yield _Device(index, problem=str(error), lost=_is_lost(error))
             continue
-        instances = []
+        instances: list[_Device] = []
         mode = _try(pynvml.nvmlDeviceGetMigMode, card)
         if mode and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE:
             for number in range(_try(pynvml.nvmlDeviceGetMaxMigDeviceCount, card) or 0):
                 instance = _try(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, card, number)
                 if instance is not None:
-                    instances.append((index, number, instance, card))
-        yield from instances or [(index, None, card, card)]
+                    instances.append(_Device(index, number, instance, card))
+        yield from instances or [_Device(index, None, card, card)]
 
 
-def _device_sample(index: int, mig_index: int | None, device: Any, card: Any) -> dict[str, Any]:
+def _device_sample(found: _Device) -> dict[str, Any]:
+    """The figures of one device; of one that is lost or failed, what is known of it."""
     import pynvml
 
-    memory = _try(pynvml.nvmlDeviceGetMemoryInfo, device)
+    if found.problem:
+        return {"index": found.index, "state": "lost" if found.lost else "failed", "problem": found.problem}
+    device, card = found.handle, found.card
+    named = _known(
+        index=found.index,
+        mig_index=found.mig_index,
+        name=_text(_try(pynvml.nvmlDeviceGetName, device)),
+        uuid=_text(_try(pynvml.nvmlDeviceGetUUID, device)),
+    )
+    try:  # the driver goes on handing out handles of some cards that are gone
+        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
+    except pynvml.NVMLError as error:
+        if _is_lost(error):
+            return {**named, "state": "lost", "problem": str(error)}
+        memory = None
     rates = _try(pynvml.nvmlDeviceGetUtilizationRates, device)
     power = _try(pynvml.nvmlDeviceGetPowerUsage, card)
     limit = _try(pynvml.nvmlDeviceGetEnforcedPowerLimit, card)
-    return _known(
-        index=index,
-        mig_index=mig_index,
-        name=_text(_try(pynvml.nvmlDeviceGetName, device)),
-        uuid=_text(_try(pynvml.nvmlDeviceGetUUID, device)),
+    return named | _known(
+        state="ok",
         memory_used_bytes=memory and memory.used,
         memory_total_bytes=memory and memory.total,
         utilization_percent=rates and rates.gpu,
@@ -279,7 +333,7 @@ def _read_number(file: Path) -> int | None:
 
 
 def _read_cache(file: Path, key: str) -> int:
-    """Page cache that the kernel would give back before it ran out."""
+    """Bytes of page cache that the kernel can reclaim."""
     try:
         return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(key + " "))
     except (OSError, ValueError, StopIteration):
@@ -320,6 +374,11 @@ def _watch(every: float) -> None:
             return
 
 
+def trouble(gpu: dict[str, Any]) -> str:
+    """What is wrong with a device that is not "ok", in NVML's words: "lost: GPU is lost"."""
+    return f"{gpu.get('state')}: {gpu.get('problem', 'no reason given')}"
+
+
 def draw(gpus: list[dict[str, Any]], problem: str | None = None) -> Any:
     """The GPUs as a rich renderable: a heading, two bars and the processes of each."""
     from rich.console import Group
@@ -333,6 +392,9 @@ def draw(gpus: list[dict[str, Any]], problem: str | None = None) -> Any:
     rows = Table.grid(padding=(0, 1))
     for gpu in gpus:
         mig = f".{gpu['mig_index']}" if "mig_index" in gpu else ""
+        if gpu.get("state", "ok") != "ok":
+            rows.add_row(Text(f"GPU {gpu['index']}{mig}", "bold"), Text(gpu.get("name", "")), Text(trouble(gpu), "red"))
+            continue
         state = []
         if "temperature_c" in gpu:
             state.append(f"{gpu['temperature_c']} °C")

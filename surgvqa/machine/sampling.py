@@ -1,4 +1,4 @@
-"""The `gpu` events of a run, from a thread that looks once a second at what the process takes; each phase's peak."""
+"""The `gpu` events of a run, from a thread that samples memory once a second, and the peak of each phase."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes")
 
 
 class MemorySampler:
-    """Emits a `gpu` event every `every_s` seconds while it is entered, and remembers the most memory it saw.
+    """Emits a `gpu` event every `every_s` seconds while it is entered, and keeps the peaks.
 
     `device` is a torch.device. On a CPU the memory is the process's resident memory; on a GPU also what torch's
-    allocator holds. `measure` closes a phase: its peak is said in a `memory` event, and the next one counts anew.
+    allocator holds. `measure` ends a phase: it emits a `memory` event with the phase's peaks and resets them.
     """
 
     def __init__(self, run: Run, device: Any, every_s: float = 1.0, budget_gb: float | None = None):
@@ -41,8 +41,8 @@ class MemorySampler:
         self._emit()
 
     def peaks(self) -> dict[str, Any]:
-        """For a result, once it is left: peak_allocated_gb (on a CPU the peak of the resident memory) and peak_kind,
-        which says so."""
+        """The run's peaks, once the sampler has been left: peak_allocated_gb (on a CPU, of resident memory) and
+        peak_kind, which names what was measured."""
         if self.device.type == "cuda":
             return {
                 "peak_allocated_gb": self._most["peak_allocated_bytes"] / 1e9,
@@ -52,7 +52,7 @@ class MemorySampler:
         return {"peak_allocated_gb": self._most["peak_process_bytes"] / 1e9, "peak_kind": "resident memory (CPU)"}
 
     def measure(self, phase: str) -> None:
-        """`phase` is over: a `memory` event with its peaks in bytes. Warns once when one was over the budget."""
+        """Ends `phase`: emits a `memory` event with its peaks in bytes. Warns once when a peak exceeds the budget."""
         self._emit()
         with self._lock:
             peaks = {name: found for name, found in self._most_of_phase.items() if found}
@@ -62,7 +62,7 @@ class MemorySampler:
         peak_gb = peaks.get("peak_allocated_bytes", 0) / 1e9
         if self.budget_gb and peak_gb > self.budget_gb and not self._warned:
             self._warned = True
-            self.run.warning(f"{phase} took {peak_gb:.1f} GB, the budget is {self.budget_gb:g} GB")
+            self.run.warning(f"{phase} took {peak_gb:.1f} GB; the budget is {self.budget_gb:g} GB")
 
     def _reset_allocator(self) -> None:
         if self.device.type == "cuda":

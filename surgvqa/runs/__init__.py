@@ -1,1 +1,1 @@
-"""The run folder: the only thing that a job and whoever watches it have in common."""
+"""The run folder: everything that a job and its watchers share."""

@@ -1,6 +1,6 @@
-"""The run folder: the only thing that a job and whoever watches it have in common.
+"""The run folder: everything that a job and its watchers share.
 
-    runs/<run id>/run.json       what was asked (atomic, written once when the job starts)
+    runs/<run id>/run.json       what was asked for (atomic, written once when the job starts)
                  events.jsonl    append-only, one JSON object a line: {"v":1,"t":<unix s>,"kind":…,…}
                  log.txt         the process's own stdout and stderr
                  …               what the job makes
@@ -8,22 +8,23 @@
 Event kinds and their fields:
 
     phase       name, text
-    progress    phase, done, total, unit            (rate and time left are the reader's to derive)
+    progress    phase, done, total, unit            (readers derive rate and time left)
                                                     (merge adds shard, shard_done, shard_total)
     plan        output, output_bytes, free_bytes, shards, modules_merged, …     (merge, before it writes)
-    shard       file, bytes, sha256, done, total    (merge, each shard that is on the disk)
+    shard       file, bytes, sha256, done, total    (merge, for each shard on disk)
     metric      step, total_steps, epoch, loss, learning_rate, grad_norm, samples_per_s, data_wait, …
                                                     (data_wait: share of the step spent waiting for data, 0..1)
                                                     (compiled layers: graphs, recompiles, … of the process so far)
     eval        step, eval_loss, …
     gpu         device, backend ("cuda" or "host"), process_bytes, allocated_bytes, reserved_bytes, used_bytes,
-                total_bytes, utilization_percent, temperature_c, power_w, others (processes), other_gpus
+                total_bytes, utilization_percent, temperature_c, power_w, others (processes), other_gpus,
+                problem (what NVML says of a card that is lost)
                                                     (what is unknown is absent)
     checkpoint  step, path
     preset      name, settings, step, predicted     (predicted: bytes of each component at the peak, from now on)
     oom         step, phase, text, requested_bytes, allocated_bytes, reserved_bytes, memory, predicted, action, …
-    retreat     step, settings, predicted           (memory for time: nothing that the model sees changes)
-    memory      phase, peak_allocated_bytes, peak_reserved_bytes, budget_gb  (a phase that is over)
+    retreat     step, settings, predicted           (trades time for memory; the model's input is unchanged)
+    memory      phase, peak_allocated_bytes, peak_reserved_bytes, budget_gb  (when a phase ends)
     warning     text
     error       text
     finished    state ("finished" | "failed" | "stopped"), result, exit_code
@@ -53,14 +54,14 @@ from surgvqa.runs.process import process_identity
 
 
 def new_run_id(command: str) -> str:
-    """Sorts by start time and says what it is: 20261122-163012-train-a3f."""
+    """An id that sorts by start time and names the command: 20261122-163012-train-a3f."""
     return f"{datetime.now():%Y%m%d-%H%M%S}-{command}-{secrets.token_hex(2)[:3]}"
 
 
 class Run:
-    """A job's own end of its run folder. Thread-safe; every event is one write(2) to an O_APPEND file.
+    """A run folder as its job sees it. Thread-safe; every event is one write(2) to an O_APPEND file.
 
-    Use as a context manager: leaving it writes the `finished` event, also on an exception.
+    Use as a context manager: leaving it writes the `finished` event, also after an exception.
     """
 
     def __init__(
@@ -93,7 +94,9 @@ class Run:
         observer: Callable[[dict[str, Any]], None] | None = None,
         workspace: Path | None = None,
     ) -> Run:
-        """Makes `runs_dir`/<id>/ and its run.json. `run_id` of a folder that `launch` prepared is taken over."""
+        """Makes `runs_dir`/<id>/ and its run.json. The folder may exist already: `launch` prepares it.
+
+        Raises SurgvqaError when it cannot be written."""
         run_id = run_id or new_run_id(command)
         folder = Path(runs_dir) / run_id
         try:
@@ -120,7 +123,7 @@ class Run:
             raise SurgvqaError(f"{folder}: cannot write the run folder: {error.strerror}") from None
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Appends one event. A full disk loses the event, never the job."""
+        """Appends one event. On a full disk the event is lost and the job goes on."""
         event = {"v": 1, "t": round(time.time(), 3), "kind": kind, **finite(fields)}
         line = (json.dumps(event, ensure_ascii=False, default=str) + "\n").encode()
         with self._lock:
@@ -132,13 +135,13 @@ class Run:
             self.observer(event)
 
     def phase(self, name: str, text: str = "") -> None:
-        """A new part of the job begins."""
+        """Emits `phase`: a new part of the job begins."""
         self.emit("phase", name=name, text=text)
 
     def progress(
         self, phase: str, done: float, total: float | None, unit: str, every_s: float = 0.2, **fields: Any
     ) -> None:
-        """How far `phase` is; at most one event in `every_s` seconds, the first and the last always."""
+        """Emits `progress`, at most once in `every_s` seconds for each phase; the first and the last always."""
         now = time.monotonic()
         if self._last_progress[0] == phase and now - self._last_progress[1] < every_s and done != total:
             return
@@ -146,7 +149,7 @@ class Run:
         self.emit("progress", phase=phase, done=done, total=total, unit=unit, **fields)
 
     def warning(self, text: str) -> None:
-        """Something that the user should know and the job survives."""
+        """Emits `warning`: something that the user should know and that does not end the job."""
         self.emit("warning", text=text)
 
     def __enter__(self) -> Run:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
 from surgvqa.runs.events import last_events
+from surgvqa.runs.process import job_processes
 from surgvqa.runs.state import read_run_json, state_of
+
+NO_FOLDER = "(its folder is gone)"
+"""Stands for the name of a job that runs on without its run folder."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,13 @@ class RunSummary:
 
 
 def list_runs(runs_dir: Path) -> list[RunSummary]:
-    """Every run of a workspace, newest first."""
-    found = [summary(folder) for folder in (Path(runs_dir).iterdir() if Path(runs_dir).is_dir() else [])]
-    return newest_first(run for run in found if run)
+    """Every run of a workspace, newest first, and every job here that still runs without its folder."""
+    runs_dir = Path(runs_dir).absolute()
+    found = [summary(folder) for folder in (runs_dir.iterdir() if runs_dir.is_dir() else [])]
+    known = {run.folder.name for run in found if run}
+    lost = [Path(folder) for folder in job_processes()]
+    orphans = [_without_folder(folder) for folder in lost if folder.parent == runs_dir and folder.name not in known]
+    return newest_first([*(run for run in found if run), *orphans])
 
 
 def newest_first(found: Iterable[RunSummary]) -> list[RunSummary]:
@@ -56,6 +66,17 @@ def summary(folder: Path) -> RunSummary | None:
         run_name(info),
         folder,
     )
+
+
+def _without_folder(folder: Path) -> RunSummary:
+    """The row of a running job whose folder (or run.json) was deleted: what its id tells (see `new_run_id`)."""
+    parts = folder.name.split("-")
+    try:
+        started = datetime.strptime("-".join(parts[:2]), "%Y%m%d-%H%M%S").timestamp()
+    except ValueError:
+        started = 0.0
+    command = "-".join(parts[2:-1]) or "?"
+    return RunSummary(folder.name, command, "running", started, 0, platform.node(), NO_FOLDER, folder)
 
 
 def run_name(info: dict[str, Any]) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 from surgvqa.errors import SurgvqaError
 from surgvqa.files import write_json_atomic
 from surgvqa.runs.folder import new_run_id
-from surgvqa.runs.process import process_identity
+from surgvqa.runs.process import RUN_VARIABLE, job_processes, process_identity
 from surgvqa.runs.state import read_run_json, state_of
 
-STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
+STOP_GRACE_S = 30.0  # from SIGTERM (save, end cleanly) to SIGKILL
 
 
 def launch(
@@ -26,7 +26,8 @@ def launch(
     """Starts `surgvqa COMMAND ARGV…` (`module` "remote": `surgvqa-remote`) as a job in a session of its own and returns
     its run folder.
 
-    The job outlives us; its output goes to the run folder's log.txt. It takes over the run.json written here.
+    The job outlives this process; its output goes to the run folder's log.txt, and it replaces the run.json written
+    here. Raises SurgvqaError when the folder cannot be written.
     """
     run_id = new_run_id(command)
     folder = (runs_dir or Path(workspace) / "runs") / run_id
@@ -53,7 +54,7 @@ def launch(
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "SURGVQA_DETACHED": "1"},
+                env={**os.environ, "SURGVQA_DETACHED": "1", RUN_VARIABLE: str(folder.absolute())},
             )
     except OSError as error:
         raise SurgvqaError(f"{folder}: cannot start the job: {error.strerror}") from None
@@ -70,6 +71,8 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
     while state_of(folder) == "starting":
         time.sleep(0.05)
     info = read_run_json(folder)
+    if not info and (lost := job_processes().get(str(folder.absolute()))):  # its folder was deleted under it
+        info = {"pid": lost[0], "identity": process_identity(lost[0])}
     pid, identity = info.get("pid"), info.get("identity")
     if not pid or not identity or process_identity(pid) != identity:
         return state_of(folder)
@@ -84,7 +87,7 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
     for child in family:  # psutil compares start times before it signals
         with contextlib.suppress(psutil.Error):
             child.kill()
-    return state_of(folder)
+    return state_of(folder) if folder.is_dir() else "stopped"
 
 
 def _gone(pid: int, identity: str, within_s: float) -> bool:

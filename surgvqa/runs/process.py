@@ -1,4 +1,4 @@
-"""Processes, told apart for certain: pid and start time."""
+"""Processes, identified by pid and start time together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+RUN_VARIABLE = "SURGVQA_RUN"
+"""The environment variable of a detached job that holds its run folder's absolute path."""
 
 
 def process_stat(pid: int) -> list[str] | None:
@@ -46,7 +49,7 @@ def _identity_without_proc(pid: int) -> str | None:
 
 
 def descendants(root: int) -> list[int]:
-    """Every live process below `root`."""
+    """The pids of all live descendants of `root`."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -61,8 +64,32 @@ def descendants(root: int) -> list[int]:
     return found
 
 
+def job_processes() -> dict[str, list[int]]:
+    """{run folder: the pids of its detached job, the job itself before its children}, also where the folder is gone.
+
+    A job and all its children carry RUN_VARIABLE in the environment that they were started with. Only Linux tells it.
+    """
+    found: dict[str, list[int]] = {}
+    mark = f"{RUN_VARIABLE}=".encode()
+    for entry in os.listdir("/proc") if sys.platform == "linux" else []:
+        if entry.isdigit():
+            try:
+                variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            except OSError:  # somebody else's, or gone
+                continue
+            folder = next((v[len(mark) :] for v in variables if v.startswith(mark)), None)
+            if folder and process_identity(int(entry)):
+                found.setdefault(os.fsdecode(folder), []).append(int(entry))
+    return {folder: _first_is_the_root(pids) for folder, pids in found.items()}
+
+
+def _first_is_the_root(pids: list[int]) -> list[int]:
+    parents = {pid: int((process_stat(pid) or ["", "0"])[1]) for pid in pids}
+    return sorted(pids, key=lambda pid: (parents[pid] in parents, pid))
+
+
 def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
-    """Signals the process only if it is still the one with this identity; pidfd makes that free of races."""
+    """Signals the process only if it still has this identity, without a race where the kernel has pidfd."""
     try:
         handle = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
     except OSError:
@@ -83,7 +110,7 @@ def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
 
 
 def end_all(pids: list[int], grace_s: float) -> int:
-    """SIGTERM, then SIGKILL after `grace_s` seconds, to these very processes; how many there were."""
+    """Sends these processes SIGTERM and, after `grace_s` seconds, SIGKILL; returns how many were alive."""
     known = {pid: process_identity(pid) for pid in pids}
     known = {pid: identity for pid, identity in known.items() if identity}
     for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 2.0)):

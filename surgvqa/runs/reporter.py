@@ -1,4 +1,4 @@
-"""What work tells of itself while it is done, whoever listens."""
+"""The interface through which work reports its progress."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from typing import Any, Protocol
 
 
 class Reporter(Protocol):
-    """A run folder (`Run`), a terminal (`TerminalReporter`) or a line of the panel."""
+    """Implemented by a run folder (`Run`), a terminal (`TerminalReporter`) and a line of the panel."""
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """One event; runs/folder.py lists the kinds and their fields."""
+        """Reports one event; runs/folder.py lists the kinds and their fields."""
 
     def phase(self, name: str, text: str = "") -> None:
-        """A new part of the work begins."""
+        """Reports that a new part of the work begins."""
 
     def progress(self, phase: str, done: float, total: float | None, unit: str, **fields: Any) -> None:
-        """How far `phase` is, in `unit`s."""
+        """Reports that `done` of `total` `unit`s of `phase` are done; `total` is None when unknown."""
 
     def warning(self, text: str) -> None:
-        """Something that the user should know and the work survives."""
+        """Reports something that the user should know and that does not end the work."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.runs.events import finished_event
-from surgvqa.runs.process import process_identity
+from surgvqa.runs.process import job_processes, process_identity
 from surgvqa.untrusted import parse_object
 
 STARTING_GRACE_S = 60.0  # a launched job may take this long before it first speaks
@@ -46,11 +46,16 @@ def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:
     if finished:
         return str(finished.get("state", "finished"))
     info = read_run_json(folder)
+    if not info and str(folder.absolute()) in job_processes():  # its folder was deleted under it
+        return "running"
+    identity = info.get("identity")
+    if (
+        info.get("pid") and identity and process_identity(info["pid"]) == identity
+    ):  # under any host name
+        return "running"
     if not info or info.get("host") not in (None, platform.node()):
         return "unknown"
     if info.get("pid"):
-        if process_identity(info["pid"]) == info.get("identity"):
-            return "running"
         finished = finished_event(folder)  # again: it may have ended between the two looks
         return str(finished.get("state", "finished")) if finished else "died"
     return "starting" if time.time() - info.get("started", 0) < STARTING_GRACE_S else "died"

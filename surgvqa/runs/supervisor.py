@@ -99,6 +99,12 @@ def close_events(folder: Path, code: int | None, killed_by: int | None, stopped:
         return  # a full disk: state_of finds the process gone all the same
 
 
+def note_end(file: Path, document: dict[str, Any]) -> None:
+    """Writes how the job ended, unless the disk is full or somebody has deleted the run folder."""
+    with contextlib.suppress(OSError):
+        write_json_atomic(file, document)
+
+
 # --- the supervisor --------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +177,7 @@ def supervise(folder: Path) -> int:
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     code: int | None = None if killed_by else os.WEXITSTATUS(status)
     close_events(folder, code, killed_by, stopped=kill_at is not None)
-    write_json_atomic(
+    note_end(
         folder / "exit.json",
         {
             "v": 1,

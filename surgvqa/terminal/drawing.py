@@ -14,7 +14,7 @@ def plain(value: object) -> Text:
 
 
 def bought(text: str, saves_gb: float) -> str:
-    """A choice and what it does to the peak (memory.choices), in a line."""
+    """One line: a choice and how many GB (1e9 bytes) it saves or adds at the peak (memory.choices)."""
     return f"  {abs(saves_gb):5.1f} GB {'less' if saves_gb >= 0 else 'more'}: {text}"
 
 
@@ -28,5 +28,5 @@ def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
 
 
 def terminal() -> Console:
-    """stdout, which shows text as it is: brackets in a name are no markup, :x: is no emoji."""
+    """A console on stdout that shows text literally: no markup, no emoji codes."""
     return Console(highlight=False, markup=False, emoji=False)

@@ -10,14 +10,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from surgvqa.terminal.drawing import bought
 from surgvqa.terminal.figures import amount, human_seconds
 from surgvqa.untrusted import cleaned
 
 NOT_SHOWN = ("v", "t", "kind", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
-"""Fields of an `eval` event that say nothing of the model."""
+"""Fields of an `eval` event that say nothing about the model."""
 DRAWN = ("phase", "progress", "output", "metric", "eval", "checkpoint", "preset", "oom", "warning", "error", "finished")
 
 
@@ -28,14 +28,13 @@ class JobView:
         self.console = Console(file=stream or sys.stderr, highlight=False, emoji=False)
         self.live = self.console.is_terminal
         self.progress: Progress | None = None
-        self.task: TaskID | None = None
         self.phase = ""
         self.began: tuple[float, float] | None = None
-        """When the phase first told its progress, and what was done then: a phase may go on from the middle."""
+        """Time and amount of the phase's first progress event: a phase may resume in the middle."""
         self.last_line = 0.0
 
     def show(self, event: dict[str, Any]) -> None:
-        """One event, as it comes. Unknown kinds are passed over, and so is one without the fields of its kind."""
+        """Draws one event. Unknown kinds are ignored, and so are events that lack the fields of their kind."""
         if event["kind"] in DRAWN:
             with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line, or another version's
                 getattr(self, f"_{event['kind']}")(cleaned(event))
@@ -45,7 +44,10 @@ class JobView:
         if self.progress:
             self.progress.stop()
             self.progress = None
-            self.task = None
+
+    def _room(self) -> int:
+        """Columns left for text beside the spinner and the elapsed time."""
+        return max(20, self.console.width - 14)
 
     def _say(self, text: str) -> None:
         self.console.print(text, soft_wrap=not self.live)  # a file or pipe has no width
@@ -78,23 +80,23 @@ class JobView:
                     transient=True,
                 )
                 self.progress.start()
-                self.task = self.progress.add_task(event["phase"], total=total, completed=done, text="")
-            self.progress.update(self.task, completed=done, total=total, text=text)
+                self.progress.add_task(event["phase"], total=total, completed=done, text="")
+            self.progress.update(self.progress.task_ids[0], completed=done, total=total, text=text)
         elif time.monotonic() - self.last_line > 10 or done == total:
             self.last_line = time.monotonic()
             left = f", {human_seconds((total - done) / per_s)} left" if per_s and total and done < total else ""
             self._say(f"  {escape(event['phase'])}: {text}{left}")
 
     def _output(self, event: dict[str, Any]) -> None:
-        """The newest line of a program at work (pip): it moves on a terminal, and is one in 10 s without."""
+        """The latest line of a program at work (pip): redrawn in place on a terminal, else one line every 10 s."""
         text = event["text"].strip()
         if self.live:
             if not self.progress:
                 columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
                 self.progress = Progress(*columns, console=self.console, transient=True)
                 self.progress.start()
-                self.task = self.progress.add_task("")
-            self.progress.update(self.task, description=escape(text[: max(20, self.console.width - 14)]))
+                self.progress.add_task("")
+            self.progress.update(self.progress.task_ids[0], description=escape(text[: self._room()]))
         elif time.monotonic() - self.last_line > 10:
             self.last_line = time.monotonic()
             self._say(f"  {escape(text)}")

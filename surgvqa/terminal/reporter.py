@@ -1,4 +1,4 @@
-"""A job without a run folder: its events are only drawn on the terminal."""
+"""The reporter of work that has no run folder: events are drawn on the terminal and not kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from surgvqa.terminal.job_view import JobView
 
 
 class TerminalReporter:
-    """Takes a job's events as a run folder does, and draws them."""
+    """A `Reporter` (runs/reporter.py) that draws each event on stderr."""
 
     def __init__(self) -> None:
         self.view = JobView()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from surgvqa.machine.wandb_key import wandb_key_source
 from surgvqa.runs.folder import Run
-
-WANDB_HOST = "api.wandb.ai"
 
 
 @contextmanager
@@ -22,7 +20,7 @@ def wandb_environment(report_to: str, run: Run) -> Iterator[None]:
         yield
         return
     wanted = {"WANDB_DIR": str(run.folder), "WANDB_PROJECT": "surgvqa", "WANDB_SILENT": "true"}
-    if not has_wandb_key() and "WANDB_MODE" not in os.environ:
+    if wandb_key_source() is None and "WANDB_MODE" not in os.environ:
         wanted["WANDB_MODE"] = "offline"
         run.warning(
             f"W&B: no API key here, so it logs offline; later: wandb sync {run.folder / 'wandb' / 'offline-run-*'}"
@@ -39,13 +37,3 @@ def wandb_environment(report_to: str, run: Run) -> Iterator[None]:
         wandb.teardown()  # it keeps what it read from the environment for the next run of the process
         for name in added:
             os.environ.pop(name, None)
-
-
-def has_wandb_key() -> bool:
-    """Whether wandb will find a key: in WANDB_API_KEY or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(WANDB_HOST) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

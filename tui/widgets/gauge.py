@@ -91,6 +91,8 @@ class Gauge(Pane):
             lines.insert(2, Content(" ").join(whose))
         if facts:
             lines.insert(1, Content.assemble(("  ".join(facts), "$muted")))
+        if sample.get("problem"):
+            lines.append(Content.assemble((words.clip(str(sample["problem"]), width), "$error")))
         if sample.get("others"):
             lines.append(Content.assemble((words.clip(f"others: {processes(sample['others'])}", width), "$warning")))
         if self.predicted:
@@ -105,6 +107,9 @@ class Gauge(Pane):
 
     def _further(self, gpu: dict[str, Any], width: int) -> list[Content]:
         """A GPU that the run does not use: a line with a bar, and one for who does."""
+        if gpu.get("state", "ok") != "ok":
+            trouble = f"GPU {gpu.get('index')} {gpu.get('state')}: {gpu.get('problem', '')}"
+            return [Content.assemble((words.clip(trouble, width), "$error"))]
         used, total = float(gpu.get("used_bytes") or 0), float(gpu.get("total_bytes") or 0)
         title = f"GPU {gpu.get('index')} "
         figure = f" {words.gb(used)} of {words.gb(total)}" if total else " memory unknown"

@@ -176,6 +176,38 @@ def test_one_job_has_the_gpu(host):
         assert Follower(remote, third).__iter__() and list(Follower(remote, third))
 
 
+def test_sessions_with_other_temporary_folders_share_the_lock(host):
+    """pam_namespace and Slurm give each session a TMPDIR of its own; the GPU is the same."""
+    with host.connect() as remote:
+        run = start(remote)
+    (host.root / "other").mkdir()
+    host.server.stop()
+    host.server.environment = f"TMPDIR={host.root / 'other'}"
+    file = host.server.root / "sshd_config"
+    host.server.start()
+    if f"TMPDIR={host.root / 'other'}" not in file.read_text():
+        pytest.fail("the second session has the first one's TMPDIR")
+    with host.connect() as remote:
+        with pytest.raises(SurgvqaError, match=run):
+            start(remote)
+        launch.stop(remote, run, grace_s=5)
+
+
+def test_a_job_whose_folder_was_deleted_is_listed_and_can_be_stopped(host):
+    with host.connect() as remote:
+        run = start(remote)
+        until(lambda: remote.call("runs", run=run)["state"] == "running")
+        pids = [supervisor_of(host, run)["pid"], *descendants(supervisor_of(host, run)["pid"])]
+        before = {pid: process_identity(pid) for pid in pids}
+        shutil.rmtree(host.there / "runs" / run)
+        (row,) = remote.call("runs")["runs"]
+        assert (row["id"], row["state"]) == (run, "running")
+        assert launch.stop(remote, run, grace_s=5)["state"] == "stopped"
+        until(lambda: not any(process_identity(pid) == identity for pid, identity in before.items()))
+        assert remote.call("runs")["runs"] == []
+        launch.stop(remote, start(remote), grace_s=5)  # the GPU is free again
+
+
 def test_a_gpu_that_somebody_else_computes_on_is_not_shared(host):
     """nvidia-smi shows a process of no run of ours on GPU 0; GPU 1 is free."""
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=host.root)

@@ -128,6 +128,11 @@ def test_a_taken_card_names_who_takes_it(machine):
     assert "4242" in finding.text
 
 
+def test_a_card_that_is_lost_is_bad(machine):
+    found = machine(devices=[{"index": 1, "state": "lost", "problem": "GPU is lost"}])
+    assert bad(found) == ["gpu 1"] and "GPU is lost" in found["gpu 1"].text and "restart" in found["gpu 1"].mend
+
+
 @pytest.mark.parametrize(("free", "status"), [(10**8, "bad"), (20 * 10**9, "warn"), (10**12, "ok")])
 def test_disk(machine, free, status):
     assert machine(disk=SimpleNamespace(free=free, total=10**12))["disk"].status == status
@@ -141,6 +146,20 @@ def test_the_key_of_wandb_is_never_shown(machine, monkeypatch, capsys):
     assert "very-secret" not in capsys.readouterr().out + json.dumps([f.__dict__ for f in found.values()])
 
 
+def test_the_netrc_that_wandb_would_read_is_the_one_that_counts(machine, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    file = tmp_path / "elsewhere"
+    file.write_text("machine api.wandb.ai login user password very-secret-0123\n")
+    monkeypatch.setenv("NETRC", str(file))
+    assert machine()["W&B"].text == f"a key is in {file}"
+    file.write_text("machine elsewhere.org login user password x\n")
+    assert machine()["W&B"].status == "info"
+    file.write_bytes(b"\xff\xfe machine")
+    assert machine()["W&B"].status == "info"
+    monkeypatch.setenv("NETRC", str(tmp_path / "missing"))
+    assert machine()["W&B"].status == "info"
+
+
 def test_a_probe_that_crashes_is_reported_not_raised(monkeypatch):
     monkeypatch.setattr(doctor, "PROBE", "import os; os.abort()")
     assert "crash" in doctor.probe()
@@ -149,11 +168,43 @@ def test_a_probe_that_crashes_is_reported_not_raised(monkeypatch):
     assert "no answer" in doctor.probe()["crash"]
 
 
+def test_a_library_that_ends_the_process_is_the_one_that_is_named(monkeypatch, machine):
+    start = doctor.PROBE.index('look("torch"')
+    looks = "look('torch', dict)\nlook('bitsandbytes', lambda: __import__('os').abort())\n"
+    monkeypatch.setattr(doctor, "PROBE", doctor.PROBE[:start] + looks)
+    crashed = doctor.probe()
+    assert crashed["in"] == "bitsandbytes"
+    found = machine(crashed)
+    assert bad(found) == ["bitsandbytes"] and "pip uninstall bitsandbytes" in found["bitsandbytes"].mend
+
+
+def test_a_library_whose_import_raises_is_named_with_its_reason(monkeypatch, machine, tmp_path):
+    """PEFT imports bitsandbytes: the fault and the way to mend it are bitsandbytes'."""
+    (tmp_path / "bitsandbytes").mkdir()
+    reason = "raise RuntimeError('\\n   setup failed: no CUDA library found\\n')\n"
+    (tmp_path / "bitsandbytes/__init__.py").write_text(reason)
+    (tmp_path / "peft.py").write_text(
+        "try:\n    import bitsandbytes\nexcept Exception as e:\n    raise ImportError('x') from e\n"
+    )
+    for name, attributes in (("torch", "cuda = None"), ("transformers", "__version__ = '5.17.0'")):
+        (tmp_path / f"{name}.py").write_text(attributes)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    probed = doctor.probe()
+    assert probed["peft"]["culprit"] == probed["bitsandbytes"]["culprit"] == "bitsandbytes"
+    assert probed["bitsandbytes"]["error"] == "RuntimeError: setup failed: no CUDA library found"
+    found = machine({"bitsandbytes": probed["bitsandbytes"], "peft": {**probed["bitsandbytes"]}})
+    assert bad(found) == ["bitsandbytes"] and "peft" not in found
+    assert "setup failed: no CUDA library found" in found["bitsandbytes"].text
+    assert "pip uninstall bitsandbytes" in found["bitsandbytes"].mend
+
+
 def test_the_probe_is_python_and_survives_missing_packages():
     compile(doctor.PROBE, "probe", "exec")
     empty = "import sys; sys.modules.update(dict.fromkeys(('torch','transformers','peft','bitsandbytes')))\n"
     done = subprocess.run([sys.executable, "-c", empty + doctor.PROBE], capture_output=True, text=True, timeout=60)
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = {}
+    for line in filter(None, done.stdout.splitlines()):
+        found |= json.loads(line)
     assert all("error" in found[name] for name in ("torch", "transformers", "peft", "attention", "bitsandbytes"))
 
 

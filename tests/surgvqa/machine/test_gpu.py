@@ -60,6 +60,7 @@ def test_a_card_that_answers_everything(nvml):
     first, second = gpu.sample_devices()
     assert first == {
         "index": 0,
+        "state": "ok",
         "name": "NVIDIA card0",
         "uuid": "GPU-card0-uuid",
         "memory_used_bytes": 30_200_000_000,
@@ -94,8 +95,8 @@ def test_every_figure_may_be_missing(nvml, monkeypatch):
     for name in dir(pynvml):
         if name.startswith("nvmlDeviceGet") and name not in ("nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
             monkeypatch.setattr(pynvml, name, unsupported)
-    assert gpu.sample_devices() == [{"index": 0}, {"index": 1}]
-    assert gpu.sample_process(1) == {"device": 1, "backend": "cuda", "other_gpus": [{"index": "0"}]}
+    assert gpu.sample_devices() == [{"index": 0, "state": "ok"}, {"index": 1, "state": "ok"}]
+    assert gpu.sample_process(1) == {"device": 1, "backend": "cuda", "other_gpus": [{"index": "0", "state": "ok"}]}
 
 
 def test_processes_that_this_user_may_not_see_are_absent_not_empty(nvml, monkeypatch):
@@ -105,14 +106,49 @@ def test_processes_that_this_user_may_not_see_are_absent_not_empty(nvml, monkeyp
     assert "process_bytes" not in gpu.sample_process(0)
 
 
-def test_a_card_that_fell_off_the_bus_leaves_the_other(nvml, monkeypatch):
+def test_a_card_that_fell_off_the_bus_is_lost_and_leaves_the_other(nvml, monkeypatch, capsys):
     def handle(index):
         if index == 0:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
         return f"card{index}"
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
-    assert [device["index"] for device in gpu.sample_devices()] == [1]
+    lost, other = gpu.sample_devices()
+    assert (lost["index"], lost["state"]) == (0, "lost") and "lost" in lost["problem"].lower()
+    assert (other["index"], other["state"]) == (1, "ok") and gpu.any_gpu()
+    assert gpu.sample_process(0)["problem"] == lost["problem"], "the run's own card"
+    assert gpu.sample_process(0, uuid="GPU-gone")["other_gpus"][0]["state"] == "lost"
+    (beside,) = gpu.sample_process(1)["other_gpus"]
+    assert (beside["index"], beside["state"]) == ("0", "lost")
+    assert main.main(["gpus"]) == 0
+    drawn = capsys.readouterr().out
+    assert "GPU 0" in drawn and "lost: " in drawn and "30.2 of 85.0 GB" in drawn
+
+
+def test_a_card_whose_handle_is_still_there_is_lost_too(nvml, monkeypatch):
+    def lost(device):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lost)
+    assert [device["state"] for device in gpu.sample_devices()] == ["lost", "lost"]
+    assert not gpu.any_gpu(), "no training can use them"
+
+
+def test_a_card_that_cannot_be_opened_says_why(nvml, monkeypatch):
+    def handle(index):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_INSUFFICIENT_POWER)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    assert [(device["state"], bool(device["problem"])) for device in gpu.sample_devices()] == [("failed", True)] * 2
+
+
+def test_a_driver_that_cannot_count_its_cards_is_a_problem(nvml, monkeypatch, capsys):
+    def count():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", count)
+    assert main.main(["gpus"]) == 0
+    assert "the NVIDIA driver does not answer" in capsys.readouterr().out
 
 
 def test_mig_instances_are_devices_of_their_own(nvml, monkeypatch):

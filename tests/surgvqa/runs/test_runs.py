@@ -196,6 +196,42 @@ def test_a_folder_of_another_host_is_unknown_not_dead(tmp_path):
     assert state_of(tmp_path / "gone") == "unknown"
 
 
+def test_a_job_that_runs_here_is_running_whatever_the_machine_is_called_by_now(tmp_path, monkeypatch):
+    run = Run.create(tmp_path, "train")
+    monkeypatch.setattr(platform, "node", lambda: "renamed")
+    assert state_of(run.folder) == "running"
+
+
+@pytest.mark.parametrize("lost", ["folder", "run.json"])
+def test_a_job_whose_folder_was_deleted_is_listed_and_can_be_stopped(tmp_path, lost):
+    wait = "import time; print('up', flush=True); time.sleep(60)"
+    folder = tmp_path / "runs" / "20260102-030405-check-data-abc"
+    folder.mkdir(parents=True)
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {wait!r}])"
+    environment = os.environ | {process.RUN_VARIABLE: str(folder)}
+    job = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, env=environment)
+    try:
+        assert job.stdout.readline() == b"up\n"
+        if lost == "folder":
+            folder.rmdir()
+        else:
+            (folder / "run.json").write_text("{damaged")
+        (row,) = history.list_runs(tmp_path / "runs")
+        assert (row.id, row.command, row.state) == (folder.name, "check-data", "running")
+        assert time.strftime("%H%M%S", time.localtime(row.started)) == "030405"
+        assert history.list_runs(tmp_path) == [], "it is no run of another workspace"
+        found = history.find_run("20260102", [tmp_path / "runs"])
+        assert found == folder and process.job_processes()[str(folder)][0] == job.pid
+        (child,) = psutil.Process(job.pid).children()
+        launch.stop(found, grace_s=5)
+        assert job.wait(5) == -signal.SIGTERM
+        wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        assert history.list_runs(tmp_path / "runs") == []
+    finally:
+        job.kill()
+        job.wait()
+
+
 def test_a_job_that_is_starting_is_stopped_too(tmp_path):
     """It has said no pid yet: to say "not running" would leave it to run."""
     folder = tmp_path / "20260101-000000-train-abc"
