@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast lint install screenshot constraints clean
+.PHONY: demo test test-fast lint coverage install house screenshot constraints clean
 
 demo: $(VENV)/.installed ## the embedded workspace: in the panel, or headless without a terminal (HEADLESS=1)
 	@if [ -t 0 ] && [ -t 1 ] && [ -z "$(HEADLESS)" ]; then \
@@ -20,15 +20,23 @@ demo: $(VENV)/.installed ## the embedded workspace: in the panel, or headless wi
 test: $(VENV)/.installed $(VENV)/.sshd lint ## everything
 	$(PYTEST)
 
-test-fast: $(VENV)/.installed ## what needs no model and no sshd: under a minute
+test-fast: $(VENV)/.installed ## what needs no model and no sshd: about a minute
 	$(PYTEST) --dist worksteal -m "not model and not slow"
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check --quiet .
-	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python -m ruff check --quiet .
+	$(BIN)/python -m ruff format --check --quiet .
 	$(BIN)/lint-imports --no-cache > $(VENV)/lint-imports.log || { cat $(VENV)/lint-imports.log; exit 1; }
+	$(BIN)/python docs/house.py --check
+	$(BIN)/python -m mypy --no-error-summary
+
+coverage: $(VENV)/.installed ## which lines the tests run, child processes included; the rooms that are least covered last
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 install: $(VENV)/.installed
+
+house: $(VENV)/.installed ## docs/house.svg, the rooms and floors as the imports have them
+	$(BIN)/python docs/house.py
 
 screenshot: $(VENV)/.installed ## docs/panel.svg, drawn by the program
 	$(BIN)/python docs/screenshot.py
