@@ -49,9 +49,7 @@ def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:
     if not info and str(folder.absolute()) in job_processes():  # its folder was deleted under it
         return "running"
     identity = info.get("identity")
-    if (
-        info.get("pid") and identity and process_identity(info["pid"]) == identity
-    ):  # under any host name
+    if info.get("pid") and identity and process_identity(info["pid"]) == identity:  # under any host name
         return "running"
     if not info or info.get("host") not in (None, platform.node()):
         return "unknown"
