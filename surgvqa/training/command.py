@@ -96,15 +96,15 @@ def _check_values(options: TrainOptions) -> None:
 
 
 def _check_resumed(options: TrainOptions) -> None:
-    """What was trained is never begun anew by --resume: only a run that left nothing starts at step 0."""
+    """--resume never begins anew: without a whole saved state it is an error."""
     folder = Path(options.resume or ".")
     if not options.resume or folder.name.startswith("checkpoint-"):
         return
     checkpoint, damaged = checkpoints.newest_whole_checkpoint(folder)
-    if checkpoint is None and (damaged or (folder / checkpoints.ADAPTER).is_file()):
+    if checkpoint is None:
         raise UsageError(
-            f"{folder}: no checkpoint to resume from ({damaged[0] if damaged else 'none was kept'}), only trained "
-            "adapters; bring it here whole, or train anew without --resume into another output_dir"
+            f"{folder}: no checkpoint to resume from ({damaged[0] if damaged else 'none was kept'}); bring one here "
+            "whole, or train anew without --resume into another output_dir"
         )
 
 

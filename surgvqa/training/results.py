@@ -14,8 +14,9 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from surgvqa.errors import UsageError
 from surgvqa.runs.folder import Run
 from surgvqa.runs.history import find_run
 from surgvqa.runs.state import read_run_json
+from surgvqa.training import checkpoints
 
 RECORD = "surgvqa.json"
 RETREATED = ("num_frames", "image_size", "gradient_checkpointing", "checkpointed_layers")
@@ -85,10 +87,12 @@ def read(folder: Path) -> Trained | None:
     return Trained(folder, options, document.get("run"), document.get("preset"), extra, cwd, step)
 
 
-def find(name: str, workspace: Workspace) -> Trained:
+def find(name: str, workspace: Workspace, given: Collection[str] = ()) -> Trained:
     """The training that `name` means: an output folder, a checkpoint in one, a run folder, run id or run name.
 
-    A folder that no training of ours wrote comes back without options. Raises UsageError when nothing fits.
+    A run that was to go on from another and has saved nothing yet stands for that one's saved state; `given` are the
+    options that are named anew. A folder that no training of ours wrote comes back without options. Raises UsageError
+    when nothing fits.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "run.json").is_file():
@@ -104,7 +108,9 @@ def find(name: str, workspace: Workspace) -> Trained:
     info = read_run_json(run)
     if info.get("command") != "train":
         raise UsageError(f"{name}: run {run.name} is a {info.get('command')} run, expected a training run")
-    record = info.get("options") or {}
+    if "options" not in info:
+        return _before_it_began(run.name, [str(word) for word in info.get("argv", [])], workspace, given)
+    record = info["options"]
     known = settings_of(TrainOptions)
     options = {key: row.get("value") for key, row in record.items() if key in known}
     extra = {key: str(row.get("value")) for key, row in record.items() if key not in known}
@@ -116,7 +122,39 @@ def find(name: str, workspace: Workspace) -> Trained:
     if written:
         options |= {name: written.options[name] for name in RETREATED if name in written.options}
         preset = written.preset
-    return Trained(folder, options, run.name, preset, extra)
+    return Trained(_newest_state(folder, options.get("resume")), options, run.name, preset, extra)
+
+
+def _newest_state(folder: Path, resumed: str | None) -> Path:
+    """`folder`, or what its training was to go on from when it ended before it had saved a state of its own."""
+    seen = {folder}
+    while resumed and checkpoints.newest_whole_checkpoint(folder)[0] is None:
+        earlier = Path(resumed)
+        if earlier in seen or not earlier.is_dir():
+            break
+        seen.add(earlier)
+        written = read(earlier)
+        folder, resumed = earlier, written.options.get("resume") if written else None
+        if folder.name.startswith("checkpoint-"):
+            break
+    return folder
+
+
+def _before_it_began(run: str, argv: list[str], workspace: Workspace, given: Collection[str]) -> Trained:
+    """What a run was to go on from that ended before it had written its options: its input was refused, or a signal
+    came. Raises UsageError when it was no resumed one, or had asked for changes that would be lost."""
+    words = [part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    asked = {name.removeprefix("--"): value for name, value in pairwise(words) if name.startswith("--")}
+    earlier = asked.pop("resume", None)
+    if not earlier or earlier == run:
+        raise UsageError(f"{run}: it ended before it began, so there is nothing to resume; start it anew")
+    lost = [f"--{name} {value}" for name, value in asked.items() if name != "workspace" and name not in given]
+    if lost:
+        raise UsageError(
+            f"{run}: it ended before it began, and had asked for {' '.join(lost)}; name them again: "
+            f"surgvqa train --resume {earlier} {' '.join(lost)}"
+        )
+    return find(earlier, workspace, given)
 
 
 def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inherited | None:
@@ -129,7 +167,7 @@ def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inheri
     name = option and (given.get(option) or workspace.value(option, command))
     if not name:
         return None
-    trained = find(str(name), workspace)
+    trained = find(str(name), workspace, given)
     given[option] = Path_(trained.folder)
     kept = set(settings_of(DataOptions)) | {"model_name_or_path"} if command != "train" else set(trained.options)
     values = {key: value for key, value in trained.options.items() if key in kept and key != option}

@@ -40,9 +40,8 @@ def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path |
         damage = checkpoints.damage_of(damaged)
         now = f"; it is now {checkpoints.put_aside(damaged).name}" if damaged.parent == output_dir else ""
         run.warning(f"skipped {damaged.name}: {damage}{now}")
-    if checkpoint is None:
-        run.warning(f"{folder}: no whole checkpoint there; starting at step 0")
-        return None
+    if checkpoint is None:  # gone since train.check saw it
+        raise UsageError(f"{folder}: no checkpoint to resume from")
     run.phase("resume", str(checkpoint))
     written = results.read(checkpoint)
     before, after = written and samples_a_step(written.options), samples_a_step(vars(options))

@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import small
 from watched import Watched, assert_same_adapter
 
+from surgvqa.config.workspace import load_workspace
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.folder import Run
@@ -220,7 +223,8 @@ def test_what_was_trained_is_not_begun_anew(four_steps, world, tmp_path):
     with pytest.raises(UsageError, match="none was kept"):
         command.check(options)
     (output / checkpoints.ADAPTER).unlink()
-    command.check(options)  # nothing is lost by step 0
+    with pytest.raises(UsageError, match="none was kept"):  # --resume never begins at step 0
+        command.check(options)
 
 
 def test_a_moved_folder_still_has_its_best_state_and_a_lost_one_is_told(four_steps, again, tmp_path):
@@ -282,3 +286,44 @@ def test_two_trainings_do_not_share_an_output_folder(world, tmp_path, monkeypatc
         other.stdin.close()
     command.check(options)
     assert Watched(options, tmp_path / "runs").result["steps"] == 1
+
+
+# --- resumed runs that ended before they began ------------------------------------------------------------------------
+
+
+def begun_and_ended(runs: Path, run_id: str, *argv: str) -> Path:
+    """A detached run whose input was refused: it has the run.json of whoever launched it, and an end."""
+    folder = runs / run_id
+    folder.mkdir(parents=True)
+    info = {"v": 1, "id": run_id, "command": "train", "argv": ["train", *argv], "pid": None, "started": time.time()}
+    (folder / "run.json").write_text(json.dumps(info))
+    event = {"v": 1, "t": time.time(), "kind": "finished", "state": "failed", "exit_code": 2, "result": {}}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    return folder
+
+
+def test_resume_goes_on_from_the_newest_state_however_often_it_failed_to_begin(four_steps, tmp_path):
+    output, workspace = tmp_path / "out", load_workspace(tmp_path)
+    shutil.copytree(four_steps.output, output)
+    begun_and_ended(tmp_path / "runs", "20260101-000001-train-aaa", "--resume", str(output))
+    begun_and_ended(tmp_path / "runs", "20260101-000002-train-bbb", "--resume=20260101-000001-train-aaa")
+    for name in ("20260101-000001-train-aaa", "20260101-000002-train-bbb", "last"):
+        assert results.find(name, workspace).folder == output
+    begun_and_ended(tmp_path / "runs", "20260101-000003-train-ccc", "--resume", str(output), "--learning_rate", "1e-5")
+    with pytest.raises(UsageError, match=r"had asked for --learning_rate 1e-5; name them again"):
+        results.find("last", workspace)
+    assert results.find("last", workspace, {"learning_rate"}).folder == output
+    begun_and_ended(tmp_path / "runs", "20260101-000004-train-ddd", "--frames_dir", "nowhere")
+    with pytest.raises(UsageError, match="nothing to resume; start it anew"):
+        results.find("last", workspace)
+
+
+def test_a_resumed_run_that_saved_nothing_stands_for_the_state_that_it_was_to_go_on_from(four_steps, world, tmp_path):
+    output, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(four_steps.output, output)
+    options = {name: {"value": value} for name, value in vars(world.train_options(**four_steps.options)).items()}
+    options |= {"resume": {"value": str(output)}, "output_dir": {"value": str(other)}}
+    with Run.create(tmp_path / "runs", "train", options=options):
+        other.mkdir()
+    found = results.find("last", load_workspace(tmp_path))
+    assert found.folder == output and found.options["output_dir"] == str(other)
