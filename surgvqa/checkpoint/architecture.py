@@ -9,6 +9,7 @@ from typing import Any
 from surgvqa.checkpoint.config_json import flat_config
 from surgvqa.checkpoint.folder import Checkpoint
 from surgvqa.checkpoint.headers import TensorInfo
+from surgvqa.errors import UsageError
 
 Shape = tuple[int, ...]
 
@@ -16,20 +17,50 @@ Shape = tuple[int, ...]
 def expected_tensors(checkpoint: Checkpoint) -> dict[str, Shape]:
     """{old name: shape} of the audio-grafted Qwen2-VL that config.json describes; {} for another architecture.
 
-    The audio encoder's sizes are not in an old config.json: its width and depth are read off its own headers.
+    The audio encoder's sizes are not in an old config.json: its width and depth are read off its own headers. Raises
+    UsageError that names the first size that is missing or cannot be one.
     """
     config = flat_config(checkpoint.config)
     if config.get("model_type") != "qwen2_vl":
         return {}
-    try:
-        language = _language_tensors(config)
-        vision = _vision_tensors(config)
-    except (KeyError, TypeError, ZeroDivisionError):
-        return {}
+    _require_sizes(checkpoint, config)
+    language = _language_tensors(config)
+    vision = _vision_tensors(config)
     if config.get("tie_word_embeddings") and "lm_head.weight" not in checkpoint.tensors:
         del language["lm_head.weight"]
     audio = _audio_tensors(config, checkpoint.tensors)
     return {**language, **vision, **audio}
+
+
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
+    "num_hidden_layers",
+)
+VISION_SIZES = ("depth", "embed_dim", "mlp_ratio", "in_channels", "patch_size", "spatial_merge_size")
+AUDIO_SIZES = ("d_model", "encoder_layers", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
+MOST = 1 << 24
+"""No size of a model is larger; a config.json that says so would fill the memory with names."""
+MOST_LAYERS = 1000
+
+
+def _require_sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    file = checkpoint.folder / "config.json"
+
+    def check(values: Any, names: tuple[str, ...], where: str, needed: bool) -> None:
+        if not isinstance(values, Mapping):
+            raise UsageError(f"{file}: {where.strip('.') or 'it'} is {str(values)[:60]!r}, expected an object")
+        for name in names:
+            value = values.get(name)
+            if value is None and not needed:
+                continue
+            most = MOST_LAYERS if name in ("num_hidden_layers", "depth", "encoder_layers") else MOST
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
+                found = "missing" if name not in values else f"{str(value)[:60]}, expected a number from 1 to {most}"
+                raise UsageError(f"{file}: {where}{name} is {found}")
+
+    check(config, SIZES, "", needed=True)
+    check(config.get("vision_config") or {}, VISION_SIZES, "vision_config.", needed=False)
+    check(config.get("audio_encoder_config") or {}, AUDIO_SIZES, "audio_encoder_config.", needed=False)
 
 
 def _language_tensors(config: Mapping[str, Any]) -> dict[str, Shape]:

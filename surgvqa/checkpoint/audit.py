@@ -11,13 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.architecture import compare, expected_tensors
+from surgvqa.checkpoint.architecture import Shape, compare, expected_tensors
 from surgvqa.checkpoint.bf16_copy import write_bf16_copy
-from surgvqa.checkpoint.config_json import quantisation
+from surgvqa.checkpoint.config_json import quantisation, stale_quantisation
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
 from surgvqa.checkpoint.headers import FLOAT_DTYPES
 from surgvqa.config.options import AuditOptions
 from surgvqa.config.workspace import Workspace
+from surgvqa.errors import UsageError
 from surgvqa.machine.process import usable_cores
 from surgvqa.outcome import Outcome
 from surgvqa.terminal.reporter import TerminalReporter
@@ -53,8 +54,13 @@ def audit(checkpoint: Checkpoint) -> dict[str, Any]:
     quantised = quantisation(checkpoint)
     if quantised:
         problems.append(f"{checkpoint.folder}: {quantised}")
-    expected = expected_tensors(checkpoint)
-    problems += compare(expected, tensors)
+    expected: dict[str, Shape] = {}
+    try:
+        expected = expected_tensors(checkpoint)
+        problems += compare(expected, tensors)
+    except UsageError as error:  # a size that config.json lacks
+        problems.append(str(error))
+    stale = stale_quantisation(checkpoint)
     return {
         "checkpoint": str(checkpoint.folder),
         "ok": not offenders and not problems,
@@ -65,6 +71,7 @@ def audit(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dict(Counter(t.dtype for t in tensors.values()).most_common()),
         "offenders": offenders,
         "problems": problems,
+        "warnings": [stale] if stale else [],
         "architecture": "audio-grafted Qwen2-VL" if expected else None,
         "missing": sorted(expected.keys() - tensors.keys()),
         "extra": sorted(tensors.keys() - expected.keys()) if expected else [],
@@ -152,6 +159,8 @@ def show(console: Any, data: dict[str, Any]) -> None:
     more = max(0, len(data["offenders"]) - SHOWN) + max(0, len(data["problems"]) - SHOWN)
     if more:
         console.print(f"  … and {more} more (--json lists all)")
+    for text in data["warnings"]:
+        console.print(f"  warning: {text}", style="yellow", markup=False)
     if data["ok"]:
         finite = " and finite" if "not_finite" in data else ""
         console.print(Text.assemble(("ok", "green"), f": every tensor is BF16{finite}"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.checkpoint.folder import Checkpoint
-from surgvqa.checkpoint.headers import TensorInfo
+from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo
 from surgvqa.checkpoint.names import CARRIED_FILES
 
 
@@ -38,19 +38,40 @@ def whisper_config(tensors: Mapping[str, TensorInfo], prefix: str = "audio_encod
     }
 
 
+FOUR_BIT = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+PACKED = (".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_packed")
+"""Ends of the names of tensors that only a quantised checkpoint has."""
+
+
 def quantisation(checkpoint: Checkpoint) -> str | None:
-    """What says that the weights are quantised, in words; None for plain weights."""
-    config = checkpoint.config.get("quantization_config") or {}
-    four_bit = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-    packed = (".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_packed")
-    marked = next((name for name in checkpoint.tensors if name.endswith(four_bit)), None)
-    if marked or config.get("load_in_4bit") or config.get("_load_in_4bit"):
-        return f"this checkpoint is 4-bit ({marked or 'quantization_config in config.json'})"
-    found = next((name for name in checkpoint.tensors if name.endswith(packed)), None)
-    if found or config:
-        method = config.get("quant_method") or "packed weights"
-        return f"this checkpoint is quantised ({method}{', ' + found if found else ''})"
-    return None
+    """How the weights are quantised, in words, from the tensors; None for plain weights, whatever config.json says."""
+    if marked := next((name for name in checkpoint.tensors if name.endswith(FOUR_BIT)), None):
+        return f"this checkpoint is 4-bit ({marked})"
+    stated = _stated_quantisation(checkpoint)
+    integers = [n for n, t in checkpoint.tensors.items() if t.dtype not in FLOAT_DTYPES and (stated or ".weight" in n)]
+    found = next((name for name in checkpoint.tensors if name.endswith(PACKED)), None) or next(iter(integers), None)
+    if not found:
+        return None
+    if stated.get("load_in_4bit") or stated.get("_load_in_4bit"):
+        return f"this checkpoint is 4-bit ({found})"
+    return f"this checkpoint is quantised ({stated.get('quant_method') or 'packed weights'}, {found})"
+
+
+def stale_quantisation(checkpoint: Checkpoint) -> str | None:
+    """A line about a quantization_config that no tensor bears out (left by a dequantised checkpoint); else None."""
+    stated = _stated_quantisation(checkpoint)
+    if not stated or quantisation(checkpoint):
+        return None
+    method = stated.get("quant_method") or ("4-bit" if stated.get("load_in_4bit") else "quantised")
+    return (
+        f"{checkpoint.folder / 'config.json'}: quantization_config says {method}, but all tensors are plain: the "
+        "tensors count, and the key can go"
+    )
+
+
+def _stated_quantisation(checkpoint: Checkpoint) -> dict[str, Any]:
+    stated = checkpoint.config.get("quantization_config") or flat_config(checkpoint.config).get("quantization_config")
+    return stated if isinstance(stated, dict) else {}
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +97,7 @@ def output_config(base: Checkpoint) -> dict[str, Any]:
     """config.json of a BF16 copy: flat, for the old fork too; the audio encoder's sizes in a key that it ignores."""
     config = flat_config(base.config)
     config["torch_dtype"] = "bfloat16"
+    config.pop("quantization_config", None)
     sizes = whisper_config(base.tensors)
     if sizes:
         known = config.get("audio_encoder_config") or {}

@@ -71,7 +71,8 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not config:
-        problems.append(f"{folder / 'config.json'}: missing")
+        empty = (folder / "config.json").is_file()
+        problems.append(f"{folder / 'config.json'}: {'has nothing in it' if empty else 'missing'}")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         found, wrong = read_header(file)

@@ -6,6 +6,9 @@ Key forms, after the prefix `base_model.model.`:
     <module>.lora_embedding_A [r, tokens], <module>.lora_embedding_B [width, r]
     <module>.lora_magnitude_vector [out] (DoRA; `.weight` in some versions)
     <module>.<parameter>: trained in full (modules_to_save, bias="lora_only" or "all"); replaces the base's
+    <module>.base_layer.weight: the base that LoRA was trained on (PEFT saves it for the head and the embedding)
+
+The name of an adapter may stand behind lora_A, … and modules_to_save; PEFT leaves it out when it saves.
 
 Scale of a module: alpha / r, with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023). rank_pattern and alpha_pattern: the
 first key whose regex `(.*\\.)?key` matches the whole module path wins.
@@ -15,24 +18,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from surgvqa.checkpoint.folder import Checkpoint
-from surgvqa.checkpoint.headers import TensorInfo, read_header
+from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo, read_header
 from surgvqa.checkpoint.names import to_old_name
 from surgvqa.errors import UsageError
 from surgvqa.files import read_json
+from surgvqa.merge.patterns import matching
 
 PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 _PART = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.default)?(?:\.(?P<parameter>weight|bias))?$"
+    r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?:\.(?P<parameter>weight|bias))?$"
 )
-_SAVED = re.compile(r"\.(modules_to_save|base_layer)(\.default)?(?=\.)")
+_SAVED = re.compile(r"^(?P<module>.+)\.modules_to_save\.(?P<rest>.+)$")
+NEW_TENSORS = ("lm_head.weight", "audio_projector.weight", "audio_projector.bias")
+"""What an adapter may bring that its base lacks: the head of a tied base, the projector of one without audio."""
 
 # What changes the base weights themselves or has no single merged weight, and why it is refused.
 _REFUSED = {
@@ -78,12 +84,9 @@ class Adapter:
     replaced: dict[str, TensorInfo]
     """Base tensor -> the tensor that was trained in its place."""
     weights: Path
+    own_base: dict[str, TensorInfo] = field(default_factory=dict)
+    """Base tensor -> what the adapter holds as its base; its LoRA is added to that."""
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def transposed(self) -> bool:
-        """fan_in_fan_out: the base stores linear weights [in, out]."""
-        return bool(self.config.get("fan_in_fan_out"))
 
 
 def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
@@ -100,35 +103,103 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
     weights, tensors = _adapter_tensors(folder)
     adapter = Adapter(folder, config, {}, {}, weights)
     parts: dict[str, dict[str, TensorInfo]] = {}
-    raw_names: dict[str, str] = {}
+    names: dict[str, str] = {}
     for key, info in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _PART.match(name)
         if match:
             part = match["part"] + (".bias" if match["parameter"] == "bias" else "")
-            parts.setdefault(match["module"], {})[part] = info
+            held = parts.setdefault(match["module"], {})
+            if part in held:
+                raise UsageError(f"{weights}: {key} and {held[part].name}: two adapters in one file; save one of them")
+            held[part] = info
+            names.setdefault(match["adapter"] or "", key)
         elif ".original_module." in name:
             continue  # bias="all" also saves the untrained original beside a module of modules_to_save
         elif "lora_" in name or "trainable_tokens" in name:
             raise UsageError(f"{weights}: {key}: no known LoRA tensor; this adapter cannot be merged here")
+        elif ".base_layer." in name:
+            adapter.own_base[_stored(to_old_name(name.replace(".base_layer.", ".")), base)] = info
         else:
-            saved = to_old_name(_SAVED.sub("", name))
+            saved = _saved_in_full(weights, key, name, base)
+            if saved in adapter.replaced:
+                raise UsageError(
+                    f"{weights}: {key} and {adapter.replaced[saved].name} both stand for {saved}; which one counts?"
+                )
             adapter.replaced[saved] = info
+    if len(names) > 1:
+        raise UsageError(
+            f"{weights}: {' and '.join(list(names.values())[:2])} are of different adapters; save one of them"
+        )
+    ranks = _pattern_values(adapter, "rank_pattern", parts, config.get("r"))
+    alphas = _pattern_values(adapter, "alpha_pattern", parts, config.get("lora_alpha"))
     for raw_name, found in parts.items():
         module = _base_module(to_old_name(raw_name), base)
-        raw_names[module] = raw_name
-        lora = _module(adapter, raw_name, module, found, base)
+        lora = _module(adapter, raw_name, module, found, base, ranks[raw_name], alphas[raw_name])
         if f"{module}.weight" in adapter.modules:
             raise UsageError(f"{weights}: two LoRA modules for the tied weight {module}; this cannot be merged here")
         adapter.modules[f"{module}.weight"] = lora
+    for name in list(adapter.own_base):
+        if f"{name.rpartition('.')[0]}.weight" not in adapter.modules:  # no LoRA on it: trained in full
+            adapter.replaced[name] = adapter.own_base.pop(name)
     if not adapter.modules and not adapter.replaced:
         raise UsageError(f"{weights}: no tensor in it")
-    for name, info in adapter.replaced.items():
+    for name, info in [*adapter.replaced.items(), *adapter.own_base.items()]:
         there = base.tensors.get(name)
+        if there is None and name not in NEW_TENSORS:
+            raise UsageError(f"{weights}: {info.name}: the base {base.folder} has no {name}; is this its Stage 1?")
         if there and there.shape != info.shape:
             raise UsageError(f"{weights}: {info.name} is {list(info.shape)}, the base has {list(there.shape)}")
-    _check_targets(adapter, base)
+    if config.get("fan_in_fan_out"):
+        adapter.warnings.append(
+            f"{CONFIG_FILE}: fan_in_fan_out is set, but every module of this model is an nn.Linear; taken as false, as "
+            "PEFT does"
+        )
+    _check_targets(adapter, base, {to_old_name(name) for name in parts})
     return adapter
+
+
+def _saved_in_full(weights: Path, key: str, name: str, base: Checkpoint) -> str:
+    """The base tensor that a tensor trained in full stands for. UsageError where that cannot be told."""
+    match = _SAVED.match(name)
+    if not match:
+        return to_old_name(name)
+    # PEFT leaves the adapter's name out; torch.save(model.state_dict()) keeps it: <module>.modules_to_save.NAME.<rest>
+    candidates = [match["rest"], match["rest"].partition(".")[2]]
+    for rest in filter(None, candidates):
+        target = to_old_name(f"{match['module']}.{rest}")
+        if target in base.tensors:
+            return target
+    raise UsageError(
+        f"{weights}: {key}: the base {base.folder} has nothing of that name, with or without "
+        f"{match['rest'].partition('.')[0]!r} as the adapter's"
+    )
+
+
+def _stored(name: str, base: Checkpoint) -> str:
+    """The base tensor that holds what `name` means: a tied head's is the embedding's."""
+    module, _, parameter = name.rpartition(".")
+    return f"{_base_module(module, base)}.{parameter}"
+
+
+def require_promised(adapter: Adapter, base: Checkpoint, also: Collection[str] = ()) -> None:
+    """UsageError unless everything that modules_to_save names is in the file, or in `also` (base tensor names)."""
+    here = {*adapter.replaced, *also}
+    for entry in adapter.config.get("modules_to_save") or []:
+        module = to_old_name(str(entry))
+
+        def within(name: str, module: str = module) -> bool:
+            return f".{module}." in f".{name}"
+
+        promised = {name for name in base.tensors if within(name)}
+        found = {name for name in here if within(name)}
+        if not found or promised - here:
+            missing = sorted(promised - here) or [module]
+            raise UsageError(
+                f"{adapter.folder / CONFIG_FILE}: modules_to_save names {entry}, but {adapter.weights.name} has no "
+                f"{missing[0]}; bring the adapter whole, lay it over with --projector, or take {entry} out of "
+                "modules_to_save if it was not trained"
+            )
 
 
 def _refuse(file: Path, config: dict[str, Any]) -> None:
@@ -142,11 +213,6 @@ def _refuse(file: Path, config: dict[str, Any]) -> None:
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict):
             raise UsageError(f"{file}: {key} is {pattern!r}, expected an object of regular expressions and numbers")
-        for part in pattern:
-            try:
-                re.compile(part)
-            except re.error:
-                raise UsageError(f"{file}: {key} has {part!r}, which is no regular expression") from None
     start = str(config.get("init_lora_weights") or "").lower()
     if start.startswith(_REFUSED_INIT):
         raise UsageError(
@@ -177,14 +243,26 @@ def _base_module(module: str, base: Checkpoint) -> str:
     return module
 
 
-def _pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _pattern_values(adapter: Adapter, key: str, modules: Collection[str], default: Any) -> dict[str, Any]:
+    """{module: what rank_pattern or alpha_pattern (`key`) says of it}; the first pattern that matches wins."""
+    values = dict.fromkeys(modules, default)
+    left = set(modules)
+    for pattern, value in (adapter.config.get(key) or {}).items():
+        found = matching(pattern, left, f"{adapter.folder / CONFIG_FILE}: {key} has", at_end=True)
+        values |= dict.fromkeys(found, value)
+        left -= found
+    return values
 
 
-def _module(adapter: Adapter, raw_name: str, module: str, found: dict[str, TensorInfo], base: Checkpoint) -> LoraModule:
+def _module(
+    adapter: Adapter,
+    raw_name: str,
+    module: str,
+    found: dict[str, TensorInfo],
+    base: Checkpoint,
+    rank: Any,
+    alpha: Any,
+) -> LoraModule:
     config, file = adapter.config, adapter.weights
     embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -192,13 +270,14 @@ def _module(adapter: Adapter, raw_name: str, module: str, found: dict[str, Tenso
         if part not in found:
             raise UsageError(f"{file}: {raw_name} has no {part}; is the file whole?")
     a, b = found[a_name], found[b_name]
+    for info in found.values():
+        if info.dtype not in FLOAT_DTYPES:
+            raise UsageError(f"{file}: {info.name} is {info.dtype}, expected a float type; is it quantised?")
     weight = base.tensors.get(f"{module}.weight")
     if weight is None:
         raise UsageError(f"{file}: {raw_name}: the base {base.folder} has no {module}.weight; is this its Stage 1?")
     if weight.dtype not in ("BF16", "F16", "F32"):
         raise UsageError(f"{weight.file}: {weight.name} is {weight.dtype}; merge onto a BF16, F16 or F32 base")
-    rank = _pattern_value(config.get("rank_pattern"), raw_name, config.get("r"))
-    alpha = _pattern_value(config.get("alpha_pattern"), raw_name, config.get("lora_alpha"))
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise UsageError(f"{adapter.folder / CONFIG_FILE}: r={rank!r}, lora_alpha={alpha!r}; expected numbers")
     if a.shape[0] != rank or len(b.shape) < 2 or b.shape[1] != rank:
@@ -207,7 +286,7 @@ def _module(adapter: Adapter, raw_name: str, module: str, found: dict[str, Tenso
             f"{adapter.folder / CONFIG_FILE}: r={rank} but lora_A has {rows} rows in {raw_name}; "
             "is this the adapter's own config?"
         )
-    wanted = (a.shape[1], b.shape[0]) if embedding or adapter.transposed else (b.shape[0], *a.shape[1:])
+    wanted = (a.shape[1], b.shape[0]) if embedding else (b.shape[0], *a.shape[1:])
     if len(weight.shape) != 2:
         raise UsageError(f"{file}: {raw_name}: LoRA on a convolution {list(weight.shape)} is not supported")
     if weight.shape != wanted:
@@ -227,21 +306,50 @@ def _module(adapter: Adapter, raw_name: str, module: str, found: dict[str, Tenso
     return LoraModule(module, a, b, scale, rank, embedding, magnitude, bias)
 
 
-def _check_targets(adapter: Adapter, base: Checkpoint) -> None:
-    """Warns when the config's regex means modules that the file holds nothing for."""
-    target = adapter.config.get("target_modules")
-    if not isinstance(target, str) or target == "all-linear":
-        return
-    try:
-        pattern = re.compile(target)
-    except re.error:
-        return
-    modules = [
-        n.removesuffix(".weight") for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2
-    ]
-    missing = [m for m in modules if pattern.fullmatch(m) and f"{m}.weight" not in adapter.modules]
-    if missing:
+def _check_targets(adapter: Adapter, base: Checkpoint, named: set[str]) -> None:
+    """Holds the file against what target_modules promises.
+
+    UsageError when a kind of module has LoRA weights in some layers and not in others, or when a name of the list has
+    none at all; a warning when a kind that a regular expression means has none (PEFT may not have seen the encoders).
+    """
+    config, file = adapter.config, adapter.weights
+    target = config.get("target_modules")
+    linear = [n.removesuffix(".weight") for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2]
+    place = str(adapter.folder / CONFIG_FILE)
+    left_out = _meant(config.get("exclude_modules"), linear, f"{place}: exclude_modules")
+    wanted = _meant(target, linear, f"{place}: target_modules")
+    meant = [module for module in linear if module in wanted and module not in left_out]
+    layers = config.get("layers_to_transform")
+    if layers is not None:
+        chosen = {str(n) for n in (layers if isinstance(layers, list) else [layers])}
+        meant = [module for module in meant if chosen & set(re.findall(r"\.(\d+)\.", module))]
+    here = named | {name.removesuffix(".weight") for name in adapter.modules}
+    kinds: dict[str, list[str]] = {}
+    for module in meant:
+        kinds.setdefault(re.sub(r"\d+", "#", module), []).append(module)
+    absent = []
+    for modules in kinds.values():
+        missing = [module for module in modules if module not in here]
+        if missing and len(missing) < len(modules):
+            raise UsageError(
+                f"{file}: no LoRA weights for {len(missing)} of the {len(modules)} modules like {missing[0]}; "
+                "is the file whole?"
+            )
+        absent += missing
+    for name in target if isinstance(target, list) else []:
+        if not _meant([name], here, place):
+            raise UsageError(f"{file}: target_modules names {name}, but there are no LoRA weights for it; is it whole?")
+    if absent and isinstance(target, str):
         adapter.warnings.append(
-            f"{adapter.weights.name}: no LoRA weights for {len(missing)} modules that target_modules means, "
-            f"first {missing[0]}"
+            f"{file.name}: no LoRA weights for {len(absent)} modules that target_modules means, first {absent[0]}"
         )
+
+
+def _meant(target: Any, modules: Collection[str], where: str) -> set[str]:
+    """The modules that PEFT takes for `target`: a list of names or of their ends, or a regular expression."""
+    if isinstance(target, list):
+        ends = [str(name) for name in target]
+        return {module for module in modules if any(f".{module}".endswith(f".{end}") for end in ends)}
+    if not isinstance(target, str) or target == "all-linear":
+        return set()
+    return matching(target, modules, where)

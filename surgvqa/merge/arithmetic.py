@@ -135,12 +135,10 @@ def _tile_rows(width: int) -> int:
 class Merged(RowSource):
     """W + s·BA, or DoRA's. `base` is the tensor under it: the base's own, or one laid over it."""
 
-    def __init__(
-        self, name: str, base: TensorInfo, lora: LoraModule, files: Files, transposed: bool, device: str = "cpu"
-    ):
+    def __init__(self, name: str, base: TensorInfo, lora: LoraModule, files: Files, device: str = "cpu"):
         super().__init__(name, base.shape)
         self.base, self.lora, self.files = base, lora, files
-        self.transposed = transposed or lora.embedding
+        self.transposed = lora.embedding
         self.device = torch.device(device)
         self.on_gpu = self.device.type != "cpu"
         self.whole = lora.magnitude is not None and self.transposed  # its norms run down the columns

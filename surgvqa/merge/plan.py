@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.config_json import output_config, quantisation, side_files
+from surgvqa.checkpoint.config_json import output_config, quantisation, side_files, stale_quantisation
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint, parse_size
 from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo
 from surgvqa.checkpoint.shards import Copy, Files, Source, plan_shards
@@ -16,7 +16,7 @@ from surgvqa.checkpoint.writer import Job, file_identity
 from surgvqa.config.options import MergeOptions
 from surgvqa.errors import UsageError
 from surgvqa.files import free_bytes
-from surgvqa.merge.adapter import Adapter, read_adapter
+from surgvqa.merge.adapter import Adapter, read_adapter, require_promised
 
 REPORT_FILE = "merge_report.json"
 ARITHMETIC = 1  # counts up when a change of the arithmetic changes bits: a half-made merge then starts again
@@ -60,16 +60,16 @@ def make_plan(options: MergeOptions) -> Plan:
     if quantised:
         raise UsageError(f"{base.folder}: {quantised}; merge onto the BF16 original")
     base.require_sound()
-    if not base.config:
-        raise UsageError(f"{base.folder / 'config.json'}: missing")
+    stale = stale_quantisation(base)
     adapter = read_adapter(options.stage2_adapter_path, base)
     overlay = _projector(Path(options.projector), base) if options.projector else {}
+    require_promised(adapter, base, overlay)
     device = _device(options.device)
     output = Path(options.output_path)
     for folder in (base.folder, adapter.folder):
         if output.resolve() == folder.resolve():
             raise UsageError(f"--output_path {output}: is an input of the merge; name another folder")
-    files, warnings = Files(), list(adapter.warnings)
+    files, warnings = Files(), [*([stale] if stale else []), *adapter.warnings]
     config = output_config(base)
     sources, kinds = _sources(base, adapter, overlay, files, device)
     if _untie(base, adapter, sources, kinds, files, warnings):
@@ -126,12 +126,12 @@ def _sources(
     biases = {f"{m.module}.bias": m for m in adapter.modules.values() if m.b_bias}
     for name, info in base.tensors.items():
         trained = adapter.replaced.get(name)
-        under = trained or overlay.get(name) or info
+        under = trained or overlay.get(name) or adapter.own_base.get(name) or info
         if name in adapter.modules:
             if trained:
                 raise UsageError(f"{adapter.weights}: {trained.name}: trained in full and with LoRA; which one counts?")
             lora = adapter.modules[name]
-            sources.append(Merged(name, under, lora, files, adapter.transposed, device))
+            sources.append(Merged(name, under, lora, files, device))
             kinds[name] = "merged"
         elif name in biases:
             sources.append(AddedBias(name, under, biases[name], files))

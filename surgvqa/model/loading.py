@@ -83,6 +83,7 @@ def checkpoint_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
         raise UsageError(
             f'{path}: expected "model_type": "qwen2_vl" and an "audio_token_id"; this is no audio-grafted Qwen2-VL'
         )
+    raw.pop("quantization_config", None)  # the tensors count, and they are plain: checked above
     raw["audio_encoder_config"] = raw.get("audio_encoder_config") or whisper_config(checkpoint.tensors)
     if not raw["audio_encoder_config"]:
         raise UsageError(f"{checkpoint.folder}: no Whisper encoder (audio_encoder.*) among the checkpoint's tensors")

@@ -164,24 +164,22 @@ def sparse_real_checkpoint(folder: Path) -> tuple[int, int]:
     return len(spec), total
 
 
-def test_eighteen_gigabytes_in_a_blink_without_torch(tmp_path: Path) -> None:
+def test_of_eighteen_gigabytes_the_headers_are_read_and_torch_is_not_imported(tmp_path: Path) -> None:
+    """What makes it quick; benchmarks/merge.py has the seconds."""
     count, total = sparse_real_checkpoint(tmp_path / "real")
     assert total > 17.5e9 and count > 1200
     script = (
         "import sys; from surgvqa.cli.main import main; code = main(); "
         "heavy = {'torch', 'numpy', 'transformers', 'safetensors'} & set(sys.modules); assert not heavy, heavy; "
-        "sys.exit(code)"
+        "print(len(sys.modules), open('/proc/self/io').read().split()[1], file=sys.stderr); sys.exit(code)"
     )
-    best = float("inf")
-    for _ in range(5):
-        began = os.times().children_user + os.times().children_system
-        done = subprocess.run(
-            [sys.executable, "-c", script, "audit", tmp_path / "real", "--json"], capture_output=True, text=True
-        )
-        best = min(best, os.times().children_user + os.times().children_system - began)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script, "audit", tmp_path / "real", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["tensors"] == count
-    assert best < 0.3  # CPU seconds, interpreter start included: what the wall would say on an idle machine
+    modules, read = map(int, done.stderr.split())
+    assert modules < 600 and read < 40e6  # Python's own files are most of it
 
 
 # --- --deep and --fix ------------------------------------------------------------------------------------------------

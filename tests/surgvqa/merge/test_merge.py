@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from surgvqa.config.settings import Path_  # noqa: E402
 from surgvqa.errors import SurgvqaError, UsageError  # noqa: E402
 from surgvqa.files import read_json  # noqa: E402
 from surgvqa.machine.process import usable_cores  # noqa: E402
-from surgvqa.merge import arithmetic, command, plan  # noqa: E402
+from surgvqa.merge import arithmetic, command, patterns, plan  # noqa: E402
 from surgvqa.runs.folder import Run  # noqa: E402
 
 pytestmark = pytest.mark.model
@@ -321,13 +322,125 @@ def test_bin_adapter_merges_and_a_pickle_is_refused(tmp_path: Path) -> None:
         run_merge(tmp_path, base, adapter, "other")
 
 
-def test_key_that_the_base_lacks_is_added(tmp_path: Path) -> None:
+def test_what_the_base_lacks_is_refused_unless_an_adapter_may_bring_it(tmp_path: Path) -> None:
+    base, adapter, _ = trained(tmp_path, {**LORA, "modules_to_save": ["audio_projector"]})
+    file = adapter / "adapter_model.safetensors"
+    lora = load_file(file)
+    weights = {name: t for name, t in load(base).items() if name != "audio_projector.bias"}
+    save_file(weights, base / "model.safetensors")
+    merged = load(run_merge(tmp_path, base, adapter))
+    bias = lora["base_model.model.audio_projector.bias"].to(torch.bfloat16)
+    assert torch.equal(merged["audio_projector.bias"], bias)
+    save_file({**lora, "base_model.model.audio_projector.gain": torch.ones(24)}, file)
+    with pytest.raises(UsageError, match=r"audio_projector\.gain: the base .* has no audio_projector\.gain"):
+        run_merge(tmp_path, base, adapter, "other")
+
+
+@pytest.mark.parametrize("module", ["audio_projector", "norm"])
+def test_modules_to_save_that_the_file_lacks_are_refused(tmp_path: Path, module: str) -> None:
+    base, adapter, _ = trained(tmp_path, {**LORA, "modules_to_save": ["audio_projector", "norm"]})
+    file = adapter / "adapter_model.safetensors"
+    lora = load_file(file)
+    save_file({n: t for n, t in lora.items() if f"{module}." not in n}, file)
+    with pytest.raises(UsageError, match=rf"modules_to_save names {module}, but .* has no .*{module}"):
+        run_merge(tmp_path, base, adapter)
+    save_file({n: t for n, t in lora.items() if not n.endswith(f"{module}.bias")}, file)
+    with pytest.raises(UsageError, match=rf"modules_to_save names {module}, but .* has no .*{module}\.bias"):
+        run_merge(tmp_path, base, adapter)
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_a_projector_laid_over_keeps_the_promise_of_modules_to_save(tmp_path: Path) -> None:
+    base, adapter, _ = trained(tmp_path, {**LORA, "modules_to_save": ["audio_projector"]})
+    file = adapter / "adapter_model.safetensors"
+    lora = load_file(file)
+    save_file({n: t for n, t in lora.items() if "audio_projector" not in n}, file)
+    projector = {n.rpartition(".")[2]: t for n, t in lora.items() if "audio_projector" in n}
+    torch.save(projector, tmp_path / "audio_projector.pt")
+    merged = load(run_merge(tmp_path, base, adapter, projector=str(tmp_path / "audio_projector.pt")))
+    assert torch.equal(merged["audio_projector.weight"], projector["weight"].to(torch.bfloat16))
+
+
+def test_an_adapter_of_another_name_is_understood_and_two_are_refused(tmp_path: Path) -> None:
+    base, adapter, theirs = trained(tmp_path, {**LORA, "modules_to_save": ["audio_projector"]})
+    file = adapter / "adapter_model.safetensors"
+    lora = load_file(file)
+
+    def named(name: str) -> str:
+        name = re.sub(r"\.(lora_[AB])\.", r".\1.stage2.", name)
+        return name.replace(".audio_projector.", ".audio_projector.modules_to_save.stage2.")
+
+    save_file({named(n): t for n, t in lora.items()}, file)
+    assert differences(load(run_merge(tmp_path, base, adapter)), theirs) == []
+    first = next(n for n in lora if "lora_A" in n)
+    save_file({**{named(n): t for n, t in lora.items()}, first: lora[first].clone()}, file)
+    with pytest.raises(UsageError, match=r"two adapters in one file|of different adapters"):
+        run_merge(tmp_path, base, adapter, "other")
+
+
+@pytest.mark.parametrize("target", [["q_proj", "o_proj"], r".*\.(q|o)_proj"])
+def test_half_the_layers_missing_is_refused_whatever_target_modules_is(tmp_path: Path, target: Any) -> None:
+    base, adapter, _ = trained(tmp_path, {**LORA, "target_modules": target})
+    file = adapter / "adapter_model.safetensors"
+    lora = load_file(file)
+    save_file({n: t for n, t in lora.items() if "layers.1.self_attn.q_proj" not in n}, file)
+    with pytest.raises(UsageError, match=r"no LoRA weights for 1 of the 2 modules like .*layers\.1\.self_attn\.q_proj"):
+        run_merge(tmp_path, base, adapter)
+    save_file({n: t for n, t in lora.items() if "layers.1." not in n}, file)
+    edited(adapter, layers_to_transform=[0])
+    run_merge(tmp_path, base, adapter)
+
+
+def test_a_name_of_target_modules_without_weights_is_refused(tmp_path: Path) -> None:
+    base, adapter, _ = trained(tmp_path, {**LORA, "target_modules": ["q_proj"]})
+    edited(adapter, target_modules=["q_proj", "up_proj"])
+    with pytest.raises(UsageError, match="target_modules names up_proj, but there are no LoRA weights for it"):
+        run_merge(tmp_path, base, adapter)
+
+
+def test_fan_in_fan_out_on_linear_layers_is_taken_as_false_as_peft_does(tmp_path: Path) -> None:
+    base, adapter, theirs = trained(tmp_path, LORA)
+    edited(adapter, fan_in_fan_out=True)
+    merged = run_merge(tmp_path, base, adapter)
+    assert differences(load(merged), theirs) == []
+    assert "fan_in_fan_out" in " ".join(read_json(merged / "merge_report.json")["warnings"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_base_that_peft_saves_beside_a_lora_of_the_head_is_the_base(tmp_path: Path, tied: bool) -> None:
+    lora = {**LORA, "target_modules": ["lm_head", "q_proj"]}
+    base, adapter, theirs = trained(tmp_path, lora, tied=tied)
+    file = adapter / "adapter_model.safetensors"
+    head = load(base)["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    save_file({**load_file(file), "base_model.model.lm_head.base_layer.weight": head.clone()}, file)
+    assert differences(load(run_merge(tmp_path, base, adapter)), theirs) == []
+
+
+def test_a_stale_quantization_config_does_not_make_plain_weights_quantised(tmp_path: Path) -> None:
+    base, adapter, theirs = trained(tmp_path, LORA)
+    stale = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    (base / "config.json").write_text(json.dumps({**read_json(base / "config.json"), "quantization_config": stale}))
+    merged = run_merge(tmp_path, base, adapter)
+    assert differences(load(merged), theirs) == [] and "quantization_config" not in read_json(merged / "config.json")
+    assert "the tensors count" in " ".join(read_json(merged / "merge_report.json")["warnings"])
+
+
+@pytest.mark.parametrize("key", ["target_modules", "rank_pattern"])
+def test_a_regular_expression_that_never_ends_is_one_line(tmp_path: Path, monkeypatch, key: str) -> None:
+    base, adapter, _ = trained(tmp_path, LORA)
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    bomb = r"(([a-z._0-9]+)+)+$X"
+    edited(adapter, **{key: {bomb: 4} if key == "rank_pattern" else bomb})
+    with pytest.raises(UsageError, match=rf"{key}.* takes more than 1 s to match"):
+        run_merge(tmp_path, base, adapter)
+
+
+def test_integer_factors_are_refused(tmp_path: Path) -> None:
     base, adapter, _ = trained(tmp_path, LORA)
     file = adapter / "adapter_model.safetensors"
-    extra = torch.randn(24)
-    save_file({**load_file(file), "base_model.model.audio_projector.gain": extra}, file)
-    merged = load(run_merge(tmp_path, base, adapter))
-    assert torch.equal(merged["audio_projector.gain"], extra.to(torch.bfloat16))
+    save_file({n: t.to(torch.int8) if "q_proj.lora_A" in n else t for n, t in load_file(file).items()}, file)
+    with pytest.raises(UsageError, match="is I8, expected a float type"):
+        run_merge(tmp_path, base, adapter)
 
 
 def test_untied_when_only_one_side_was_trained(tmp_path: Path) -> None:
