@@ -38,6 +38,27 @@ def log_text(text: str) -> str:
     return printable(SEQUENCE.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
 
 
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """Why a file is no UTF-8 text, for people."""
+    if error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "it is UTF-16 text, expected UTF-8: save it as UTF-8"
+    return f"byte {error.start + 1} is not UTF-8, expected UTF-8 text"
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of `text`, which end with LF or CRLF: str.splitlines also cuts at U+2028 and U+0085, inside strings."""
+    return [line[:-1] if line.endswith("\r") else line for line in text.split("\n")]
+
+
+def json_line(document: Any) -> bytes:
+    """`document` as one line of a JSONL file: readable UTF-8, or ASCII where a string has no UTF-8 (a lone surrogate,
+    from a file name in another encoding or from somebody's JSON)."""
+    try:
+        return (json.dumps(document, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(document, default=str) + "\n").encode()
+
+
 def parse_json(document: bytes | str) -> Any:
     """The JSON of `document`, its strings and keys printable.
 
@@ -47,9 +68,12 @@ def parse_json(document: bytes | str) -> Any:
 
 
 def load_json(document: bytes | str) -> Any:
-    """As `json.loads`, and ValueError also for what is nested too deeply for it. For text that is cleaned later."""
+    """As `json.loads`, of bytes with or without a byte order mark, and ValueError also for what is nested too deeply.
+
+    For text that is cleaned later.
+    """
     try:
-        return json.loads(document)
+        return json.loads(document if isinstance(document, str) else document.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
