@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
-from surgvqa.untrusted import lines_of, load_json, not_utf8, parse_json
+from surgvqa.untrusted import json_kind, lines_of, load_json, not_utf8, parse_json
 
 READ_AT_ONCE = 4 << 20
 """Bytes of one read while a file is hashed."""
@@ -90,14 +90,6 @@ def read_jsonl(file: Path, expected: str) -> Iterator[tuple[int, Any]]:
         except ValueError as error:
             raise UsageError(f"{file}:{number}: not JSON ({error}); expected {expected}") from None
         yield number, found
-
-
-def json_kind(value: Any) -> str:
-    """What a JSON value is, for people: "a number", "an object"."""
-    if value is None:
-        return "null"
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), type(value).__name__)
 
 
 def read_json(file: Path) -> dict[str, Any]:

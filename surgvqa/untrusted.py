@@ -11,6 +11,10 @@ from typing import Any
 
 MAX_DEPTH = 50
 """Levels of lists and objects within each other that any document of ours stays well below."""
+LARGEST = 1e300
+"""What is beyond it, infinite or no number at all cannot be reckoned with."""
+LAST_TIME = 253402300800.0
+"""The year 10000: a time beyond it has no date."""
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 """What a terminal obeys instead of showing it: control characters but newline and tab, changes of direction; and lone
 surrogates, which no terminal can be sent."""
@@ -97,3 +101,35 @@ def cleaned(value: Any, depth: int = 0) -> Any:
     if isinstance(value, (list, tuple)):
         return [cleaned(item, depth + 1) for item in value]
     return value
+
+
+def json_kind(value: Any) -> str:
+    """What a JSON value is, for people: "a number", "an object"."""
+    if value is None:
+        return "null"
+    if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+        return "no finite number"
+    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def is_kind(value: Any, kind: str) -> bool:
+    """Whether a JSON value is "text", "a number", "a whole number", "a time" (Unix seconds), "a list", "an object"."""
+    if kind == "a whole number":
+        return isinstance(value, int) and json_kind(value) == "a number"
+    if kind == "a time":
+        return json_kind(value) == "a number" and 0 <= value < LAST_TIME
+    return json_kind(value) == kind
+
+
+def of_kinds(document: dict[str, Any], kinds: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """`document` without the fields that are of another kind than `kinds` asks for, and what is wrong with each.
+
+    Fields that `kinds` does not name, and null, are left alone.
+    """
+    wrong = {
+        name: f"{name} is {json_kind(document[name])}, expected {kind}"
+        for name, kind in kinds.items()
+        if document.get(name) is not None and not is_kind(document[name], kind)
+    }
+    return {name: value for name, value in document.items() if name not in wrong}, list(wrong.values())

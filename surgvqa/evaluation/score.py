@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
-from surgvqa.files import json_kind, read_jsonl
+from surgvqa.files import read_jsonl
+from surgvqa.untrusted import json_kind
 
 POLAR = ("yes", "no")
 NEGATION = r"\b(?:no|not|never|without|neither|nor|cannot|\w+n't)\b"
