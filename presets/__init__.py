@@ -50,14 +50,28 @@ def _read_folder(folder: Path) -> list[Preset]:
     return sorted((_read(file) for file in files), key=lambda p: (p.rung is None, p.rung, p.name))
 
 
+KEYS: dict[str, tuple[type, str]] = {
+    "reason": (str, "text"),
+    "gives_up": (str, "text"),
+    "rung": (int, "a whole number"),
+    "settings": (dict, "a table"),
+}
+
+
 def _read(file: Path) -> Preset:
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-        unknown = set(document) - {"reason", "gives_up", "rung", "settings"}
-        if unknown:
-            raise KeyError(f"unknown key {sorted(unknown)[0]}")
-        return Preset(
-            file.stem, document["reason"], document["gives_up"], document.get("rung"), dict(document["settings"]), file
-        )
-    except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-        raise PresetError(f"{file}: {error}") from None
+        document = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise PresetError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
+        raise PresetError(f"{file}: not valid TOML: {error}") from None
+    if unknown := sorted(set(document) - set(KEYS)):
+        raise PresetError(f"{file}: unknown key {unknown[0]}, expected {', '.join(KEYS)}")
+    for key, (kind, expected) in KEYS.items():
+        if key not in document and key != "rung":
+            raise PresetError(f"{file}: {key} is missing, expected {expected}")
+        value = document.get(key)
+        if key in document and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise PresetError(f"{file}: {key} is {value!r}, expected {expected}")
+    settings = document["settings"]
+    return Preset(file.stem, document["reason"], document["gives_up"], document.get("rung"), settings, file)

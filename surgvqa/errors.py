@@ -17,4 +17,10 @@ class UsageError(SurgvqaError):
 def of_worker(error: SurgvqaError) -> SurgvqaError:
     """`error` without the traceback that torch prepends to the text of an error from a data loader's worker."""
     kind = type(error)
-    return kind(str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: "))
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return kind(last.removeprefix(f"{kind.__module__}.{kind.__name__}: "))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says anything: libraries begin their texts with blank lines, or have none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
-from surgvqa.untrusted import parse_json
+from surgvqa.untrusted import json_kind, lines_of, load_json, not_utf8, parse_json
 
 READ_AT_ONCE = 4 << 20
 """Bytes of one read while a file is hashed."""
@@ -65,16 +65,39 @@ def write_json_atomic(path: Path, document: Any) -> None:
     os.replace(temporary, path)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; UsageError when it is missing, damaged or something else."""
+def read_text(file: Path) -> str:
+    """A UTF-8 text file, with or without a byte order mark; UsageError when it is missing or something else."""
     try:
-        document = parse_json(file.read_bytes())
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file") from None
     except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UsageError(f"{file}: {error.strerror}, so it cannot be read") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: {not_utf8(error)}") from None
+
+
+def read_jsonl(file: Path, expected: str) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a JSONL file that is not blank; strings stay as they are in the file.
+
+    Raises UsageError, with the line, for what is not JSON; `expected` says what the file should hold.
+    """
+    for number, line in enumerate(lines_of(read_text(file)), 1):
+        if not line.strip():
+            continue
+        try:
+            found = load_json(line)
+        except ValueError as error:
+            raise UsageError(f"{file}:{number}: not JSON ({error}); expected {expected}") from None
+        yield number, found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; UsageError when it is missing, damaged or something else."""
+    try:
+        document = parse_json(read_text(file))
     except ValueError as error:
         raise UsageError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(document, dict):
-        raise UsageError(f"{file}: expected a JSON object, found {type(document).__name__}")
+        raise UsageError(f"{file}: expected a JSON object, found {json_kind(document)}")
     return document

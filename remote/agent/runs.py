@@ -133,7 +133,7 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
         _wait_gone(pid, identity, grace_s + 15)
         if process_identity(pid) == identity:  # wedged itself: end all that hangs below it
             end_all([*descendants(pid), pid], 0.0)
-    info = read_run_json(folder)
+    info, lost = read_run_json(folder), None
     if not info and (lost := job_processes().get(str(folder))):  # its folder was deleted under it
         info = {"pid": lost[0], "identity": process_identity(lost[0])}
     pid, identity = info.get("pid"), info.get("identity")
@@ -149,7 +149,7 @@ def stop(channel: Any, workspace: str, run: str, grace_s: float) -> dict[str, An
         close_events(folder, None, None, stopped=True)
     return {
         "run": folder.name,
-        "state": state_of(folder) if folder.is_dir() else "stopped",
+        "state": "stopped" if lost else state_of(folder),
         "before": before,
         "seconds": time.monotonic() - began,
         "exit": _exit_of(folder),

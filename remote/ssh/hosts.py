@@ -27,6 +27,7 @@ from typing import Any
 
 from surgvqa.config.settings import nearest
 from surgvqa.errors import UsageError
+from surgvqa.files import read_text
 
 HOSTS_FILE = "hosts.toml"
 USER_HOSTS_FILE = Path("~/.config/surgvqa") / HOSTS_FILE
@@ -146,10 +147,8 @@ def read_hosts_files(workspace: Path) -> dict[str, HostEntry]:
         if not file.is_file():
             continue
         try:
-            document = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"{file}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            document = tomllib.loads(read_text(file))
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise UsageError(f"{file}: not valid TOML: {error}") from None
         for name, table in document.items():
             if not isinstance(table, dict):

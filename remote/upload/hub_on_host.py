@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from remote.upload.hub import folder_of
-from surgvqa.errors import SurgvqaError
+from surgvqa.errors import SurgvqaError, first_line
 
 OTHER_FORMATS = (".bin", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
 """The same weights once more; only safetensors are read."""
@@ -61,7 +61,7 @@ def _reason(error: Exception) -> str:
         return "the hub has no such revision"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return "the host cannot reach the hub and has no copy in its cache"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _wanted(path: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from surgvqa.checkpoint.headers import TensorInfo
 from surgvqa.checkpoint.shards import Files, split_rows
-from surgvqa.errors import UsageError
+from surgvqa.errors import UsageError, first_line
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -35,7 +35,7 @@ def read_torch_file(file: Path) -> dict[str, TensorInfo]:
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file") from None
     except Exception as error:
-        raise UsageError(f"{file}: cannot be loaded as plain weights: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{file}: cannot be loaded as plain weights: {first_line(error)}") from None
     if isinstance(document, torch.Tensor):
         document = {"weight": document}
     if isinstance(document, dict) and isinstance(document.get("state_dict"), dict):

@@ -10,6 +10,7 @@ from typing import Any
 from surgvqa.config.options import COMMAND_OPTIONS
 from surgvqa.config.settings import Path_, Setting, convert, nearest, settings_of
 from surgvqa.errors import UsageError
+from surgvqa.files import read_text
 
 WORKSPACE_FILE = "surgvqa.toml"
 
@@ -69,10 +70,8 @@ def load_workspace(root: Path) -> Workspace:
     if not file.is_file():
         return Workspace(root, {}, {})
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        document = tomllib.loads(read_text(file))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{file}: not valid TOML: {error}") from None
     shared: dict[str, Setting] = {"preset": Setting("preset", str, False, False, None, "", None, None)}
     for options_class in COMMAND_OPTIONS.values():

@@ -5,7 +5,6 @@ Accuracies are shares, 0..1; score.py says what counts. Light to import; answeri
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from surgvqa.evaluation.score import read_predictions, score
 from surgvqa.files import write_json_atomic
 from surgvqa.outcome import Outcome
 from surgvqa.runs.folder import Run
+from surgvqa.untrusted import json_line
 
 
 def check(options: EvaluateOptions) -> None:
@@ -114,5 +114,5 @@ def _prediction(sample: Sample, answer: str) -> dict[str, Any]:
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    temporary.write_bytes(b"".join(map(json_line, rows)))
     temporary.replace(path)

@@ -18,7 +18,6 @@ most frequent label would reach: the figure to beat.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
+from surgvqa.files import read_jsonl
+from surgvqa.untrusted import json_kind
 
 POLAR = ("yes", "no")
 NEGATION = r"\b(?:no|not|never|without|neither|nor|cannot|\w+n't)\b"
@@ -139,21 +140,20 @@ def read_predictions(path: str | Path) -> list[dict[str, Any]]:
 
     Raises UsageError with file and line for what is unreadable or lacks a field.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the predictions: {getattr(error, 'strerror', None) or error}") from None
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: cannot read the predictions: no such file")
     predictions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prediction = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{path}:{number}: not JSON ({error}); expected one prediction a line") from None
+    for number, prediction in read_jsonl(Path(path), "one prediction a line"):
         for key in ("question_type", "short_answer", "predicted_answer"):
-            if not isinstance(prediction, dict) or not isinstance(prediction.get(key), str):
-                raise UsageError(f"{path}:{number}: no text field {key!r}; expected a line that `evaluate` wrote")
+            found = prediction.get(key) if isinstance(prediction, dict) else prediction
+            if not isinstance(prediction, dict) or not isinstance(found, str):
+                instead = "" if found is None else f"; it is {json_kind(found)}"
+                raise UsageError(
+                    f"{path}:{number}: no text field {key!r}{instead}, expected a line that `evaluate` wrote"
+                )
+        truth = prediction.get("ground_truth")
+        if truth is not None and not isinstance(truth, str):
+            raise UsageError(f"{path}:{number}: ground_truth is {json_kind(truth)}, expected text")
         predictions.append(prediction)
     if not predictions:
         raise UsageError(f"{path}: no predictions in it")

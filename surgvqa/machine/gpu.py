@@ -365,7 +365,9 @@ def _watch(every: float) -> None:
     """Redraws until Ctrl-C, which is the way out and no failure."""
     from rich.live import Live
 
-    with Live(draw(sample_devices(), driver_problem()), auto_refresh=False) as live:
+    from surgvqa.terminal.drawing import terminal
+
+    with Live(draw(sample_devices(), driver_problem()), console=terminal(), auto_refresh=False) as live:
         try:
             while True:
                 time.sleep(every)

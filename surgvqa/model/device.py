@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers.utils import is_flash_attn_2_available
 
-from surgvqa.errors import UsageError
+from surgvqa.errors import UsageError, first_line
 
 
 def choose_device(requested: str) -> torch.device:
@@ -77,7 +77,7 @@ def _flash_obstacle(device: torch.device) -> str | None:
     try:
         importlib.import_module("flash_attn")
     except (ImportError, OSError) as error:  # OSError: a build for another torch or glibc
-        return f"flash-attn cannot be imported ({f'{type(error).__name__}: {error}'.splitlines()[0]})"
+        return f"flash-attn cannot be imported ({type(error).__name__}: {first_line(error)})"
     if not is_flash_attn_2_available():  # it asks the package's metadata too
         return "transformers does not take the flash-attn that is here for version 2 of the package flash-attn"
     return None

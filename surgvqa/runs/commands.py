@@ -33,6 +33,9 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
         for r in listed:
             started = time.strftime("%m-%d %H:%M", time.localtime(r.started))
             table.add_row(*map(plain, (r.id, r.command, r.state, started, r.steps or "", r.name)))
+        for r in listed:
+            if r.problem:
+                console.print(plain(f"{r.id}/{r.problem}"), style="yellow")
         console.print(table if listed else plain(f"no runs in {', '.join(map(str, workspace.runs_dirs))}"))
 
     return Outcome(data, show=show)
@@ -41,14 +44,16 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
 def follow(arguments: Namespace, workspace: Workspace) -> Outcome:
     """Draws a run's events until it ends; Ctrl-C leaves the run alone."""
     folder = history.find_run(arguments.run_name, workspace.runs_dirs)
-    view = JobView()
+    view, tail = JobView(), EventTail(folder / "events.jsonl")
     try:
-        for event in follow_events(folder):
+        for event in follow_events(folder, tail):
             view.show(event)
             if event["kind"] == "error":
                 view.console.print(Text.assemble(("error:", "red"), f" {event.get('text')}"))
     finally:
         view.close()
+    for problem in tail.problems:
+        view.show({"kind": "warning", "text": f"{tail.path}: {problem}; left out"})
     finished = events.finished_event(folder) or {}
     state = state_of(folder, finished)
     return Outcome(
@@ -69,9 +74,8 @@ def stop(arguments: Namespace, workspace: Workspace) -> Outcome:
     return Outcome({"run": folder.name, "state": state}, show=lambda console: console.print(plain(text)))
 
 
-def follow_events(folder: Path, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
-    """Events as they come, until the run has ended (or died)."""
-    tail = EventTail(folder / "events.jsonl")
+def follow_events(folder: Path, tail: EventTail, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
+    """Events as they come out of `tail`, until the run has ended (or died)."""
     while True:
         ended = state_of(folder) not in ("starting", "running")
         for event in tail.read():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.untrusted import parse_object
+from surgvqa.untrusted import of_kinds, parse_object
 
 
 def finite(value: Any) -> Any:
@@ -26,7 +26,7 @@ def finite(value: Any) -> Any:
 
 # fmt: off
 NUMBERS = frozenset((
-    "t", "step", "total_steps", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "samples_per_s",
+    "step", "total_steps", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "samples_per_s",
     "data_wait", "done", "total", "device", "process_bytes", "allocated_bytes", "reserved_bytes", "used_bytes",
     "total_bytes", "utilization_percent", "temperature_c", "power_w", "peak_allocated_bytes", "peak_reserved_bytes",
     "requested_bytes", "budget_gb", "exit_code",
@@ -34,42 +34,46 @@ NUMBERS = frozenset((
 # fmt: on
 TEXTS = frozenset(("name", "text", "phase", "unit", "path", "state", "action", "backend", "file"))
 OBJECTS = frozenset(("settings", "predicted", "memory", "result"))
-"""Fields of events that are a number, a text or an object wherever they occur (runs/folder.py lists the kinds)."""
+FIELDS = {
+    **dict.fromkeys(NUMBERS, "a number"),
+    "t": "a time",
+    **dict.fromkeys(TEXTS, "text"),
+    **dict.fromkeys(OBJECTS, "an object"),
+}
+"""What some fields of events are, wherever they occur (runs/folder.py lists the kinds of events)."""
 MAX_LINE = 16 << 20
 """Bytes of the longest line that is kept; nothing that a run writes comes near."""
 READ_AT_ONCE = 4 << 20
+LAST_LINES = 10
+PROBLEMS_KEPT = 5
 
 
-def parse_event(line: bytes) -> tuple[dict[str, Any], int]:
-    """An event, and how many of its fields were left out because they are of another type than they have to be.
+def parse_event(line: bytes) -> tuple[dict[str, Any], list[str]]:
+    """An event without its fields of the wrong type, and what is wrong with each of those.
 
     Raises ValueError for a line that is no event.
     """
-    event = parse_object(line)
+    event, wrong = of_kinds(parse_object(line), FIELDS)
     if not isinstance(event.get("kind"), str):
         raise ValueError("no event: it has no kind")
-    wrong = [name for name, value in event.items() if value is not None and not _right_type(name, value)]
-    for name in wrong:
-        del event[name]
-    return event, len(wrong)
-
-
-def _right_type(name: str, value: Any) -> bool:
-    if name in NUMBERS:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name in TEXTS:
-        return isinstance(value, str)
-    return isinstance(value, dict) if name in OBJECTS else True
+    return event, wrong
 
 
 @dataclass
 class EventTail:
-    """Reads events.jsonl as it grows. A half-written last line is "not yet"; a damaged one is counted and left out, and
-    so is a field of the wrong type."""
+    """Reads events.jsonl as it grows.
+
+    A half-written last line waits until it is whole. A damaged line, or a field of the wrong type, is left out and
+    named in `problems`.
+    """
 
     path: Path
     offset: int = 0
     damaged: int = 0
+    """How many lines were damaged."""
+    problems: list[str] = field(default_factory=list)
+    """What was wrong with the first of them: "line 7: step is text, expected a number"."""
+    _line: int = field(default=0, repr=False)
     _partial: bytes = field(default=b"", repr=False)
 
     def read(self) -> list[dict[str, Any]]:
@@ -78,7 +82,7 @@ class EventTail:
         try:
             with open(self.path, "rb") as file:
                 if os.fstat(file.fileno()).st_size < self.offset:
-                    self.offset, self._partial = 0, b""
+                    self.offset, self._partial, self._line = 0, b"", 0
                 file.seek(self.offset)
                 while data := file.read(READ_AT_ONCE):
                     self.offset += len(data)
@@ -94,13 +98,17 @@ class EventTail:
             self._partial = b"x"
         events = []
         for line in lines:
+            self._line += 1
+            if not line.strip():
+                continue
             try:
                 event, wrong = parse_event(line)
-            except ValueError:
-                self.damaged += bool(line.strip())
-            else:
-                self.damaged += bool(wrong)
                 events.append(event)
+            except ValueError as error:
+                wrong = [str(error)]
+            if wrong:
+                self.damaged += 1
+                self.problems += [f"line {self._line}: {text}" for text in wrong[: PROBLEMS_KEPT - len(self.problems)]]
         return events
 
     @property
@@ -115,7 +123,8 @@ def finished_event(folder: Path) -> dict[str, Any] | None:
 
 
 def last_events(folder: Path, holding: bytes) -> Iterator[dict[str, Any]]:
-    """Events of the last 64 KiB, and of the last line however long it is, whose line holds some text; newest first."""
+    """Events near the end of the file whose line holds some text, newest first: at least of the last 64 KiB and of the
+    last LAST_LINES lines, however long these are (up to MAX_LINE)."""
     try:
         with open(folder / "events.jsonl", "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -123,7 +132,7 @@ def last_events(folder: Path, holding: bytes) -> Iterator[dict[str, Any]]:
             while True:
                 file.seek(max(0, size - window))
                 data = file.read(window)
-                if window >= min(size, MAX_LINE) or b"\n" in data.rstrip(b"\n"):
+                if window >= min(size, MAX_LINE) or data.count(b"\n") > LAST_LINES:
                     break
                 window *= 4
     except OSError:

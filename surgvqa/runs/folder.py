@@ -34,7 +34,6 @@ A run's state is derived, never stored: see `state_of`. Nothing here imports tor
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import secrets
@@ -51,6 +50,7 @@ from surgvqa.errors import SurgvqaError
 from surgvqa.files import write_json_atomic
 from surgvqa.runs.events import finite
 from surgvqa.runs.process import process_identity
+from surgvqa.untrusted import json_line
 
 
 def new_run_id(command: str) -> str:
@@ -125,7 +125,7 @@ class Run:
     def emit(self, kind: str, **fields: Any) -> None:
         """Appends one event. On a full disk the event is lost and the job goes on."""
         event = {"v": 1, "t": round(time.time(), 3), "kind": kind, **finite(fields)}
-        line = (json.dumps(event, ensure_ascii=False, default=str) + "\n").encode()
+        line = json_line(event)
         with self._lock:
             try:
                 os.write(self._events, line)

@@ -12,7 +12,7 @@ from typing import Any
 from surgvqa.errors import UsageError
 from surgvqa.runs.events import last_events
 from surgvqa.runs.process import job_processes
-from surgvqa.runs.state import read_run_json, state_of
+from surgvqa.runs.state import check_run_json, state_of
 
 NO_FOLDER = "(its folder is gone)"
 """Stands for the name of a job that runs on without its run folder."""
@@ -30,6 +30,8 @@ class RunSummary:
     host: str
     name: str
     folder: Path
+    problem: str = ""
+    """What is wrong with its run.json."""
 
     def data(self) -> dict[str, Any]:
         """The row as JSON keys."""
@@ -52,31 +54,37 @@ def newest_first(found: Iterable[RunSummary]) -> list[RunSummary]:
 
 
 def summary(folder: Path) -> RunSummary | None:
-    """One run's row; None for a folder that is no run."""
-    info = read_run_json(folder)
-    if not info:
+    """One run's row; None for a folder that is no run. A damaged run.json costs what it would have told, no more."""
+    info, problem = check_run_json(folder)
+    if not info and not problem:
         return None
+    of_id = _read_id(folder.name)
     return RunSummary(
-        info.get("id", folder.name),
-        info.get("command", "?"),
+        folder.name,
+        info.get("command", of_id[0]),
         state_of(folder),
-        info.get("started", 0.0),
+        info.get("started", of_id[1]),
         last_step(folder),
         info.get("host", "?"),
         run_name(info),
         folder,
+        problem,
     )
 
 
 def _without_folder(folder: Path) -> RunSummary:
-    """The row of a running job whose folder (or run.json) was deleted: what its id tells (see `new_run_id`)."""
-    parts = folder.name.split("-")
-    try:
-        started = datetime.strptime("-".join(parts[:2]), "%Y%m%d-%H%M%S").timestamp()
-    except ValueError:
-        started = 0.0
-    command = "-".join(parts[2:-1]) or "?"
+    """The row of a running job whose folder was deleted."""
+    command, started = _read_id(folder.name)
     return RunSummary(folder.name, command, "running", started, 0, platform.node(), NO_FOLDER, folder)
+
+
+def _read_id(run_id: str) -> tuple[str, float]:
+    """The command and the start time (Unix seconds) in a run id (`new_run_id`); "?" and 0 for other names."""
+    day, time, *command = run_id.split("-")[:-1] if run_id.count("-") > 2 else ("", "")
+    try:
+        return "-".join(command), datetime.strptime(f"{day}-{time}", "%Y%m%d-%H%M%S").timestamp()
+    except (ValueError, OverflowError):
+        return "?", 0.0
 
 
 def run_name(info: dict[str, Any]) -> str:

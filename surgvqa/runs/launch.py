@@ -70,7 +70,7 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
 
     while state_of(folder) == "starting":
         time.sleep(0.05)
-    info = read_run_json(folder)
+    info, lost = read_run_json(folder), None
     if not info and (lost := job_processes().get(str(folder.absolute()))):  # its folder was deleted under it
         info = {"pid": lost[0], "identity": process_identity(lost[0])}
     pid, identity = info.get("pid"), info.get("identity")
@@ -87,7 +87,7 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
     for child in family:  # psutil compares start times before it signals
         with contextlib.suppress(psutil.Error):
             child.kill()
-    return state_of(folder) if folder.is_dir() else "stopped"
+    return "stopped" if lost else state_of(folder)
 
 
 def _gone(pid: int, identity: str, within_s: float) -> bool:

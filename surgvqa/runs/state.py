@@ -9,34 +9,38 @@ from typing import Any
 
 from surgvqa.runs.events import finished_event
 from surgvqa.runs.process import job_processes, process_identity
-from surgvqa.untrusted import parse_object
+from surgvqa.untrusted import of_kinds, parse_object
 
 STARTING_GRACE_S = 60.0  # a launched job may take this long before it first speaks
 
 
-TYPES: dict[str, Any] = {
-    "id": str,
-    "command": str,
-    "host": str,
-    "cwd": str,
-    "identity": str,
-    "preset": str,
-    "started": (int, float),
-    "pid": int,
-    "argv": list,
-    "options": dict,
-    "versions": dict,
+FIELDS = {
+    **dict.fromkeys(("id", "command", "host", "cwd", "identity", "preset"), "text"),
+    "started": "a time",
+    "pid": "a whole number",
+    "argv": "a list",
+    **dict.fromkeys(("options", "versions"), "an object"),
 }
-"""What the keys of run.json are, where they are there."""
+"""What the keys of run.json are, where they are there and not null."""
 
 
 def read_run_json(folder: Path) -> dict[str, Any]:
     """run.json as a dict, without keys of the wrong type; {} when it is missing or damaged."""
+    return check_run_json(folder)[0]
+
+
+def check_run_json(folder: Path) -> tuple[dict[str, Any], str]:
+    """What `read_run_json` returns, and what is wrong with the file, '' where nothing is (or there is no file)."""
     try:
-        info = parse_object((Path(folder) / "run.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in info.items() if isinstance(value, TYPES.get(key, object))}
+        info, wrong = of_kinds(parse_object((Path(folder) / "run.json").read_bytes()), FIELDS)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, ""
+    except OSError as error:
+        return {}, f"run.json: {error.strerror}"
+    except ValueError as error:
+        return {}, f"run.json: not valid JSON: {error}"
+    info = {key: value for key, value in info.items() if value is not None}
+    return info, f"run.json: {wrong[0]}" if wrong else ""
 
 
 def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from typing import IO
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
 from rich.text import Text
 
 from surgvqa.untrusted import printable
@@ -27,6 +30,29 @@ def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
     return Text.assemble((filled, colour), ("─" * (width - len(filled)), "dim"))
 
 
+class _OnlyText(RenderHook):
+    """Lets styles and rich's own cursor movements through, and writes out whatever else a terminal would obey."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(renderable) for renderable in renderables]
+
+
+class _Printable:
+    def __init__(self, renderable: ConsoleRenderable):
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+def console_on(stream: IO[str] | None = None, markup: bool = False) -> Console:
+    """A console on `stream` (default: stdout) through which no text, wherever it is from, can steer the terminal."""
+    console = Console(file=stream, highlight=False, markup=markup, emoji=False)
+    console.push_render_hook(_OnlyText())
+    return console
+
+
 def terminal() -> Console:
-    """A console on stdout that shows text literally: no markup, no emoji codes."""
-    return Console(highlight=False, markup=False, emoji=False)
+    """A console on stdout that shows text literally: no markup, no emoji codes, no escape sequences."""
+    return console_on()

@@ -8,11 +8,10 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from surgvqa.terminal.drawing import bought
+from surgvqa.terminal.drawing import bought, console_on
 from surgvqa.terminal.figures import amount, human_seconds
 from surgvqa.untrusted import cleaned
 
@@ -25,7 +24,7 @@ class JobView:
     """Draws events on stderr: a bar for the phase at hand, a line for what stays. Plain lines without a terminal."""
 
     def __init__(self, stream: Any = None):
-        self.console = Console(file=stream or sys.stderr, highlight=False, emoji=False)
+        self.console = console_on(stream or sys.stderr, markup=True)
         self.live = self.console.is_terminal
         self.progress: Progress | None = None
         self.phase = ""

@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from surgvqa.data.numbered import Batch, Numbered
 from surgvqa.data.prompt import IGNORED
-from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.errors import SurgvqaError, UsageError, first_line
 from surgvqa.machine.sampling import MemorySampler
 from surgvqa.memory.retreat import SHOWN
 from surgvqa.model.adapter import adapter_parameters, save_adapter
@@ -405,7 +405,7 @@ class EventTrainer(Trainer):
             raise
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
             raise SurgvqaError(
-                f"{final}: the checkpoint cannot be saved ({str(error).splitlines()[0]}); free some disk space and go "
+                f"{final}: the checkpoint cannot be saved ({first_line(error)}); free some disk space and go "
                 f"on with --resume {self.events.id}"
             ) from error
         finally:

@@ -109,9 +109,47 @@ def test_a_workspace_preset_replaces_the_ladder(tmp_path):
     )
     assert [p.name for p in presets.ladder(tmp_path)] == ["small"]
     assert presets.load_presets(tmp_path)[0].name == "small"
-    (tmp_path / "presets" / "bad.toml").write_text('reason = "r"\n')
-    with pytest.raises(UsageError, match=r"bad\.toml"):
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b'reason = "r"\n', "gives_up is missing, expected text"),
+        (b'reason = "r"\ngives_up = "g"\nrung = "1"\n[settings]\n', "rung is '1', expected a whole number"),
+        (b'reason = 1\ngives_up = "g"\n[settings]\n', "reason is 1, expected text"),
+        (b'reason = "r"\ngives_up = "g"\nsettings = 3\n', "settings is 3, expected a table"),
+        (b"reson = 1\n", "unknown key reson"),
+        (b'reason = "\xff"\n', "not valid TOML"),
+        (b"a = " + b"[" * 3000, "not valid TOML"),
+    ],
+)
+def test_a_bad_preset_names_its_file_and_key(tmp_path, text, problem):
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "bad.toml").write_bytes(text)
+    with pytest.raises(UsageError) as caught:
         resolve("train", TRAIN, workspace(tmp_path))
+    assert "bad.toml" in str(caught.value) and problem in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_settings_are_read_however_they_were_saved(tmp_path, before, end):
+    (tmp_path / "presets").mkdir()
+    lines = (b'reason = "r"', b'gives_up = "g"', b"[settings]", b"num_frames = 2", b"")
+    (tmp_path / "presets" / "own.toml").write_bytes(before + end.join(lines))
+    (tmp_path / WORKSPACE_FILE).write_bytes(before + b'preset = "own"' + end + b"seed = 7" + end)
+    options = resolve("train", TRAIN, load_workspace(tmp_path)).options
+    assert (options.seed, options.num_frames) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("seed = 7".encode("utf-16"), "UTF-16"), (b'run_name = "caf\xe9"', "byte 16 is not UTF-8"), (b"[" * 9999, "TOML")],
+)
+def test_a_workspace_file_that_is_no_text_says_so(tmp_path, content, problem):
+    (tmp_path / WORKSPACE_FILE).write_bytes(content)
+    with pytest.raises(UsageError, match=f"surgvqa.toml: .*{problem}"):
+        load_workspace(tmp_path)
 
 
 @pytest.mark.parametrize("number", ["nan", "inf", "-inf"])

@@ -99,12 +99,28 @@ def test_collapse_needs_two_labels_in_the_truth():
     assert report["majority_accuracy"] == pytest.approx((5 + 1 + 1 + 1) / 12)
 
 
+WHOLE = '{"question_type": "a", "short_answer": "b", "predicted_answer": "b"}'
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("inside", ["\u2028", "\u0085", "\\ud800"])
+def test_predictions_are_read_however_they_were_saved(tmp_path, before, end, inside):
+    line = WHOLE.replace("b", f"b{inside}b").encode()
+    (tmp_path / "p.jsonl").write_bytes(before + line + end + line + end)
+    report = score(read_predictions(tmp_path / "p.jsonl"))
+    assert report["samples"] == 2 and report["keyword_accuracy"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("{", ":1: not JSON"),
         ('{"question_type": "a", "short_answer": "b"}', ":1: no text field 'predicted_answer'"),
-        ("[1]", ":1: no text field"),
+        ('{"question_type": "a", "short_answer": 1}', ":1: no text field 'short_answer'; it is a number"),
+        (f'{WHOLE}\n{WHOLE[:-1]}, "ground_truth": 0}}', ":2: ground_truth is a number, expected text"),
+        ("[1]", ":1: no text field 'question_type'; it is a list"),
+        ("[" * 100_000, ":1: not JSON"),
         ("\n", "no predictions"),
     ],
 )

@@ -202,6 +202,74 @@ def test_a_job_that_runs_here_is_running_whatever_the_machine_is_called_by_now(t
     assert state_of(run.folder) == "running"
 
 
+@pytest.mark.parametrize(
+    ("content", "state", "problem"),
+    [
+        (b"{damaged", "unknown", "run.json: not valid JSON"),
+        (b"[1, 2]", "unknown", "run.json: not valid JSON: expected an object, found list"),
+        (b'{"id": 7, "pid": "4711", "options": [], "started": 1}', "died", "run.json: id is a number, expected text"),
+        (b'{"pid": true, "command": "train"}', "died", "run.json: pid is true or false, expected a whole number"),
+        (b'{"started": 1e400, "pid": 1e400, "v": 1}', "died", "run.json: started is no finite number, expected a time"),
+        (b'{"started": 1e15, "v": 1}', "died", "run.json: started is a number, expected a time"),
+        (b'{"options": {"run_name": 3}, "command": null, "pid": null, "started": 1}', "died", ""),
+        (b'\xef\xbb\xbf{"command": "merge", "started": 2.0}', "died", ""),
+        (b"[" * 100_000, "unknown", "run.json: not valid JSON: nested too deeply"),
+    ],
+)
+def test_a_bad_run_json_is_named_and_takes_nothing_else_down(tmp_path, monkeypatch, capsys, content, state, problem):
+    with Run.create(tmp_path / "runs", "train") as good:
+        good.emit("metric", step=3)
+    bad = tmp_path / "runs" / "20260101-000000-train-bad"
+    bad.mkdir()
+    (bad / "run.json").write_bytes(content)
+    rows = {row.id: row for row in history.list_runs(tmp_path / "runs")}
+    assert rows[good.id].state == "finished" and rows[good.id].steps == 3 and rows[good.id].problem == ""
+    assert rows[bad.name].state == state and rows[bad.name].problem.startswith(problem)
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["runs"]) == 0
+    assert not problem or f"{bad.name}/{problem}"[:60] in capsys.readouterr().out.replace("\n", " ")
+    assert main.main(["follow", bad.name]) == 1
+    assert main.main(["stop", bad.name]) == 0
+    assert main.main(["runs", "--json"]) == 0
+
+
+def test_what_is_wrong_with_an_event_is_said_with_line_and_field(tmp_path, monkeypatch, capsys):
+    with Run.create(tmp_path / "runs", "train") as run:
+        run.emit("metric", step="seven", loss=1.5)
+        with open(run.folder / "events.jsonl", "ab") as file:
+            file.write(b'{"half": \n\n[]\n')
+    tail = EventTail(run.folder / "events.jsonl")
+    metric, finished = tail.read()
+    assert metric["loss"] == 1.5 and "step" not in metric and finished["kind"] == "finished"
+    assert tail.damaged == 3
+    assert tail.problems[0] == "line 1: step is text, expected a number"
+    assert tail.problems[1].startswith("line 2: ") and tail.problems[2].startswith("line 4: ")
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["follow", "last"]) == 0
+    assert "events.jsonl: line 1: step is text, expected a number; left out" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_long_last_event_ends_a_run_all_the_same(tmp_path, after):
+    with Run.create(tmp_path, "evaluate") as run:
+        for step in range(100):
+            run.emit("metric", step=step, loss=1.0)
+        run.result = {"text": "x" * 200_000}
+    with open(run.folder / "events.jsonl", "ab") as file:
+        file.write(b'{"kind": "gpu"}\n' * after)
+    assert state_of(run.folder) == "finished"
+    assert history.last_step(run.folder) == 99
+
+
+def test_an_event_may_name_a_file_whose_name_is_no_utf8(tmp_path):
+    with Run.create(tmp_path, "merge") as run:
+        run.emit("warning", text=os.fsdecode(b"caf\xe9/x.safetensors"))
+    warning, _ = EventTail(run.folder / "events.jsonl").read()
+    assert warning["text"] == "caf\\udce9/x.safetensors"
+
+
 @pytest.mark.parametrize("lost", ["folder", "run.json"])
 def test_a_job_whose_folder_was_deleted_is_listed_and_can_be_stopped(tmp_path, lost):
     wait = "import time; print('up', flush=True); time.sleep(60)"
@@ -223,10 +291,10 @@ def test_a_job_whose_folder_was_deleted_is_listed_and_can_be_stopped(tmp_path, l
         found = history.find_run("20260102", [tmp_path / "runs"])
         assert found == folder and process.job_processes()[str(folder)][0] == job.pid
         (child,) = psutil.Process(job.pid).children()
-        launch.stop(found, grace_s=5)
+        assert launch.stop(found, grace_s=5) == "stopped"
         assert job.wait(5) == -signal.SIGTERM
         wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-        assert history.list_runs(tmp_path / "runs") == []
+        assert [row.state for row in history.list_runs(tmp_path / "runs")] == (["unknown"] if folder.is_dir() else [])
     finally:
         job.kill()
         job.wait()
