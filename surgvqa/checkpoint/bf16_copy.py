@@ -20,7 +20,7 @@ def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> None:
     UsageError for a checkpoint that is damaged, incomplete in its index or quantised: rounding cannot mend that.
     """
     from surgvqa.checkpoint.config_json import output_config, side_files
-    from surgvqa.checkpoint.shards import Copy, Files, plan_shards
+    from surgvqa.checkpoint.shards import Copy, Files, Source, plan_shards
     from surgvqa.checkpoint.torch_tensors import Cast
     from surgvqa.checkpoint.writer import Job, Writer, file_identity
 
@@ -31,7 +31,7 @@ def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> None:
     if output.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"--fix {output}: is the checkpoint itself; name another folder")
     files = Files()
-    sources = [
+    sources: list[Source] = [
         Cast(name, t, files) if t.dtype in FLOAT_DTYPES and t.dtype != "BF16" else Copy(name, t, files)
         for name, t in checkpoint.tensors.items()
     ]

@@ -117,12 +117,9 @@ def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 def parse_size(text: str) -> int:
     """`5GB`, `800MB`, `2GiB`, `1000000` as bytes; GB = 1e9, GiB = 2**30."""
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    try:
-        number = float(match[1])  # type: ignore[index]
-        size = int(number * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " "))  # type: ignore[index]
-        if size < 1:
-            raise ValueError
-        return size
-    except (TypeError, ValueError):
-        raise UsageError(f"--max_shard_size {text}: expected a size such as 5GB or 800MB") from None
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    number, prefix, binary = match.groups() if match else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+    if size < 1:
+        raise UsageError(f"--max_shard_size {text}: expected a size such as 5GB or 800MB")
+    return size

@@ -38,8 +38,14 @@ class Source(Protocol):
     """Where the bytes of one tensor of the output come from."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors spells it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor as it will be written."""
 
     def blocks(self) -> Iterable[tuple[int, int]]:
         """(start, length) in bytes of the pieces that are made one at a time, in order, covering the tensor."""

@@ -42,7 +42,7 @@ def read_torch_file(file: Path) -> dict[str, TensorInfo]:
         document = document["state_dict"]
     if not isinstance(document, dict) or not all(isinstance(v, torch.Tensor) for v in document.values()):
         raise UsageError(f"{file}: expected a state dict of tensors")
-    found = {}
+    found: dict[str, TensorInfo] = {}
     for name, value in document.items():
         if value.dtype not in _NAMES:
             raise UsageError(f"{file}: {name} is {value.dtype}; expected a float tensor")

@@ -103,7 +103,8 @@ def read_record(folder: Path, report_file: str) -> dict[str, Any] | None:
 def difference(record: dict[str, Any], job: Job) -> str | None:
     """Why a record is not of this job, in words; None when it is."""
     if record.get("inputs") != job.inputs:
-        before = record.get("inputs") if isinstance(record.get("inputs"), dict) else {}
+        stated = record.get("inputs")
+        before = stated if isinstance(stated, dict) else {}
         changed = [k for k in {**before, **job.inputs} if before.get(k) != job.inputs.get(k)]
         return f"it was made from other inputs ({', '.join(sorted(changed)[:3])} differ)"
     if record.get("plan_sha256") != job.plan_sha256():

@@ -86,6 +86,8 @@ class Adapter:
     weights: Path
     own_base: dict[str, TensorInfo] = field(default_factory=dict)
     """Base tensor -> what the adapter holds as its base; its LoRA is added to that."""
+    named: set[str] = field(default_factory=set)
+    """The modules with LoRA weights as the file names them: a tied head by its own name."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -155,7 +157,7 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
             f"{CONFIG_FILE}: fan_in_fan_out is set, but every module of this model is an nn.Linear; taken as false, as "
             "PEFT does"
         )
-    _check_targets(adapter, base, {to_old_name(name) for name in parts})
+    adapter.named = {to_old_name(name) for name in parts}
     return adapter
 
 
@@ -183,7 +185,7 @@ def _stored(name: str, base: Checkpoint) -> str:
 
 
 def require_promised(adapter: Adapter, base: Checkpoint, also: Collection[str] = ()) -> None:
-    """UsageError unless everything that modules_to_save names is in the file, or in `also` (base tensor names)."""
+    """UsageError unless everything that the config promises is in the file, or in `also` (names of base tensors)."""
     here = {*adapter.replaced, *also}
     for entry in adapter.config.get("modules_to_save") or []:
         module = to_old_name(str(entry))
@@ -200,6 +202,7 @@ def require_promised(adapter: Adapter, base: Checkpoint, also: Collection[str] =
                 f"{missing[0]}; bring the adapter whole, lay it over with --projector, or take {entry} out of "
                 "modules_to_save if it was not trained"
             )
+    _check_targets(adapter, base)
 
 
 def _refuse(file: Path, config: dict[str, Any]) -> None:
@@ -306,7 +309,7 @@ def _module(
     return LoraModule(module, a, b, scale, rank, embedding, magnitude, bias)
 
 
-def _check_targets(adapter: Adapter, base: Checkpoint, named: set[str]) -> None:
+def _check_targets(adapter: Adapter, base: Checkpoint) -> None:
     """Holds the file against what target_modules promises.
 
     UsageError when a kind of module has LoRA weights in some layers and not in others, or when a name of the list has
@@ -323,7 +326,7 @@ def _check_targets(adapter: Adapter, base: Checkpoint, named: set[str]) -> None:
     if layers is not None:
         chosen = {str(n) for n in (layers if isinstance(layers, list) else [layers])}
         meant = [module for module in meant if chosen & set(re.findall(r"\.(\d+)\.", module))]
-    here = named | {name.removesuffix(".weight") for name in adapter.modules}
+    here = adapter.named | {name.removesuffix(".weight") for name in adapter.modules}
     kinds: dict[str, list[str]] = {}
     for module in meant:
         kinds.setdefault(re.sub(r"\d+", "#", module), []).append(module)

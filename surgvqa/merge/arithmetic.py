@@ -87,6 +87,7 @@ class AddedBias(RowSource):
     def fill(self, start: int, out: memoryview) -> None:
         _, _, target = self.rows(start, out)
         bias = load(self.base, self.files).clone()
+        assert self.lora.b_bias is not None
         bias += load(self.lora.b_bias, self.files).float() * self.lora.scale
         target.copy_(bias.view_as(target))
 
@@ -274,6 +275,7 @@ class Merged(RowSource):
         wide = weight.to(torch.float32)
         total = weight + delta
         norm = torch.linalg.norm(total.t() if self.transposed else total, dim=1)
+        assert self.lora.magnitude is not None
         magnitude = load(self.lora.magnitude, self.files).to(self.device, torch.float32).view(-1)
         if not self.transposed:
             magnitude = magnitude[first : first + rows]

@@ -75,7 +75,7 @@ def _finite(value: Any) -> bool:
 def _ratio(stats: dict[str, Any]) -> float | None:
     if stats.get("delta_norm") is None or not stats.get("w_norm"):
         return None
-    return stats["delta_norm"] / stats["w_norm"]
+    return float(stats["delta_norm"]) / float(stats["w_norm"])
 
 
 def _place(name: str) -> dict[str, Any]:
