@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested
 
 from surgvqa.errors import SurgvqaError
+from surgvqa.model.transformers_internals import (
+    attention_of,
+    is_flash_attention_requested,
+    set_attention,
+    take_names_of,
+)
 
 IGNORED = -100
 """The label of a position that is not supervised (torch's and transformers' convention)."""
@@ -34,7 +38,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     def __init__(self, config: Qwen2VLConfig):
         super().__init__(config)
         audio_config = WhisperConfig(**config.audio_encoder_config)
-        audio_config._attn_implementation = config._attn_implementation
+        set_attention(audio_config, attention_of(config))
         self.audio_encoder = WhisperEncoder(audio_config)
         self.audio_projector = nn.Linear(
             audio_config.d_model, config.text_config.hidden_size, bias=config.audio_projector_bias
@@ -76,7 +80,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Without gradient unless something in the vision tower is trainable.
         """
         where = {}
-        if "flash" not in self.model.visual.config._attn_implementation:
+        if "flash" not in attention_of(self.model.visual.config):
             # each layer asks where a frame ends: on the host, or it would wait for the GPU three times
             lengths = (image_grid_thw[:, 1] * image_grid_thw[:, 2]).repeat_interleave(image_grid_thw[:, 0])
             where["cu_seqlens"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cpu()
@@ -261,13 +265,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         return prepared
 
 
-# A subclass gets no built-in mapping from the checkpoint's names (visual.*, model.layers.*) to the module's, and its
-# tensors would go missing without an error; registered by class name it is upstream's own, for loading and saving.
-register_checkpoint_conversion_mapping(
-    AudioQwen2VLForConditionalGeneration.__name__,
-    get_checkpoint_conversion_mapping("Qwen2VLForConditionalGeneration"),
-    overwrite=True,
-)
+take_names_of("Qwen2VLForConditionalGeneration", AudioQwen2VLForConditionalGeneration)
 
 
 def _on_host(input_ids: Tensor, host_ids: np.ndarray | None) -> np.ndarray:
