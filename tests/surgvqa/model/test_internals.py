@@ -1,4 +1,4 @@
-"""Private names of torch, transformers and PEFT exist with the signature that we rely on, and each switch has its effect.
+"""Private names of torch, transformers and PEFT exist with the signature we rely on, and each switch has its effect.
 
 A new version of one of them is to fail here, loudly, and not silently in training.
 """
@@ -97,7 +97,7 @@ def test_inductor_runs_the_pass_between_tracing_and_the_partitioner():
 
 
 def test_no_kernel_makes_four_random_numbers_at_once():
-    """The effect of what keep_dropout_seeds does to triton's code generation; what is generated, as no GPU is needed."""
+    """The effect of keep_dropout_seeds on triton's code generation. No GPU is needed to ask."""
     import torch._inductor.config
     from torch._inductor.codegen.triton import TritonOverrides
 

@@ -99,7 +99,7 @@ def slope_error(model, name: str) -> float:
 
 def test_with_dropout_what_is_kept_and_who_recomputes_changes_no_gradient():
     """In one run: products only, then more and more layers recompute, as in a step-down; beside all kept."""
-    from surgvqa.model import layers
+    from surgvqa.model import layers, torch_internals
 
     model = built(dropout=0.3)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
