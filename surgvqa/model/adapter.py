@@ -153,7 +153,7 @@ def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, w
         peft_model = get_peft_model(model, config, adapter_name=peft_internals.ADAPTER, autocast_adapter_dtype=False)
     for parameter in adapter_parameters(peft_model).values():
         parameter.data = parameter.data.to(dtype)
-    peft_model.adapter_config_on_disk = on_disk
+    vars(peft_model)["adapter_config_on_disk"] = on_disk
     return peft_model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,8 +18,9 @@ from surgvqa.model.torch_internals import configure_compiler
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The language model's layers, also below PEFT's wrapper."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model.language_model.layers
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers: nn.ModuleList = base.model.language_model.layers
+    return layers
 
 
 class LayerForward:
@@ -42,11 +44,12 @@ class LayerForward:
 
 def forwards(model: nn.Module) -> list[LayerForward]:
     """What stands as `forward` of each of the language model's layers, put there by the first call."""
-    layers = decoder_layers(model)
-    for layer in layers:
+    found: list[LayerForward] = []
+    for layer in decoder_layers(model):
         if not isinstance(layer.forward, LayerForward):
-            layer.forward = LayerForward(layer)
-    return [layer.forward for layer in layers]
+            vars(layer)["forward"] = LayerForward(layer)
+        found.append(vars(layer)["forward"])
+    return found
 
 
 def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:

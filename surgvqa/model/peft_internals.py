@@ -21,10 +21,10 @@ def without_input_casts(model: nn.Module) -> None:
     PEFT casts every LoRA input to the adapter's float32; under bf16 autocast the matmul casts it back. Leaving both out
     changes no bit and saves a float32 copy of every layer's input. Only for use under autocast.
     """
-    model.input_casts_off = None  # PEFT's context manager switches the casts on again when it is dropped
+    vars(model)["input_casts_off"] = None  # PEFT's context manager switches the casts on again when it is dropped
     casts_off = disable_input_dtype_casting(model)
     casts_off.__enter__()
-    model.input_casts_off = casts_off
+    vars(model)["input_casts_off"] = casts_off
 
 
 def adapter_parameters(peft_model: PeftModel, on_disk: Callable[[str], str]) -> dict[str, nn.Parameter]:
