@@ -176,6 +176,7 @@ class Bench:
 
         from surgvqa.model import layers
         from surgvqa.model.adapter import add_lora
+        from surgvqa.model.peft_internals import without_input_casts
 
         fresh = case.adapter_key() != self.key
         if fresh:
@@ -191,7 +192,7 @@ class Bench:
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = True
         if not case.casts:
-            layers.lora_without_casts(self.peft_model)
+            without_input_casts(self.peft_model)
         if case.compiled:  # each case anew: what layers keep is decided when they are compiled
             self.torch._dynamo.reset()
             layers.compile_layers(self.peft_model, case.keep)

@@ -139,12 +139,12 @@ class Bench:
         import torch
         import torch.nn.functional as F
 
-        from surgvqa.model import layers
+        from surgvqa.model.torch_internals import compilations
 
         v = {**OLD, **variant}
         data = self.prepare(v)
         optimiser = self.optimiser_of(self.trained, lr=2e-4)
-        before = layers.compilations()
+        before = compilations()
 
         def micro_step() -> Any:
             with torch.autocast("cuda", torch.bfloat16):
@@ -198,7 +198,7 @@ class Bench:
             "tokens": tokens,
             "first_loss": round(first, 4),
             "loss": round(float(loss), 4),
-            **{name: count - before[name] for name, count in layers.compilations().items()},
+            **{name: count - before[name] for name, count in compilations().items()},
             "first_step_s": round(warm_up, 1),
         }
 

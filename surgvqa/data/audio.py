@@ -52,7 +52,7 @@ def audio_seconds(path: str | os.PathLike[str]) -> float | None:
     import soundfile
 
     try:
-        return soundfile.info(os.fspath(path)).duration
+        return float(soundfile.info(os.fspath(path)).duration)
     except soundfile.LibsndfileError:
         return None
 
@@ -62,12 +62,12 @@ def audio_features(waveform: np.ndarray, feature_extractor: WhisperFeatureExtrac
 
     Shorter sound is padded with zeros before the spectrogram, as Whisper does; longer sound is cut.
     """
-    features = feature_extractor(
+    features: np.ndarray = feature_extractor(
         waveform,
         sampling_rate=SAMPLE_RATE,
         padding="max_length",
         max_length=2 * positions * HOP,
         truncation=True,
         return_tensors="np",
-    )
-    return features["input_features"][0]
+    )["input_features"][0]
+    return features

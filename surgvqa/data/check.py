@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +143,8 @@ def _read(path: str, options: CheckDataOptions, workspace: Workspace, findings: 
         return configured is not None and Path(configured).resolve() == Path(path).resolve()
 
     later = path != options.files[0] and not is_the("train_data_path")
-    heard_by_eval = options.eval_audio_dir and (later or is_the("eval_data_path"))
-    return File(path, options.eval_audio_dir if heard_by_eval else options.audio_dir, samples)
+    for_eval = options.eval_audio_dir if later or is_the("eval_data_path") else None
+    return File(path, for_eval or options.audio_dir, samples)
 
 
 def _look_up(
@@ -234,9 +234,7 @@ def _show_file(console: Console, file: File) -> None:
 
 def _bar(counts: Sequence[int]) -> str:
     """Shares as one bar of BAR_CELLS cells; each cell takes the shade of the label at its middle."""
-    total, ends = sum(counts), []
-    for count in counts:
-        ends.append((ends[-1] if ends else 0) + count)
+    total, ends = sum(counts), list(accumulate(counts))
     cells = ((cell + 0.5) / BAR_CELLS * total for cell in range(BAR_CELLS))
     labels = (next(i for i, end in enumerate(ends) if middle < end) for middle in cells)
     return "".join(SHADES[min(label, len(SHADES) - 1)] for label in labels)

@@ -45,7 +45,7 @@ class Collator:
         if self.packed:  # none is asked to say the next one's first token: a prompt is not learned
             rows = [list(items)]
         ids = [np.concatenate([item["input_ids"] for item in row]) for row in rows]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._pad(ids, self.processors.pad_token_id),
             "attention_mask": self._pad([np.ones_like(i) for i in ids], 0),
             "labels": self._pad([np.concatenate([item["labels"] for item in row]) for row in rows], IGNORED),
@@ -57,7 +57,7 @@ class Collator:
             batch["host_ids"] = batch["input_ids"].numpy().copy()
             following = np.pad(batch["labels"].numpy()[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
             batch["supervised"] = torch.from_numpy(np.flatnonzero(following != IGNORED))
-            batch["tokens"] = sum(map(len, ids))
+            batch["tokens"] = sum(len(row) for row in ids)
         if len(rows) < len(items):
             batch |= self._borders(items, batch["input_ids"].shape[1])
         if "image_features" in items[0]:

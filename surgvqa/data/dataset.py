@@ -32,8 +32,8 @@ class FeaturesGone(SurgvqaError):
 class ClipDataset:
     """`dataset[i]` is sample i, encoded; see `encode` for the arrays.
 
-    Making it finds every file of every sample, and raises UsageError when one is missing or cannot be told apart:
-    before any training, not in the middle of it. `warnings` holds what the run should say once.
+    The constructor looks up every file of every sample and raises UsageError when one is missing or ambiguous, so that
+    this fails before training and not in the middle of it. `warnings` holds what the run should say once.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ClipDataset:
         """Once `encode.fill_cache` has set it, samples carry the encoders' outputs instead of pixels and mels."""
 
     def show(self, num_frames: int, image_size: int) -> None:
-        """From now on so many frames of each clip, at most so many pixels wide or high.
+        """Sets how clips are shown from now on: `num_frames` of each, at most `image_size` pixels wide or high.
 
         With a feature cache, `encode.fill_cache` has to encode them before the next sample is taken.
         """
@@ -105,14 +105,14 @@ class ClipDataset:
     def __getitem__(self, index: int) -> Item:
         words = self._words(index)
         if self.store is not None:
-            return self._from_cache(index, words)
+            return self._from_cache(self.store, index, words)
         return encode(
             self.processors, self.frame_paths[index], self.audio_paths[index], image_size=self.image_size, **words
         )
 
     def words(self, index: int) -> Item:
-        """What can be had of sample `index` without its frames: labels, as many supervised ones as `self[index]` has,
-        and the ids of a prompt without frames."""
+        """Sample `index` without its frames: labels, with as many supervised ones as `self[index]` has, and the ids of a
+        prompt without frames."""
         return ids_and_labels(self.processors, (), **self._words(index))
 
     def _words(self, index: int) -> dict[str, Any]:
@@ -123,40 +123,44 @@ class ClipDataset:
             "answer": sample.answer if self.with_answer else None,
         }
 
-    def _from_cache(self, index: int, words: dict[str, Any]) -> Item:
+    def _from_cache(self, store: FeatureStore, index: int, words: dict[str, Any]) -> Item:
         """As `encode`, with image_features [image tokens, hidden] and audio_features [audio tokens, d_model]."""
         import torch
 
-        keys = [self.store.frame_key(path, self.image_size) for path in self.frame_paths[index]]
-        frames = [self._entry(key, path) for key, path in zip(keys, self.frame_paths[index])]
+        keys = [store.frame_key(path, self.image_size) for path in self.frame_paths[index]]
+        frames = [_cached(store, key, path) for key, path in zip(keys, self.frame_paths[index])]
         grids = np.array([notes["grid"].split() for _, notes in frames], dtype=np.int64)
         sound = self.audio_paths[index]
         return {
             **ids_and_labels(self.processors, grids, **words),
             "image_features": torch.cat([features for features, _ in frames]),
             "image_grid_thw": grids,
-            "audio_features": self._entry(self.store.audio_key(sound), sound)[0],
+            "audio_features": _cached(store, store.audio_key(sound), sound)[0],
         }
 
-    def _entry(self, key: str, path: str) -> tuple[Any, dict[str, str]]:
-        entry = self.store.get(key)
-        if entry is None:
-            raise FeaturesGone(
-                f"{self.store.path(key)}: the cached features of {path} are gone or damaged; go on with --resume, "
-                "which encodes them again"
-            )
-        return entry
+
+def _cached(store: FeatureStore, key: str, path: str) -> tuple[Any, dict[str, str]]:
+    entry = store.get(key)
+    if entry is None:
+        raise FeaturesGone(
+            f"{store.path(key)}: the cached features of {path} are gone or damaged; go on with --resume, "
+            "which encodes them again"
+        )
+    return entry
 
 
 def make_room_for_sockets() -> None:
-    """Worker processes hand tensors over by sockets in the temporary folder, whose path may have 107 bytes (unix(7)).
-    Where it is longer they would fail, and the loader wait forever."""
+    """Moves the temporary folder to /tmp where its path is too long for sockets.
+
+    Worker processes pass tensors through sockets in the temporary folder, whose paths may have at most 107 bytes
+    (unix(7)). With a longer one the workers fail, and the loader waits forever.
+    """
     if len(os.fsencode(tempfile.gettempdir())) + len("/pymp-12345678/listener-12345678") > 107:
         tempfile.tempdir = "/tmp"
 
 
 def loaded(loader: Iterable[Any]) -> Iterator[Any]:
-    """What a data loader gives; an unreadable file is told in one line, whichever process met it."""
+    """The items of a data loader. An unreadable file is reported in one line, whichever process found it."""
     try:
         yield from loader
     except SurgvqaError as error:
@@ -192,7 +196,7 @@ def encode(
 
 
 def ids_and_labels(
-    processors: Processors, grids: Sequence[np.ndarray], *, input_mode: str, question: str, answer: str | None
+    processors: Processors, grids: Iterable[np.ndarray], *, input_mode: str, question: str, answer: str | None
 ) -> Item:
     """input_ids and labels int64 [L] of a clip whose frames have these grids (t, h, w in patches)."""
     prompt = prompt_ids(processors, grids, question, input_mode)

@@ -1,4 +1,4 @@
-"""What the frozen encoders make of frames and questions, kept on disk: encoded once, read in every epoch and later run.
+"""The outputs of the frozen encoders on disk: each frame and question is encoded once and read in every later epoch.
 
 One safetensors file an entry, named by its key: the encoders' fingerprint, the processor's settings, and the content of
 the frame or sound file. A frame that several clips share is one entry. An entry appears whole (written beside, renamed)
@@ -113,7 +113,7 @@ class FeatureStore:
     def put(self, key: str, features: torch.Tensor, **notes: str) -> None:
         """Writes an entry whole or not at all. SurgvqaError on a full disk."""
         path, features = self.path(key), features.detach().cpu().contiguous()
-        checksum = zlib.crc32(features.view(torch.uint8).numpy())
+        checksum = zlib.crc32(features.view(torch.uint8).numpy().data)
         data = save_safetensors({"features": features}, metadata={**notes, "crc32": str(checksum)})
         temporary = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
         with _one_line(path, "written", "free some disk space"):
@@ -145,7 +145,7 @@ class FeatureStore:
             fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def release(self) -> None:
-        """Ends `hold`: entries may be removed again, also those that a data loader's worker still reads."""
+        """Ends `hold`: entries may be removed again, even those that a data loader's worker still reads."""
         fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing is not enough: the worker has inherited it
         self._lock.close()
 

@@ -43,7 +43,7 @@ def load_frame(path: str | os.PathLike[str], image_size: int) -> Image.Image:
     Raises UsageError for a file that is missing, truncated or no image: a frame is never replaced by a black one.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(os.fspath(path)) as file:
             if file.mode.startswith(("I", "F")):  # Pillow would make all above 255 of it white
                 raise ValueError(f"mode {file.mode}: more than 8 bits a pixel; convert it to 8 bits")
             image = file.convert("RGB")

@@ -48,11 +48,6 @@ class FrameIndex:
         )
 
 
-def find_frame(frames_dir: str | os.PathLike[str], frame: str) -> Path:
-    """The file of one frame; for many of them make one FrameIndex. Raises UsageError."""
-    return FrameIndex(frames_dir).find(frame)
-
-
 def _files_by_stem(folder: Path, extensions: Sequence[str]) -> dict[str, str]:
     """{stem: file name} of the files with one of the extensions, the earlier extension winning; {} without a folder."""
     found: dict[str, tuple[int, str]] = {}

@@ -1,8 +1,9 @@
-"""Batches that say which samples they hold and how those are shown.
+"""Batches that record which samples they hold and how those were shown.
 
-A run that retreats to fewer or smaller frames finds batches on their way that were encoded before: worker processes
-work ahead, and keep their copy of the dataset until the epoch ends. Such a batch tells itself and is encoded again.
-What it shows may be gone from the feature cache by then: it comes without, as a list of its samples.
+When a run steps down to fewer or smaller frames, some batches are already encoded the old way: worker processes work
+ahead and keep their own copy of the dataset until the epoch ends. Each batch records how it was encoded, so a stale one
+is detected and encoded again. Its features may be gone from the cache by then; it then holds no more than the numbers
+of its samples.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ Batch = dict[str, Any]
 
 @dataclass
 class Numbered:
-    """A dataset whose items say their index, and the (num_frames, image_size) that they are shown with.
+    """A dataset whose items record their index and the (num_frames, image_size) they were encoded with.
 
-    A worker process gives an item whose features are gone without them, and `shown` is None: the main process, which
-    knows whether another way of showing it holds by now, encodes it again or raises the error.
+    When an item's features are gone from the cache, a worker process returns it without them and with `shown` None. The
+    main process knows the current setting: it encodes the item again or raises the error.
     """
 
     dataset: ClipDataset
@@ -45,7 +46,7 @@ class Numbered:
         return {**item, "sample_index": index, "shown": shown}
 
     def is_current(self, batch: Batch) -> bool:
-        """Whether the batch shows its samples as the dataset does now."""
+        """Whether the batch was encoded with the dataset's present setting."""
         return batch["shown"] is not None and tuple(batch["shown"]) == self.dataset.shown
 
 
@@ -53,8 +54,8 @@ class Numbered:
 class NumberedCollator:
     """`collate`'s batch with sample_indices (numpy, [B]) and shown (num_frames, image_size).
 
-    The indices come first: Trainer takes the length of a batch's first array for the number of its samples, and a
-    packed batch has one row for all of them.
+    The indices come first: Trainer counts a batch's samples by the length of its first array, and a packed batch has a
+    single row for all of them.
     """
 
     collate: Callable[[Sequence[Item]], Batch]

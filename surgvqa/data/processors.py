@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from transformers import Qwen2TokenizerFast, WhisperFeatureExtractor
+from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
@@ -22,7 +22,7 @@ from surgvqa.files import read_json
 class Processors:
     """What turns text, frames and sound into the model's inputs. Can be pickled, for worker processes."""
 
-    tokenizer: Qwen2TokenizerFast
+    tokenizer: Qwen2Tokenizer
     image_processor: Qwen2VLImageProcessorPil
     feature_extractor: WhisperFeatureExtractor
     num_audio_tokens: int
@@ -40,7 +40,7 @@ class Processors:
     @property
     def merge_size(self) -> int:
         """The vision tower makes one token of merge_size x merge_size patches."""
-        return self.image_processor.merge_size
+        return int(self.image_processor.merge_size)
 
     @property
     def audio_window_s(self) -> float:
@@ -58,7 +58,7 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
     if not has_tokenizer:
         raise UsageError(f"{folder}: no tokenizer, expected tokenizer.json, or vocab.json and merges.txt")
     try:
-        tokenizer = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UsageError(f"{folder}: the tokenizer files cannot be read: {error}") from None
     read_json(folder / "preprocessor_config.json")
@@ -66,7 +66,7 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
 
     positions = _shape(weights, "audio_encoder.embed_positions.weight")[0]
     mels = _shape(weights, "audio_encoder.conv1.weight")[1]
-    feature_extractor = WhisperFeatureExtractor(
+    feature_extractor = WhisperFeatureExtractor(  # type: ignore[no-untyped-call]  # upstream has no types here
         feature_size=mels,  # preprocessor files often say 80; the encoder's first convolution knows better
         sampling_rate=SAMPLE_RATE,
         hop_length=HOP,
@@ -81,7 +81,7 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
         return token_id(token)
 
     def token_id(token: str) -> int:
-        found = tokenizer.get_vocab().get(token)
+        found: int | None = tokenizer.get_vocab().get(token)
         if found is None:
             raise UsageError(f"{folder}: the tokenizer has no token {token}, expected a Qwen2-VL tokenizer")
         return found

@@ -14,7 +14,7 @@ learned their pieces. N is the number of the audio encoder's positions, n a fram
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def image_tokens(grid: Iterable[int], merge_size: int) -> int:
     return t * h * w // merge_size**2
 
 
-def prompt_ids(processors: Processors, grids: Sequence[Iterable[int]], question: str, input_mode: str) -> list[int]:
+def prompt_ids(processors: Processors, grids: Iterable[Iterable[int]], question: str, input_mode: str) -> list[int]:
     """Token ids from the beginning to the point where the answer is to be written.
 
     `grids`: (t, h, w) in patches of each frame. `input_mode`: audio_only (the question is only spoken) or audio_text
@@ -82,4 +82,5 @@ def mrope_positions(processors: Processors, ids: np.ndarray, grids: Iterable[Ite
 
 def plain_text_ids(processors: Processors, text: str) -> list[int]:
     """Token ids of text that is text throughout: `<|im_end|>` in it comes out as its characters' pieces."""
-    return processors.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids: list[int] = processors.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids

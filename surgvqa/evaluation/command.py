@@ -14,7 +14,7 @@ from surgvqa.config.settings import require_bounds
 from surgvqa.data.lookup import check_samples
 from surgvqa.data.samples import Sample
 from surgvqa.errors import UsageError
-from surgvqa.evaluation.model_folders import model_folders
+from surgvqa.evaluation.model_folders import model_folders, required
 from surgvqa.evaluation.score import read_predictions, score
 from surgvqa.files import write_json_atomic
 from surgvqa.outcome import Outcome
@@ -36,7 +36,7 @@ def check(options: EvaluateOptions) -> None:
         raise UsageError(f"missing {', '.join(missing)}; or --predictions FILE scores an existing file")
     require_bounds(options)
     model_folders(options)
-    check_samples(options.eval_data_path, options.frames_dir, given["audio_dir"])
+    check_samples(required(options, "eval_data_path"), required(options, "frames_dir"), given["audio_dir"])
 
 
 def run(options: EvaluateOptions, run: Run) -> Outcome:

@@ -20,21 +20,24 @@ from surgvqa.data.frames import largest_frame
 from surgvqa.data.samples import Sample, read_samples
 from surgvqa.errors import SurgvqaError
 from surgvqa.evaluation.answerer import Answerer, load_answerer
+from surgvqa.evaluation.model_folders import required
 from surgvqa.machine.process import usable_cores
 from surgvqa.machine.sampling import MemorySampler
-from surgvqa.memory import fit
-from surgvqa.memory import predict as predict_module
+from surgvqa.memory.activations import FP32
 from surgvqa.memory.clip import clip_of
-from surgvqa.memory.fit import memory_limit_gb
+from surgvqa.memory.fit import MARGIN, memory_limit_gb
 from surgvqa.memory.out_of_memory import empty_cache, read
-from surgvqa.model.adapter import ADAPTER
+from surgvqa.memory.predict import Prediction as MemoryPrediction
+from surgvqa.memory.predict import configuration as memory_configuration
+from surgvqa.memory.predict import predict_generation
 from surgvqa.model.encode import use_cache
+from surgvqa.model.peft_internals import ADAPTER
 from surgvqa.model.sizes import checkpoint_sizes
 from surgvqa.runs.folder import Run
 
 AT_ONCE, AT_MOST = 8, 32
-"""Samples generated together when nobody says how many: on a CPU; on a GPU as many as are predicted to fit, up to this.
-A step of generation takes a GPU little longer for more of them."""
+"""Samples generated together by default: AT_ONCE on a CPU; on a GPU as many as are predicted to fit, up to AT_MOST (a
+step of generation takes a GPU little longer for more of them)."""
 
 
 def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], list[str], dict[str, Any]]:
@@ -46,10 +49,10 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     run.phase("load model", str(options.checkpoint))
     make_room_for_sockets()
     answerer = load_answerer(options)
-    audio_dir = options.eval_audio_dir or options.audio_dir
+    audio_dir = options.eval_audio_dir or required(options, "audio_dir")
     dataset = ClipDataset(
-        read_samples(options.eval_data_path),
-        options.frames_dir,
+        read_samples(required(options, "eval_data_path")),
+        required(options, "frames_dir"),
         audio_dir,
         answerer.processors,
         options,
@@ -59,12 +62,15 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
         run.warning(text)
     cached = use_cache(answerer.base_model, answerer.base, [dataset], options, run)
     prediction = _predict(answerer, dataset, options, cached)
-    largest, fit = _at_once(options, len(dataset), prediction, memory_limit_gb(options.budget_gb, answerer.device))
-    run.phase("generate", f"{len(dataset)} samples, {fit}; {answerer.description}")
+    largest, how_many = _at_once(options, len(dataset), prediction, memory_limit_gb(options.budget_gb, answerer.device))
+    run.phase("generate", f"{len(dataset)} samples, {how_many}; {answerer.description}")
     workers = min(4, usable_cores() // 2) if answerer.device.type == "cuda" else 0
     ahead = math.ceil(largest / workers) if workers else None
     # one by one: a batch may have to be split, and the first one need not wait for one worker to make it all
-    loader = DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, num_workers=workers, prefetch_factor=ahead)
+    indexed: Any = dataset  # a Dataset by its methods; data.dataset imports no torch
+    loader: DataLoader[Item] = DataLoader(
+        indexed, batch_size=None, collate_fn=_as_it_is, num_workers=workers, prefetch_factor=ahead
+    )
     encoded = loaded(loader)
     answers: list[str] = []
     began = time.monotonic()
@@ -79,7 +85,7 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
                     largest = _smaller_batch(min(largest, len(items)), error, options, run)
                 run.progress("generate", len(answers), len(dataset), "samples")
     facts = {
-        "checkpoint": str(Path(options.checkpoint).absolute()),
+        "checkpoint": str(Path(required(options, "checkpoint")).absolute()),
         "samples_per_s": len(answers) / (time.monotonic() - began),
         "batch_size": largest,
         **sampler.peaks(),
@@ -87,42 +93,40 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
     return dataset.samples, answers, facts
 
 
-def _as_it_is(item: Item) -> Item:
+def _as_it_is(item: Any) -> Any:
     return item
 
 
 def _predict(
     answerer: Answerer, dataset: ClipDataset, options: EvaluateOptions, cached: bool
-) -> Callable[[int], predict_module.Prediction] | None:
+) -> Callable[[int], MemoryPrediction] | None:
     """The memory of answering so many at once; None where it is not known, on a CPU."""
     if answerer.device.type != "cuda":
         return None
     sizes, weights = checkpoint_sizes(answerer.base)
     adapters = getattr(answerer.model, "peft_config", {})
-    configuration = predict_module.configuration(
+    configuration = memory_configuration(
         sizes,
         options,
         clip=clip_of(sizes, options, largest_frame(dataset.frame_paths)),
         lora=LoraOptions(lora_r=adapters[ADAPTER].r) if adapters else LoraOptions(),
-        adapter_bytes=predict_module.FP32 if adapters else 0,
+        adapter_bytes=FP32 if adapters else 0,
         casts_lora_inputs=True,
         cached_features=cached,
         encoders_resident=not cached,
         compiled=False,
     )
-    return lambda batch: predict_module.predict_generation(
-        sizes, replace(configuration, batch=batch, padded=batch > 1), weights
-    )
+    return lambda batch: predict_generation(sizes, replace(configuration, batch=batch, padded=batch > 1), weights)
 
 
 def _at_once(
-    options: EvaluateOptions, samples: int, predict: Callable[[int], predict_module.Prediction] | None, limit_gb: float
+    options: EvaluateOptions, samples: int, predict: Callable[[int], MemoryPrediction] | None, limit_gb: float
 ) -> tuple[int, str]:
     """(how many of the samples are answered at once, that in words)."""
     if predict is None:
         count = options.batch_size or AT_ONCE
         return count, f"{count} at once"
-    room = limit_gb * (1 - fit.MARGIN)
+    room = limit_gb * (1 - MARGIN)
     count = options.batch_size or min(AT_MOST, samples)
     while options.batch_size is None and count > 1 and not predict(count).fits(room):
         count -= 1
@@ -136,7 +140,7 @@ def _at_once(
 
 
 def _smaller_batch(size: int, error: torch.OutOfMemoryError, options: EvaluateOptions, run: Run) -> int:
-    """Half the batch, said in an `oom` event; SurgvqaError when it is one sample already."""
+    """Half the batch, reported in an `oom` event; SurgvqaError when it is already a single sample."""
     said, action = read(error), "stopping" if size == 1 else f"answering {size // 2} at once"
     figures = vars(said) | {"text": f"batch of {size}: {said.text}: {action}"}
     run.emit("oom", step=None, phase="generate", action=action, **figures)

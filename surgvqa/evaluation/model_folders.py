@@ -13,11 +13,19 @@ from surgvqa.training import checkpoints, results
 ADAPTER_CONFIG = "adapter_config.json"
 
 
+def required(options: EvaluateOptions | AskOptions, name: str) -> str:
+    """The option that this evaluation cannot do without; UsageError when it is not given."""
+    value = getattr(options, name)
+    if not value:
+        raise UsageError(f"missing --{name}")
+    return str(value)
+
+
 def model_folders(options: EvaluateOptions | AskOptions) -> tuple[Path, Path | None]:
     """(base checkpoint, adapter or None) that `options.checkpoint` stands for: an adapter, the output folder of a
     training run, or a full checkpoint. UsageError when it is none of them, or an adapter without a base.
     """
-    folder = Path(options.checkpoint)
+    folder = Path(required(options, "checkpoint"))
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; expected an adapter or checkpoint folder, or a run id")
     record = results.read(folder)

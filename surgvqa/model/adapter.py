@@ -26,10 +26,8 @@ from surgvqa.checkpoint.names import to_old_name
 from surgvqa.config.options import LoraOptions
 from surgvqa.errors import UsageError
 from surgvqa.files import read_json
+from surgvqa.model import peft_internals
 
-ADAPTER = "default"
-"""PEFT's name of the only adapter; a part of its parameters' names."""
-PEFT_PREFIX = "base_model.model."
 WEIGHTS, CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "surgvqa.json"
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the base weights alone (PiSSA, OLoRA, LoftQ, CorDA change them)."""
@@ -41,7 +39,7 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, *, dtype: torch.dtype
 
     UsageError when the regular expression is not valid or matches no linear module, under the old names or the new.
     """
-    on_disk = {
+    on_disk: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model.name_or_path,
@@ -127,17 +125,12 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, extra_config: dict[s
 
 def adapter_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
     """{name on disk: parameter} of the adapter: LoRA matrices and the copies of modules_to_save."""
-
-    def on_disk(name: str) -> str:
-        name = name.replace(f"modules_to_save.{ADAPTER}.", "").replace(f".{ADAPTER}.", ".")
-        return old_name(name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"))
-
-    return {on_disk(n): p for n, p in peft_model.named_parameters() if f".{ADAPTER}." in n}
+    return peft_internals.adapter_parameters(peft_model, old_name)
 
 
 def old_name(name: str) -> str:
     """The checkpoint's name of a module, or an adapter's tensor with PEFT's prefix, from either name."""
-    bare = name.removeprefix(PEFT_PREFIX)
+    bare = name.removeprefix(peft_internals.PREFIX)
     return name[: len(name) - len(bare)] + to_old_name(bare)
 
 
@@ -157,10 +150,10 @@ def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, w
     )
     with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=False)
+        peft_model = get_peft_model(model, config, adapter_name=peft_internals.ADAPTER, autocast_adapter_dtype=False)
     for parameter in adapter_parameters(peft_model).values():
         parameter.data = parameter.data.to(dtype)
-    peft_model.adapter_config_on_disk = on_disk
+    vars(peft_model)["adapter_config_on_disk"] = on_disk
     return peft_model
 
 

@@ -14,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, WhisperConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested
 
 from surgvqa.errors import SurgvqaError
+from surgvqa.model.transformers_internals import (
+    attention_of,
+    is_flash_attention_requested,
+    set_attention,
+    take_names_of,
+)
 
 IGNORED = -100
 """The label of a position that is not supervised (torch's and transformers' convention)."""
@@ -34,10 +38,10 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     def __init__(self, config: Qwen2VLConfig):
         super().__init__(config)
         audio_config = WhisperConfig(**config.audio_encoder_config)
-        audio_config._attn_implementation = config._attn_implementation
+        set_attention(audio_config, attention_of(config))
         self.audio_encoder = WhisperEncoder(audio_config)
         self.audio_projector = nn.Linear(
-            audio_config.d_model, config.text_config.hidden_size, bias=config.audio_projector_bias
+            audio_config.d_model, self.model.language_model.config.hidden_size, bias=config.audio_projector_bias
         )
 
     @property
@@ -76,7 +80,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         Without gradient unless something in the vision tower is trainable.
         """
         where = {}
-        if "flash" not in self.model.visual.config._attn_implementation:
+        if "flash" not in attention_of(self.model.visual.config):
             # each layer asks where a frame ends: on the host, or it would wait for the GPU three times
             lengths = (image_grid_thw[:, 1] * image_grid_thw[:, 2]).repeat_interleave(image_grid_thw[:, 0])
             where["cu_seqlens"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cpu()
@@ -89,7 +93,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         with _grad_if_trainable(self.audio_encoder):
             return self.audio_encoder(input_features.to(self.audio_encoder.conv1.weight.dtype)).last_hidden_state
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> AudioQwen2VLForConditionalGeneration:
         """As nn.Module.train, but a frozen encoder stays in eval mode."""
         super().train(mode)
         for encoder in (self.model.visual, self.audio_encoder):
@@ -145,7 +149,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         embeds = self.embed(input_ids, host_ids) if inputs_embeds is None else inputs_embeds
-        if pixel_values is not None:
+        if pixel_values is not None and image_grid_thw is not None:
             image_features = self.encode_images(pixel_values, image_grid_thw)
         if input_features is not None:
             audio_features = self.encode_audio(input_features)
@@ -245,29 +249,29 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
     # --- generation --------------------------------------------------------------------------------------------------
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any):
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Upstream's generate; without `mm_token_type_ids` it would fall back to 1-D positions without a word."""
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             kwargs.setdefault("mm_token_type_ids", self.modalities(input_ids))
-        return super().generate(inputs, *args, **kwargs)
+        upstream: Any = super()
+        return upstream.generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any):
+    def prepare_inputs_for_generation(  # type: ignore[override]  # upstream: also positional, which nobody uses
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """Upstream's; our own inputs are dropped after the first step as upstream does with its own."""
-        prepared = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        upstream: Any = super()
+        prepared: dict[str, Any] = upstream.prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("image_features", "audio_features"):
                 prepared.pop(name, None)
         return prepared
 
 
-# A subclass gets no built-in mapping from the checkpoint's names (visual.*, model.layers.*) to the module's, and its
-# tensors would go missing without an error; registered by class name it is upstream's own, for loading and saving.
-register_checkpoint_conversion_mapping(
-    AudioQwen2VLForConditionalGeneration.__name__,
-    get_checkpoint_conversion_mapping("Qwen2VLForConditionalGeneration"),
-    overwrite=True,
-)
+take_names_of("Qwen2VLForConditionalGeneration", AudioQwen2VLForConditionalGeneration)
 
 
 def _on_host(input_ids: Tensor, host_ids: np.ndarray | None) -> np.ndarray:

@@ -6,10 +6,10 @@ import importlib
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
 from transformers.utils import is_flash_attn_2_available
 
 from surgvqa.errors import UsageError, first_line
+from surgvqa.model.torch_internals import sdpa_takes_cudnn
 
 
 def choose_device(requested: str) -> torch.device:
@@ -35,11 +35,8 @@ def attention_kernel(config: Any, attention: str, device: torch.device) -> str:
     """
     if attention != "sdpa" or device.type != "cuda":
         return {"eager": "eager", "flash_attention_2": "flash-attn"}.get(attention, "flash")
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    width = config.hidden_size // config.num_attention_heads
-    q, k, v = (torch.zeros(1, n, 256, width, dtype=torch.bfloat16, device=device, requires_grad=True) for n in heads)
-    chosen = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
-    return "cudnn" if chosen == SDPBackend.CUDNN_ATTENTION.value else "flash"
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    return "cudnn" if sdpa_takes_cudnn(heads, config.num_key_value_heads, width, device) else "flash"
 
 
 FLASH_CAPABILITY = (8, 0)

@@ -41,7 +41,7 @@ WRITTEN_BEHIND = 3
 
 def use_cache(
     model: AudioQwen2VLForConditionalGeneration,
-    checkpoint: str,
+    checkpoint: str | Path,
     datasets: Sequence[ClipDataset],
     options: CacheOptions,
     run: Run,
@@ -58,7 +58,7 @@ def use_cache(
 
 
 def open_store(
-    model: AudioQwen2VLForConditionalGeneration, checkpoint: str, processors: Processors, folder: Path
+    model: AudioQwen2VLForConditionalGeneration, checkpoint: str | Path, processors: Processors, folder: Path
 ) -> FeatureStore:
     """The feature cache in `folder`, for this model's encoders and processors."""
     weights = open_checkpoint(checkpoint)
@@ -126,9 +126,10 @@ def fill_cache(
 def release_encoders(model: AudioQwen2VLForConditionalGeneration) -> None:
     """Takes both encoders off the GPU. Frozen weights are the checkpoint's: they point into its files, which takes no
     time and no memory, and from where `.to` fetches them again. Copying them to the host took 2.5 s."""
-    tensors = open_checkpoint(model.name_or_path).tensors
+    tensors = open_checkpoint(str(model.name_or_path)).tensors
     files: dict[Path, Any] = {}
-    for prefix, encoder in (("visual.", model.model.visual), ("audio_encoder.", model.audio_encoder)):
+    encoders: tuple[tuple[str, Any], ...] = (("visual.", model.model.visual), ("audio_encoder.", model.audio_encoder))
+    for prefix, encoder in encoders:
         for name, parameter in encoder.named_parameters():
             if info := tensors.get(prefix + name):
                 if info.file not in files:

@@ -30,7 +30,7 @@ def load_model(
     config = checkpoint_config(checkpoint)
     _check_tensors(config, checkpoint)
     disable_progress_bar()  # transformers draws one on stderr; ours belong in the run folder
-    model, report = AudioQwen2VLForConditionalGeneration.from_pretrained(
+    loaded: Any = AudioQwen2VLForConditionalGeneration.from_pretrained(
         folder,
         config=config,
         dtype=dtype,
@@ -40,12 +40,15 @@ def load_model(
         local_files_only=True,
         output_loading_info=True,
     )
+    model: AudioQwen2VLForConditionalGeneration = loaded[0]
+    report: dict[str, Any] = loaded[1]
     # After the check above this says that transformers mapped every name as we do.
     if left := {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}:
         raise SurgvqaError(f"{folder}: transformers did not load {_some(left)}")
     if torch.device(device).type == "cuda":
         model.embeddings_to_host()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return model
 
 
 def _check_tensors(config: Qwen2VLConfig, checkpoint: Checkpoint) -> None:

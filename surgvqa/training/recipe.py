@@ -30,6 +30,8 @@ from surgvqa.model.adapter import adapter_parameters, add_lora
 from surgvqa.model.device import attention_kernel, choose_attention, choose_dtype
 from surgvqa.model.encode import use_cache
 from surgvqa.model.loading import load_model
+from surgvqa.model.peft_internals import without_input_casts
+from surgvqa.model.torch_internals import start_compiler
 from surgvqa.runs.folder import Run
 from surgvqa.training import results, resume
 from surgvqa.training.arguments import training_arguments
@@ -116,7 +118,7 @@ def _prepare(
     run.phase("load model", f"{options.model_name_or_path}")
     compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
     if compiled:
-        layers.start_compiler()
+        start_compiler()
     attention, why_attention = choose_attention(options.attn_implementation, device)
     if options.enforce_budget and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -142,7 +144,7 @@ def _prepare(
         run.warning(fit.warning)
     layers.checkpoint_layers(base, fit.recomputing)
     if arguments.bf16:
-        layers.lora_without_casts(model)
+        without_input_casts(model)
     if compiled:
         layers.compile_layers(model, fit.keep)
     packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")

@@ -28,7 +28,7 @@ from surgvqa.errors import SurgvqaError, UsageError, first_line
 from surgvqa.machine.sampling import MemorySampler
 from surgvqa.memory.retreat import SHOWN
 from surgvqa.model.adapter import adapter_parameters, save_adapter
-from surgvqa.model.layers import compilations
+from surgvqa.model.torch_internals import compilations
 from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, optimiser, results
 from surgvqa.training.random_state import random_state, set_random_state
@@ -89,7 +89,7 @@ class EventTrainer(Trainer):
         self.aside = Aside()
         self.compiled = compiled
         self.compilations: dict[str, int] = {}
-        """So far, when layers are compiled (layers.compilations)."""
+        """So far, when layers are compiled (torch_internals.compilations)."""
         self.activity = "start"
         """For an out-of-memory report: load batch, forward and backward, optimizer, report, evaluate or save."""
         self.window = Window(time.monotonic())

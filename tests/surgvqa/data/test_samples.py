@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from places import REAL_DATA
 
-from surgvqa.data.lookup import AudioIndex, FrameIndex, MissingFile, find_frame
+from surgvqa.data.lookup import AudioIndex, FrameIndex, MissingFile
 from surgvqa.data.samples import Sample, majority_accuracy, read_samples, scan_samples
 from surgvqa.errors import UsageError
 
@@ -143,7 +143,7 @@ def test_any_bytes_are_samples_or_one_clear_line(tmp_path_factory, content):
 @pytest.mark.parametrize("name", ["002-001_7.jpg", "7.jpg", "002-001_7.PNG", "7.jpeg"])
 def test_a_frame_is_found_by_name_or_number(tmp_path, name):
     touch(tmp_path, f"002-001/{name}", "002-001/8.jpg", "002-001/7.txt")
-    assert find_frame(tmp_path, "002-001_7") == tmp_path / "002-001" / name
+    assert FrameIndex(tmp_path).find("002-001_7") == tmp_path / "002-001" / name
 
 
 def test_a_missing_frame_names_what_was_tried(tmp_path):

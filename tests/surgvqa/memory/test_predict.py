@@ -431,7 +431,7 @@ def partition(sizes, c, monkeypatch):
     from transformers import Qwen2VLTextConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-    from surgvqa.model import layers
+    from surgvqa.model.peft_internals import without_input_casts
 
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if c.attention == "cudnn":
@@ -452,7 +452,7 @@ def partition(sizes, c, monkeypatch):
     lm = Qwen2VLTextModel(config).to(torch.bfloat16).requires_grad_(False)
     lora = LoraConfig(r=c.lora.lora_r, lora_dropout=c.lora.lora_dropout, target_modules=r".*_proj")
     wrapped = get_peft_model(lm, lora, autocast_adapter_dtype=True).train()
-    layers.lora_without_casts(wrapped)
+    without_input_casts(wrapped)
     kept = Counter()
 
     class Partitioned(Exception):

@@ -23,6 +23,7 @@ from surgvqa.model.adapter import add_lora, load_adapter, save_adapter  # noqa: 
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration  # noqa: E402
 from surgvqa.model.device import choose_attention  # noqa: E402
 from surgvqa.model.loading import load_model  # noqa: E402
+from surgvqa.model.torch_internals import compilations  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -469,7 +470,7 @@ def test_compiled_layers_share_their_graphs_with_flash_attention_too(monkeypatch
     plain = model(**row).loss
     layers.compile_layers(model)
     assert close(model(**row).loss, plain, 1e-2)
-    counted = layers.compilations()
+    counted = compilations()
     assert 1 <= counted["graphs"] <= 3 and counted["graph_breaks"] == counted["compile_failures"] == 0
     if several:
         own = [(q, k) for q, k, _ in flash_attn if len(q) == 3]

@@ -7,6 +7,7 @@ import math
 from importlib.metadata import version
 
 import pytest
+from packaging.version import Version
 
 pytestmark = pytest.mark.model
 
@@ -97,8 +98,8 @@ def slope_error(model, name: str) -> float:
 
 
 def test_with_dropout_what_is_kept_and_who_recomputes_changes_no_gradient():
-    """In one run: products only, then more and more layers recompute, as in a retreat; beside all kept."""
-    from surgvqa.model import layers
+    """In one run: products only, then more and more layers recompute, as in a step-down; beside all kept."""
+    from surgvqa.model import layers, torch_internals
 
     model = built(dropout=0.3)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -107,7 +108,7 @@ def test_with_dropout_what_is_kept_and_who_recomputes_changes_no_gradient():
     expected = gradients(model)
     assert not equal(expected, {name: g * 1.001 for name, g in expected.items()})
     assert all(g.norm() > 0.01 for g in expected.values())
-    one_kind = layers.compilations()["graphs"]
+    one_kind = torch_internals.compilations()["graphs"]
 
     import torch._dynamo
 
@@ -117,17 +118,17 @@ def test_with_dropout_what_is_kept_and_who_recomputes_changes_no_gradient():
         layers.checkpoint_layers(model.get_base_model(), count)
         assert equal(gradients(model), expected), f"{count} layers recompute"
         assert slope_error(model, names[0]) < 0.01 and slope_error(model, names[-1]) < 0.01
-    counted = layers.compilations()
+    counted = torch_internals.compilations()
     assert counted["graphs"] <= 3 * one_kind, "at most one for each kind of layer"
     assert counted["graph_breaks"] == counted["compile_failures"] == 0
 
 
-@pytest.mark.skipif(version("torch") >= "2.14", reason="known of torch up to 2.13")
+@pytest.mark.skipif(Version(version("torch")) >= Version("2.14"), reason="known of torch up to 2.13")
 def test_the_test_above_sees_torchs_fault(monkeypatch):
-    """Without dropout_seeds the gradients are wrong, also with no layer recomputing."""
-    from surgvqa.model import dropout_seeds, layers
+    """Without keep_dropout_seeds the gradients are wrong, also with no layer recomputing."""
+    from surgvqa.model import layers, torch_internals
 
-    monkeypatch.setattr(dropout_seeds, "keep", lambda: None)
+    monkeypatch.setattr(torch_internals, "keep_dropout_seeds", lambda: None)
     model = built(dropout=0.3)
     layers.checkpoint_layers(model.get_base_model(), 0)
     layers.compile_layers(model, "products")
