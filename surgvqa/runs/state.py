@@ -14,6 +14,8 @@ from surgvqa.untrusted import of_kinds, parse_object
 STARTING_GRACE_S = 60.0  # a launched job may take this long before it first speaks
 
 
+LARGEST_RUN_JSON = 16 << 20
+
 FIELDS = {
     **dict.fromkeys(("id", "command", "host", "cwd", "identity", "preset"), "text"),
     "started": "a time",
@@ -31,8 +33,11 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 def check_run_json(folder: Path) -> tuple[dict[str, Any], str]:
     """What `read_run_json` returns, and what is wrong with the file, '' where nothing is (or there is no file)."""
+    file = Path(folder) / "run.json"
     try:
-        info, wrong = of_kinds(parse_object((Path(folder) / "run.json").read_bytes()), FIELDS)
+        if file.stat().st_size > LARGEST_RUN_JSON:
+            return {}, f"run.json: larger than {LARGEST_RUN_JSON >> 20} MiB, which no run of ours writes"
+        info, wrong = of_kinds(parse_object(file.read_bytes()), FIELDS)
     except (FileNotFoundError, NotADirectoryError):
         return {}, ""
     except OSError as error:
