@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,6 +299,17 @@ def test_a_job_whose_folder_was_deleted_is_listed_and_can_be_stopped(tmp_path, l
     finally:
         job.kill()
         job.wait()
+
+
+def test_a_launched_job_is_found_without_its_folder(tmp_path):
+    """timeit stands in for our command line: it sleeps, then trips over --run_id."""
+    folder = launch.launch("import time; time.sleep(60)", [], tmp_path, module="timeit")
+    wait_for(lambda: str(folder) in process.job_processes(), 10)
+    shutil.rmtree(folder)
+    (row,) = history.list_runs(tmp_path / "runs")
+    assert (row.id, row.state) == (folder.name, "running")
+    assert launch.stop(history.find_run("last", [tmp_path / "runs"]), grace_s=5) == "stopped"
+    assert str(folder) not in process.job_processes()
 
 
 def test_a_job_that_is_starting_is_stopped_too(tmp_path):
