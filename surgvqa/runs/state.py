@@ -12,8 +12,6 @@ from surgvqa.runs.process import job_processes, process_identity
 from surgvqa.untrusted import of_kinds, parse_object
 
 STARTING_GRACE_S = 60.0  # a launched job may take this long before it first speaks
-
-
 LARGEST_RUN_JSON = 16 << 20
 
 FIELDS = {
@@ -65,4 +63,4 @@ def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:
     if info.get("pid"):
         finished = finished_event(folder)  # again: it may have ended between the two looks
         return str(finished.get("state", "finished")) if finished else "died"
-    return "starting" if time.time() - info.get("started", 0) < STARTING_GRACE_S else "died"
+    return "starting" if abs(time.time() - info.get("started", 0)) < STARTING_GRACE_S else "died"
