@@ -107,16 +107,23 @@ def execute(channel: Any, workspace: str, argv: list[str], env: dict[str, str] |
 
 
 def nvidia_smi(*arguments: str) -> list[list[str]] | None:
-    """nvidia-smi's CSV rows; None where there is none."""
+    """nvidia-smi's CSV rows; None where it is missing or fails."""
+    done = _run_smi(*arguments)
+    if done is None or done.returncode:
+        return None
+    return [_cells(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+def _run_smi(*arguments: str) -> subprocess.CompletedProcess[str] | None:
+    words = ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20
-        )
+        return subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if done.returncode:
-        return None
-    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split(",")]
 
 
 SMI_FIELDS = "index,name,uuid,memory.used,memory.total,utilization.gpu,power.draw,temperature.gpu"
@@ -145,6 +152,32 @@ def parse_smi(row: list[str]) -> dict[str, Any]:
     return {key: value for key, value in figures.items() if value is not None}
 
 
+def smi_gpus() -> dict[str, Any]:
+    """What nvidia-smi says of the GPUs, in `surgvqa gpus`'s keys. A card that it cannot read has a state and a problem
+    (machine/gpu.py); when it names no card at all, the note says why."""
+    done = _run_smi("--query-gpu=" + SMI_FIELDS)
+    if done is None:
+        there = shutil.which("nvidia-smi")
+        why = "nvidia-smi does not answer in 20 s" if there else "no NVIDIA driver on this host (no nvidia-smi)"
+        return {"gpus": [], "note": why}
+    found: list[dict[str, Any]] = []
+    for line in (done.stdout + done.stderr).splitlines():
+        cells = _cells(line)
+        if len(cells) == len(SMI_FIELDS.split(",")) and cells[0].isdigit():
+            bad = next((cell.strip("[]") for cell in cells if "lost" in cell.lower() or "error" in cell.lower()), "")
+            found.append({**parse_smi(cells), **_trouble(bad)})
+        elif "lost" in line.lower() or "unable to determine the device handle" in line.lower():
+            found.append({"index": "?", **_trouble(line.strip()[:200])})
+    if done.returncode and not found:
+        said = ((done.stdout + done.stderr).strip().splitlines() or [f"exit code {done.returncode}"])[0][:200]
+        return {"gpus": [], "note": f"nvidia-smi fails: {said}"}
+    return {"gpus": found, "source": "nvidia-smi"}
+
+
+def _trouble(problem: str) -> dict[str, Any]:
+    return {"state": "lost" if "lost" in problem.lower() else "failed", "problem": problem} if problem else {}
+
+
 def gpus(channel: Any, workspace: str, venv: str, watch: float | None) -> dict[str, Any]:
     """NVML through our package in the venv; where that is missing, nvidia-smi. With `watch`, a message a sample."""
     python = os.path.join(workspace, os.path.expanduser(venv), "bin", "python")
@@ -156,10 +189,7 @@ def gpus(channel: Any, workspace: str, venv: str, watch: float | None) -> dict[s
             if answer["gpus"] or not shutil.which("nvidia-smi"):
                 return _stream([*words, "--watch", str(watch)], channel) if watch else answer
     while True:
-        rows = nvidia_smi("--query-gpu=" + SMI_FIELDS)
-        answer = {"gpus": [parse_smi(row) for row in rows or []], "source": "nvidia-smi"}
-        if rows is None:
-            answer = {"gpus": [], "note": "no NVIDIA driver on this host (no nvidia-smi)"}
+        answer = smi_gpus()
         if not watch:
             return answer
         channel.say(answer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from surgvqa.runs import events, history
 from surgvqa.runs.process import descendants, end_all, job_processes, process_identity, signal_exactly
 from surgvqa.runs.state import read_run_json, state_of
 from surgvqa.runs.supervisor import close_events
+from surgvqa.untrusted import of_kinds, parse_object
 
 POLL_S = 0.2
 STATE_EVERY_S = 1.0
@@ -29,24 +29,28 @@ def _find(workspace: str, run: str, command: str | None = None) -> Path:
     return history.find_run(run, [Path(workspace, "runs")], command)
 
 
-def _exit_of(folder: Path) -> dict[str, Any]:
+def _noted(file: Path, kinds: dict[str, str]) -> dict[str, Any]:
+    """A JSON object that the supervisor wrote, without fields of another kind; {} when it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "exit.json").read_text())
+        return of_kinds(parse_object(file.read_bytes()), kinds)[0]
     return {}
+
+
+def _exit_of(folder: Path) -> dict[str, Any]:
+    return _noted(folder / "exit.json", dict.fromkeys(("exit_code", "signal", "swept"), "a whole number"))
 
 
 def _supervisor_of(folder: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "supervisor.json").read_text())
-    return {}
+    return _noted(folder / "supervisor.json", {"pid": "a whole number", "identity": "text"})
 
 
 def _folders_of(workspace: str, folder: Path, info: dict[str, Any]) -> list[str]:
     """What belongs to a run, relative to the workspace: its folder, and its output_dir where that lies elsewhere in
     the workspace (a resumed run writes into the folder of the run that it goes on with)."""
     found = ["runs/" + folder.name]
-    output = ((info.get("options") or {}).get("output_dir") or {}).get("value")
-    if output:
+    noted = info.get("options", {}).get("output_dir")
+    output = noted.get("value") if isinstance(noted, dict) else None
+    if isinstance(output, str) and output:
         path = Path(os.path.realpath(os.path.join(info.get("cwd") or workspace, output)))
         inside = path.is_dir() and Path(workspace) in path.parents and folder not in (path, *path.parents)
         found += [path.relative_to(workspace).as_posix()] if inside else []

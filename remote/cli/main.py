@@ -10,11 +10,10 @@ from pathlib import Path
 
 from remote.cli import commands
 from remote.cli.parser import build_parser, split_job
-from surgvqa.cli.jobs import record_failure
-from surgvqa.cli.main import answer, forgive_encoding, say, unexpected
-from surgvqa.cli.parser import normalise
+from surgvqa.cli.main import answer, failed, forgive_encoding, say
+from surgvqa.cli.parser import normalise, take_debug
 from surgvqa.config.workspace import Workspace, find_workspace, load_workspace
-from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.errors import UsageError
 from surgvqa.outcome import Outcome
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Workspace], Outcome]] = {
@@ -35,8 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 good, 1 it failed or the answer is bad, 2 it could not be asked."""
     argv = normalise(sys.argv[1:] if argv is None else argv)
     forgive_encoding()
-    debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    debug, argv = take_debug(argv)
     name = next((a for a in argv if not a.startswith("-")), "")
     try:
         argv, job = split_job(argv)
@@ -50,10 +48,6 @@ def main(argv: list[str] | None = None) -> int:
         workspace = load_workspace(Path(root) if root else find_workspace())
         outcome = COMMANDS[name](arguments, workspace)
         answer(outcome, arguments.json)
-    except SurgvqaError as error:
-        say(f"surgvqa-remote {name}".rstrip() + f": {error}")
-        record_failure(argv, error)
-        return error.exit_code
     except KeyboardInterrupt:
         after = "run it again to go on from here" if name in ("setup", "upload", "fetch") else "the host's jobs go on"
         say(f"surgvqa-remote {name}: stopped; {after}")
@@ -61,9 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except OSError as error:  # a disk here that is full, a folder that cannot be written
-        say(f"surgvqa-remote {name}: {error.filename or 'here'}: {error.strerror or error}")
-        return 1
     except Exception as error:
-        return unexpected(f"surgvqa-remote {name}", error, debug)
+        return failed(f"surgvqa-remote {name}".rstrip(), argv, error, debug)
     return 0 if outcome.ok else 1

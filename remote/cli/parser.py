@@ -52,6 +52,7 @@ def build_parser() -> Parser:
             argument_default=argparse.SUPPRESS if name == "upload" else None,
         )
         sub.add_argument("--json", action="store_true", default=False, help="one JSON document on stdout")
+        sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         sub.add_argument(
             "--workspace", metavar="DIR", default=None, help="workspace folder here (default: the nearest one)"
         )

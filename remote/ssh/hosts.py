@@ -148,7 +148,7 @@ def read_hosts_files(workspace: Path) -> dict[str, HostEntry]:
             continue
         try:
             document = tomllib.loads(read_text(file))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # no TOML, or a number of thousands of digits
             raise UsageError(f"{file}: not valid TOML: {error}") from None
         for name, table in document.items():
             if not isinstance(table, dict):

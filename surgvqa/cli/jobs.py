@@ -35,7 +35,7 @@ def record_failure(argv: list[str], error: SurgvqaError) -> None:
         return
     folder = Path(value("--workspace") or find_workspace()) / "runs" / run_id
     if folder.is_dir() and finished_event(folder) is None:
-        with suppress(SurgvqaError), Run(folder):
+        with suppress(SurgvqaError, OSError), Run(folder):
             raise error
 
 

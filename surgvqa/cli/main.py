@@ -21,10 +21,10 @@ from pathlib import Path
 
 from surgvqa.cli.commands import COMMANDS, TRAIN_PACKAGES
 from surgvqa.cli.jobs import new_run, record_failure, run_job
-from surgvqa.cli.parser import build_parser, extra_options, normalise
+from surgvqa.cli.parser import build_parser, extra_options, normalise, take_debug
 from surgvqa.config import options, resolve, settings
 from surgvqa.config.workspace import Workspace, find_workspace, load_workspace
-from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.errors import SurgvqaError, UsageError, first_line
 from surgvqa.memory import allocator
 from surgvqa.outcome import Outcome
 from surgvqa.runs.events import finite
@@ -38,30 +38,21 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 good, 1 the answer is bad or it failed, 2 it could not be asked."""
     argv = normalise(sys.argv[1:] if argv is None else argv)
     forgive_encoding()
-    debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    debug, argv = take_debug(argv)
     name = next((a for a in argv if not a.startswith("-")), "")
     try:
         arguments, unknown = build_parser().parse_known_args(argv)
         name = arguments.command
         outcome = dispatch(name, arguments, extra_options(name, unknown), argv)
         answer(outcome, arguments.json)
-    except SurgvqaError as error:
-        say(f"surgvqa {name}".rstrip() + f": {error}")
-        record_failure(argv, error)
-        return error.exit_code
     except KeyboardInterrupt:
         say(f"surgvqa {name}: stopped")
         return 1
     except BrokenPipeError:  # `surgvqa runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except OSError as error:  # a folder that cannot be read, or is gone
-        where = f"{error.filename}: " if error.filename else ""
-        say(f"surgvqa {name}: {where}{error.strerror or error}")
-        return 1
     except Exception as error:
-        return unexpected(f"surgvqa {name}", error, debug)
+        return failed(f"surgvqa {name}".rstrip(), argv, error, debug)
     return 0 if outcome.ok else 1
 
 
@@ -70,13 +61,24 @@ def say(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
 
-def unexpected(program: str, error: Exception, debug: bool) -> int:
-    """The last catch: one line for an error that nobody foresaw, its traceback with --debug; the exit code."""
+def failed(program: str, argv: list[str], error: Exception, debug: bool) -> int:
+    """The last catch of both programs: one line for any error, its traceback with --debug; returns the exit code.
+
+    A launched job that fails before it has begun records the error in the run folder that was made for it.
+    """
     if debug:
         traceback.print_exception(error)
-    hint = "" if debug else " (--debug shows where; please report it)"
-    say(f"{program}: {type(error).__name__}: {error}{hint}")
-    return 1
+    if isinstance(error, SurgvqaError):
+        known = error
+    elif isinstance(error, OSError) and error.strerror:  # a full disk, a folder that is gone
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        known = SurgvqaError(where + error.strerror)
+    else:
+        hint = "" if debug else " (--debug shows where; please report it)"
+        known = SurgvqaError(f"{type(error).__name__}: {first_line(error)}{hint}")
+    say(f"{program}: {known}")
+    record_failure(argv, known)
+    return known.exit_code
 
 
 def forgive_encoding() -> None:

@@ -10,6 +10,9 @@ from surgvqa.cli.commands import COMMANDS
 from surgvqa.config import options, settings
 from surgvqa.errors import UsageError
 
+TRAINING_DEBUG = ("underflow_overflow", "tpu_metrics_debug")
+"""Values of transformers.TrainingArguments.debug."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and exit code 2."""
@@ -37,6 +40,8 @@ def build_parser() -> Parser:
             epilog=f"example: {command.example}",
         )
         sub.add_argument("--json", action="store_true", default=False, help="one JSON document on stdout")
+        if not command.extras:  # TrainingArguments has a --debug of its own: see `take_debug`
+            sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         sub.add_argument(
             "--workspace",
             default=None,
@@ -94,6 +99,14 @@ def normalise(argv: list[str]) -> list[str]:
         return "--" + name[2:].replace("-", "_") + equals + value
 
     return [spell(t) for t in argv[:end]] + argv[end:]
+
+
+def take_debug(argv: list[str]) -> tuple[bool, list[str]]:
+    """Whether our --debug is among the words, and the others. `--debug underflow_overflow` is TrainingArguments'."""
+    ours = [
+        i for i, word in enumerate(argv) if word == "--debug" and not set(argv[i + 1 : i + 2]) & set(TRAINING_DEBUG)
+    ]
+    return bool(ours), [word for i, word in enumerate(argv) if i not in ours]
 
 
 def extra_options(command: str, unknown: list[str]) -> dict[str, str]:

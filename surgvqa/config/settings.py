@@ -137,7 +137,7 @@ def convert(setting: Setting, value: Any, where: str) -> Any:
         if str(value).lower() not in known:
             raise bad("true or false")
         return known[str(value).lower()]
-    if isinstance(value, (bool, list, dict)):
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):  # TOML has lists, tables and dates too
         raise bad("one path" if setting.type is Path_ else f"one {setting.type.__name__}")
     if setting.type in (int, float):
         try:

@@ -71,7 +71,7 @@ def load_workspace(root: Path) -> Workspace:
         return Workspace(root, {}, {})
     try:
         document = tomllib.loads(read_text(file))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, or a number of thousands of digits
         raise UsageError(f"{file}: not valid TOML: {error}") from None
     shared: dict[str, Setting] = {"preset": Setting("preset", str, False, False, None, "", None, None)}
     for options_class in COMMAND_OPTIONS.values():

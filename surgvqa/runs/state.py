@@ -12,7 +12,7 @@ from surgvqa.runs.process import job_processes, process_identity
 from surgvqa.untrusted import of_kinds, parse_object
 
 STARTING_GRACE_S = 60.0  # a launched job may take this long before it first speaks
-
+LARGEST_RUN_JSON = 16 << 20
 
 FIELDS = {
     **dict.fromkeys(("id", "command", "host", "cwd", "identity", "preset"), "text"),
@@ -31,8 +31,11 @@ def read_run_json(folder: Path) -> dict[str, Any]:
 
 def check_run_json(folder: Path) -> tuple[dict[str, Any], str]:
     """What `read_run_json` returns, and what is wrong with the file, '' where nothing is (or there is no file)."""
+    file = Path(folder) / "run.json"
     try:
-        info, wrong = of_kinds(parse_object((Path(folder) / "run.json").read_bytes()), FIELDS)
+        if file.stat().st_size > LARGEST_RUN_JSON:
+            return {}, f"run.json: larger than {LARGEST_RUN_JSON >> 20} MiB, which no run of ours writes"
+        info, wrong = of_kinds(parse_object(file.read_bytes()), FIELDS)
     except (FileNotFoundError, NotADirectoryError):
         return {}, ""
     except OSError as error:
@@ -60,4 +63,4 @@ def state_of(folder: Path, finished: dict[str, Any] | None = None) -> str:
     if info.get("pid"):
         finished = finished_event(folder)  # again: it may have ended between the two looks
         return str(finished.get("state", "finished")) if finished else "died"
-    return "starting" if time.time() - info.get("started", 0) < STARTING_GRACE_S else "died"
+    return "starting" if abs(time.time() - info.get("started", 0)) < STARTING_GRACE_S else "died"

@@ -24,7 +24,7 @@ from sshd import (
 from waiting import until
 
 from remote import setup as setup_room
-from remote.agent.machine import parse_smi
+from remote.agent.machine import parse_smi, smi_gpus
 from remote.jobs import follower, launch
 from remote.jobs.fetch import fetch
 from remote.ssh import connection, fabric_connection, hosts
@@ -400,6 +400,38 @@ def test_gpus_fall_back_to_nvidia_smi(laptop):  # noqa: F811
         stream.close()
     assert gpu["memory_used_bytes"] == 1234 * 2**20 and gpu["utilization_percent"] == 87
     assert "temperature_c" not in gpu
+
+
+LOST = "Unable to determine the device handle for GPU0000:82:00.0: GPU is lost.  Reboot the system to recover this GPU"
+ROW = "0, H100, GPU-1, 1, 2, 3, 4, 5"
+
+
+@pytest.mark.parametrize(
+    ("out", "code", "states", "note"),
+    [
+        (ROW, 0, [None], None),
+        (f"{ROW}\n{LOST}", 15, [None, "lost"], None),
+        (LOST, 15, ["lost"], None),
+        (f"{ROW}\n1, [GPU is lost], [GPU is lost], " + ", ".join(["[GPU is lost]"] * 5), 0, [None, "lost"], None),
+        (f"1, H100, GPU-2{', [Unknown Error]' * 5}", 0, ["failed"], None),
+        (
+            "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.",
+            9,
+            [],
+            "couldn't communicate",
+        ),
+        ("", 3, [], "exit code 3"),
+    ],
+)
+def test_nvidia_smi_on_a_broken_machine(tmp_path, monkeypatch, out, code, states, note):
+    (tmp_path / "said").write_text(out)
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n/bin/cat {tmp_path}/said\nexit {code}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    answer = smi_gpus()
+    assert [gpu.get("state") for gpu in answer["gpus"]] == states
+    assert all(gpu["problem"] for gpu in answer["gpus"] if "state" in gpu)
+    assert (note or "") in answer.get("note", "") and ("note" in answer) == bool(note)
 
 
 def test_nvidia_smi_rows_are_read():

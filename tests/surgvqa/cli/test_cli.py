@@ -51,6 +51,57 @@ def test_a_usage_error_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, arg
     assert not (tmp_path / "runs").exists(), "a question that could not be asked leaves nothing"
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n\n  bad \x1b[2J value\nand more"), r"ValueError: bad \x1b[2J value (--debug shows where"),
+        (KeyError("a"), "KeyError: 'a'"),
+        (RuntimeError(), "RuntimeError: no reason given"),
+        (RecursionError("deep"), "RecursionError: deep"),
+        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates"), "UnicodeEncodeError: 'utf-8' codec"),
+        (FileNotFoundError(2, "No such file or directory", b"caf\xe9"), r"caf\udce9: No such file or directory"),
+        (OSError("something that a library calls so"), "OSError: something that a library calls so"),
+    ],
+)
+def test_no_error_leaves_a_command_as_a_traceback(tmp_path, monkeypatch, capsys, error, line):
+    def fails(*_):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("surgvqa.memory.presets.presets", fails)
+    assert main.main(["presets"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"surgvqa presets: {line}") and said.count("\n") == 1
+    assert main.main(["presets", "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "in fails" in said and "--debug" not in said
+
+
+def test_a_launched_job_that_fails_before_it_begins_records_any_error(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ZeroDivisionError("while resolving")
+
+    run = tmp_path / "runs" / "20260101-000000-audit-abc"
+    run.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("surgvqa.cli.main.dispatch", fails)
+    assert main.main(["merge", "--run_id", run.name]) == 1
+    error, finished = events.EventTail(run / "events.jsonl").read()
+    assert "ZeroDivisionError: while resolving" in error["text"] and finished["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("words", "debug", "rest"),
+    [
+        (["audit", "--debug", "x"], True, ["audit", "x"]),
+        (["train", "--debug", "underflow_overflow"], False, ["train", "--debug", "underflow_overflow"]),
+        (["train", "--debug", "underflow_overflow", "--debug"], True, ["train", "--debug", "underflow_overflow"]),
+    ],
+)
+def test_debug_is_ours_unless_it_is_trainingarguments(words, debug, rest):
+    assert parser.take_debug(words) == (debug, rest)
+
+
 def test_json_is_one_document_on_stdout(tmp_path):
     answer = surgvqa("presets", "--json", cwd=tmp_path)
     assert answer.returncode == 0

@@ -160,6 +160,17 @@ def test_a_number_is_finite(tmp_path, number):
         convert(settings_of(TrainOptions)["seed"], number, "command line")
 
 
+@pytest.mark.parametrize("value", ["1979-05-27", "07:32:00", "true", "[1]", "{a = 1}", "[[1]]", "9" * 400, "9" * 5000])
+@pytest.mark.parametrize("key", ["seed", "learning_rate", "run_name", "frames_dir", "optim", "bf16", "budget_gb"])
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(tmp_path, key, value):
+    try:
+        workspace(tmp_path, f"[train]\n{key} = {value}")
+    except UsageError as error:
+        assert (
+            str(error).count("\n") == 0 and "surgvqa.toml" in str(error) and (key in str(error) or "TOML" in str(error))
+        )
+
+
 def test_a_wrong_type_is_named_in_plain_words(tmp_path):
     with pytest.raises(UsageError, match=r"frames_dir is \['a'\], expected one path$"):
         workspace(tmp_path, 'frames_dir = ["a"]')

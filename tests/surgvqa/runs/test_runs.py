@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +12,18 @@ import time
 
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from surgvqa import files
 from surgvqa.cli import main
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.runs import history, launch, process
+from surgvqa.runs import events, history, launch, process
 from surgvqa.runs.events import EventTail, finished_event
 from surgvqa.runs.folder import Run
+from surgvqa.runs.state import FIELDS as RUN_FIELDS
 from surgvqa.runs.state import read_run_json, state_of
+from surgvqa.terminal.job_view import DRAWN
 from surgvqa.untrusted import parse_json
 
 
@@ -251,6 +254,36 @@ def test_what_is_wrong_with_an_event_is_said_with_line_and_field(tmp_path, monke
     )
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+EVENT = st.builds(
+    lambda kind, fields: {"kind": kind, **fields},
+    st.sampled_from((*DRAWN, "gpu", "memory")),
+    st.dictionaries(
+        st.sampled_from((*events.FIELDS, "choices", "predicted", "eval_loss", "others", "other_gpus")), ANYTHING
+    ),
+)
+INFO = st.dictionaries(st.sampled_from((*RUN_FIELDS, "run_name")), ANYTHING)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(INFO, st.lists(EVENT, max_size=8), ANYTHING)
+def test_no_run_of_any_shape_ends_a_command_in_a_traceback(tmp_path_factory, monkeypatch, info, lines, name):
+    workspace = tmp_path_factory.mktemp("any")
+    run = workspace / "runs" / "20260101-000000-train-any"
+    run.mkdir(parents=True)
+    document = info | {"options": {"run_name": name}, "started": info.get("started", 1)}
+    (run / "run.json").write_text(json.dumps(document))
+    end = {"kind": "finished", "state": "finished", "exit_code": 0}
+    (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, end]))
+    monkeypatch.setattr(main, "failed", lambda program, argv, error, debug: pytest.fail(f"{argv}: {error!r}"))
+    for words in (["runs"], ["runs", "--json"], ["follow", run.name], ["stop", run.name]):
+        assert main.main([*words, "--workspace", str(workspace)]) in (0, 1)
+
+
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_long_last_event_ends_a_run_all_the_same(tmp_path, after):
     with Run.create(tmp_path, "evaluate") as run:
@@ -298,6 +331,25 @@ def test_a_job_whose_folder_was_deleted_is_listed_and_can_be_stopped(tmp_path, l
     finally:
         job.kill()
         job.wait()
+
+
+@pytest.mark.parametrize("skew_s", [-3600, 3600])
+def test_a_launch_of_another_time_is_not_starting(tmp_path, skew_s):
+    """Also one of the future, which `stop` and `follow` would wait for."""
+    info = {"command": "train", "host": platform.node(), "pid": None, "started": time.time() + skew_s}
+    files.write_json_atomic(tmp_path / "run.json", info)
+    assert state_of(tmp_path) == "died"
+
+
+def test_a_launched_job_is_found_without_its_folder(tmp_path):
+    """timeit stands in for our command line: it sleeps, then trips over --run_id."""
+    folder = launch.launch("import time; time.sleep(60)", [], tmp_path, module="timeit")
+    wait_for(lambda: str(folder) in process.job_processes(), 10)
+    shutil.rmtree(folder)
+    (row,) = history.list_runs(tmp_path / "runs")
+    assert (row.id, row.state) == (folder.name, "running")
+    assert launch.stop(history.find_run("last", [tmp_path / "runs"]), grace_s=5) == "stopped"
+    assert str(folder) not in process.job_processes()
 
 
 def test_a_job_that_is_starting_is_stopped_too(tmp_path):
