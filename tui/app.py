@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +11,7 @@ from textual import on
 from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.events import Key
+from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.widgets import Input
 from textual.worker import Worker
@@ -29,6 +30,7 @@ from tui.targets.target import newest_running
 from tui.theme import THEME
 from tui.widgets.form import Field
 from tui.widgets.head import TITLES
+from tui.widgets.plain_text import PlainText
 
 REFRESH_S = 1.0
 SCREENS: dict[str, type[PanelScreen]] = {
@@ -57,12 +59,17 @@ class Panel(App[None]):
     def __init__(self, here: LocalTarget, host: str | None = None) -> None:
         super().__init__()
         self.session = Session(here, host)
+        self._plain_text = PlainText()
         self._seen: dict[str, Light] = {}
         """What was said of each connection."""
         for mode, screen in SCREENS.items():
             self.add_mode(mode, partial(screen, self.session))
         self.register_theme(THEME)
         self.theme = "surgvqa"
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's own, after the one that keeps control characters from the terminal."""
+        return [self._plain_text, *super().get_line_filters()]
 
     @property
     def front(self) -> PanelScreen | None:

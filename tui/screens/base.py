@@ -86,8 +86,9 @@ class PanelScreen(Screen[None]):
             self.say(f"{type(event.worker.error).__name__}: {event.worker.error}", "error")
 
     def say(self, text: str, kind: str = "") -> None:
-        """Shows a line above the footer."""
-        self.query_one(Notice).say(text, kind)
+        """Shows a line above the footer; nothing happens while the screen is closing."""
+        for notice in self.query(Notice):
+            notice.say(text, kind)
 
     def working_keys(self) -> list[ActiveBinding]:
         """The keys that work now, without those that Textual gives to every screen."""

@@ -26,6 +26,7 @@ from tui.targets.host import HostTarget
 from tui.targets.target import ACTIVE
 from tui.targets.threads import apart, watched
 from tui.widgets.pane import Pane
+from tui.widgets.titles import set_title
 
 WHAT, FILES, SIZE = 20, 8, 11  # widths of the plan's columns; the path takes the rest
 
@@ -68,7 +69,7 @@ class UploadScreen(PanelScreen):
 
     def on_mount(self) -> None:
         for id, title in {"host-text": "host", "plan-text": "what it needs"}.items():
-            self.query_one(f"#{id}").border_title = title
+            set_title(self.query_one(f"#{id}"), title)
         self.change_host()
         self.query_one("#upload").focus()
 
@@ -224,7 +225,7 @@ class UploadScreen(PanelScreen):
         panel.display = follower is not None
         if follower is None:
             return
-        panel.border_title = "upload" if follower.model.command == "upload" else follower.model.command or "job"
+        set_title(panel, follower.model.command or "job")
         width = max(40, panel.size.width)
         if not follower.active:
             panel.show(report.remote_end(follower))
