@@ -16,6 +16,7 @@ from textual.screen import Screen
 from textual.widgets import Input
 from textual.worker import Worker
 
+from tui import log
 from tui.dialogs.help import Help
 from tui.dialogs.hosts import HostKey, HostPicker
 from tui.screens.base import WIDE, PanelScreen, RunStarted, SetUpHost
@@ -185,7 +186,8 @@ class Panel(App[None]):
             for active in screen.working_keys()
             if isinstance(active.node, (PanelScreen, Panel, Field)) and active.binding.key != "ctrl+q"
         )
-        self.push_screen(Help(TITLES[screen.MODE], screen.ABOUT, list(keys)))
+        about = f"{screen.ABOUT} Errors are logged in {log.path}." if log.path else screen.ABOUT
+        self.push_screen(Help(TITLES[screen.MODE], about, list(keys)))
 
     @on(RunStarted)
     async def _monitor(self, started: RunStarted) -> None:

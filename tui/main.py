@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from presets import PresetError
 from surgvqa.cli.parser import Parser
 from surgvqa.config.workspace import WORKSPACE_FILE, Workspace, find_workspace, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
+from tui import log
 from tui.app import Panel
 from tui.targets.local import LocalTarget
 
@@ -61,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):  # Textual draws on stderr
         print("surgvqa-tui: needs a terminal; surgvqa runs and surgvqa follow work without one", file=sys.stderr)
         return 2
+    with contextlib.suppress(OSError):  # the panel works without its log
+        log.write_to(log.default_path())
     panel.run()
     return 0 if panel.return_code is None else panel.return_code
 

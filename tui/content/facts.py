@@ -134,7 +134,9 @@ def phase(follower: Follower, width: int) -> Content:
 
 
 def ending(follower: Follower, resumable: bool) -> list[Content]:
-    """Why it ended badly and what to do, or what it warned of."""
+    """Why it ended badly and what to do, why it cannot be followed, or what it warned of."""
+    if follower.problem:
+        return [Content.assemble((follower.problem, "$error"))]
     if follower.state in ("failed", "died"):
         said = follower.model.errors or [line for line in follower.log if line.strip()]
         why = said[-1] if said else "no word in its log"

@@ -19,6 +19,8 @@ class Follower:
         self.feed = target.feed(run_id)
         self.model = RunModel()
         self.state = "starting"
+        self.problem = ""
+        """Why the run cannot be followed at the moment."""
         self.log: list[str] = []
         """The end of the log, as far as it was read."""
         self._reading: asyncio.Task[News] | None = None
@@ -38,13 +40,13 @@ class Follower:
             return None
         self._reading = None
         news = reading.result()
-        before = (self.state, self.model.events)
+        before = (self.state, self.problem, self.model.events)
         self.model.info = news.info or self.model.info
         self.model.preset = self.model.preset or self.model.info.get("preset")
         if news.earlier:
             self.model.feed_earlier(news.earlier)
         self.model.feed(news.events)
-        self.state = news.state
+        self.state, self.problem = news.state, news.problem
         self.log += news.lines
         del self.log[:-LOG_LINES]
-        return news.lines if news.lines or (self.state, self.model.events) != before else None
+        return news.lines if news.lines or (self.state, self.problem, self.model.events) != before else None

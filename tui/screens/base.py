@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ from textual.worker import Worker, WorkerState
 
 from remote.jobs.launch import EXCLUSIVE
 from surgvqa.errors import SurgvqaError
-from tui import words
+from tui import log, words
 from tui.dialogs.confirm import Confirm
 from tui.session import Session
 from tui.settings.settings import Settings
@@ -28,6 +29,8 @@ from tui.targets.threads import apart
 from tui.widgets.form import Field
 from tui.widgets.head import Head, Notice, Where
 from tui.widgets.pane import Pane
+
+logger = logging.getLogger(__name__)
 
 WIDE = 108  # columns from which there is room for two panels side by side
 
@@ -81,9 +84,10 @@ class PanelScreen(Screen[None]):
         return self.session.here.workspace.root
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
-        """What nobody foresaw is said in place; the panel goes on."""
+        """An unexpected error is shown in place and logged with its traceback; the panel goes on."""
         if event.state == WorkerState.ERROR:
-            self.say(f"{type(event.worker.error).__name__}: {event.worker.error}", "error")
+            logger.error("a worker of the panel failed", exc_info=event.worker.error)
+            self.say(f"{type(event.worker.error).__name__}: {event.worker.error}{log.where()}", "error")
 
     def say(self, text: str, kind: str = "") -> None:
         """Shows a line above the footer; nothing happens while the screen is closing."""

@@ -7,6 +7,7 @@ connects anew after a loss, 1, 2, 4 … 30 s apart. To remote's own code a link 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import select
@@ -28,6 +29,8 @@ from tui.targets.light import Detached, Light
 LIST_EVERY_S = 5.0  # 0.09 s of a host core each, measured
 CLOCK_TOLERANCE_S = 5.0  # a host's clock that is further away is allowed for
 LOOK_S = 1.0
+log = logging.getLogger(__name__)
+
 CHANNELS = 8  # at once; sshd's MaxSessions is 10 unless changed
 
 
@@ -149,6 +152,7 @@ class Link:
                 else:
                     self.light = Light("refused", str(error))
             except Exception as error:  # whatever it is, the panel goes on and says so
+                log.exception("the connection to %s failed", self.name)
                 self.light = Light("refused", f"{self.name}: {type(error).__name__}: {error}")
             self._drop()
             self._rest(pause)
@@ -257,7 +261,7 @@ class Port:
     def __init__(self, link: Link):
         self.link = link
         self._asked: set[Exchange] = set()
-        self._closed = False
+        self._closed = threading.Event()
 
     @property
     def host(self) -> Host:
@@ -269,7 +273,7 @@ class Port:
         exchange = self.link.request(op, params, patient=True)
         self._asked.add(exchange)
         try:
-            if self._closed:
+            if self.closed:
                 raise Detached("closed")
             yield from exchange
         finally:
@@ -287,11 +291,20 @@ class Port:
             except Unreachable:
                 time.sleep(LOOK_S)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nobody reads any more."""
+        return self._closed.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Waits that long, or until nobody reads any more."""
+        self._closed.wait(seconds)
+
     def close(self) -> None:
         """The connection is everybody's: a follower that lost it waits for the link to have it again."""
 
     def detach(self) -> None:
         """Whoever reads is told to end."""
-        self._closed = True
+        self._closed.set()
         for exchange in list(self._asked):
             exchange.end(Detached("closed"))

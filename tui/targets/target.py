@@ -31,6 +31,8 @@ class News:
     events: list[dict[str, Any]]
     lines: list[str]
     """Of the log."""
+    problem: str = ""
+    """Why the run cannot be followed at the moment."""
 
 
 class Feed(Protocol):
