@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from tui.session import Session
 from tui.targets.light import Light
 from tui.targets.local import LocalTarget
 from tui.targets.target import newest_running
-from tui.theme import THEME
+from tui.theme import THEME, variables_of
 from tui.widgets.form import Field
 from tui.widgets.head import TITLES
 from tui.widgets.plain_text import PlainText
@@ -57,9 +58,11 @@ class Panel(App[None]):
         Binding("ctrl+q", "quit", "quit", show=False, priority=True),
     ]
 
-    def __init__(self, here: LocalTarget, host: str | None = None) -> None:
+    def __init__(self, here: LocalTarget, host: str | None = None, theme_file: Path | None = None) -> None:
+        """`theme_file` keeps the name of the chosen theme between starts."""
         super().__init__()
         self.session = Session(here, host)
+        self._theme_file = theme_file
         self._plain_text = PlainText()
         self._seen: dict[str, Light] = {}
         """What was said of each connection."""
@@ -67,6 +70,14 @@ class Panel(App[None]):
             self.add_mode(mode, partial(screen, self.session))
         self.register_theme(THEME)
         self.theme = "surgvqa"
+        if theme_file:
+            with contextlib.suppress(OSError, ValueError):
+                name = theme_file.read_text(encoding="utf-8").strip()
+                self.theme = name if name in self.available_themes else self.theme
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        """What the panel's styles name and Textual's own themes do not define."""
+        return variables_of(self.current_theme)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Textual's own, after the one that keeps control characters from the terminal."""
@@ -134,6 +145,13 @@ class Panel(App[None]):
             front.say(f"{host.name}: connected again", "success")
         elif light.kind in ("connecting", "connected"):
             front.say("")
+
+    def watch_theme(self, name: str) -> None:
+        """Keeps the choice; a folder that cannot be written only loses it."""
+        if self._theme_file and self.is_running:
+            with contextlib.suppress(OSError):
+                self._theme_file.parent.mkdir(parents=True, exist_ok=True)
+                self._theme_file.write_text(f"{name}\n", encoding="utf-8")
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,12 +52,18 @@ def open_workspace(arguments: argparse.Namespace) -> Workspace:
     return load_workspace(root)
 
 
+def theme_file() -> Path:
+    """Where the chosen theme is kept (XDG Base Directory Specification)."""
+    config = os.environ.get("XDG_CONFIG_HOME") or ""
+    return Path(config if os.path.isabs(config) else Path.home() / ".config", "surgvqa", "theme")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the panel; 0 when it was closed, 2 when it could not be opened."""
     try:
         arguments = build_parser().parse_args(argv)
         workspace = open_workspace(arguments)
-        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"))
+        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"), theme_file())
     except (SurgvqaError, PresetError) as error:
         print(f"surgvqa-tui: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
