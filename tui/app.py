@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import signal
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,8 @@ from tui.widgets.head import TITLES
 from tui.widgets.plain_text import PlainText
 
 REFRESH_S = 1.0
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+"""They close the panel as `q` does, so that the terminal is left as it was."""
 SCREENS: dict[str, type[PanelScreen]] = {
     "merge": MergeScreen,
     "upload": UploadScreen,
@@ -92,6 +96,9 @@ class Panel(App[None]):
             return None
 
     async def on_mount(self) -> None:
+        if not self.is_headless:
+            for number in ENDING_SIGNALS:
+                asyncio.get_running_loop().add_signal_handler(number, self.exit, None, 128 + number)
         await self.refresh_runs()
         await self.switch_mode(self._first_mode())
         self.set_interval(REFRESH_S, self._tick)

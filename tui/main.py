@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from surgvqa.errors import SurgvqaError, UsageError
 from tui import log
 from tui.app import Panel
 from tui.targets.local import LocalTarget
+from tui.textual_internals import crash_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,6 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(OSError):  # the panel works without its log
         log.write_to(log.default_path())
     panel.run()
+    crash = crash_of(panel)
+    if crash is not None:
+        logging.getLogger("tui").error("the panel crashed", exc_info=crash)
+        report = f"; the report is in {log.path}" if log.path else ""
+        print(f"surgvqa-tui: the panel crashed: {type(crash).__name__}{report}", file=sys.stderr)
     return 0 if panel.return_code is None else panel.return_code
 
 
