@@ -20,6 +20,7 @@ from textual.widgets import Input
 from textual.worker import Worker
 
 from tui import log
+from tui.dialogs.confirm import Confirm
 from tui.dialogs.help import Help
 from tui.dialogs.hosts import HostKey, HostPicker
 from tui.screens.base import WIDE, PanelScreen, RunStarted, SetUpHost
@@ -172,6 +173,15 @@ class Panel(App[None]):
         """One of the four screens."""
         if self.front:
             await self.switch_mode(mode)
+
+    async def action_quit(self) -> None:
+        """Closes the panel; asks first when what was typed would be lost. In that question the key closes it."""
+        edited = [name for settings in self.session.edited.values() for name in settings]
+        if not edited or self.front is None:
+            self.exit()
+            return
+        detail = f"Edited here and not in surgvqa.toml: {', '.join(edited)}. Running jobs go on."
+        self.push_screen(Confirm("Quit and lose the edits?", detail, "quit"), lambda yes: self.exit() if yes else None)
 
     def action_hosts(self) -> None:
         """The list of hosts; the chosen one becomes the target."""

@@ -22,6 +22,8 @@ class Session:
         self.listed: list[RunSummary] = []
         """The target's runs, newest first."""
         self.listed_here: list[RunSummary] = []
+        self.edited: dict[str, dict[str, str]] = {}
+        """What was typed on each screen and is nowhere else, by command."""
         self.job_starts = False
         """While a job is being started."""
         names = [p.name for p in load_presets(here.workspace.root)]

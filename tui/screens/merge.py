@@ -56,6 +56,7 @@ class MergeScreen(PanelScreen):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self.settings = Settings("merge", self.session.here.workspace)
+        self.session.edited["merge"] = self.settings.edited
         self.follower: Follower | None = None
         self.planning = False
         self.picture: Content | Callable[[int], Content] = Content("")

@@ -100,6 +100,7 @@ class TrainScreen(PanelScreen):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self.settings = Settings("train", self.session.here.workspace)
+        self.session.edited["train"] = self.settings.edited
         self.presets: list[Preset] = []
         self.previewed: str | None = None
         self.predictions: dict[str, Prediction] = {}
