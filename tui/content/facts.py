@@ -66,9 +66,14 @@ def standing(follower: Follower) -> Content:
     """The run's state; of a host that is not reached, since when. Whether the job lives only the host can say."""
     light = follower.target.light
     if light is None or light.kind in ("connected", "connecting") or not follower.active:
-        return words.state(follower.state)
+        return words.state(follower.state) if follower.silent_s is None else silent(follower.silent_s)
     since = f" since {words.ago(light.since)}" if light.kind == "unreachable" else ""
     return Content.assemble((f"○ {light.kind}{since}", "bold $warning"))
+
+
+def silent(seconds: float) -> Content:
+    """A job that is there and says nothing."""
+    return Content.assemble((f"◌ silent: no news for {words.seconds(seconds)}", "bold $warning"))
 
 
 def joined(figures: list[str], width: int) -> list[str]:
@@ -103,6 +108,8 @@ def time_left(follower: Follower) -> str:
     model = follower.model
     if not follower.active:
         return f"took {words.seconds(model.elapsed_s)}"
+    if follower.silent_s is not None:
+        return ""
     before = f" to {model.phase}" if model.command == "train" and not model.total_steps else ""
     return "" if model.left_s is None else f"{words.seconds(model.left_s)} left{before}"
 
@@ -110,6 +117,8 @@ def time_left(follower: Follower) -> str:
 def pace(follower: Follower) -> str:
     """Samples a second of a training, else the rate of the phase."""
     model, progress = follower.model, follower.model.current
+    if follower.silent_s is not None:
+        return ""
     if model.samples_per_s:
         return f"{model.samples_per_s:.3g} samples/s"
     if progress and progress.rate and follower.active:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from tui.follow.run_model import RunModel
 from tui.targets.target import ACTIVE, News, Target
 from tui.targets.threads import apart
 
+SILENT_S = 60.0
+"""A running job samples its memory every second: without an event or log line for so long it hangs or is stopped."""
 LOG_LINES = 5000  # kept in memory; the file has all of them
 
 
@@ -23,12 +26,20 @@ class Follower:
         """Why the run cannot be followed at the moment."""
         self.log: list[str] = []
         """The end of the log, as far as it was read."""
+        self._newest_line = 0.0
         self._reading: asyncio.Task[News] | None = None
 
     @property
     def active(self) -> bool:
         """Whether the job may still say something."""
         return self.state in ACTIVE
+
+    @property
+    def silent_s(self) -> float | None:
+        """Seconds without a word from a job that should be running, once they are SILENT_S; else None."""
+        newest = max(self.model.newest_t, self._newest_line)
+        silence = time.time() - newest
+        return silence if self.state == "running" and newest and silence >= SILENT_S else None
 
     async def poll(self) -> list[str] | None:
         """Reads what is new and returns the new log lines; None when nothing at all changed."""
@@ -47,6 +58,9 @@ class Follower:
             self.model.feed_earlier(news.earlier)
         self.model.feed(news.events)
         self.state, self.problem = news.state, news.problem
+        self.model.ended = not self.active
+        if news.lines and self.log:  # the first lines may be old
+            self._newest_line = time.time()
         self.log += news.lines
         del self.log[:-LOG_LINES]
         return news.lines if news.lines or (self.state, self.problem, self.model.events) != before else None

@@ -202,6 +202,7 @@ class MonitorScreen(PanelScreen):
         if lines is None and not first:
             if follower.active:
                 self.show_facts()  # the clock goes on
+                self.show_memory()
             return
         chart = self.query_one(Chart)
         chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
@@ -308,6 +309,9 @@ class MonitorScreen(PanelScreen):
         follower = self.follower
         if follower is None:
             return
+        age = follower.silent_s
+        set_subtitle(self.query_one("#memory-panel"), "" if age is None else f"{words.seconds(age)} old")
+        self.query_one(Gauge).set_class(age is not None, "-old")
         budget = follower.model.option("budget_gb")
         self.query_one(Gauge).show_devices(
             follower.model.devices,
