@@ -29,7 +29,7 @@ from tui.screens.monitor import MonitorScreen
 from tui.screens.train import TrainScreen
 from tui.screens.upload import UploadScreen
 from tui.session import Session
-from tui.targets.light import Light
+from tui.targets.connection_state import ConnectionState
 from tui.targets.local import LocalTarget
 from tui.targets.target import newest_running
 from tui.theme import THEME, variables_of
@@ -69,7 +69,7 @@ class Panel(App[None]):
         self.session = Session(here, host)
         self._theme_file = theme_file
         self._plain_text = PlainText()
-        self._seen: dict[str, Light] = {}
+        self._seen: dict[str, ConnectionState] = {}
         """What was said of each connection."""
         for mode, screen in SCREENS.items():
             self.add_mode(mode, partial(screen, self.session))
@@ -117,7 +117,7 @@ class Panel(App[None]):
 
     async def _refresh(self) -> None:
         await self.refresh_runs()
-        self.show_light()
+        self.show_connection()
         if self.front:
             await self.front.tick()
 
@@ -132,26 +132,26 @@ class Panel(App[None]):
             self.front.show_where()
             self.front.keys_changed()
 
-    def show_light(self) -> None:
+    def show_connection(self) -> None:
         """Says once what became of the chosen host's connection; an unknown key asks."""
         host, front = self.session.host, self.front
-        if host is None or front is None or self._seen.get(host.name) == host.light:
+        if host is None or front is None or self._seen.get(host.name) == host.connection:
             return
-        before, light = self._seen.get(host.name), host.light
-        self._seen[host.name] = light
+        before, connection = self._seen.get(host.name), host.connection
+        self._seen[host.name] = connection
         front.show_where()
         front.keys_changed()
-        if light.kind == "unknown key" and light.key:
-            self.push_screen(HostKey(light.key), lambda yes: host.link.accept() if yes else host.link.refuse())
-        elif light.kind == "refused":
-            front.say(light.text, "error")
-        elif light.kind == "unreachable" and (before is None or before.kind != "unreachable"):
-            front.say(light.text, "warning")
-        elif light.kind == "connected" and host.skew:
+        if connection.kind == "unknown key" and connection.key:
+            self.push_screen(HostKey(connection.key), lambda yes: host.link.accept() if yes else host.link.refuse())
+        elif connection.kind == "refused":
+            front.say(connection.text, "error")
+        elif connection.kind == "unreachable" and (before is None or before.kind != "unreachable"):
+            front.say(connection.text, "warning")
+        elif connection.kind == "connected" and host.skew:
             front.say(f"{host.name}: {host.skew}; v sets it up", "warning")
-        elif light.kind == "connected" and before and before.kind != "connecting":
+        elif connection.kind == "connected" and before and before.kind != "connecting":
             front.say(f"{host.name}: connected again", "success")
-        elif light.kind in ("connecting", "connected"):
+        elif connection.kind in ("connecting", "connected"):
             front.say("")
 
     def watch_theme(self, name: str) -> None:

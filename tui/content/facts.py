@@ -64,11 +64,11 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
 
 def standing(follower: Follower) -> Content:
     """The run's state; of a host that is not reached, since when. Whether the job lives only the host can say."""
-    light = follower.target.light
-    if light is None or light.kind in ("connected", "connecting") or not follower.active:
+    connection = follower.target.connection
+    if connection is None or connection.kind in ("connected", "connecting") or not follower.active:
         return words.state(follower.state) if follower.silent_s is None else silent(follower.silent_s)
-    since = f" since {words.ago(light.since)}" if light.kind == "unreachable" else ""
-    return Content.assemble((f"○ {light.kind}{since}", "bold $warning"))
+    since = f" since {words.ago(connection.since)}" if connection.kind == "unreachable" else ""
+    return Content.assemble((f"○ {connection.kind}{since}", "bold $warning"))
 
 
 def silent(seconds: float) -> Content:

@@ -6,8 +6,8 @@ import asyncio
 import time
 
 from tui.follow.run_model import RunModel
-from tui.targets.target import ACTIVE, News, Target
-from tui.targets.threads import apart
+from tui.targets.target import ACTIVE, RunUpdate, Target
+from tui.targets.threads import in_thread
 
 SILENT_S = 60.0
 """A running job samples its memory every second: without an event or log line for so long it hangs or is stopped."""
@@ -27,7 +27,7 @@ class Follower:
         self.log: list[str] = []
         """The end of the log, as far as it was read."""
         self._newest_line = 0.0
-        self._reading: asyncio.Task[News] | None = None
+        self._reading: asyncio.Task[RunUpdate] | None = None
 
     @property
     def active(self) -> bool:
@@ -44,7 +44,7 @@ class Follower:
     async def poll(self) -> list[str] | None:
         """Reads what is new and returns the new log lines; None when nothing at all changed."""
         if self._reading is None:
-            self._reading = asyncio.ensure_future(apart(self.feed.read))
+            self._reading = asyncio.ensure_future(in_thread(self.feed.read))
         reading = self._reading
         await asyncio.wait({reading})  # who polls may be cancelled by the next second's look; what was read is not lost
         if self._reading is not reading:  # another look has taken it in

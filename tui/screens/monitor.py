@@ -143,7 +143,7 @@ class MonitorScreen(PanelScreen):
         if host is None:
             return NO_RUNS
         if host.link.listed is None:
-            return f"{host.name}: {host.light.kind}\n{host.light.text.removeprefix(f'{host.name}: ')}"
+            return f"{host.name}: {host.connection.kind}\n{host.connection.text.removeprefix(f'{host.name}: ')}"
         return NO_RUNS_THERE.format(host=host.name)
 
     def attach(self, run_id: str) -> None:

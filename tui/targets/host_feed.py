@@ -8,10 +8,10 @@ from typing import Any
 
 from remote.jobs.follower import BACKOFF_S, Follower
 from surgvqa.errors import SurgvqaError
-from tui.targets.light import Detached
+from tui.targets.connection_state import Detached
 from tui.targets.link import Link, Port
 from tui.targets.run_files import LOG_TAIL_BYTES, LogLines, curve_events, resumed_from
-from tui.targets.target import ACTIVE, News
+from tui.targets.target import ACTIVE, RunUpdate
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ class HostFeed:
         """Bytes of events and log that were read: following goes on there after an error."""
         threading.Thread(target=self._run, name=f"follow {run_id}", daemon=True).start()
 
-    def read(self) -> News:
+    def read(self) -> RunUpdate:
         with self._lock:
-            news = News(self._info, self._state, self._earlier, self._events, self._lines, self._problem)
+            news = RunUpdate(self._info, self._state, self._earlier, self._events, self._lines, self._problem)
             self._earlier, self._events, self._lines = [], [], []
         return news
 

@@ -13,13 +13,13 @@ from surgvqa.config.workspace import Workspace
 from surgvqa.runs.history import RunSummary
 
 if TYPE_CHECKING:
-    from tui.targets.light import Light
+    from tui.targets.connection_state import ConnectionState
 
 ACTIVE = ("starting", "running")
 
 
 @dataclass(frozen=True)
-class News:
+class RunUpdate:
     """What is known of a run, and what is new in it since the last look."""
 
     info: dict[str, Any]
@@ -38,7 +38,7 @@ class News:
 class Feed(Protocol):
     """One run, followed from its first event and the end of its log."""
 
-    def read(self) -> News:
+    def read(self) -> RunUpdate:
         """What is new since the last call. May read files: call it in a thread."""
         ...
 
@@ -57,7 +57,7 @@ class Target(Protocol):
     workspace: Workspace
 
     @property
-    def light(self) -> Light | None:
+    def connection(self) -> ConnectionState | None:
         """How it stands with the connection; None for this machine."""
         ...
 
