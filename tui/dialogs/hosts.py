@@ -27,7 +27,7 @@ NO_HOSTS = (
 
 
 class HostPicker(ModalScreen[str | None]):
-    """This machine first, then what hosts.toml and ~/.ssh/config name. A host chosen before shows its connection state."""
+    """This machine, then what hosts.toml and ~/.ssh/config name. Hosts chosen before show their connection state."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,h,q", "leave", "leave")]
 
@@ -78,9 +78,7 @@ class HostPicker(ModalScreen[str | None]):
         if host is None:
             return Content.assemble(f"{words.clip(name, NAME - 1):<{NAME}}", (about, "$muted"))
         state = words.connection("", host.connection)
-        return Content.assemble(
-            (f"{words.clip(name, NAME - 1):<{NAME - 1}}", "bold"), connection, (f"  {about}", "$muted")
-        )
+        return Content.assemble((f"{words.clip(name, NAME - 1):<{NAME - 1}}", "bold"), state, (f"  {about}", "$muted"))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         self.dismiss(event.option.id)
