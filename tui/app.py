@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import contextlib
+import signal
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -11,10 +14,13 @@ from textual import on
 from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.events import Key
+from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.widgets import Input
 from textual.worker import Worker
 
+from tui import log
+from tui.dialogs.confirm import Confirm
 from tui.dialogs.help import Help
 from tui.dialogs.hosts import HostKey, HostPicker
 from tui.screens.base import WIDE, PanelScreen, RunStarted, SetUpHost
@@ -23,14 +29,17 @@ from tui.screens.monitor import MonitorScreen
 from tui.screens.train import TrainScreen
 from tui.screens.upload import UploadScreen
 from tui.session import Session
-from tui.targets.light import Light
+from tui.targets.connection_state import ConnectionState
 from tui.targets.local import LocalTarget
 from tui.targets.target import newest_running
-from tui.theme import THEME
+from tui.theme import THEME, variables_of
 from tui.widgets.form import Field
 from tui.widgets.head import TITLES
+from tui.widgets.plain_text import PlainText
 
 REFRESH_S = 1.0
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+"""They close the panel as `q` does, so that the terminal is left as it was."""
 SCREENS: dict[str, type[PanelScreen]] = {
     "merge": MergeScreen,
     "upload": UploadScreen,
@@ -54,15 +63,30 @@ class Panel(App[None]):
         Binding("ctrl+q", "quit", "quit", show=False, priority=True),
     ]
 
-    def __init__(self, here: LocalTarget, host: str | None = None) -> None:
+    def __init__(self, here: LocalTarget, host: str | None = None, theme_file: Path | None = None) -> None:
+        """`theme_file` keeps the name of the chosen theme between starts."""
         super().__init__()
         self.session = Session(here, host)
-        self._seen: dict[str, Light] = {}
+        self._theme_file = theme_file
+        self._plain_text = PlainText()
+        self._seen: dict[str, ConnectionState] = {}
         """What was said of each connection."""
         for mode, screen in SCREENS.items():
             self.add_mode(mode, partial(screen, self.session))
         self.register_theme(THEME)
         self.theme = "surgvqa"
+        if theme_file:
+            with contextlib.suppress(OSError, ValueError):
+                name = theme_file.read_text(encoding="utf-8").strip()
+                self.theme = name if name in self.available_themes else self.theme
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        """What the panel's styles name and Textual's own themes do not define."""
+        return variables_of(self.current_theme)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Textual's own, after the one that keeps control characters from the terminal."""
+        return [self._plain_text, *super().get_line_filters()]
 
     @property
     def front(self) -> PanelScreen | None:
@@ -73,6 +97,9 @@ class Panel(App[None]):
             return None
 
     async def on_mount(self) -> None:
+        if not self.is_headless:
+            for number in ENDING_SIGNALS:
+                asyncio.get_running_loop().add_signal_handler(number, self.exit, None, 128 + number)
         await self.refresh_runs()
         await self.switch_mode(self._first_mode())
         self.set_interval(REFRESH_S, self._tick)
@@ -90,7 +117,7 @@ class Panel(App[None]):
 
     async def _refresh(self) -> None:
         await self.refresh_runs()
-        self.show_light()
+        self.show_connection()
         if self.front:
             await self.front.tick()
 
@@ -105,27 +132,34 @@ class Panel(App[None]):
             self.front.show_where()
             self.front.keys_changed()
 
-    def show_light(self) -> None:
+    def show_connection(self) -> None:
         """Says once what became of the chosen host's connection; an unknown key asks."""
         host, front = self.session.host, self.front
-        if host is None or front is None or self._seen.get(host.name) == host.light:
+        if host is None or front is None or self._seen.get(host.name) == host.connection:
             return
-        before, light = self._seen.get(host.name), host.light
-        self._seen[host.name] = light
+        before, connection = self._seen.get(host.name), host.connection
+        self._seen[host.name] = connection
         front.show_where()
         front.keys_changed()
-        if light.kind == "unknown key" and light.key:
-            self.push_screen(HostKey(light.key), lambda yes: host.link.accept() if yes else host.link.refuse())
-        elif light.kind == "refused":
-            front.say(light.text, "error")
-        elif light.kind == "unreachable" and (before is None or before.kind != "unreachable"):
-            front.say(light.text, "warning")
-        elif light.kind == "connected" and host.skew:
+        if connection.kind == "unknown key" and connection.key:
+            self.push_screen(HostKey(connection.key), lambda yes: host.link.accept() if yes else host.link.refuse())
+        elif connection.kind == "refused":
+            front.say(connection.text, "error")
+        elif connection.kind == "unreachable" and (before is None or before.kind != "unreachable"):
+            front.say(connection.text, "warning")
+        elif connection.kind == "connected" and host.skew:
             front.say(f"{host.name}: {host.skew}; v sets it up", "warning")
-        elif light.kind == "connected" and before and before.kind != "connecting":
+        elif connection.kind == "connected" and before and before.kind != "connecting":
             front.say(f"{host.name}: connected again", "success")
-        elif light.kind in ("connecting", "connected"):
+        elif connection.kind in ("connecting", "connected"):
             front.say("")
+
+    def watch_theme(self, name: str) -> None:
+        """Keeps the choice; a folder that cannot be written only loses it."""
+        if self._theme_file and self.is_running:
+            with contextlib.suppress(OSError):
+                self._theme_file.parent.mkdir(parents=True, exist_ok=True)
+                self._theme_file.write_text(f"{name}\n", encoding="utf-8")
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 
@@ -139,6 +173,15 @@ class Panel(App[None]):
         """One of the four screens."""
         if self.front:
             await self.switch_mode(mode)
+
+    async def action_quit(self) -> None:
+        """Closes the panel; asks first when what was typed would be lost. In that question the key closes it."""
+        edited = [name for settings in self.session.edited.values() for name in settings]
+        if not edited or self.front is None:
+            self.exit()
+            return
+        detail = f"Edited here and not in surgvqa.toml: {', '.join(edited)}. Running jobs go on."
+        self.push_screen(Confirm("Quit and lose the edits?", detail, "quit"), lambda yes: self.exit() if yes else None)
 
     def action_hosts(self) -> None:
         """The list of hosts; the chosen one becomes the target."""
@@ -178,7 +221,8 @@ class Panel(App[None]):
             for active in screen.working_keys()
             if isinstance(active.node, (PanelScreen, Panel, Field)) and active.binding.key != "ctrl+q"
         )
-        self.push_screen(Help(TITLES[screen.MODE], screen.ABOUT, list(keys)))
+        about = f"{screen.ABOUT} Errors are logged in {log.path}." if log.path else screen.ABOUT
+        self.push_screen(Help(TITLES[screen.MODE], about, list(keys)))
 
     @on(RunStarted)
     async def _monitor(self, started: RunStarted) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,10 @@ from presets import PresetError
 from surgvqa.cli.parser import Parser
 from surgvqa.config.workspace import WORKSPACE_FILE, Workspace, find_workspace, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
+from tui import log
 from tui.app import Panel
 from tui.targets.local import LocalTarget
+from tui.textual_internals import crash_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,19 +54,32 @@ def open_workspace(arguments: argparse.Namespace) -> Workspace:
     return load_workspace(root)
 
 
+def theme_file() -> Path:
+    """Where the chosen theme is kept (XDG Base Directory Specification)."""
+    config = os.environ.get("XDG_CONFIG_HOME") or ""
+    return Path(config if os.path.isabs(config) else Path.home() / ".config", "surgvqa", "theme")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the panel; 0 when it was closed, 2 when it could not be opened."""
     try:
         arguments = build_parser().parse_args(argv)
         workspace = open_workspace(arguments)
-        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"))
+        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"), theme_file())
     except (SurgvqaError, PresetError) as error:
         print(f"surgvqa-tui: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
     if not (sys.stdin.isatty() and sys.stderr.isatty()):  # Textual draws on stderr
         print("surgvqa-tui: needs a terminal; surgvqa runs and surgvqa follow work without one", file=sys.stderr)
         return 2
+    with contextlib.suppress(OSError):  # the panel works without its log
+        log.write_to(log.default_path())
     panel.run()
+    crash = crash_of(panel)
+    if crash is not None:
+        logging.getLogger("tui").error("the panel crashed", exc_info=crash)
+        report = f"; the report is in {log.path}" if log.path else ""
+        print(f"surgvqa-tui: the panel crashed: {type(crash).__name__}{report}", file=sys.stderr)
     return 0 if panel.return_code is None else panel.return_code
 
 

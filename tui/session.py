@@ -8,7 +8,7 @@ from surgvqa.runs.history import RunSummary
 from tui.targets.host import HostTarget
 from tui.targets.local import LocalTarget
 from tui.targets.target import Target
-from tui.targets.threads import apart
+from tui.targets.threads import in_thread
 
 
 class Session:
@@ -22,6 +22,8 @@ class Session:
         self.listed: list[RunSummary] = []
         """The target's runs, newest first."""
         self.listed_here: list[RunSummary] = []
+        self.edited: dict[str, dict[str, str]] = {}
+        """What was typed on each screen and is nowhere else, by command."""
         self.job_starts = False
         """While a job is being started."""
         names = [p.name for p in load_presets(here.workspace.root)]
@@ -48,13 +50,13 @@ class Session:
             if name not in self.hosts:
                 self.hosts[name] = HostTarget(name, self.here.workspace)
             self.target = host = self.hosts[name]
-            if host.light.kind in ("refused", "unreachable"):
+            if host.connection.kind in ("refused", "unreachable"):
                 host.link.again()
         self.listed = self.listed_here if self.host is None else self.host.runs()  # never another machine's, for a tick
 
     async def refresh_runs(self) -> bool:
         """Reads the run lists anew; whether they changed."""
-        here = await apart(self.here.runs)
+        here = await in_thread(self.here.runs)
         listed = here if self.host is None else self.host.runs()
         changed = (here, listed) != (self.listed_here, self.listed)
         self.listed_here, self.listed = here, listed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textual.color import Color, ColorParseError
 from textual.theme import Theme
 
 THEME = Theme(
@@ -32,3 +33,14 @@ THEME = Theme(
         "input-selection-background": "#5aa9e6 40%",
     },
 )
+
+
+def variables_of(theme: Theme) -> dict[str, str]:
+    """The panel's own variables in a theme that does not define them: its colours, muted text between two of them."""
+    known = theme.to_color_system().generate()
+    try:
+        ground, text = Color.parse(known["background"]), Color.parse(known["foreground"])
+        muted = "ansi_bright_black" if theme.ansi or ground.ansi is not None else text.blend(ground, 0.35).hex
+    except ColorParseError:
+        muted = "ansi_bright_black"
+    return {"muted": muted, "chart-train": known["primary"], "chart-eval": known["accent"]}

@@ -11,7 +11,7 @@ from textual.content import Content
 from surgvqa.terminal.figures import amount, human_seconds
 
 if TYPE_CHECKING:
-    from tui.targets.light import Light
+    from tui.targets.connection_state import ConnectionState
 
 GB = 1e9
 
@@ -40,7 +40,7 @@ def state(name: str) -> Content:
     return Content.assemble((f"{STATE_MARKS.get(name, '?')} {name}", STATE_STYLES.get(name, "")))
 
 
-LIGHTS = {
+CONNECTION_MARKS = {
     "connecting": ("◌", "$secondary"),
     "connected": ("●", "$success"),
     "unreachable": ("○", "bold $warning"),
@@ -49,12 +49,12 @@ LIGHTS = {
 }
 
 
-def light(name: str, light: Light, width: int = 60) -> Content:
-    """A host with its connection light: `gpuhost ● connected`, `gpuhost ○ unreachable since 12:04`."""
-    mark, style = LIGHTS[light.kind]
-    since = f" since {ago(light.since)}" if light.kind == "unreachable" else ""
-    why = f": {light.text.removeprefix(f'{name}: ')}" if light.kind == "refused" else ""
-    return Content.assemble(f"{name} ", (clip(f"{mark} {light.kind}{since}{why}", width), style))
+def connection(name: str, connection: ConnectionState, width: int = 60) -> Content:
+    """A host with its connection state: `gpuhost ● connected`, `gpuhost ○ unreachable since 12:04`."""
+    mark, style = CONNECTION_MARKS[connection.kind]
+    since = f" since {ago(connection.since)}" if connection.kind == "unreachable" else ""
+    why = f": {connection.text.removeprefix(f'{name}: ')}" if connection.kind == "refused" else ""
+    return Content.assemble(f"{name} ", (clip(f"{mark} {connection.kind}{since}{why}", width), style))
 
 
 def gb(value: float | None, unit: bool = True) -> str:

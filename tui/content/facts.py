@@ -64,11 +64,16 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
 
 def standing(follower: Follower) -> Content:
     """The run's state; of a host that is not reached, since when. Whether the job lives only the host can say."""
-    light = follower.target.light
-    if light is None or light.kind in ("connected", "connecting") or not follower.active:
-        return words.state(follower.state)
-    since = f" since {words.ago(light.since)}" if light.kind == "unreachable" else ""
-    return Content.assemble((f"○ {light.kind}{since}", "bold $warning"))
+    connection = follower.target.connection
+    if connection is None or connection.kind in ("connected", "connecting") or not follower.active:
+        return words.state(follower.state) if follower.silent_s is None else silent(follower.silent_s)
+    since = f" since {words.ago(connection.since)}" if connection.kind == "unreachable" else ""
+    return Content.assemble((f"○ {connection.kind}{since}", "bold $warning"))
+
+
+def silent(seconds: float) -> Content:
+    """A job that is there and says nothing."""
+    return Content.assemble((f"◌ silent: no news for {words.seconds(seconds)}", "bold $warning"))
 
 
 def joined(figures: list[str], width: int) -> list[str]:
@@ -103,6 +108,8 @@ def time_left(follower: Follower) -> str:
     model = follower.model
     if not follower.active:
         return f"took {words.seconds(model.elapsed_s)}"
+    if follower.silent_s is not None:
+        return ""
     before = f" to {model.phase}" if model.command == "train" and not model.total_steps else ""
     return "" if model.left_s is None else f"{words.seconds(model.left_s)} left{before}"
 
@@ -110,6 +117,8 @@ def time_left(follower: Follower) -> str:
 def pace(follower: Follower) -> str:
     """Samples a second of a training, else the rate of the phase."""
     model, progress = follower.model, follower.model.current
+    if follower.silent_s is not None:
+        return ""
     if model.samples_per_s:
         return f"{model.samples_per_s:.3g} samples/s"
     if progress and progress.rate and follower.active:
@@ -134,7 +143,9 @@ def phase(follower: Follower, width: int) -> Content:
 
 
 def ending(follower: Follower, resumable: bool) -> list[Content]:
-    """Why it ended badly and what to do, or what it warned of."""
+    """Why it ended badly and what to do, why it cannot be followed, or what it warned of."""
+    if follower.problem:
+        return [Content.assemble((follower.problem, "$error"))]
     if follower.state in ("failed", "died"):
         said = follower.model.errors or [line for line in follower.log if line.strip()]
         why = said[-1] if said else "no word in its log"

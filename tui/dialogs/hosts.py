@@ -27,7 +27,7 @@ NO_HOSTS = (
 
 
 class HostPicker(ModalScreen[str | None]):
-    """This machine first, then what hosts.toml and ~/.ssh/config name. Hosts that were chosen show their light."""
+    """This machine, then what hosts.toml and ~/.ssh/config name. Hosts chosen before show their connection state."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,h,q", "leave", "leave")]
 
@@ -57,7 +57,7 @@ class HostPicker(ModalScreen[str | None]):
         self.set_interval(1.0, self.show_hosts)
 
     def show_hosts(self) -> None:
-        """The list with the lights as they are now."""
+        """The list with the connection states as they are now."""
         listed = self.query_one(OptionList)
         rows = {self.session.here.name: Content.assemble((f"{self.session.here.name:<{NAME}}", "bold"))}
         rows |= {name: self._row(name, entry) for name, entry in self.known.items()}
@@ -77,8 +77,8 @@ class HostPicker(ModalScreen[str | None]):
         about = "  ".join(part for part in (entry.gpus, price) if part)
         if host is None:
             return Content.assemble(f"{words.clip(name, NAME - 1):<{NAME}}", (about, "$muted"))
-        light = words.light("", host.light)
-        return Content.assemble((f"{words.clip(name, NAME - 1):<{NAME - 1}}", "bold"), light, (f"  {about}", "$muted"))
+        state = words.connection("", host.connection)
+        return Content.assemble((f"{words.clip(name, NAME - 1):<{NAME - 1}}", "bold"), state, (f"  {about}", "$muted"))
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         self.dismiss(event.option.id)

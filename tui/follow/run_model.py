@@ -119,6 +119,10 @@ class RunModel:
         """Whether steps were done after the last out-of-memory error."""
         self.finished: dict[str, Any] | None = None
         self.events = 0
+        self.newest_t = 0.0
+        """Time of the newest event, unix seconds."""
+        self.ended = False
+        """Whether the job is over, with or without a `finished` event."""
         self.first_step: tuple[int, float] | None = None
         self.last_step: tuple[int, float] | None = None
 
@@ -157,11 +161,12 @@ class RunModel:
 
     @property
     def elapsed_s(self) -> float | None:
-        """Seconds since the job began, or that it took."""
+        """Seconds since the job began, or that it took; a job that died took until its last event."""
         began = self.info.get("started")
         if not began:
             return None
-        return max(0.0, (self.finished.get("t", began) if self.finished else time.time()) - began)
+        end = self.finished.get("t", began) if self.finished else self.newest_t if self.ended else time.time()
+        return max(0.0, end - began)
 
     def best_eval(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest evaluation loss."""
@@ -185,6 +190,7 @@ class RunModel:
         """Takes in new events, in order."""
         for event in events:
             self.events += 1
+            self.newest_t = max(self.newest_t, event.get("t") or 0.0)
             handler = getattr(self, f"_on_{event['kind']}", None)
             if handler:
                 handler(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import ClassVar
@@ -19,15 +20,17 @@ from textual.worker import Worker, WorkerState
 
 from remote.jobs.launch import EXCLUSIVE
 from surgvqa.errors import SurgvqaError
-from tui import words
+from tui import log, words
 from tui.dialogs.confirm import Confirm
 from tui.session import Session
 from tui.settings.settings import Settings
 from tui.targets.target import Target, newest_running
-from tui.targets.threads import apart
+from tui.targets.threads import in_thread
 from tui.widgets.form import Field
 from tui.widgets.head import Head, Notice, Where
 from tui.widgets.pane import Pane
+
+logger = logging.getLogger(__name__)
 
 WIDE = 108  # columns from which there is room for two panels side by side
 
@@ -81,13 +84,15 @@ class PanelScreen(Screen[None]):
         return self.session.here.workspace.root
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
-        """What nobody foresaw is said in place; the panel goes on."""
+        """An unexpected error is shown in place and logged with its traceback; the panel goes on."""
         if event.state == WorkerState.ERROR:
-            self.say(f"{type(event.worker.error).__name__}: {event.worker.error}", "error")
+            logger.error("a worker of the panel failed", exc_info=event.worker.error)
+            self.say(f"{type(event.worker.error).__name__}: {event.worker.error}{log.where()}", "error")
 
     def say(self, text: str, kind: str = "") -> None:
-        """Shows a line above the footer."""
-        self.query_one(Notice).say(text, kind)
+        """Shows a line above the footer; nothing happens while the screen is closing."""
+        for notice in self.query(Notice):
+            notice.say(text, kind)
 
     def working_keys(self) -> list[ActiveBinding]:
         """The keys that work now, without those that Textual gives to every screen."""
@@ -101,7 +106,7 @@ class PanelScreen(Screen[None]):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "set_up":
             host = self.session.host
-            return host is not None and host.light.kind == "connected" and bool(host.skew)
+            return host is not None and host.connection.kind == "connected" and bool(host.skew)
         return True
 
     def keys_changed(self) -> None:
@@ -124,9 +129,9 @@ class PanelScreen(Screen[None]):
         if not self.is_mounted:
             return
         host = self.session.host
-        place = Content(self.session.here.name) if host is None else words.light(host.name, host.light)
+        place = Content(self.session.here.name) if host is None else words.connection(host.name, host.connection)
         self.query_one(Where).show_place(place, self.workspace_root, self.session.preset, self.session.budget_gb)
-        heard = host is None or host.light.kind == "connected"
+        heard = host is None or host.connection.kind == "connected"
         running = [r for r in self.session.listed if r.state == "running" and heard]
         text = f"● {running[0].command} running" if running else ""
         if len(running) > 1:
@@ -178,7 +183,7 @@ class PanelScreen(Screen[None]):
     async def stop_run(self, run_id: str, target: Target | None = None) -> str | None:
         """Ends a run in a thread; its state then, or None when that failed (said in place)."""
         try:
-            return await apart((target or self.session.target).stop, run_id)
+            return await in_thread((target or self.session.target).stop, run_id)
         except (OSError, SurgvqaError, psutil.Error) as error:
             self.say(f"{run_id} could not be stopped: {error}", "error")
             return None

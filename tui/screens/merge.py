@@ -25,6 +25,7 @@ from tui.settings.settings import Settings
 from tui.targets.target import newest_running
 from tui.widgets.form import Field, Form
 from tui.widgets.pane import Pane
+from tui.widgets.titles import set_subtitle, set_title
 
 FIELDS = {
     "stage1_model_path": "Stage-1 checkpoint",
@@ -55,6 +56,7 @@ class MergeScreen(PanelScreen):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self.settings = Settings("merge", self.session.here.workspace)
+        self.session.edited["merge"] = self.settings.edited
         self.follower: Follower | None = None
         self.planning = False
         self.picture: Content | Callable[[int], Content] = Content("")
@@ -70,7 +72,7 @@ class MergeScreen(PanelScreen):
                 yield Pane(id="merge-text")
 
     async def on_mount(self) -> None:
-        self.query_one("#merge-form").border_title = "what to merge"
+        set_title(self.query_one("#merge-form"), "what to merge")
         self.query_one(Form).fill(self.settings, None)
         self.query_one(Form).field("stage1_model_path").focus()
         running = newest_running(self.session.listed_here, "merge")
@@ -87,7 +89,7 @@ class MergeScreen(PanelScreen):
     def _focused(self, event: Field.Focused) -> None:
         """What the field is for stands below the fields."""
         form = self.query_one("#merge-form")
-        form.border_subtitle = words.clip(event.field.help, max(20, self.app.size.width - 8))
+        set_subtitle(form, words.clip(event.field.help, max(20, self.app.size.width - 8)))
 
     # --- plan --------------------------------------------------------------------------------------------------------
 
@@ -139,7 +141,7 @@ class MergeScreen(PanelScreen):
     def show(self, title: str, picture: Content | Callable[[int], Content]) -> None:
         """Fills the lower panel; what depends on the width is drawn again when that changes."""
         self.picture = picture
-        self.query_one("#merge-result").border_title = title
+        set_title(self.query_one("#merge-result"), title)
         self.draw()
 
     def draw(self) -> None:

@@ -31,6 +31,7 @@ from tui.targets.threads import watched
 from tui.widgets.chart import Chart, tick_text
 from tui.widgets.gauge import Gauge
 from tui.widgets.pane import Pane
+from tui.widgets.titles import set_subtitle, set_title
 
 NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
 NO_RUNS_THERE = "No runs on {host} yet.\nSend checkpoint and data with 2, then start training with 3."
@@ -107,7 +108,7 @@ class MonitorScreen(PanelScreen):
     async def on_mount(self) -> None:
         titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "log-panel": "log", "facts": "run"}
         for id, title in titles.items():
-            self.query_one(f"#{id}").border_title = title
+            set_title(self.query_one(f"#{id}"), title)
         self.query_one(Search).display = False
         self.query_one(Log).anchor()
         if self.follower is None:
@@ -142,7 +143,7 @@ class MonitorScreen(PanelScreen):
         if host is None:
             return NO_RUNS
         if host.link.listed is None:
-            return f"{host.name}: {host.light.kind}\n{host.light.text.removeprefix(f'{host.name}: ')}"
+            return f"{host.name}: {host.connection.kind}\n{host.connection.text.removeprefix(f'{host.name}: ')}"
         return NO_RUNS_THERE.format(host=host.name)
 
     def attach(self, run_id: str) -> None:
@@ -172,7 +173,7 @@ class MonitorScreen(PanelScreen):
             for pane in ("#facts", "#legend"):
                 self.query_one(pane, Pane).show(Content(""))
             self.query_one(Gauge).show_devices({}, 0.0)
-            self.query_one("#facts").border_title = "run"
+            set_title(self.query_one("#facts"), "run")
         self.show_list()
         options = self.query_one("#runs", OptionList)
         if follower and follower.run_id in {option.id for option in options.options}:
@@ -201,6 +202,7 @@ class MonitorScreen(PanelScreen):
         if lines is None and not first:
             if follower.active:
                 self.show_facts()  # the clock goes on
+                self.show_memory()
             return
         chart = self.query_one(Chart)
         chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
@@ -230,7 +232,7 @@ class MonitorScreen(PanelScreen):
         options.add_options([Option(self._row(run, attached), id=run.id) for run in self.session.listed])
         if chosen in {run.id for run in self.session.listed}:
             options.highlighted = options.get_option_index(str(chosen))
-        self.query_one("#runs").border_subtitle = f"{len(self.session.listed)}" if self.session.listed else ""
+        set_subtitle(self.query_one("#runs"), f"{len(self.session.listed)}" if self.session.listed else "")
 
     @staticmethod
     def _row(run: RunSummary, attached: str | None) -> Content:
@@ -252,9 +254,10 @@ class MonitorScreen(PanelScreen):
         if follower is None:
             return
         panel = self.query_one("#facts", Pane)
-        panel.border_title = words.clip(follower.model.option("run_name") or follower.run_id, 36)
+        name = words.clip(str(follower.model.option("run_name") or follower.run_id), 36)
+        set_title(panel, name)
         narrow = self.app.size.width < WIDE
-        self.query_one("#chart-panel").border_title = f"loss · {panel.border_title}" if narrow else "loss"
+        set_title(self.query_one("#chart-panel"), f"loss · {name}" if narrow else "loss")
         draw, width = (facts_in_two_lines, self.app.size.width - 2) if narrow else (facts, panel.size.width)
         panel.show(draw(follower, max(20, width), self.resumable()))
 
@@ -273,7 +276,7 @@ class MonitorScreen(PanelScreen):
             self.show_chart(model)
             return
         panel = self.query_one("#text-panel")
-        panel.border_title = model.command or "job"
+        set_title(panel, model.command or "job")
         width = max(20, panel.size.width - 4)
         if follower.active:
             content = report.job_progress(follower, width)
@@ -298,7 +301,7 @@ class MonitorScreen(PanelScreen):
                 )
         scale = "log" if chart.logarithmic else "linear"
         view = "zoomed · 0 whole run" if chart.window else "whole run"
-        self.query_one("#chart-panel").border_subtitle = f"{scale} · {view}"
+        set_subtitle(self.query_one("#chart-panel"), f"{scale} · {view}")
         self.query_one("#legend", Pane).show(Content("   ").join(parts))
 
     def show_memory(self) -> None:
@@ -306,6 +309,9 @@ class MonitorScreen(PanelScreen):
         follower = self.follower
         if follower is None:
             return
+        age = follower.silent_s
+        set_subtitle(self.query_one("#memory-panel"), "" if age is None else f"{words.seconds(age)} old")
+        self.query_one(Gauge).set_class(age is not None, "-old")
         budget = follower.model.option("budget_gb")
         self.query_one(Gauge).show_devices(
             follower.model.devices,
@@ -324,7 +330,7 @@ class MonitorScreen(PanelScreen):
             self.unseen = 0 if following else self.unseen + len(lines)
         empty = "" if log.line_count else "nothing written"
         new = f"+{self.unseen:,} lines · t follows" if self.unseen else ""
-        self.query_one("#log-panel").border_subtitle = new or empty
+        set_subtitle(self.query_one("#log-panel"), new or empty)
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 

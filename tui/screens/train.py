@@ -23,6 +23,7 @@ from tui.session import Session
 from tui.settings.prediction import Prediction, predict
 from tui.settings.settings import Settings, preset_changes
 from tui.widgets.form import Field, Form
+from tui.widgets.titles import set_subtitle, set_title
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
@@ -99,6 +100,7 @@ class TrainScreen(PanelScreen):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self.settings = Settings("train", self.session.here.workspace)
+        self.session.edited["train"] = self.settings.edited
         self.presets: list[Preset] = []
         self.previewed: str | None = None
         self.predictions: dict[str, Prediction] = {}
@@ -126,7 +128,7 @@ class TrainScreen(PanelScreen):
             "memory": "memory",
             "about": "about",
         }.items():
-            self.query_one(f"#{id}").border_title = title
+            set_title(self.query_one(f"#{id}"), title)
         try:
             self.presets = load_presets(self.workspace_root)
         except PresetError as error:
@@ -209,7 +211,7 @@ class TrainScreen(PanelScreen):
         below = (
             words.clip(field.help, room) if field and self.app.size.width < WIDE else ""
         )  # `about` has no room there
-        self.query_one("#train-form").border_subtitle = below
+        set_subtitle(self.query_one("#train-form"), below)
 
     def _changes(self) -> list[Content | str]:
         assert self.previewed

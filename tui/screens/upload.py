@@ -24,8 +24,9 @@ from tui.session import Session
 from tui.settings.upload_plan import Item, file_plan
 from tui.targets.host import HostTarget
 from tui.targets.target import ACTIVE
-from tui.targets.threads import apart, watched
+from tui.targets.threads import in_thread, watched
 from tui.widgets.pane import Pane
+from tui.widgets.titles import set_title
 
 WHAT, FILES, SIZE = 20, 8, 11  # widths of the plan's columns; the path takes the rest
 
@@ -68,7 +69,7 @@ class UploadScreen(PanelScreen):
 
     def on_mount(self) -> None:
         for id, title in {"host-text": "host", "plan-text": "what it needs"}.items():
-            self.query_one(f"#{id}").border_title = title
+            set_title(self.query_one(f"#{id}"), title)
         self.change_host()
         self.query_one("#upload").focus()
 
@@ -97,7 +98,7 @@ class UploadScreen(PanelScreen):
             self.change_host()
         host = self.host
         self.show_host()
-        if host and host.light.kind == "connected" and not self.planned and not self.planning and not self.working:
+        if host and host.connection.kind == "connected" and not self.planned and not self.planning and not self.working:
             self.action_plan()
         follower = self.follower
         if follower is None:
@@ -115,7 +116,7 @@ class UploadScreen(PanelScreen):
     async def _job_ended(self, follower: Follower) -> None:
         if self.host and follower.model.command == "setup":
             try:
-                await apart(self.host.link.probe)
+                await in_thread(self.host.link.probe)
             except SurgvqaError as error:
                 self.say(str(error), "error")
         self.show_host()
@@ -133,19 +134,21 @@ class UploadScreen(PanelScreen):
         if host is None:
             panel.show(Content(NO_HOST.format(file=self.session.here.workspace.file.name)))
             return
-        rows: list[Content | str] = [words.light(host.name, host.light, max(30, panel.size.width - len(host.name) - 2))]
+        rows: list[Content | str] = [
+            words.connection(host.name, host.connection, max(30, panel.size.width - len(host.name) - 2))
+        ]
         facts, reached = host.link.facts, host.link.host
         if reached:
             at = f"{reached.user}@{reached.hostname}:{reached.port}"
             entry = reached.entry
             price = "" if entry.price_per_hour is None else f"{entry.price_per_hour:.2f} per hour"
             rows.append(report.waiting("  ·  ".join(part for part in (at, entry.gpus, price) if part)))
-        if host.light.kind == "refused":
+        if host.connection.kind == "refused":
             rows.append(report.key_hints(("h", "tries it again, or chooses another")))
-        elif host.light.kind == "unreachable":
-            rows += [report.waiting(host.light.text), report.waiting("tried again by itself until it answers")]
-        elif host.light.kind == "unknown key":
-            rows.append(report.waiting(host.light.text))
+        elif host.connection.kind == "unreachable":
+            rows += [report.waiting(host.connection.text), report.waiting("tried again by itself until it answers")]
+        elif host.connection.kind == "unknown key":
+            rows.append(report.waiting(host.connection.text))
         elif facts:
             free = f"{words.size(facts['free'])} free"
             rows.append(report.waiting(f"{facts['workspace']}  ·  {free}  ·  Python {facts['python_version']}"))
@@ -159,13 +162,13 @@ class UploadScreen(PanelScreen):
     async def action_plan(self) -> None:
         """Reads the files in a thread; on a host also asks what it has."""
         host, panel = self.host, self.query_one("#plan-text", Static)
-        asked = host is not None and host.light.kind == "connected"
+        asked = host is not None and host.connection.kind == "connected"
         self.planning, self.planned, self.plan = True, asked, None
         self.keys_changed()
         panel.update(report.waiting("reading the files …"))
         try:
             if host is None or not asked:
-                items = await apart(file_plan, self.session.here.workspace)
+                items = await in_thread(file_plan, self.session.here.workspace)
                 panel.update(self.table(items) if items else Content(NOTHING))
                 return
             await self._plan_for(host, panel)
@@ -224,7 +227,7 @@ class UploadScreen(PanelScreen):
         panel.display = follower is not None
         if follower is None:
             return
-        panel.border_title = "upload" if follower.model.command == "upload" else follower.model.command or "job"
+        set_title(panel, follower.model.command or "job")
         width = max(40, panel.size.width)
         if not follower.active:
             panel.show(report.remote_end(follower))
@@ -234,7 +237,7 @@ class UploadScreen(PanelScreen):
             panel.show(report.setup_progress(follower, width))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        reached = self.host is not None and self.host.light.kind == "connected"
+        reached = self.host is not None and self.host.connection.kind == "connected"
         if action == "stop":
             return self.working
         if action == "upload":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from surgvqa.errors import UsageError
 from tui import words
 
 EDITED = "edited here"
+LARGEST = {"learning_rate": 1.0}
+"""Values beyond which a number is surely a slip of the finger."""
 
 
 @dataclass
@@ -42,9 +45,41 @@ class Settings:
         ), missing
 
     def edit(self, name: str, text: str) -> None:
-        """Takes in a typed value; UsageError when it is none for this setting."""
-        convert(self.known[name], text, EDITED)
+        """Keeps a typed value. Raises UsageError when it is no value of this setting or out of its bounds."""
+        value = convert(self.known[name], text, EDITED)
+        expected = self.range_of(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not self._within(name, value):
+            raise UsageError(f"{EDITED}: {name} is {text}, expected {expected or 'a finite number'}")
         self.edited[name] = text
+
+    def _within(self, name: str, value: float) -> bool:
+        if name == "max_steps":
+            return value == -1 or value >= 1
+        return math.isfinite(value) and self.known[name].bounds.admit(value) and value <= LARGEST.get(name, math.inf)
+
+    def range_of(self, name: str) -> str:
+        """What values a setting takes, for people: "at least 1", "auto, off"; '' when there is nothing to say."""
+        if name == "max_steps":
+            return "at least 1, or -1 to count epochs"
+        setting = self.known[name]
+        if setting.choices:
+            return ", ".join(setting.choices)
+        parts = [str(setting.bounds), f"at most {LARGEST[name]:g}" if name in LARGEST else ""]
+        return " and ".join(part for part in parts if part)
+
+    def problem_with(self, name: str, text: str) -> str:
+        """Why `text` is no value of this setting, in a few words; '' when it is one."""
+        before = self.edited.get(name)
+        try:
+            self.edit(name, text.strip())
+        except UsageError as error:
+            return _expected(str(error))
+        finally:
+            if before is None:
+                self.edited.pop(name, None)
+            else:
+                self.edited[name] = before
+        return ""
 
     def revert(self, name: str) -> bool:
         """Forgets what was typed; whether there was anything."""
@@ -73,6 +108,10 @@ class Settings:
         if self.known[name].type is Path_:
             return str(Path(self.workspace.root, os.path.expanduser(value)))
         return repr(value) if isinstance(value, float) else words.value(value)
+
+
+def _expected(message: str) -> str:
+    return "expected " + message.partition(", expected ")[2]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from remote.upload.plan import checkpoint_ways, compare, data_sources
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.history import RunSummary
+from tui.targets.connection_state import ConnectionState
 from tui.targets.host_feed import HostFeed
-from tui.targets.light import Light
 from tui.targets.link import Link
 from tui.targets.target import ACTIVE
-from tui.targets.threads import LineReporter, apart
+from tui.targets.threads import LineReporter, in_thread
 
 
 class HostTarget:
@@ -32,8 +32,8 @@ class HostTarget:
         """What the last launch warned of."""
 
     @property
-    def light(self) -> Light:
-        return self.link.light
+    def connection(self) -> ConnectionState:
+        return self.link.connection
 
     @property
     def skew(self) -> str:
@@ -55,10 +55,10 @@ class HostTarget:
         return state
 
     async def launch(self, *argv: str, share: bool = False) -> str:
-        return await apart(self._launch, list(argv), share)
+        return await in_thread(self._launch, list(argv), share)
 
     async def resume(self, run_id: str, *changes: str, share: bool = False) -> str:
-        return await apart(self._resume, run_id, list(changes), share)
+        return await in_thread(self._resume, run_id, list(changes), share)
 
     def _launch(self, argv: list[str], share: bool) -> str:
         command, *rest = argv

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Any
 
-from remote.jobs.follower import Follower
+from remote.jobs.follower import BACKOFF_S, Follower
 from surgvqa.errors import SurgvqaError
-from tui.targets.light import Detached
+from tui.targets.connection_state import Detached
 from tui.targets.link import Link, Port
 from tui.targets.run_files import LOG_TAIL_BYTES, LogLines, curve_events, resumed_from
-from tui.targets.target import ACTIVE, News
+from tui.targets.target import ACTIVE, RunUpdate
+
+log = logging.getLogger(__name__)
 
 
 class HostFeed:
@@ -25,11 +28,16 @@ class HostFeed:
         self._earlier: list[dict[str, Any]] = []
         self._events: list[dict[str, Any]] = []
         self._lines: list[str] = []
+        self._problem = ""
+        self._learned = False
+        """Whether run.json was complete; what the runs before this one recorded is read once, with it."""
+        self._offsets: dict[str, int] = {}
+        """Bytes of events and log that were read: following goes on there after an error."""
         threading.Thread(target=self._run, name=f"follow {run_id}", daemon=True).start()
 
-    def read(self) -> News:
+    def read(self) -> RunUpdate:
         with self._lock:
-            news = News(self._info, self._state, self._earlier, self._events, self._lines)
+            news = RunUpdate(self._info, self._state, self._earlier, self._events, self._lines, self._problem)
             self._earlier, self._events, self._lines = [], [], []
         return news
 
@@ -39,37 +47,53 @@ class HostFeed:
     # --- its own thread ----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            self._learn()
-            log = LogLines()
-            follower = Follower(self._port, self.run_id, {"log.txt": self._log_size() or 0})  # type: ignore[arg-type]
-            for event in follower:
-                if event["kind"] in ("connection", "log"):
-                    lines = log.feed(event["text"].encode()) if event["kind"] == "log" else []
-                    with self._lock:
-                        self._lines += lines
-                    continue
-                if not self._info.get("pid"):
-                    self._learn()
-                with self._lock:
-                    if event["kind"] == "state":
-                        self._state = event["state"]
-                    else:
-                        self._events.append(self._in_our_time(event))
-            self.link.look()
-        except Detached:
-            return
-        except SurgvqaError as error:
+        """Follows until the run ends or nobody reads; any other end is shown, and following starts again."""
+        attempt = 0
+        while not self._port.closed:
+            read_before = dict(self._offsets)
+            try:
+                self._follow()
+                return
+            except Detached:
+                return
+            except Exception as error:  # a thread that ended unseen would leave the last state on the screen
+                text = str(error) if isinstance(error, SurgvqaError) else f"{type(error).__name__}: {error}"
+                log.warning("cannot follow %s", self.run_id, exc_info=error)
+            attempt = 0 if self._offsets != read_before else attempt
+            pause = BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]
             with self._lock:
-                self._state = "unknown"
-                self._lines.append(str(error))
+                self._state, self._problem = "unknown", f"{text}; trying again every {pause} s"
+            self._port.wait(pause)
+            attempt += 1
+
+    def _follow(self) -> None:
+        self._learn()
+        log_lines = LogLines()
+        if "log.txt" not in self._offsets:
+            self._offsets["log.txt"] = self._log_size()
+        for event in Follower(self._port, self.run_id, self._offsets):  # type: ignore[arg-type]  # as a Remote
+            if event["kind"] in ("connection", "log"):
+                lines = log_lines.feed(event["text"].encode()) if event["kind"] == "log" else []
+                with self._lock:
+                    self._lines += lines
+                continue
+            if not self._info.get("pid"):
+                self._learn()
+            with self._lock:
+                self._problem = ""
+                if event["kind"] == "state":
+                    self._state = event["state"]
+                else:
+                    self._events.append(self._in_our_time(event))
+        self.link.look()
 
     def _learn(self) -> None:
         """run.json, once the job has written its own; with it what the runs before this one said."""
         info = self._run_json(self.run_id)[0]
-        earlier = self._read_earlier(info) if info.get("pid") else []
+        earlier = [] if self._learned or not info.get("pid") else self._read_earlier(info)
         with self._lock:
-            self._info, self._earlier = info, earlier
+            self._info, self._earlier = info, self._earlier + earlier
+            self._learned = self._learned or bool(info.get("pid"))
 
     def _run_json(self, run_id: str) -> tuple[dict[str, Any], str]:
         answer = self._port.call("runs", run=run_id)

@@ -7,6 +7,7 @@ connects anew after a loss, 1, 2, 4 … 30 s apart. To remote's own code a link 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import select
@@ -22,12 +23,14 @@ from remote.ssh.host_keys import UnknownHostKey
 from remote.ssh.hosts import Host, resolve
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.history import RunSummary
+from tui.targets.connection_state import ConnectionState, Detached
 from tui.targets.exchange import Exchange, Line
-from tui.targets.light import Detached, Light
 
 LIST_EVERY_S = 5.0  # 0.09 s of a host core each, measured
 CLOCK_TOLERANCE_S = 5.0  # a host's clock that is further away is allowed for
 LOOK_S = 1.0
+log = logging.getLogger(__name__)
+
 CHANNELS = 8  # at once; sshd's MaxSessions is 10 unless changed
 
 
@@ -36,7 +39,7 @@ class Link:
 
     def __init__(self, name: str, workspace: Path):
         self.name, self.workspace = name, workspace
-        self.light = Light("connecting")
+        self.connection = ConnectionState("connecting")
         self.host: Host | None = None
         """Known once it has been looked up."""
         self.facts: dict[str, Any] = {}
@@ -63,8 +66,8 @@ class Link:
         """Hands in a request. Raises Unreachable when there is no connection, unless it is `patient`."""
         if self._ended:
             raise Detached(f"{self.name}: the link was ended")
-        if not patient and self.light.kind not in ("connected", "connecting"):
-            raise Unreachable(self.light.text)
+        if not patient and self.connection.kind not in ("connected", "connecting"):
+            raise Unreachable(self.connection.text)
         exchange = Exchange(op, params, patient)
         self._inbox.put(exchange)
         self._ring()
@@ -115,7 +118,7 @@ class Link:
 
     def refuse(self) -> None:
         """The shown host key is not taken."""
-        self.light = Light("refused", f"{self.name}: its host key was not accepted")
+        self.connection = ConnectionState("refused", f"{self.name}: its host key was not accepted")
 
     def end(self) -> None:
         """Closes the connection; jobs on the host do not notice."""
@@ -138,25 +141,26 @@ class Link:
                 self._serve()
                 continue
             except UnknownHostKey as unknown:
-                self.light = Light("unknown key", str(unknown), key=unknown)
+                self.connection = ConnectionState("unknown key", str(unknown), key=unknown)
             except SurgvqaError as error:
                 # A name that cannot be looked up is a laptop without a network, once the host was reached.
                 if isinstance(error, Unreachable) or (self.facts and isinstance(error, UsageError)):
-                    since = self.light.since if self.light.kind == "unreachable" else time.time()
-                    self.light = Light("unreachable", str(error), since)
+                    since = self.connection.since if self.connection.kind == "unreachable" else time.time()
+                    self.connection = ConnectionState("unreachable", str(error), since)
                     pause = BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]
                     attempt += 1
                 else:
-                    self.light = Light("refused", str(error))
+                    self.connection = ConnectionState("refused", str(error))
             except Exception as error:  # whatever it is, the panel goes on and says so
-                self.light = Light("refused", f"{self.name}: {type(error).__name__}: {error}")
+                log.exception("the connection to %s failed", self.name)
+                self.connection = ConnectionState("refused", f"{self.name}: {type(error).__name__}: {error}")
             self._drop()
             self._rest(pause)
         self._drop(Detached(f"{self.name}: the link was ended"))
 
     def _connect(self) -> None:
-        if self.light.kind != "unreachable":  # "since" stays to be read until the host is there again
-            self.light = Light("connecting")
+        if self.connection.kind != "unreachable":  # "since" stays to be read until the host is there again
+            self.connection = ConnectionState("connecting")
         self.host = resolve(self.name, self.workspace)
         self._line = Line(self.host)
         self._line.open()
@@ -164,7 +168,7 @@ class Link:
         ahead = self.facts["time"] - time.time()
         self.ahead_s = ahead if abs(ahead) > CLOCK_TOLERANCE_S else 0.0
         self._list_due = 0.0
-        self.light = Light("connected")
+        self.connection = ConnectionState("connected")
 
     def _serve(self) -> None:
         """Until the link is ended; raises when the connection is lost."""
@@ -219,7 +223,7 @@ class Link:
     def _drop(self, error: SurgvqaError | None = None) -> None:
         """Ends every exchange that cannot wait, and the connection."""
         self._collect()
-        failure = error or Unreachable(self.light.text)
+        failure = error or Unreachable(self.connection.text)
         for exchange in [*self._open, *(e for e in self._waiting if error or not e.patient)]:
             exchange.end(failure)
             exchange.close()
@@ -233,11 +237,11 @@ class Link:
         """Until it is time to connect again, or somebody asks for it."""
         until = None if seconds is None else time.monotonic() + seconds
         while not self._ended and not self._again and (until is None or time.monotonic() < until):
-            if self._accepted and self.light.key:
+            if self._accepted and self.connection.key:
                 try:
-                    self.light.key.remember()
+                    self.connection.key.remember()
                 except (OSError, SurgvqaError) as error:
-                    self.light = Light("refused", f"{self.name}: the key cannot be remembered: {error}")
+                    self.connection = ConnectionState("refused", f"{self.name}: the key cannot be remembered: {error}")
                 else:
                     break
             self._accepted = False
@@ -257,7 +261,7 @@ class Port:
     def __init__(self, link: Link):
         self.link = link
         self._asked: set[Exchange] = set()
-        self._closed = False
+        self._closed = threading.Event()
 
     @property
     def host(self) -> Host:
@@ -269,7 +273,7 @@ class Port:
         exchange = self.link.request(op, params, patient=True)
         self._asked.add(exchange)
         try:
-            if self._closed:
+            if self.closed:
                 raise Detached("closed")
             yield from exchange
         finally:
@@ -287,11 +291,20 @@ class Port:
             except Unreachable:
                 time.sleep(LOOK_S)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nobody reads any more."""
+        return self._closed.is_set()
+
+    def wait(self, seconds: float) -> None:
+        """Waits that long, or until nobody reads any more."""
+        self._closed.wait(seconds)
+
     def close(self) -> None:
         """The connection is everybody's: a follower that lost it waits for the link to have it again."""
 
     def detach(self) -> None:
         """Whoever reads is told to end."""
-        self._closed = True
+        self._closed.set()
         for exchange in list(self._asked):
             exchange.end(Detached("closed"))

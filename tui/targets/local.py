@@ -19,7 +19,7 @@ from surgvqa.runs.events import EventTail
 from surgvqa.runs.history import RunSummary
 from surgvqa.runs.state import STARTING_GRACE_S, read_run_json, state_of
 from tui.targets.run_files import LOG_TAIL_BYTES, LogLines, curve_events, resumed_from
-from tui.targets.target import ACTIVE, News
+from tui.targets.target import ACTIVE, RunUpdate
 
 PROGRAMS = {"surgvqa": "surgvqa", "remote": "surgvqa-remote"}
 """The name of a module's command line, with which its errors begin."""
@@ -48,7 +48,7 @@ class LocalFeed:
     def __post_init__(self) -> None:
         self.events = EventTail(self.folder / "events.jsonl")
 
-    def read(self) -> News:
+    def read(self) -> RunUpdate:
         # The state first: whatever an ended job said is then surely in what is read after it.
         info, state = read_run_json(self.folder), state_of(self.folder)
         if not info and self.folder.is_dir():  # a detached upload makes its folder first
@@ -56,7 +56,7 @@ class LocalFeed:
         earlier: list[dict[str, Any]] = []
         if not self._earlier_read and info.get("pid"):
             self._earlier_read, earlier = True, self._read_earlier(info)
-        return News(info, state, earlier, self.events.read(), self._read_log())
+        return RunUpdate(info, state, earlier, self.events.read(), self._read_log())
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -95,7 +95,7 @@ class LocalTarget:
     """This machine."""
 
     name = "this machine"
-    light = None
+    connection = None
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace

@@ -13,13 +13,13 @@ from surgvqa.config.workspace import Workspace
 from surgvqa.runs.history import RunSummary
 
 if TYPE_CHECKING:
-    from tui.targets.light import Light
+    from tui.targets.connection_state import ConnectionState
 
 ACTIVE = ("starting", "running")
 
 
 @dataclass(frozen=True)
-class News:
+class RunUpdate:
     """What is known of a run, and what is new in it since the last look."""
 
     info: dict[str, Any]
@@ -31,12 +31,14 @@ class News:
     events: list[dict[str, Any]]
     lines: list[str]
     """Of the log."""
+    problem: str = ""
+    """Why the run cannot be followed at the moment."""
 
 
 class Feed(Protocol):
     """One run, followed from its first event and the end of its log."""
 
-    def read(self) -> News:
+    def read(self) -> RunUpdate:
         """What is new since the last call. May read files: call it in a thread."""
         ...
 
@@ -55,7 +57,7 @@ class Target(Protocol):
     workspace: Workspace
 
     @property
-    def light(self) -> Light | None:
+    def connection(self) -> ConnectionState | None:
         """How it stands with the connection; None for this machine."""
         ...
 

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tui.targets.light import Detached
+from tui.targets.connection_state import Detached
 
 Result = TypeVar("Result")
 
 
-async def apart(work: Callable[..., Result], *arguments: Any) -> Result:
+async def in_thread(work: Callable[..., Result], *arguments: Any) -> Result:
     """Runs blocking work in a thread of its own.
 
     Unlike `asyncio.to_thread` it takes no place in a pool that others wait for, and never holds up the panel's end.
@@ -69,7 +69,7 @@ class LineReporter:
 async def watched(work: Callable[[LineReporter], Result], show: Callable[[str], object]) -> Result:
     """Runs `work` in a thread of its own and shows meanwhile how far it is; cancelled, it ends soon."""
     progress = LineReporter()
-    working = asyncio.ensure_future(apart(work, progress))
+    working = asyncio.ensure_future(in_thread(work, progress))
     try:
         while not (await asyncio.wait({working}, timeout=0.3))[0]:
             show(progress.line)

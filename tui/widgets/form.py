@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -95,6 +97,9 @@ class Field(Widget, can_focus=True):
         self.problem = False
         self.editor: Editor | None = None
         """While it is being edited."""
+        self.range = self.refusal = ""
+        """What values it takes; what is wrong with the text that is being typed."""
+        self.problem_with: Callable[[str], str] = lambda text: ""
 
     def show(self, text: str, origin: str, problem: bool = False) -> None:
         """The value and its source; a problem draws the eye to the source."""
@@ -102,6 +107,11 @@ class Field(Widget, can_focus=True):
         self.refresh()
 
     def render(self) -> Content:
+        if self.editor is not None:
+            hint = words.clip(self.refusal or self.range, self._hint_width)
+            space = max(0, self.size.width - self.label_width - len(hint))
+            style = "bold $error" if self.refusal else "$muted"
+            return Content.assemble((f"{self.label:<{self.label_width}}", "bold"), " " * space, (hint, style))
         edited = self.origin == EDITED
         label = "bold" if self.has_focus_within else "$foreground 75%"
         origin = "$warning" if self.problem else "$accent" if edited else "$muted"
@@ -113,6 +123,19 @@ class Field(Widget, can_focus=True):
             (self.origin, origin),
         )
 
+    @property
+    def _hint_width(self) -> int:
+        """Columns beside the editor for what values the setting takes, or what is wrong."""
+        return max(0, min(44, (self.size.width - self.label_width) * 2 // 3)) if self.range else 0
+
+    @on(Input.Changed)
+    def _typed(self, event: Input.Changed) -> None:
+        event.stop()
+        refusal = self.problem_with(event.value)
+        if self.editor is not None and refusal != self.refusal:
+            self.refusal = refusal
+            self.refresh()
+
     def on_focus(self) -> None:
         self.refresh()
         self.post_message(self.Focused(self))
@@ -121,12 +144,17 @@ class Field(Widget, can_focus=True):
         self.refresh()
 
     async def action_edit(self, text: str | None = None) -> None:
-        """Opens the editor; with `text`, what was typed before and could not be taken."""
+        """Opens the editor, with its text selected, so that typing replaces it; `text` is what was typed before and was
+        refused: typing goes on at its end."""
         if self.editor is not None:
             return
         suggester = PathSuggester(self.screen.workspace_root) if self.is_path else None  # type: ignore[attr-defined]
         self.editor = Editor(self.text if text is None else text, suggester)
-        self.editor.styles.margin = (0, 0, 0, self.label_width)
+        self.refusal = "" if text is None else self.problem_with(text)
+        hint = self._hint_width
+        self.editor.styles.margin = (0, hint + 1 if hint else 0, 0, self.label_width)
+        if text is None:
+            self.editor.select_all()
         await self.mount(self.editor)
         self.screen.set_focus(self.editor)  # now, not with the next message: the next key may wait already
 
@@ -189,4 +217,5 @@ class Form(VerticalScroll, can_focus=False):
             text = settings.edited.get(
                 row.key, words.value(getattr(resolved.options, row.key), settings.workspace.root)
             )
+            row.range, row.problem_with = settings.range_of(row.key), partial(settings.problem_with, row.key)
             row.show(text, "required" if row.key in missing else origin, problem=row.key in missing)

@@ -9,6 +9,7 @@ from textual.containers import Horizontal
 from textual.content import Content
 from textual.widgets import Static
 
+from surgvqa.untrusted import printable
 from tui import words
 from tui.widgets.pane import Pane
 
@@ -74,5 +75,5 @@ class Notice(Static):
     def say(self, text: str, kind: str = "") -> None:
         """`kind`: "", "error", "warning" or "success"; empty text takes the line away."""
         self.set_classes(f"-{kind}" if kind else "")
-        self.update(Content(text))
+        self.update(Content(printable(text)))
         self.display = bool(text)

@@ -25,7 +25,7 @@ def test_what_was_done_about_a_lack_of_memory_comes_first():
 def test_what_a_phase_has_done_is_not_what_the_training_has():
     """Before the first step: the time left is the phase's, and a phase that is over is no bar at 100 %."""
     model = RunModel({"command": "train"})
-    follower = SimpleNamespace(model=model, active=True)
+    follower = SimpleNamespace(model=model, active=True, silent_s=None)
     model.feed([{"kind": "phase", "name": "encode", "text": "frames"}])
     model.feed([{"kind": "progress", "phase": "encode", "t": t, "done": 10 * t, "total": 40} for t in (1.0, 3.0)])
     assert how_far(follower)[0] == 0.75 and time_left(follower) == "1 s left to encode"

@@ -20,8 +20,8 @@ from surgvqa.runs.folder import Run
 from surgvqa.runs.state import read_run_json, state_of
 from tui.dialogs.hosts import HostKey, HostPicker
 from tui.screens.monitor import MonitorScreen
+from tui.targets.connection_state import Detached
 from tui.targets.host import HostTarget
-from tui.targets.light import Detached
 from tui.targets.link import Link
 from tui.widgets.chart import Chart
 
@@ -41,27 +41,27 @@ def link(laptop):  # noqa: F811
 def test_many_threads_ask_over_one_connection(laptop, link):  # noqa: F811
     from concurrent.futures import ThreadPoolExecutor
 
-    until(lambda: link.light.kind == "connected")
+    until(lambda: link.connection.kind == "connected")
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: link.call("probe", venv="venv")["workspace"], range(24)))
     assert set(answers) == {str(laptop.there)}
     assert len(laptop.server.sessions()) <= 3  # listener's child, its session: one connection
     with pytest.raises(SurgvqaError, match=r"no such run|no runs"):
         link.call("runs", run="none")
-    assert link.light.kind == "connected"
+    assert link.connection.kind == "connected"
 
 
 def test_a_lost_connection_is_unreachable_since_and_comes_back(laptop, link):  # noqa: F811
-    until(lambda: link.light.kind == "connected")
+    until(lambda: link.connection.kind == "connected")
     laptop.server.stop()
-    until(lambda: link.light.kind == "unreachable")
-    since = link.light.since
+    until(lambda: link.connection.kind == "unreachable")
+    since = link.connection.since
     with pytest.raises(Unreachable):
         link.call("runs")
     time.sleep(1.5)
-    assert link.light.since == since
+    assert link.connection.since == since
     laptop.server.start()
-    until(lambda: link.light.kind == "connected")
+    until(lambda: link.connection.kind == "connected")
     assert link.call("runs")["runs"] == []
 
 
@@ -73,13 +73,13 @@ def test_a_dead_link_is_noticed_and_a_follower_goes_on_where_it_was(laptop, monk
     run = remote_run(laptop)
     target = HostTarget("gpuhost", workspace.load_workspace(laptop.workspace))
     try:
-        until(lambda: target.light.kind == "connected")
+        until(lambda: target.connection.kind == "connected")
         feed = target.feed(run.id)
         seen: list = []
         until(lambda: seen.extend(feed.read().events) or len(seen) == 4)
         relay.freeze()  # nothing is said any more, nothing is closed
         run.emit("metric", step=4, total_steps=100, loss=0.25)
-        until(lambda: target.light.kind == "unreachable", 40)
+        until(lambda: target.connection.kind == "unreachable", 40)
         assert feed.read().state == "running"
         relay.cut()
         relay.thaw()
@@ -167,7 +167,7 @@ async def test_the_picker_lists_this_machine_first_and_keeps_both_connections(la
         await open_picker(app, pilot)
         await pilot.press("home", "enter")
         await settle(pilot, lambda: app.screen.follower and app.screen.follower.run_id == here.id)
-        assert app.session.hosts["gpuhost"].light.kind == "connected"
+        assert app.session.hosts["gpuhost"].connection.kind == "connected"
         run.emit("metric", step=4, total_steps=100, loss=0.2)  # heard meanwhile
         await open_picker(app, pilot)
         await pilot.press("end", "enter")
@@ -253,7 +253,7 @@ async def test_launch_stop_continue_and_fetch_on_the_host(laptop):  # noqa: F811
     (laptop.workspace / "surgvqa.toml").write_text("\n".join(settings) + "\n")
     app = panel(laptop.workspace, "gpuhost")
     async with app.run_test(size=(120, 36)) as pilot:
-        await settle(pilot, lambda: app.session.host and app.session.host.light.kind == "connected")
+        await settle(pilot, lambda: app.session.host and app.session.host.connection.kind == "connected")
         await pilot.press("3")
         await pilot.pause()
         app.screen.settings.edit("run_name", "it's $(id) here")

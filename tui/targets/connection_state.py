@@ -13,7 +13,7 @@ class Detached(SurgvqaError):
 
 
 @dataclass(frozen=True)
-class Light:
+class ConnectionState:
     """How it stands with a connection."""
 
     kind: str

@@ -1,0 +1,12 @@
+"""The private names of Textual that the panel relies on, in one place; a test checks each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from textual.app import App
+
+
+def crash_of(app: App[Any]) -> Exception | None:
+    """The unhandled exception that ended the app: `App._exception`, set by `App._handle_exception`."""
+    return app._exception

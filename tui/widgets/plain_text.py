@@ -1,0 +1,24 @@
+"""The last door before the terminal: what a terminal would obey is never drawn, whichever widget holds it."""
+
+from __future__ import annotations
+
+from rich.segment import Segment
+from textual.color import Color
+from textual.filter import LineFilter
+
+from surgvqa.untrusted import OBEYED
+
+
+class PlainText(LineFilter):
+    """Drops control characters, escape sequences' first byte and changes of direction from everything that is drawn.
+
+    They have no width, so the layout stays. Text from outside is also cleaned where it is read; this holds for what
+    was forgotten there.
+    """
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        return [
+            Segment(OBEYED.sub("", text), style) if not control and OBEYED.search(text) else segment
+            for segment in segments
+            for text, style, control in (segment,)
+        ]
