@@ -102,8 +102,8 @@ def final_path(workspace: str, item: dict[str, Any], path: str) -> str:
     return within(workspace, path if item["kind"] == "files" else item["name"] + "/" + path)
 
 
-def standing(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
-    """What of `item` is here already.
+def standing(workspace: str, item: dict[str, Any], checksum: bool = False) -> dict[str, Any]:
+    """What of `item` is here already. `checksum`: a published file counts only after it was read again.
 
     state: complete (published and untouched, or found by hash), partial (some files here), absent, or foreign
     (something else lies under the final name that we did not make). `sources`: index -> path with the same content.
@@ -113,6 +113,8 @@ def standing(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
     record = read_record(workspace, item["name"])
     adopted = bool(record.get("adopted"))
     ours = set() if adopted else set(record.get("files", {})) | set(record.get("old_files", {}))
+    if checksum:
+        forget_changed(workspace, {sha256 for _, _, sha256, _ in entries})
     published: dict[str, str] = {}  # sha256 -> path
     for other in records(workspace):
         for path, (size, sha256, mtime_ns) in other["files"].items():
@@ -148,6 +150,19 @@ def standing(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
     return {"state": state, "sources": sources, "foreign": foreign[:5]}
 
 
+def forget_changed(workspace: str, hashes: set[str]) -> None:
+    """Reads every published file with one of these hashes; a record of other content no longer counts as untouched."""
+    for record in records(workspace):
+        for path, entry in record["files"].items():
+            size, sha256, mtime_ns = entry
+            full = final_path(workspace, record, path)
+            if sha256 in hashes and unchanged(full, size, mtime_ns) and sha256_of(full) != sha256:
+                entry[2] = -1  # a time that no file has
+                record.setdefault("changed", True)
+        if record.pop("changed", False):
+            write_record(workspace, record["name"], record)
+
+
 def walk(root: str) -> list[str]:
     found = []
     for folder, _, names in os.walk(root):
@@ -155,11 +170,11 @@ def walk(root: str) -> list[str]:
     return found
 
 
-def known(channel: Any, workspace: str, items: list[dict[str, Any]]) -> dict[str, Any]:
+def known(channel: Any, workspace: str, items: list[dict[str, Any]], checksum: bool = False) -> dict[str, Any]:
     """For each item: its state here and the indices of the files that need not be sent."""
     answers = []
     for item in items:
-        stands = standing(workspace, item)
+        stands = standing(workspace, item, checksum)
         answers.append({"state": stands["state"], "have": sorted(stands["sources"]), "foreign": stands["foreign"]})
     return {"items": answers, "free": shutil.disk_usage(existing(workspace)).free}
 

@@ -81,11 +81,11 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
         if not facts["aes"]:
             reserve.close()
             reserve = Reserve(target, best_ciphers(target, False))
-        hashes = Hashes()
+        hashes = Hashes(checksum=options.checksum)
         ways = checkpoint_ways(options, workspace, hashes, run)
         sources = data_sources(options, workspace)
         data = [Item("data", "files", hashes.entries(sources))] if sources else []
-        plan = compare(remote, ways, data)
+        plan = compare(remote, ways, data, options.checksum)
         show = plan_table(host, plan)
         run.emit("plan", **{k: plan[k] for k in ("ways", "data", "chosen", "bytes_per_s", "free_bytes")})
         if options.dry_run:
