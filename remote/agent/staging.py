@@ -281,7 +281,7 @@ def publish(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any
             raise SurgvqaError(f"{name_in} did not arrive whole; upload again")
     if standing(workspace, item)["state"] == "foreign":
         raise SurgvqaError(f"{name} was changed by somebody else during the upload; nothing was published")
-    before = read_record(workspace, name)
+    before = read_record(workspace, name, kind)
     old_files = {**before.get("old_files", {}), **before.get("files", {})}
     files = {path: [size, sha256, mtime_ns] for path, size, sha256, mtime_ns in entries}
     record = {"kind": kind, "digest": item["digest"], "files": files if folder else {**old_files, **files}}

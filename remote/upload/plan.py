@@ -38,8 +38,8 @@ LEFT_OUT_OF_SIGHT = 8  # names that the warning about what is not sent spells ou
 def is_checkpoint_file(path: str) -> bool:
     """Whether a file of a checkpoint or adapter folder, by its path in it, belongs to what loads it.
 
-    Weights (safetensors, and an adapter's .bin) and what describes them, all directly in the folder, as transformers and
-    PEFT save them; chat templates have a folder of their own. Training states, clones and caches are not among them.
+    Weights (safetensors, and an adapter's .bin) and what describes them, all directly in the folder, as transformers
+    and PEFT save them; chat templates have a folder of their own. Training states, clones and caches are not.
     """
     folder, _, name = path.rpartition("/")
     if name.startswith(".") or folder not in ("", "additional_chat_templates"):
@@ -286,7 +286,13 @@ def compare(remote: Remote, ways: list[Way], data: list[Item], checksum: bool = 
         "hub_problem": hub_problem,
         "bytes_per_s": rate,
         "free_bytes": answer["free"],
-        "data": {"files": sum(len(i.entries) for i in data), "send_bytes": sum(missing(i) for i in data)},
+        "data": {
+            "files": sum(len(i.entries) for i in data),
+            "send_bytes": sum(missing(i) for i in data),
+            "stale_files": sum(stands[id(i)]["stale_files"] for i in data),
+            "stale": [path for i in data for path in stands[id(i)]["stale"]],
+            "replaced": any(stands[id(i)]["replaced"] for i in data),
+        },
         "ways": [
             {
                 "name": w.name,

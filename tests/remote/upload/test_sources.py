@@ -24,8 +24,9 @@ def sent(folder: Path, left_out: list[str] | None = None) -> set[str]:
 
 def test_of_a_clone_only_the_checkpoint_is_sent_and_the_rest_is_named(tmp_path):
     wanted = {"config.json", "model.safetensors", "merges.txt", "chat_template.jinja", "tokenizer.model"}
-    others = (".git/config", ".git/lfs/objects/ab/cd/abcd", ".cache/huggingface/download/x.incomplete", ".gitattributes",
-              "checkpoint-50/optimizer.pt", "checkpoint-50/model.safetensors", "pytorch_model.bin", "optimizer.pt",
+    others = (".git/config", ".git/lfs/objects/ab/cd/abcd", ".cache/huggingface/download/x.incomplete",
+              ".gitattributes", "checkpoint-50/optimizer.pt", "checkpoint-50/model.safetensors",
+              "pytorch_model.bin", "optimizer.pt",
               "runs/events", "model.safetensors.tmp", "training_args.bin", "trainer_state.json")  # fmt: skip
     checkpoint(tmp_path / "c", *wanted, *others)
     left_out: list[str] = []
