@@ -28,6 +28,8 @@ class Entry:
     size: int
     sha256: str
     mtime_ns: int
+    mode: int = 0o644
+    """Permission bits."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Item:
     def wire(self) -> dict[str, Any]:
         """As the agent takes it."""
         files = [[e.path, e.size, e.sha256, e.mtime_ns] for e in self.entries]
-        return {"name": self.name, "kind": self.kind, "digest": self.digest, "files": files}
+        modes = [e.mode for e in self.entries]
+        return {"name": self.name, "kind": self.kind, "digest": self.digest, "files": files, "modes": modes}
 
 
 def _identity(status: os.stat_result) -> list[int]:
@@ -109,7 +112,7 @@ class Hashes:
             for position, sha256 in enumerate(pool.map(one, range(len(sources)))):
                 (source, path), status = sources[position], stats[position]
                 self.cache[str(source)] = [*_identity(status), sha256]
-                found.append(Entry(source, path, status.st_size, sha256, status.st_mtime_ns))
+                found.append(Entry(source, path, status.st_size, sha256, status.st_mtime_ns, status.st_mode & 0o777))
                 done += status.st_size
                 if on_bytes:
                     on_bytes(done, total)

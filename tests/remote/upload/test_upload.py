@@ -117,6 +117,14 @@ def test_a_folder_arrives_whole_and_only_once(sender, laptop):  # noqa: F811
     assert os.listdir(laptop.there / ".surgvqa" / "staging") == []
 
 
+def test_modes_are_kept(sender, laptop):  # noqa: F811
+    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 1000})
+    (source / "model-1.safetensors").chmod(0o600)
+    sender.send(sender.item(source))
+    there = laptop.there / "merged"
+    assert [(there / n).stat().st_mode & 0o777 for n in ("model-1.safetensors", "config.json")] == [0o600, 0o644]
+
+
 def test_only_the_changed_shard_is_sent(sender, laptop):  # noqa: F811
     sizes = {f"model-{i}.safetensors": 2 * MB for i in range(4)}
     source = checkpoint(laptop.workspace / "merged", sizes)
