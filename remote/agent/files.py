@@ -16,10 +16,12 @@ import json
 import os
 import shutil
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from surgvqa.errors import SurgvqaError, UsageError
 
+STALE_NAMED = 100
+"""Names of stale files in one answer."""
 BLOCK = 256 << 10  # stays in the processor's cache between reading and hashing
 
 
@@ -39,22 +41,49 @@ def own(workspace: str, *parts: str) -> str:
     return os.path.join(workspace, ".surgvqa", *parts)
 
 
-def _record_path(workspace: str, name: str) -> str:
-    return own(workspace, "ready", quote(name, safe="") + ".json")
+def _record_path(workspace: str, name: str, kind: str) -> str:
+    """A folder may have the name of a set of files: ":" keeps the two apart, and quote() escapes it in names."""
+    return own(workspace, "ready", ("" if kind == "folder" else kind + ":") + quote(name, safe="") + ".json")
 
 
-def read_record(workspace: str, name: str) -> dict[str, Any]:
-    """The ready record of `name`, {} when there is none."""
-    try:
-        with open(_record_path(workspace, name), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return {}
+def read_record(workspace: str, name: str, kind: str = "folder") -> dict[str, Any]:
+    """The ready record of the folder or the set of files `name`, {} when there is none."""
+    for path in (_record_path(workspace, name, kind), _record_path(workspace, name, "folder")):  # the older place
+        found = _read(path)
+        if found and found.get("kind", "folder") == kind:
+            return found
+    return {}
 
 
 def write_record(workspace: str, name: str, record: dict[str, Any]) -> None:
     """What was published under `name`."""
-    _write(_record_path(workspace, name), {"name": name, **record})
+    kind = record.get("kind", "folder")
+    _write(_record_path(workspace, name, kind), {"name": name, **record})
+    older = _record_path(workspace, name, "folder")
+    if kind != "folder" and _read(older).get("kind") == kind:
+        os.unlink(older)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A record; {} for what is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def unfinished(workspace: str, paths: list[str]) -> str | None:
+    """The first of these paths of the workspace that holds, or lies in, what was not published to the end."""
+    for record in records(workspace):
+        if record.get("state") != "publishing":
+            continue
+        published = [record.get("name", "")] if record.get("kind", "folder") == "folder" else record["files"]
+        for path in paths:
+            if any((there + "/").startswith(path + "/") or path.startswith(there + "/") for there in published):
+                return path
+    return None
 
 
 def _write(path: str, record: dict[str, Any]) -> None:
@@ -73,8 +102,9 @@ def records(workspace: str) -> list[dict[str, Any]]:
     found = []
     with contextlib.suppress(OSError):
         for entry in sorted(os.listdir(own(workspace, "ready"))):
-            with contextlib.suppress(OSError, ValueError), open(own(workspace, "ready", entry), encoding="utf-8") as f:
-                found.append(json.load(f))
+            record = _read(own(workspace, "ready", entry))
+            if isinstance(record.get("files"), dict):
+                found.append({"name": unquote(entry[: -len(".json")]), **record})
     return found
 
 
@@ -102,22 +132,24 @@ def final_path(workspace: str, item: dict[str, Any], path: str) -> str:
     return within(workspace, path if item["kind"] == "files" else item["name"] + "/" + path)
 
 
-def standing(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
-    """What of `item` is here already.
+def standing(workspace: str, item: dict[str, Any], checksum: bool = False) -> dict[str, Any]:
+    """What of `item` is here already. `checksum`: a published file counts only after it was read again.
 
     state: complete (published and untouched, or found by hash), partial (some files here), absent, or foreign
     (something else lies under the final name that we did not make). `sources`: index -> path with the same content.
     """
     entries = item["files"]
     finals = [final_path(workspace, item, path) for path, *_ in entries]
-    record = read_record(workspace, item["name"])
+    record = read_record(workspace, item["name"], item["kind"])
     adopted = bool(record.get("adopted"))
     ours = set() if adopted else set(record.get("files", {})) | set(record.get("old_files", {}))
+    if checksum:
+        forget_changed(workspace, {sha256 for _, _, sha256, _ in entries})
     published: dict[str, str] = {}  # sha256 -> path
     for other in records(workspace):
         for path, (size, sha256, mtime_ns) in other["files"].items():
             full = final_path(workspace, other, path)
-            if other["state"] == "ready" and unchanged(full, size, mtime_ns):
+            if other.get("state") == "ready" and unchanged(full, size, mtime_ns):
                 published[sha256] = full
     sources: dict[int, str] = {}
     in_place, foreign = set(), []
@@ -148,6 +180,19 @@ def standing(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
     return {"state": state, "sources": sources, "foreign": foreign[:5]}
 
 
+def forget_changed(workspace: str, hashes: set[str]) -> None:
+    """Reads every published file with one of these hashes; a record of other content no longer counts as untouched."""
+    for record in records(workspace):
+        for path, entry in record["files"].items():
+            size, sha256, mtime_ns = entry
+            full = final_path(workspace, record, path)
+            if sha256 in hashes and unchanged(full, size, mtime_ns) and sha256_of(full) != sha256:
+                entry[2] = -1  # a time that no file has
+                record.setdefault("changed", True)
+        if record.pop("changed", False):
+            write_record(workspace, record["name"], record)
+
+
 def walk(root: str) -> list[str]:
     found = []
     for folder, _, names in os.walk(root):
@@ -155,13 +200,65 @@ def walk(root: str) -> list[str]:
     return found
 
 
-def known(channel: Any, workspace: str, items: list[dict[str, Any]]) -> dict[str, Any]:
+def known(channel: Any, workspace: str, items: list[dict[str, Any]], checksum: bool = False) -> dict[str, Any]:
     """For each item: its state here and the indices of the files that need not be sent."""
     answers = []
     for item in items:
-        stands = standing(workspace, item)
-        answers.append({"state": stands["state"], "have": sorted(stands["sources"]), "foreign": stands["foreign"]})
+        stands = standing(workspace, item, checksum)
+        answer: dict[str, Any] = {
+            "state": stands["state"],
+            "have": sorted(stands["sources"]),
+            "foreign": stands["foreign"],
+        }
+        stale = sorted(_stale(workspace, item))
+        answer.update(stale=stale[:STALE_NAMED], stale_files=len(stale), replaced=_replaced(item, stale))
+        answers.append(answer)
     return {"items": answers, "free": shutil.disk_usage(existing(workspace)).free}
+
+
+def _stale(workspace: str, item: dict[str, Any]) -> list[str]:
+    """Files that an upload of this set of files once published and that it holds no more."""
+    if item["kind"] != "files":
+        return []  # a folder is replaced as a whole
+    kept = {path for path, *_ in item["files"]}
+    return [path for path in read_record(workspace, item["name"], "files").get("files", {}) if path not in kept]
+
+
+def _replaced(item: dict[str, Any], stale: list[str]) -> bool:
+    """Whether one of the stale files has the name of a new one but for its extension: a frame would be found twice."""
+    stems = {os.path.splitext(path)[0] for path, *_ in item["files"]}
+    return any(os.path.splitext(path)[0] in stems for path in stale)
+
+
+def retire(channel: Any, workspace: str, item: dict[str, Any], everything: bool) -> dict[str, Any]:
+    """Removes stale files of a set: those that a file of another extension has replaced, or `everything` stale.
+
+    Only what the record says that we published, and only while it has the size and the time that we gave it.
+    """
+    record = read_record(workspace, item["name"], "files")
+    stems = {os.path.splitext(path)[0] for path, *_ in item["files"]}
+    removed, kept = [], []
+    for path in _stale(workspace, item):
+        if not everything and os.path.splitext(path)[0] not in stems:
+            continue
+        full = final_path(workspace, item, path)
+        size, _, mtime_ns = record["files"][path]
+        if os.path.lexists(full):
+            if os.path.islink(full) or not unchanged(full, size, mtime_ns):
+                kept.append(path)
+                continue
+            os.unlink(full)
+            removed.append(path)
+        del record["files"][path]
+        record.get("old_files", {}).pop(path, None)
+        folder = os.path.dirname(full)
+        with contextlib.suppress(OSError):
+            while folder != workspace:
+                os.rmdir(folder)
+                folder = os.path.dirname(folder)
+    if record:
+        write_record(workspace, item["name"], record)
+    return {"removed": removed[:STALE_NAMED], "removed_files": len(removed), "changed": kept[:STALE_NAMED]}
 
 
 def existing(path: str) -> str:

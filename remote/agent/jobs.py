@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from remote.agent.files import read_record, within
+from remote.agent.files import unfinished, within
 from remote.agent.machine import nvidia_smi
 from surgvqa import files
 from surgvqa.errors import SurgvqaError, UsageError
@@ -52,8 +52,9 @@ def launch(
     for path in needs:
         if not os.path.lexists(within(workspace, path)):
             raise UsageError(f"{path} is not in {workspace}; run surgvqa-remote upload first")
-        if read_record(workspace, path).get("state") == "publishing":
-            raise SurgvqaError(f"the upload of {path} did not come to its end; run surgvqa-remote upload again")
+    path = unfinished(workspace, needs)
+    if path is not None:
+        raise SurgvqaError(f"the upload of {path} did not come to its end; run surgvqa-remote upload again")
     locks = _gpu_locks(env.get("CUDA_VISIBLE_DEVICES")) if exclusive else []
     run_id = new_run_id(command)
     folder = Path(workspace, "runs", run_id)

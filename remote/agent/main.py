@@ -45,6 +45,7 @@ OPERATIONS = {
     "verify": staging.verify,
     "publish": staging.publish,
     "known": files.known,
+    "retire": files.retire,
     "merged": files.merged,
     "note_merge": files.note_merge,
     "listing": files.listing,

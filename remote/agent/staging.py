@@ -49,6 +49,8 @@ def begin(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
             )
         )
     staging = _staging(workspace, item["digest"])
+    os.makedirs(staging, exist_ok=True)
+    os.chmod(staging, 0o700)  # until it is published with its own mode, nobody else reads what arrives
     os.makedirs(os.path.join(staging, "files"), exist_ok=True)
     os.makedirs(os.path.join(staging, "receivers"), exist_ok=True)
     _end_receivers(staging)
@@ -281,16 +283,18 @@ def publish(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any
             raise SurgvqaError(f"{name_in} did not arrive whole; upload again")
     if standing(workspace, item)["state"] == "foreign":
         raise SurgvqaError(f"{name} was changed by somebody else during the upload; nothing was published")
-    before = read_record(workspace, name)
+    before = read_record(workspace, name, kind)
     old_files = {**before.get("old_files", {}), **before.get("files", {})}
     files = {path: [size, sha256, mtime_ns] for path, size, sha256, mtime_ns in entries}
     record = {"kind": kind, "digest": item["digest"], "files": files if folder else {**old_files, **files}}
     write_record(workspace, name, {**record, "old_files": old_files, "state": "publishing"})
-    for path, (final_path, _, _, mtime_ns) in zip(staged, entries):
+    modes = item.get("modes") or [0o644] * len(entries)
+    for path, (final_path, _, _, mtime_ns), mode in zip(staged, entries, modes):
         place = os.path.join(tree, final_path) if folder else within(workspace, final_path)
         os.makedirs(os.path.dirname(place), exist_ok=True)
         if os.stat(path).st_nlink == 1:  # a link to a published file keeps that file's time
             os.utime(path, ns=(mtime_ns, mtime_ns))
+            os.chmod(path, (mode & 0o777) | 0o400)
         if os.path.exists(place) and os.path.samefile(path, place):
             os.unlink(path)  # rename(2) does nothing between two links of one file
         else:

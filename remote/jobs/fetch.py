@@ -20,6 +20,7 @@ from remote.ssh.hosts import Host
 from remote.ssh.process import ssh_command
 from remote.ssh.replies import Replies, parse_message
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.files import sha256_file
 from surgvqa.runs.reporter import Reporter
 
 BLOCK = 1 << 18
@@ -105,14 +106,20 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
     listing = remote.call("listing", folder=folder)
     files = wanted_files(remote.host, listing.get("files"), everything)
     total = sum(file.size for file in files)
-    todo = [file for file in files if not _here(target / file.path, file)]
-    here = total - sum(file.size for file in todo)
+    todo = files
+    present = {file.path for file in files if _here(target / file.path, file)}
+    here = sum(file.size for file in files if file.path in present)
     began, received = time.monotonic(), 0
-    run.phase("fetch", f"{folder}: {len(todo)} of {len(files)} files")
+    run.phase("fetch", f"{folder}: {len(todo) - len(present)} of {len(files)} files")
     for attempt in range(ATTEMPTS):
         if not todo:
             break
-        asked = {file.path: Asked(file, _begun(_part(target, file.path), file.size)) for file in todo}
+        asked = {
+            file.path: Asked(file, file.size, True)
+            if file.path in present
+            else Asked(file, _begun(_part(target, file.path), file.size))
+            for file in todo
+        }
         wanted = [[path, one.offset, one.file.size] for path, one in asked.items()]
         request = {"op": "send", "folder": folder, "wanted": wanted, "beat": False}
         process = subprocess.Popen(
@@ -129,6 +136,10 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
                 process.stdin.write(payload({"workspace": remote.host.entry.workspace, **request}))
                 process.stdin.close()
             for path, count in _receive(remote, process.stdout, target, asked):
+                if count == DIFFERS:
+                    present.discard(path)
+                    run.warning(f"{path}: here with another content than there; fetched again")
+                    continue
                 if count is None:
                     run.warning(f"{path} is gone there meanwhile: the run goes on")
                     done.add(path)
@@ -171,6 +182,12 @@ class Asked:
 
     file: Listed
     offset: int
+    here: bool = False
+    """It was fetched before: only its hash is asked for."""
+
+
+DIFFERS = -1
+"""In place of a count of bytes: the file that is here is not the host's."""
 
 
 def _part(target: Path, path: str) -> Path:
@@ -195,7 +212,8 @@ def _here(path: Path, file: Listed) -> bool:
 
 def _receive(remote: Remote, stream: Any, target: Path, asked: dict[str, Asked]) -> Iterator[tuple[str, int | None]]:
     """Yields (path, bytes) as they come, (path, 0) for a file that is whole and in its place, (path, None) for one
-    that the host has no more. Nothing is written but what was `asked` for, and no more of it than was listed."""
+    that the host has no more, (path, DIFFERS) for one that is here with other content. Nothing is written but what was
+    `asked` for, and no more of it than was listed."""
     line, before = b"", 0
     while not line.endswith(Replies.MARK):  # a login shell may speak first, and end without a newline
         line = stream.readline(LINE)
@@ -221,6 +239,12 @@ def _receive(remote: Remote, stream: Any, target: Path, asked: dict[str, Asked])
             raise not_understood(
                 remote.host, f"{path}: bytes {str(offset)[:20]} to {str(size)[:20]}, listed with {one.file.size}"
             )
+        if one.here and offset == size == one.file.size:
+            place = landing(target, path)
+            sha256 = _message(remote, stream).get("sha256")
+            same = not place.is_symlink() and sha256 == sha256_file(place)
+            yield path, 0 if same else DIFFERS
+            continue
         part = landing(target, f"{PARTIAL}/{path}")
         digest = hashlib.sha256()
         with open(part, "ab") as file:

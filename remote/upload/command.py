@@ -32,6 +32,7 @@ from surgvqa.outcome import Outcome
 from surgvqa.runs.folder import Run
 from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import human_seconds
+from surgvqa.untrusted import one_line
 
 AHEAD = 3  # connections that every upload needs: two streams, and one for the hashes
 
@@ -81,11 +82,11 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
         if not facts["aes"]:
             reserve.close()
             reserve = Reserve(target, best_ciphers(target, False))
-        hashes = Hashes()
+        hashes = Hashes(checksum=options.checksum)
         ways = checkpoint_ways(options, workspace, hashes, run)
         sources = data_sources(options, workspace)
         data = [Item("data", "files", hashes.entries(sources))] if sources else []
-        plan = compare(remote, ways, data)
+        plan = compare(remote, ways, data, options.checksum)
         show = plan_table(host, plan)
         run.emit("plan", **{k: plan[k] for k in ("ways", "data", "chosen", "bytes_per_s", "free_bytes")})
         if options.dry_run:
@@ -97,6 +98,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
             send_item(remote, item, run, hashes, facts, reserve, streams=options.streams, patience_s=options.patience_s)
             for item in [*(chosen.items if chosen else []), *data]
         ]
+        deleted = retire(remote, data, plan["data"], options.delete, run)
         remote.ask("settings", text=settings)
         merged_there = None
         if chosen and chosen.output:
@@ -113,6 +115,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
         "items": sent,
         "sent_bytes": total,
         "seconds": time.monotonic() - began,
+        "deleted": deleted,
         "merged_on_host": merged_there,
     }
 
@@ -123,6 +126,33 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
             console.print(f"{merged_there['output']}: merged there before from the same folders")
 
     return Outcome(data_out, show=tell)
+
+
+NAMED = 5  # stale files that a message spells out
+
+
+def retire(remote: Remote, data: list[Item], there: dict[str, Any], delete: bool, run: Reporter) -> list[str]:
+    """Removes data files on the host that this upload no longer holds, and names those that stay; what was removed.
+
+    Without `delete` only files that one of another extension has replaced: the host would find both.
+    """
+    names: list[str] = []
+    if there["stale_files"] and (delete or there["replaced"]):
+        for item in data:
+            answer = remote.ask("retire", item=item.wire(), everything=delete)
+            names += answer["removed"]
+            if answer["changed"]:
+                run.warning(f"changed there since, so not removed: {_some(answer['changed'], len(answer['changed']))}")
+    left = [path for path in there["stale"] if path not in names]
+    if left and not delete:
+        count = there["stale_files"] - len(names)
+        run.warning(f"sent once and no longer part of this upload: {_some(left, count)}; --delete removes them there")
+    return names
+
+
+def _some(paths: list[str], count: int) -> str:
+    more = f" and {count - NAMED} more" if count > NAMED else ""
+    return one_line(", ".join(paths[:NAMED]) + more)
 
 
 def merge_there(remote: Remote, way: Way, run: Reporter) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ class Entry:
     size: int
     sha256: str
     mtime_ns: int
+    mode: int = 0o644
+    """Permission bits."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +53,35 @@ class Item:
     def wire(self) -> dict[str, Any]:
         """As the agent takes it."""
         files = [[e.path, e.size, e.sha256, e.mtime_ns] for e in self.entries]
-        return {"name": self.name, "kind": self.kind, "digest": self.digest, "files": files}
+        modes = [e.mode for e in self.entries]
+        return {"name": self.name, "kind": self.kind, "digest": self.digest, "files": files, "modes": modes}
+
+
+def _identity(status: os.stat_result) -> list[int]:
+    """What changes with a file's content: an edit may keep size and mtime, not ctime or inode."""
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 @dataclass
 class Hashes:
-    """sha256 of local files: out of the merge report, the cache (same size, time and inode), or by reading."""
+    """sha256 of local files: from the cache (same size, mtime, ctime and inode), the merge report, or by reading."""
 
     cache_file: Path = field(default_factory=lambda: HASH_CACHE.expanduser())
     cache: dict[str, list[Any]] = field(default_factory=dict)
     read_bytes: int = 0
     """How much had to be read."""
+    checksum: bool = False
+    """Read every file, whatever is known of it."""
+    wrong: set[Path] = field(default_factory=set)
+    """Files whose remembered or reported hash turned out wrong."""
 
     def __post_init__(self) -> None:
         try:
-            self.cache = json.loads(self.cache_file.read_text(encoding="utf-8"))
+            cache = json.loads(self.cache_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self.cache = {}
+            cache = {}
+        known = cache if isinstance(cache, dict) else {}
+        self.cache = {k: v for k, v in known.items() if isinstance(v, list) and len(v) == 5 and isinstance(v[4], str)}
 
     def entries(
         self, sources: Iterable[tuple[Path, str]], on_bytes: Callable[[int, int], None] | None = None
@@ -79,32 +94,35 @@ class Hashes:
                 stats.append(os.stat(source))
             except OSError as error:
                 raise UsageError(f"{source}: {error.strerror}") from None
-        reported = self._reported([s for s, _ in sources], stats)
+            if not stat.S_ISREG(stats[-1].st_mode):
+                raise UsageError(f"{source}: no regular file")
+        reported = {} if self.checksum else self._reported([s for s, _ in sources], stats)
         total = sum(s.st_size for s in stats)
         done = 0
 
         def one(position: int) -> str:
-            source, stat = sources[position][0], stats[position]
-            known = self.cache.get(str(source))
-            if known and known[:3] == [stat.st_size, stat.st_mtime_ns, stat.st_ino]:
-                return known[3]
-            return reported.get(position) or self._read(source)
+            source, status = sources[position][0], stats[position]
+            known = None if self.checksum else self.cache.get(str(source))
+            if known and known[:-1] == _identity(status):
+                return str(known[-1])
+            return (None if known else reported.get(position)) or self._read(source)
 
         found = []
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             for position, sha256 in enumerate(pool.map(one, range(len(sources)))):
-                (source, path), stat = sources[position], stats[position]
-                self.cache[str(source)] = [stat.st_size, stat.st_mtime_ns, stat.st_ino, sha256]
-                found.append(Entry(source, path, stat.st_size, sha256, stat.st_mtime_ns))
-                done += stat.st_size
+                (source, path), status = sources[position], stats[position]
+                self.cache[str(source)] = [*_identity(status), sha256]
+                found.append(Entry(source, path, status.st_size, sha256, status.st_mtime_ns, status.st_mode & 0o777))
+                done += status.st_size
                 if on_bytes:
                     on_bytes(done, total)
         self._save()
         return tuple(found)
 
     def forget(self, source: Path) -> None:
-        """The remembered hash turned out wrong."""
+        """The hash that was remembered or reported turned out wrong: from now on the file is read."""
         self.cache.pop(str(source), None)
+        self.wrong.add(source)
         self._save()
 
     def _read(self, file: Path) -> str:
@@ -115,27 +133,30 @@ class Hashes:
                 self.read_bytes += got
         return digest.hexdigest()
 
-    @staticmethod
-    def _reported(files: list[Path], stats: list[os.stat_result]) -> dict[int, str]:
+    def _reported(self, files: list[Path], stats: list[os.stat_result]) -> dict[int, str]:
         """Position -> sha256 of the shards that have not been touched since the merge wrote its report.
 
-        A report that is wrong is noticed: the host hashes what arrived.
+        The time of change (ctime) tells: a shard that was replaced by an older file has an old mtime and a new ctime. A
+        report that is wrong is noticed: the host hashes what arrived.
         """
         found: dict[int, str] = {}
-        reports: dict[Path, tuple[dict[str, Any], int]] = {}
-        for position, (file, stat) in enumerate(zip(files, stats)):
-            if file.suffix != ".safetensors":
+        reports: dict[Path, tuple[dict[str, Any], tuple[int, int]]] = {}
+        for position, (file, status) in enumerate(zip(files, stats)):
+            if file.suffix != ".safetensors" or file in self.wrong:
                 continue
             report = file.parent / MERGE_REPORT
             if file.parent not in reports:
                 try:
                     shards = json.loads(report.read_text(encoding="utf-8")).get("shards")
-                    reports[file.parent] = (shards if isinstance(shards, dict) else {}), report.stat().st_mtime_ns
+                    written = report.stat()
+                    times = written.st_mtime_ns, written.st_ctime_ns
+                    reports[file.parent] = (shards if isinstance(shards, dict) else {}), times
                 except (OSError, ValueError, AttributeError):
-                    reports[file.parent] = {}, 0
-            shards, written_ns = reports[file.parent]
+                    reports[file.parent] = {}, (0, 0)
+            shards, (written_ns, changed_ns) = reports[file.parent]
             shard = shards.get(file.name)
-            if isinstance(shard, dict) and shard.get("sha256") and stat.st_mtime_ns <= written_ns:
+            untouched = status.st_mtime_ns <= written_ns and status.st_ctime_ns <= changed_ns
+            if isinstance(shard, dict) and isinstance(shard.get("sha256"), str) and untouched:
                 found[position] = shard["sha256"]
         return found
 

@@ -91,13 +91,14 @@ def _listed(hub_id: str) -> dict[str, Any]:
         files = {os.path.relpath(path, folder): [os.path.getsize(path), None] for path in paths}
         files = {path: entry for path, entry in files.items() if _wanted(path)}
         return {"revision": os.path.basename(folder), "files": files, "download_bytes": 0, "local": folder}
-    files, download = {}, 0
+    listed: dict[str, list[Any]] = {}
+    download = 0
     for file in info.siblings or []:
         if _wanted(file.rfilename):
-            files[file.rfilename] = [file.size, file.lfs.sha256 if file.lfs else None]
+            listed[file.rfilename] = [file.size, file.lfs.sha256 if file.lfs else None]
             if not isinstance(try_to_load_from_cache(name, file.rfilename, revision=info.sha), str):
                 download += file.size or 0
-    return {"revision": info.sha, "files": files, "download_bytes": download}
+    return {"revision": info.sha, "files": listed, "download_bytes": download}
 
 
 def _get(hub_id: str, found: dict[str, Any], workspace: str) -> None:

@@ -30,5 +30,7 @@ class UploadOptions:
         choices=("auto", "merged", "adapter", "hub", "data"),
     )
     streams: int = option(0, "parallel streams; 0 = as many as the link rewards, found while it runs")
+    checksum: bool = option(False, "read every file on both sides again, whatever sizes and times say")
+    delete: bool = option(False, "remove data files there that were uploaded once and are not part of this upload")
     dry_run: bool = option(False, "show the plan: what, how large, how long; send nothing")
     patience_s: float = option(300.0, "seconds without a connection before the upload gives up (it resumes when rerun)")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rich.filesize import decimal as human_bytes
@@ -16,10 +17,13 @@ from remote.ssh.connection import Remote
 from remote.upload import hub
 from remote.upload.hashes import Hashes, Item
 from remote.upload.options import UploadOptions
+from surgvqa.checkpoint.names import INDEX_FILE
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.files import read_json
 from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import human_seconds
+from surgvqa.untrusted import one_line
 
 MERGE_BYTES_PER_S = 300e6  # reading, arithmetic and writing on a rented host; an estimate, shown as one
 HUB_BYTES_PER_S = 100e6  # from the hub to a data centre; an estimate as well
@@ -28,14 +32,80 @@ HUB_BYTES_PER_S = 100e6  # from the hub to a data centre; an estimate as well
 # --- items -----------------------------------------------------------------------------------------------------------
 
 
-def folder_sources(folder: Path) -> list[tuple[Path, str]]:
-    """Every file of a checkpoint or adapter folder, weights last: configuration arrives first."""
+LEFT_OUT_OF_SIGHT = 8  # names that the warning about what is not sent spells out
+
+
+def is_checkpoint_file(path: str) -> bool:
+    """Whether a file of a checkpoint or adapter folder, by its path in it, belongs to what loads it.
+
+    Weights (safetensors, and an adapter's .bin) and what describes them, all directly in the folder, as transformers
+    and PEFT save them; chat templates have a folder of their own. Training states, clones and caches are not.
+    """
+    folder, _, name = path.rpartition("/")
+    if name.startswith(".") or folder not in ("", "additional_chat_templates"):
+        return False
+    return name in ADAPTER_BINARY or name in PLAIN_FILES or PurePosixPath(name).suffix in CHECKPOINT_SUFFIXES
+
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
+ADAPTER_BINARY = ("adapter_model.bin",)
+PLAIN_FILES = ("LICENSE", "NOTICE")
+TRAINING_FILES = ("trainer_state.json",)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def folder_sources(folder: Path, left_out: list[str] | None = None) -> list[tuple[Path, str]]:
+    """The files of a checkpoint or adapter folder, (file here, path in it), weights last: configuration arrives first.
+
+    What is not sent is added to `left_out`, as "path (why)". Raises UsageError for a weight or configuration file that
+    cannot be sent: a dangling link, no regular file, a git-LFS pointer.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.startswith(".")]
-    if not files:
-        raise UsageError(f"{folder}: the folder is empty")
-    return sorted(((f, f.relative_to(folder).as_posix()) for f in files), key=lambda s: s[0].suffix == ".safetensors")
+    found: list[tuple[Path, str]] = []
+    skipped: list[str] = []
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        if entry.is_dir() and entry.name.endswith(CHECKPOINT_SUFFIXES):
+            raise UsageError(f"{entry.path}: a folder, expected a file")
+        if entry.is_dir() and entry.name != "additional_chat_templates":
+            why = "a saved training state" if entry.name.startswith("checkpoint-") else "a folder"
+            skipped.append(f"{entry.name}/ ({why})")
+        elif entry.is_dir():
+            found += [(f, f.relative_to(folder).as_posix()) for f in sorted(Path(entry.path).glob("*.jinja"))]
+        elif entry.name in TRAINING_FILES or not is_checkpoint_file(entry.name):
+            skipped.append(f"{entry.name} (no file that a checkpoint is loaded from)")
+        else:
+            found.append((Path(entry.path), entry.name))
+    for file, _ in found:
+        _require_whole(file)
+    if left_out is not None:
+        left_out += skipped
+    if not found:
+        raise UsageError(f"{folder}: no file of a checkpoint or adapter in it")
+    _require_named_shards(folder, {path for _, path in found})
+    return sorted(found, key=lambda s: s[0].suffix == ".safetensors")
+
+
+def _require_whole(file: Path) -> None:
+    """UsageError for what has a checkpoint file's name and is none."""
+    if not file.exists():
+        raise UsageError(f"{file}: a link to {os.readlink(file)}, which is not there; download it again")
+    if not file.is_file():
+        raise UsageError(f"{file}: no regular file")
+    if file.stat().st_size < 1024:
+        with open(file, "rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UsageError(f"{file}: a git-LFS pointer, not the file itself; run git lfs pull in its folder")
+
+
+def _require_named_shards(folder: Path, paths: set[str]) -> None:
+    """UsageError when the index names a shard that is not there."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        named = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
+        if missing := sorted(named - paths):
+            raise UsageError(f"{folder / missing[0]}: named in {INDEX_FILE}, but missing")
 
 
 def data_sources(options: Any, workspace: Workspace) -> list[tuple[Path, str]]:
@@ -48,6 +118,7 @@ def data_sources(options: Any, workspace: Workspace) -> list[tuple[Path, str]]:
     def add(file: Path, name: str) -> None:
         if found.setdefault(name, file) != file:
             raise UsageError(f"{file} and {found[name]} would both be {name} on the host; rename one")
+        _require_whole(file)
 
     pairs = [
         (options.train_data_path, options.audio_dir),
@@ -70,10 +141,10 @@ def data_sources(options: Any, workspace: Workspace) -> list[tuple[Path, str]]:
             file = audio.find(sample)
             add(file, f"{audio_name}/{file.relative_to(audio_dir).as_posix()}")
             for side in ("in", "out"):  # the question sets by which AudioIndex tells the two wordings apart
-                for place, name in ((Path(jsonl).parent, None), (Path(audio_dir), audio_name)):
+                for place, below in ((Path(jsonl).parent, None), (Path(audio_dir), audio_name)):
                     wording = place / f"{side}_{sample.video_id}.jsonl"
                     if wording.is_file() and wording != Path(jsonl):
-                        add(wording, f"{name}/{wording.name}" if name else remote_name(wording, workspace))
+                        add(wording, f"{below}/{wording.name}" if below else remote_name(wording, workspace))
     if found:
         for file in sorted((workspace.root / "presets").glob("*.toml")):
             add(file, f"presets/{file.name}")
@@ -132,7 +203,11 @@ def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes
     ways = []
 
     def item(path: str) -> Item:
-        sources = folder_sources(Path(path))
+        left_out: list[str] = []
+        sources = folder_sources(Path(path), left_out)
+        if left_out:
+            more = f" and {len(left_out) - LEFT_OUT_OF_SIGHT} more" if len(left_out) > LEFT_OUT_OF_SIGHT else ""
+            run.warning(one_line(f"{path}: not sent: {', '.join(left_out[:LEFT_OUT_OF_SIGHT])}{more}"))
         run.phase("hash", f"{path}")
         entries = hashes.entries(sources, lambda done, total: run.progress("hash", done, total, "bytes"))
         return Item(remote_name(path, workspace), "folder", entries)
@@ -173,10 +248,10 @@ def known_rate(host: str, rate: float | None = None) -> float | None:
     return rates.get(host)
 
 
-def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]:
-    """Asks the host what it has, and finds the way that is over first."""
+def compare(remote: Remote, ways: list[Way], data: list[Item], checksum: bool = False) -> dict[str, Any]:
+    """Asks the host what it has, and finds the way that is over first. `checksum`: the host reads its files again."""
     items = [item for way in ways for item in way.items] + data
-    answer = remote.ask("known", items=[item.wire() for item in items])
+    answer = remote.ask("known", items=[item.wire() for item in items], checksum=checksum)
     stands = dict(zip((id(i) for i in items), answer["items"]))
     foreign = [name for item in items for name in stands[id(item)]["foreign"] if stands[id(item)]["state"] == "foreign"]
     open_ways = [way for way in ways if all(stands[id(item)]["state"] != "foreign" for item in way.items)]
@@ -204,14 +279,20 @@ def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]
     if hub_problem and not ways:
         raise SurgvqaError(f"{remote.host.name}: {hub_problem}")
     rate = known_rate(remote.host.name) or 30e6
-    way = cheapest(ways, rate) if ways else None
+    chosen = cheapest(ways, rate) if ways else None
     return {
-        "way": way,
-        "chosen": way.name if way else None,
+        "way": chosen,
+        "chosen": chosen.name if chosen else None,
         "hub_problem": hub_problem,
         "bytes_per_s": rate,
         "free_bytes": answer["free"],
-        "data": {"files": sum(len(i.entries) for i in data), "send_bytes": sum(missing(i) for i in data)},
+        "data": {
+            "files": sum(len(i.entries) for i in data),
+            "send_bytes": sum(missing(i) for i in data),
+            "stale_files": sum(stands[id(i)]["stale_files"] for i in data),
+            "stale": [path for i in data for path in stands[id(i)]["stale"]],
+            "replaced": any(stands[id(i)]["replaced"] for i in data),
+        },
         "ways": [
             {
                 "name": w.name,

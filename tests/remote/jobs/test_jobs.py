@@ -521,3 +521,19 @@ def test_the_command_line_launches_lists_stops_and_resumes(host):
     assert argv[argv.index("--resume") + 1] == run and argv[argv.index("--max_steps") + 1] == "100000"
     host.command("stop", "gpuhost", again)
     assert host.command("follow", "gpuhost", "nothing", check=2).stderr.count("\n") == 1
+
+
+def test_fetch_reads_what_is_here_already(laptop):  # noqa: F811
+    """A file of the right size and time is not believed: its hash is asked for, no byte of a good one is sent."""
+    there = laptop.there / "runs" / "20260101-000000-train-abc"
+    there.mkdir(parents=True)
+    (there / "run.json").write_text('{"id": "20260101-000000-train-abc", "command": "train", "started": 1}')
+    (there / "adapter.safetensors").write_bytes(b"x" * 100_000)
+    laptop.json("fetch", "gpuhost", there.name)
+    assert laptop.json("fetch", "gpuhost", there.name)["received_bytes"] == 0
+    here = laptop.workspace / "runs" / there.name / "adapter.safetensors"
+    status = here.stat()
+    here.write_bytes(b"y" * 100_000)
+    os.utime(here, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert laptop.json("fetch", "gpuhost", there.name)["received_bytes"] == 100_000
+    assert here.read_bytes() == b"x" * 100_000

@@ -21,6 +21,7 @@ from places import ROOT
 from sshd import Relay, cmdline, laptop  # noqa: F401
 from waiting import until
 
+from remote.agent import files as agent_files
 from remote.agent import staging as staging_room
 from remote.paths import remote_name
 from remote.ssh.errors import ChangedHostKey
@@ -114,6 +115,14 @@ def test_a_folder_arrives_whole_and_only_once(sender, laptop):  # noqa: F811
     assert (laptop.there / "merged" / "config.json").stat().st_mtime == (source / "config.json").stat().st_mtime
     assert sender.send(sender.item(source))["sent_bytes"] == 0
     assert os.listdir(laptop.there / ".surgvqa" / "staging") == []
+
+
+def test_modes_are_kept(sender, laptop):  # noqa: F811
+    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 1000})
+    (source / "model-1.safetensors").chmod(0o600)
+    sender.send(sender.item(source))
+    there = laptop.there / "merged"
+    assert [(there / n).stat().st_mode & 0o777 for n in ("model-1.safetensors", "config.json")] == [0o600, 0o644]
 
 
 def test_only_the_changed_shard_is_sent(sender, laptop):  # noqa: F811
@@ -548,6 +557,48 @@ def test_the_command_sends_only_the_data_that_is_named(laptop):  # noqa: F811
     (laptop.workspace / "frames" / "v1" / "v1_1.jpg").unlink()
     failed = laptop.command("upload", "gpuhost", "--what", "data", check=2)
     assert "v1_1" in failed.stderr.splitlines()[-1]
+
+
+def test_files_deleted_or_replaced_here_are_named_and_removed_there(laptop):  # noqa: F811
+    """A frame of another extension replaces its predecessor; the rest stays until --delete, which takes only ours."""
+    data_workspace(laptop.workspace)
+    laptop.json("upload", "gpuhost", "--what", "data")
+    frames, there = laptop.workspace / "frames" / "v1", laptop.there / "frames" / "v1"
+    (frames / "v1_1.jpg").rename(frames / "v1_1.png")
+    lines = (laptop.workspace / "train.jsonl").read_text().splitlines(keepends=True)
+    (laptop.workspace / "train.jsonl").write_text(lines[0])
+    (laptop.there / "frames" / "v2" / "mine.jpg").write_text("somebody's own")
+    done = laptop.command("upload", "gpuhost", "--what", "data", "--json")
+    assert "frames/v2/v2_7.jpg" in done.stderr and "--delete" in done.stderr
+    assert json.loads(done.stdout)["deleted"] == ["frames/v1/v1_1.jpg"]
+    assert sorted(os.listdir(there)) == ["v1_1.png", "v1_2.jpg"]
+    (laptop.there / "audio" / "v2" / "q2.wav").write_text("changed there")
+    done = laptop.command("upload", "gpuhost", "--what", "data", "--delete", "--json")
+    assert json.loads(done.stdout)["deleted"] == ["frames/v2/v2_7.jpg"]
+    assert os.listdir(laptop.there / "frames" / "v2") == ["mine.jpg"]
+    assert "audio/v2/q2.wav" in done.stderr and (laptop.there / "audio" / "v2" / "q2.wav").exists()
+
+
+def test_nothing_starts_on_data_whose_publication_broke(tmp_path):
+    """One file of a set of files was renamed, the next was not: whatever names one of them is not whole."""
+    entry = [1, "0" * 64, 1]
+    files = {"train.jsonl": entry, "frames/v1/v1_1.jpg": entry}
+    agent_files.write_record(str(tmp_path), "data", {"kind": "files", "state": "publishing", "files": files})
+    for path in ("train.jsonl", "frames", "frames/v1"):
+        assert agent_files.unfinished(str(tmp_path), ["merged", path]) == path
+    assert agent_files.unfinished(str(tmp_path), ["merged", "frame", "audio"]) is None
+    agent_files.write_record(str(tmp_path), "data", {"kind": "files", "state": "ready", "files": files})
+    assert agent_files.unfinished(str(tmp_path), ["train.jsonl"]) is None
+
+
+def test_a_checkpoint_may_be_called_data(laptop):  # noqa: F811
+    data_workspace(laptop.workspace)
+    checkpoint(laptop.workspace / "data", {"model.safetensors": 1000})
+    for _ in range(2):
+        laptop.json("upload", "gpuhost", "--model_name_or_path", "data")
+    again = laptop.json("upload", "gpuhost", "--model_name_or_path", "data")
+    assert again["sent_bytes"] == 0 and tree(laptop.there / "data") == tree(laptop.workspace / "data")
+    assert (laptop.there / "train.jsonl").is_file()
 
 
 def test_a_detached_upload_is_a_run_of_its_own(laptop):  # noqa: F811
