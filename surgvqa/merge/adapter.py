@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.checkpoint.config_json import flat_config
-from surgvqa.checkpoint.folder import Checkpoint
+from surgvqa.checkpoint.folder import Checkpoint, as_on_disk, read_object
 from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo, read_header
 from surgvqa.checkpoint.names import to_old_name
 from surgvqa.errors import UsageError
-from surgvqa.files import read_json
 from surgvqa.merge.patterns import matching
 
 PREFIX = "base_model.model."
@@ -108,14 +107,14 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
     UsageError, naming file and tensor: no adapter, a kind that cannot be merged, a rank that contradicts the config, a
     module or shape that the base has not, a tensor of unknown use.
     """
-    folder = Path(folder)
+    folder = as_on_disk(Path(folder))
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such adapter folder")
     if not (folder / CONFIG_FILE).is_file():
         inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
         hint = f"; is {folder / inside[0]} meant?" if inside else "; is this the adapter's folder?"
         raise UsageError(f"{folder}: no {CONFIG_FILE} in it{hint}")
-    config = read_json(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE)
     _refuse(folder / CONFIG_FILE, config)
     weights, tensors = _adapter_tensors(folder)
     adapter = Adapter(folder, config, {}, {}, weights)

@@ -70,7 +70,7 @@ def make_plan(options: MergeOptions) -> Plan:
     for folder in (base.folder, adapter.folder):
         if output.resolve() == folder.resolve():
             raise UsageError(f"--output_path {output}: is an input of the merge; name another folder")
-    files, warnings = Files(), [*([stale] if stale else []), *adapter.warnings]
+    files, warnings = Files(), [*base.warnings, *([stale] if stale else []), *adapter.warnings]
     config = output_config(base)
     sources, kinds = _sources(base, adapter, overlay, files, device)
     if _untie(base, adapter, sources, kinds, files, warnings):
