@@ -452,7 +452,7 @@ def tiny_sizes() -> Sizes:
     """Sizes of the dry run's model."""
     return Sizes(
         hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        vision_embed_dim=32, vision_depth=1, vision_heads=2, d_model=64, encoder_layers=1, encoder_ffn_dim=64,
+        vision_embed_dim=32, vision_depth=1, d_model=64, encoder_layers=1, encoder_ffn_dim=64,
         max_source_positions=20,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The tensors that an audio-grafted Qwen2-VL must have, from its config.json."""
+"""The tensors of an audio-grafted Qwen2-VL: the one table of their names and shapes, and those of a config.json."""
 
 from __future__ import annotations
 
@@ -13,6 +13,126 @@ from surgvqa.errors import UsageError
 
 Shape = tuple[int, ...]
 
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def language_shapes(
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    num_key_value_heads: int,
+    vocab_size: int,
+) -> dict[str, Shape]:
+    """{old name: shape} of the language model and its head; sizes by transformers' names."""
+    layer = layer_shapes(hidden_size, intermediate_size, hidden_size // num_attention_heads * num_key_value_heads)
+    return {
+        "model.embed_tokens.weight": (vocab_size, hidden_size),
+        "model.norm.weight": (hidden_size,),
+        "lm_head.weight": (vocab_size, hidden_size),
+        **{f"model.layers.{i}.{name}": shape for i in range(num_hidden_layers) for name, shape in layer.items()},
+    }
+
+
+def layer_shapes(hidden: int, inner: int, key_value: int) -> dict[str, Shape]:
+    """{name inside a layer: shape} of Qwen2's decoder layer; `key_value`: width of its key and value projections."""
+    return {
+        **_linear("self_attn.q_proj", hidden, hidden),
+        **_linear("self_attn.k_proj", key_value, hidden),
+        **_linear("self_attn.v_proj", key_value, hidden),
+        **_linear("self_attn.o_proj", hidden, hidden, bias=False),
+        **_linear("mlp.gate_proj", inner, hidden, bias=False),
+        **_linear("mlp.up_proj", inner, hidden, bias=False),
+        **_linear("mlp.down_proj", hidden, inner, bias=False),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+
+
+def vision_shapes(
+    *,
+    embed_dim: int,
+    depth: int,
+    mlp_dim: int,
+    in_channels: int,
+    patch_size: int,
+    temporal_patch_size: int,
+    spatial_merge_size: int,
+    hidden_size: int,
+) -> dict[str, Shape]:
+    """{old name: shape} of the vision tower and its merger; `hidden_size` is the language model's."""
+    merged = embed_dim * spatial_merge_size**2
+    block = {
+        **_norm("norm1", embed_dim),
+        **_norm("norm2", embed_dim),
+        **_linear("attn.qkv", 3 * embed_dim, embed_dim),
+        **_linear("attn.proj", embed_dim, embed_dim),
+        **_linear("mlp.fc1", mlp_dim, embed_dim),
+        **_linear("mlp.fc2", embed_dim, mlp_dim),
+    }
+    return {
+        "visual.patch_embed.proj.weight": (embed_dim, in_channels, temporal_patch_size, patch_size, patch_size),
+        **{f"visual.blocks.{i}.{name}": shape for i in range(depth) for name, shape in block.items()},
+        **_norm("visual.merger.ln_q", embed_dim),
+        **_linear("visual.merger.mlp.0", merged, merged),
+        **_linear("visual.merger.mlp.2", hidden_size, merged),
+    }
+
+
+def audio_shapes(
+    *, d_model: int, encoder_layers: int, encoder_ffn_dim: int, num_mel_bins: int, max_source_positions: int
+) -> dict[str, Shape]:
+    """{old name: shape} of Whisper's encoder; sizes by transformers' names."""
+    layer = {
+        **_linear("self_attn.q_proj", d_model, d_model),
+        **_linear("self_attn.k_proj", d_model, d_model, bias=False),  # Whisper's keys have none
+        **_linear("self_attn.v_proj", d_model, d_model),
+        **_linear("self_attn.out_proj", d_model, d_model),
+        **_norm("self_attn_layer_norm", d_model),
+        **_norm("final_layer_norm", d_model),
+        **_linear("fc1", encoder_ffn_dim, d_model),
+        **_linear("fc2", d_model, encoder_ffn_dim),
+    }
+    found: dict[str, Shape] = {
+        "conv1.weight": (d_model, num_mel_bins, 3),
+        "conv1.bias": (d_model,),
+        "conv2.weight": (d_model, d_model, 3),
+        "conv2.bias": (d_model,),
+        "embed_positions.weight": (max_source_positions, d_model),
+        **_norm("layer_norm", d_model),
+        **{f"layers.{i}.{name}": shape for i in range(encoder_layers) for name, shape in layer.items()},
+    }
+    return {f"audio_encoder.{name}": shape for name, shape in found.items()}
+
+
+def projector_shapes(*, hidden_size: int, d_model: int, bias: bool = False) -> dict[str, Shape]:
+    """{name: shape} of the projector from the audio encoder to the language model."""
+    return _linear("audio_projector", hidden_size, d_model, bias=bias)
+
+
+def _linear(name: str, outputs: int, inputs: int, bias: bool = True) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {f"{name}.weight": (outputs, inputs)}
+    return {**shapes, f"{name}.bias": (outputs,)} if bias else shapes
+
+
+def _norm(name: str, size: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+# --- what config.json calls for --------------------------------------------------------------------------------------
+
+LANGUAGE_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
+VISION_DEFAULTS: dict[str, Any] = {  # Qwen2VLVisionConfig's
+    "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}  # fmt: skip
+AUDIO_SIZES = ("d_model", "encoder_layers", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
+MOST, MOST_LAYERS = 1 << 24, 1000
+"""No size of a model is larger; a config.json that says so would fill the memory with names."""
+
 
 def expected_tensors(checkpoint: Checkpoint) -> dict[str, Shape]:
     """{old name: shape} of the audio-grafted Qwen2-VL that config.json describes; {} for another architecture.
@@ -20,138 +140,78 @@ def expected_tensors(checkpoint: Checkpoint) -> dict[str, Shape]:
     The audio encoder's sizes are not in an old config.json: its width and depth are read off its own headers. Raises
     UsageError that names the first size that is missing or cannot be one.
     """
-    config = flat_config(checkpoint.config)
-    if config.get("model_type") != "qwen2_vl":
+    config, tensors = flat_config(checkpoint.config), checkpoint.tensors
+    if not config:
         return {}
-    _require_sizes(checkpoint, config)
-    language = _language_tensors(config)
-    vision = _vision_tensors(config)
-    if config.get("tie_word_embeddings") and "lm_head.weight" not in checkpoint.tensors:
-        del language["lm_head.weight"]
-    audio = _audio_tensors(config, checkpoint.tensors)
-    return {**language, **vision, **audio}
-
-
-SIZES = (
-    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"),
-    "num_hidden_layers",
-)
-VISION_SIZES = ("depth", "embed_dim", "mlp_ratio", "in_channels", "patch_size", "spatial_merge_size")
-AUDIO_SIZES = ("d_model", "encoder_layers", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
-MOST = 1 << 24
-"""No size of a model is larger; a config.json that says so would fill the memory with names."""
-MOST_LAYERS = 1000
-
-
-def _require_sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
     file = checkpoint.folder / "config.json"
-
-    def check(values: Any, names: tuple[str, ...], where: str, needed: bool) -> None:
-        if not isinstance(values, Mapping):
-            raise UsageError(f"{file}: {where.strip('.') or 'it'} is {str(values)[:60]!r}, expected an object")
-        for name in names:
-            value = values.get(name)
-            if value is None and not needed:
-                continue
-            most = MOST_LAYERS if name in ("num_hidden_layers", "depth", "encoder_layers") else MOST
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
-                found = "missing" if name not in values else f"{str(value)[:60]}, expected a number from 1 to {most}"
-                raise UsageError(f"{file}: {where}{name} is {found}")
-
-    check(config, SIZES, "", needed=True)
-    check(config.get("vision_config") or {}, VISION_SIZES, "vision_config.", needed=False)
-    check(config.get("audio_encoder_config") or {}, AUDIO_SIZES, "audio_encoder_config.", needed=False)
+    if "model_type" not in config:
+        raise UsageError(f"{file}: model_type is missing, expected qwen2_vl (or what this checkpoint is)")
+    if config["model_type"] != "qwen2_vl":
+        return {}
+    sizes = {name: _size(config, name, f"{file}: ") for name in LANGUAGE_SIZES}
+    language = language_shapes(**sizes)
+    if config.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
+        del language["lm_head.weight"]
+    vision = _vision_shapes(checkpoint, config.get("vision_config") or {}, sizes["hidden_size"])
+    return {**language, **vision, **_audio_shapes(checkpoint, config, sizes["hidden_size"])}
 
 
-def _language_tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
-    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    width = hidden // heads * config["num_key_value_heads"]
-    found: dict[str, Shape] = {
-        "model.embed_tokens.weight": (config["vocab_size"], hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (config["vocab_size"], hidden),
+def _size(values: Mapping[str, Any], name: str, where: str, fraction: bool = False) -> Any:
+    """A size out of config.json; UsageError when it is missing or no number from 1 to the most that can be."""
+    value = values.get(name)
+    most = MOST_LAYERS if name in ("num_hidden_layers", "depth", "encoder_layers") else MOST
+    kinds = (int, float) if fraction else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 1 <= value <= most:
+        expected = f"expected a {'number' if fraction else 'whole number'} from 1 to {most}"
+        found = "missing" if name not in values else f"{repr(value)[:60]}, {expected}"
+        raise UsageError(f"{where}{name} is {found}")
+    return value
+
+
+def _vision_shapes(checkpoint: Checkpoint, given: Mapping[str, Any], hidden_size: int) -> dict[str, Shape]:
+    """Sizes that vision_config does not name are Qwen2-VL's own, as transformers has it; UsageError when such a one
+    is not the tensors'."""
+    file, tensors = checkpoint.folder / "config.json", checkpoint.tensors
+    vision = {**VISION_DEFAULTS, **given}
+    sizes = {name: _size(vision, name, f"{file}: vision_config.", name == "mlp_ratio") for name in VISION_DEFAULTS}
+    patches = tensors.get("visual.patch_embed.proj.weight")
+    held = {
+        "embed_dim": patches.shape[0] if patches and patches.shape else None,
+        "depth": len({m[1] for name in tensors if (m := re.match(r"visual\.blocks\.(\d+)\.", name))}) or None,
     }
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        for projection, out in (("q_proj", hidden), ("k_proj", width), ("v_proj", width)):
-            found[f"{layer}self_attn.{projection}.weight"] = (out, hidden)
-            found[f"{layer}self_attn.{projection}.bias"] = (out,)
-        found[f"{layer}self_attn.o_proj.weight"] = (hidden, hidden)
-        found[f"{layer}mlp.gate_proj.weight"] = found[f"{layer}mlp.up_proj.weight"] = (inner, hidden)
-        found[f"{layer}mlp.down_proj.weight"] = (hidden, inner)
-        found[f"{layer}input_layernorm.weight"] = found[f"{layer}post_attention_layernorm.weight"] = (hidden,)
-    return found
+    for name, found in held.items():
+        if name not in given and found not in (None, sizes[name]):
+            raise UsageError(
+                f"{file}: vision_config.{name} is missing: Qwen2-VL's own is {sizes[name]}, the tensors have {found}"
+            )
+    mlp_dim = int(sizes["embed_dim"] * sizes.pop("mlp_ratio"))
+    return vision_shapes(**sizes, mlp_dim=mlp_dim, hidden_size=hidden_size)
 
 
-def _vision_tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
-    vision = {  # Qwen2VLVisionConfig's defaults
-        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2,
-        "temporal_patch_size": 2, **(config.get("vision_config") or {}),
-    }  # fmt: skip
-    width, patch = vision["embed_dim"], vision["patch_size"]
-    inner = int(width * vision["mlp_ratio"])
-    merged = width * vision["spatial_merge_size"] ** 2
-    found: dict[str, Shape] = {
-        "visual.patch_embed.proj.weight": (width, vision["in_channels"], vision["temporal_patch_size"], patch, patch)
-    }
-
-    def linear(name: str, out: int, size: int) -> None:
-        found[f"visual.{name}.weight"], found[f"visual.{name}.bias"] = (out, size), (out,)
-
-    def norm(name: str) -> None:
-        found[f"visual.{name}.weight"] = found[f"visual.{name}.bias"] = (width,)
-
-    for i in range(vision["depth"]):
-        norm(f"blocks.{i}.norm1")
-        norm(f"blocks.{i}.norm2")
-        linear(f"blocks.{i}.attn.qkv", 3 * width, width)
-        linear(f"blocks.{i}.attn.proj", width, width)
-        linear(f"blocks.{i}.mlp.fc1", inner, width)
-        linear(f"blocks.{i}.mlp.fc2", width, inner)
-    norm("merger.ln_q")
-    linear("merger.mlp.0", merged, merged)
-    linear("merger.mlp.2", config["hidden_size"], merged)
-    return found
-
-
-def _audio_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Shape]:
+def _audio_shapes(checkpoint: Checkpoint, config: Mapping[str, Any], hidden_size: int) -> dict[str, Shape]:
     """Whisper's encoder and the projector. Sizes from config.json where it has them, else from the tensors."""
+    file, tensors = checkpoint.folder / "config.json", checkpoint.tensors
     held = {n: t.shape for n, t in tensors.items() if n.startswith(("audio_encoder.", "audio_projector."))}
     if not held and not config.get("use_audio_encoder"):
         return {}
-    sizes = config.get("audio_encoder_config") or {}
-    known_conv1 = held.get("audio_encoder.conv1.weight", (0, 128, 3))
-    width = sizes.get("d_model") or config.get("audio_hidden_size") or known_conv1[0]
-    mels = sizes.get("num_mel_bins") or known_conv1[1]
-    positions = sizes.get("max_source_positions") or held.get("audio_encoder.embed_positions.weight", (1500,))[0]
-    inner = sizes.get("encoder_ffn_dim") or next(
-        (shape[0] for name, shape in held.items() if name.endswith(".fc1.weight") and shape), 4 * width
-    )
-    layers = [int(m[1]) for name in held if (m := re.match(r"audio_encoder\.layers\.(\d+)\.", name))]
-    found: dict[str, Shape] = {
-        "conv1.weight": (width, mels, 3),
-        "conv1.bias": (width,),
-        "conv2.weight": (width, width, 3),
-        "conv2.bias": (width,),
-        "embed_positions.weight": (positions, width),
-        "layer_norm.weight": (width,),
-        "layer_norm.bias": (width,),
+    given = {k: v for k, v in (config.get("audio_encoder_config") or {}).items() if v is not None}
+    if "d_model" not in given and config.get("audio_hidden_size") is not None:
+        given["d_model"] = _size(config, "audio_hidden_size", f"{file}: ")
+    conv1 = held.get("audio_encoder.conv1.weight", ())
+    positions = held.get("audio_encoder.embed_positions.weight", ())
+    layers = [int(m[1]) for name in held if (m := re.match(r"audio_encoder\.layers\.(\d{1,4})\.", name))]
+    inner = [shape[0] for name, shape in held.items() if name.endswith(".fc1.weight") and shape]
+    from_tensors = {
+        "d_model": conv1[0] if conv1 else 1280,
+        "encoder_layers": max(layers, default=0) + 1,
+        "num_mel_bins": conv1[1] if len(conv1) > 1 else 128,
+        "max_source_positions": positions[0] if positions else 1500,
     }
-    for i in range(sizes.get("encoder_layers") or max(layers, default=0) + 1):
-        layer = f"layers.{i}."
-        for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found[f"{layer}self_attn.{projection}.weight"] = (width, width)
-            if projection != "k_proj":  # Whisper's keys have no bias
-                found[f"{layer}self_attn.{projection}.bias"] = (width,)
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            found[f"{layer}{norm}.weight"] = found[f"{layer}{norm}.bias"] = (width,)
-        found[f"{layer}fc1.weight"], found[f"{layer}fc1.bias"] = (inner, width), (inner,)
-        found[f"{layer}fc2.weight"], found[f"{layer}fc2.bias"] = (width, inner), (width,)
-    found = {f"audio_encoder.{name}": shape for name, shape in found.items()}
-    found["audio_projector.weight"] = (config["hidden_size"], width)
-    if "audio_projector.bias" in held:
-        found["audio_projector.bias"] = (config["hidden_size"],)
-    return found
+    sizes = {**from_tensors, **given}
+    sizes = {"encoder_ffn_dim": inner[0] if inner else 4 * _size(sizes, "d_model", f"{file}: "), **sizes}
+    sizes = {name: _size(sizes, name, f"{file}: audio_encoder_config.") for name in AUDIO_SIZES}
+    bias = "audio_projector.bias" in held
+    return {**audio_shapes(**sizes), **projector_shapes(hidden_size=hidden_size, d_model=sizes["d_model"], bias=bias)}
 
 
 def compare(expected: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> list[str]:

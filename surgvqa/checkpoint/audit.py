@@ -71,7 +71,7 @@ def audit(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dict(Counter(t.dtype for t in tensors.values()).most_common()),
         "offenders": offenders,
         "problems": problems,
-        "warnings": [stale] if stale else [],
+        "warnings": [*checkpoint.warnings, *([stale] if stale else [])],
         "architecture": "audio-grafted Qwen2-VL" if expected else None,
         "missing": sorted(expected.keys() - tensors.keys()),
         "extra": sorted(tensors.keys() - expected.keys()) if expected else [],

@@ -7,16 +7,19 @@ program; `to_old_name` maps what newer tools write. Nothing here imports torch.
 
 from __future__ import annotations
 
-import os
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.headers import TensorInfo, read_header
+from surgvqa.checkpoint.headers import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 from surgvqa.checkpoint.names import INDEX_FILE, SINGLE_FILE, to_old_name
 from surgvqa.errors import UsageError
 from surgvqa.files import read_json
+from surgvqa.untrusted import of_kinds
+
+SHARD_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,200}\.safetensors")
 
 # --- a folder --------------------------------------------------------------------------------------------------------
 
@@ -31,7 +34,9 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     files: list[Path]
     problems: list[str] = field(default_factory=list)
-    """What is wrong with files, headers and index; empty for a sound checkpoint."""
+    """What is wrong with files, headers, index and config.json; empty for a sound checkpoint."""
+    warnings: list[str] = field(default_factory=list)
+    """What lies beside the checkpoint and is not part of it."""
 
     @property
     def nbytes(self) -> int:
@@ -45,21 +50,32 @@ class Checkpoint:
         return self
 
 
+OBJECTS = (
+    "text_config", "vision_config", "audio_encoder_config", "rope_parameters", "rope_scaling", "quantization_config",
+)  # fmt: skip
+"""Keys of config.json whose value is an object, or null."""
+
+
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Reads every header of a checkpoint folder. UsageError when it is no checkpoint folder at all."""
-    folder = Path(folder)
+    folder = as_on_disk(Path(folder))
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such checkpoint folder")
-    present = sorted(f for f in folder.glob("*.safetensors") if f.name != "adapter_model.safetensors")
+    visible = sorted(f for f in folder.glob("*.safetensors") if f.is_file() and not f.name.startswith("."))
+    present = [f for f in visible if f.name != "adapter_model.safetensors"]  # macOS leaves ._* files beside others
     index, problems = _read_index(folder)
+    warnings: list[str] = []
     if index:
         files = sorted({folder / name for name in index.values()})
         problems += [f"{file}: named in {INDEX_FILE}, but missing" for file in files if not file.is_file()]
         stray = [f for f in present if f not in files]
-        problems += [f"{file}: not named in {INDEX_FILE}" for file in stray]
+        if folder / SINGLE_FILE in stray:  # transformers would load it and not what the index names
+            problems.append(f"{folder / SINGLE_FILE}: not named in {INDEX_FILE} beside it; move one of them away")
+        warnings += [f"{f}: not named in {INDEX_FILE}, so not looked at" for f in stray if f.name != SINGLE_FILE]
         files = [f for f in files if f.is_file()]
     elif present:
         files = [folder / SINGLE_FILE] if folder / SINGLE_FILE in present else present
+        warnings += [f"{f}: beside {SINGLE_FILE}, so not looked at" for f in present if f not in files]
         if len(files) > 1:
             problems.append(f"{folder}: {len(files)} shards and no {INDEX_FILE}")
     elif (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
@@ -69,14 +85,17 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     else:
         raise UsageError(f"{folder}: no *.safetensors file in it; is this the checkpoint folder?")
 
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if not config:
-        empty = (folder / "config.json").is_file()
-        problems.append(f"{folder / 'config.json'}: {'has nothing in it' if empty else 'missing'}")
+    config, wrong = _read_config(folder / "config.json")
+    problems += wrong
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         found, wrong = read_header(file)
         problems += wrong
+        if len(tensors) + len(found) > MAX_TENSORS:
+            problems.append(
+                f"{folder}: more than {MAX_TENSORS} tensors in its shards; those from {file.name} on are left out"
+            )
+            break
         for info in found.values():
             name = to_old_name(info.name)
             if name in tensors:
@@ -88,14 +107,50 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
                     f"{file}: {info.name}: " + (f"{INDEX_FILE} says {where}" if where else f"not in {INDEX_FILE}")
                 )
     held = {(t.file.name, t.name) for t in tensors.values()}
+    read = {file for file, _ in held}
     if index:
         names = {t.name for t in tensors.values()}
         problems += [
             f"{folder / shard}: {name}: in {INDEX_FILE}, but not in the file"
             for name, shard in index.items()
-            if (shard, name) not in held and name not in names and (folder / shard).is_file()
+            if (shard, name) not in held and name not in names and shard in read
         ]
-    return Checkpoint(folder, config, tensors, files, problems)
+    return Checkpoint(folder, config, tensors, files, problems, warnings)
+
+
+def as_on_disk(path: Path) -> Path:
+    """`path`, or what is there under a name that differs only in its Unicode form: macOS spells é in two letters."""
+    if path.exists() or path.parent == path:
+        return path
+    parent = as_on_disk(path.parent)
+    wanted = unicodedata.normalize("NFC", path.name)
+    if not wanted.isascii() and parent.is_dir():
+        for found in parent.iterdir():
+            if unicodedata.normalize("NFC", found.name) == wanted:
+                return found
+    return parent / path.name
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object of a JSON file of a checkpoint or adapter. UsageError for another thing, or one larger than any."""
+    if file.is_file() and file.stat().st_size > MAX_HEADER_BYTES:
+        raise UsageError(f"{file}: {file.stat().st_size} bytes, expected {MAX_HEADER_BYTES} at most")
+    return read_json(file)
+
+
+def _read_config(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """config.json without the objects that are none, and what is wrong with it."""
+    if not file.is_file():
+        return {}, [f"{file}: missing"]
+    config = read_object(file)
+    if not config:
+        return {}, [f"{file}: has nothing in it"]
+    kinds = {"model_type": "text", **dict.fromkeys(OBJECTS, "an object")}
+    config, wrong = of_kinds(config, kinds)
+    if config.get("text_config"):
+        config["text_config"], inner = of_kinds(config["text_config"], kinds)
+        wrong += [f"text_config.{text}" for text in inner]
+    return config, [f"{file}: {text}" for text in wrong]
 
 
 def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -103,12 +158,14 @@ def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
     file = folder / INDEX_FILE
     if not file.is_file():
         return {}, []
-    weight_map = read_json(file).get("weight_map")
+    weight_map = read_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         return {}, [f"{file}: no weight_map in it"]
-    outside = [n for n in weight_map.values() if not isinstance(n, str) or os.path.basename(n) != n]
+    if len(weight_map) > MAX_TENSORS:
+        raise UsageError(f"{file}: {len(weight_map)} tensors in weight_map, expected {MAX_TENSORS} at most")
+    outside = [name for name in weight_map.values() if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
     if outside:
-        raise UsageError(f"{file}: shard name {outside[0]!r} is no plain file name")
+        raise UsageError(f"{file}: shard name {repr(outside[0])[:80]} is no plain name of a .safetensors file")
     return weight_map, []
 
 

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgvqa.untrusted import load_json, printable
+
 META = "__metadata__"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 32_000_000
+"""More than MAX_TENSORS need; the format's own limit is 100 MB, which could become gigabytes of Python objects."""
+MAX_TENSORS = 50_000
+"""The real model has 1,300. More would only take time and memory."""
+MAX_NAME, MAX_DIMENSIONS, MAX_SIZE = 500, 8, 1 << 48
+"""Letters of a tensor's name, its dimensions, and the size of one of them or of its data in bytes."""
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 
 
@@ -45,23 +52,29 @@ class TensorInfo:
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     """The tensors of one safetensors file, and what is wrong with it, each problem a line that names the file.
 
-    A file whose header cannot be read at all gives no tensors and one problem.
+    A file whose header cannot be read at all, or is larger than any of ours, gives no tensors and one problem.
     """
     try:
+        if not file.is_file():
+            return {}, [f"{file}: {'is no ordinary file' if file.exists() else 'missing'}"]
+        size = file.stat().st_size
         with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
             first = stream.read(8)
+            if first == LFS_POINTER[:8] and stream.read(len(LFS_POINTER) - 8) == LFS_POINTER[8:]:
+                return {}, [f"{file}: a git-LFS pointer, not the weights; fetch them with `git lfs pull`"]
             length = int.from_bytes(first, "little")
-            if len(first) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            if len(first) < 8 or length > size - 8:
                 return {}, [f"{file}: truncated or no safetensors file ({size} bytes)"]
-            document = json.loads(stream.read(length))
-        entries = [(k, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in document.items() if k != META]
-        if not all(isinstance(n, int) and n >= 0 for e in entries for n in (*e[2], e[3], e[4])):
-            raise ValueError("negative or fractional sizes")
+            if length > MAX_HEADER_BYTES:
+                return {}, [f"{file}: a header of {length} bytes, expected {MAX_HEADER_BYTES} at most"]
+            text = stream.read(length)
+        if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
+            return {}, [f"{file}: {count} tensors in its header, expected {MAX_TENSORS} at most"]
+        entries = [_entry(name, fields) for name, fields in load_json(text).items() if name != META]
     except OSError as error:
         return {}, [f"{file}: cannot be read: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, [f"{file}: damaged header: {error}"]
+        return {}, [f"{file}: damaged header: {printable(str(error))[:200]}"]
 
     problems, data = [], 8 + length
     end_of_last, last = 0, ""
@@ -84,6 +97,22 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         n: TensorInfo(n, dtype, shape, file, data + begin, end - begin) for n, dtype, shape, begin, end in entries
     }
     return tensors, problems
+
+
+def _entry(name: str, fields: Any) -> tuple[str, str, tuple[int, ...], int, int]:
+    """(name, dtype, shape, begin, end) of one tensor of a header; ValueError, KeyError or TypeError for another thing.
+
+    Bounded, so that no name or number can fill a screen or the memory.
+    """
+    if len(name) > MAX_NAME or printable(name) != name:
+        raise ValueError(f"{name[:60]!r}: no name of a tensor")
+    dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    numbers = (*shape[: MAX_DIMENSIONS + 1], begin, end)
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers):
+        raise ValueError(f"{name}: a shape or offset that is negative, fractional or too large")
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name}: dtype is {str(dtype)[:20]!r}")
+    return name, dtype[:20], shape, begin, end
 
 
 def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

@@ -28,3 +28,10 @@ def to_old_name(name: str) -> str:
         if found:
             return renamed
     return name
+
+
+def to_new_name(name: str) -> str:
+    """What transformers 5 calls a tensor or module of the checkpoint: the inverse of `to_old_name`, but for lm_head."""
+    if name.startswith("model."):
+        return "model.language_model." + name.removeprefix("model.")
+    return f"model.{name}" if name.startswith(("visual.", "audio_encoder.", "audio_projector")) else name

@@ -24,7 +24,7 @@ SYNCHRONOUS = 2
 DONT_EXIT = 0x8000
 POSITION_CHARACTER = 1
 TEXT_UTF8 = 1
-RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
+RATE, PITCH, RANGE = 1, 3, 4
 LONGEST_DATA_PATH = 150
 """eSpeak NG keeps the path of its data in a fixed buffer of 160 bytes."""
 

@@ -14,6 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgvqa.checkpoint.architecture import (
+    Shape,
+    audio_shapes,
+    language_shapes,
+    layer_shapes,
+    projector_shapes,
+    vision_shapes,
+)
 from surgvqa.checkpoint.folder import open_checkpoint
 from surgvqa.checkpoint.headers import header_bytes
 from surgvqa.config.options import LORA_TARGETS
@@ -25,8 +33,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of the demo model; names as in config.json where it has them."""
+class DemoSizes:
+    """DemoSizes of the demo model; names as in config.json where it has them."""
 
     hidden_size: int = 128
     num_hidden_layers: int = 2
@@ -51,6 +59,37 @@ class Sizes:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    def shapes(self, vocab_size: int) -> dict[str, Shape]:
+        """{tensor: shape} of the whole model."""
+        return {
+            **language_shapes(
+                hidden_size=self.hidden_size,
+                intermediate_size=self.intermediate_size,
+                num_hidden_layers=self.num_hidden_layers,
+                num_attention_heads=self.num_attention_heads,
+                num_key_value_heads=self.num_key_value_heads,
+                vocab_size=vocab_size,
+            ),
+            **vision_shapes(
+                embed_dim=self.vision_embed_dim,
+                depth=self.vision_depth,
+                mlp_dim=4 * self.vision_embed_dim,
+                in_channels=3,
+                patch_size=PATCH,
+                temporal_patch_size=2,
+                spatial_merge_size=MERGE,
+                hidden_size=self.hidden_size,
+            ),
+            **audio_shapes(
+                d_model=self.audio_hidden_size,
+                encoder_layers=self.audio_layers,
+                encoder_ffn_dim=self.audio_ffn,
+                num_mel_bins=self.mel_bins,
+                max_source_positions=self.audio_positions,
+            ),
+            **projector_shapes(hidden_size=self.hidden_size, d_model=self.audio_hidden_size),
+        }
+
 
 PATCH, MERGE = 14, 2
 LORA_R, LORA_ALPHA = 64, 16
@@ -70,7 +109,7 @@ LOOK = 2.4
 """Gain of queries and keys: how sharply a head looks where it looks."""
 
 
-def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: int) -> None:
+def write_stage1(folder: Path, sizes: DemoSizes, special_ids: dict[str, int], seed: int) -> None:
     """Weights in several bf16 shards with their index, config.json, generation_config.json, preprocessor_config.json.
 
     `special_ids`: as `write_tokenizer` returns them; the vocabulary is padded to a multiple of 64, as usual.
@@ -79,11 +118,12 @@ def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: 
 
     vocab_size = -(-(max(special_ids.values()) + 1) // 64) * 64
     rng = np.random.default_rng([seed, 1])
+    shapes = sizes.shapes(vocab_size)
     tensors = {
-        **_vision(rng, sizes),
-        **_language(rng, sizes, vocab_size),
-        **_audio(rng, sizes),
-        "audio_projector.weight": _matrix(rng, sizes.hidden_size, sizes.audio_hidden_size),
+        **_vision(rng, sizes, shapes),
+        **_language(rng, sizes, shapes),
+        **_audio(rng, sizes, shapes),
+        "audio_projector.weight": _matrix(rng, shapes["audio_projector.weight"]),
     }
     _write_shards(folder, tensors)
     ids = {"bos_token_id": special_ids["<|endoftext|>"], "eos_token_id": special_ids["<|im_end|>"]}
@@ -149,21 +189,14 @@ def write_stage1(folder: Path, sizes: Sizes, special_ids: dict[str, int], seed: 
     )
 
 
-def write_adapter(folder: Path, sizes: Sizes, projector: np.ndarray, seed: int) -> None:
+def write_adapter(folder: Path, sizes: DemoSizes, projector: np.ndarray, seed: int) -> None:
     """Stage-2 PEFT adapters as the author's LoraConfig saves them: small lora_B, Stage 1's `projector` changed."""
     import numpy as np
 
     rng = np.random.default_rng([seed, 2])
-    wide, kv, middle = sizes.hidden_size, sizes.num_key_value_heads * sizes.head_dim, sizes.intermediate_size
-    shapes = {
-        "self_attn.q_proj": (wide, wide),
-        "self_attn.k_proj": (kv, wide),
-        "self_attn.v_proj": (kv, wide),
-        "self_attn.o_proj": (wide, wide),
-        "mlp.gate_proj": (middle, wide),
-        "mlp.up_proj": (middle, wide),
-        "mlp.down_proj": (wide, middle),
-    }
+    key_value = sizes.num_key_value_heads * sizes.head_dim
+    layer_of = layer_shapes(sizes.hidden_size, sizes.intermediate_size, key_value)
+    shapes = {name.removesuffix(".weight"): shape for name, shape in layer_of.items() if len(shape) == 2}
     tensors: Tensors = {}
     for layer in range(sizes.num_hidden_layers):
         for module, (rows, columns) in shapes.items():
@@ -216,9 +249,9 @@ def marks(size: int) -> np.ndarray:
 # --- the three parts -------------------------------------------------------------------------------------------------
 
 
-def _matrix(rng: np.random.Generator, rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+def _matrix(rng: np.random.Generator, shape: Shape, gain: float = 1.0) -> np.ndarray:
     """Random [rows, columns] that keeps the scale of what it is given, times `gain`."""
-    return rng.standard_normal((rows, columns)) * (gain / math.sqrt(columns))
+    return rng.standard_normal(shape) * (gain / math.sqrt(shape[1]))
 
 
 def _cosines(length: int, count: int) -> np.ndarray:
@@ -230,24 +263,26 @@ def _cosines(length: int, count: int) -> np.ndarray:
     return waves
 
 
-def _norm(name: str, size: int) -> Tensors:
+def _norm(shapes: dict[str, Shape], name: str) -> Tensors:
     import numpy as np
 
-    return {f"{name}.weight": np.ones(size), f"{name}.bias": np.zeros(size)}
+    return {f"{name}.weight": np.ones(shapes[f"{name}.weight"]), f"{name}.bias": np.zeros(shapes[f"{name}.bias"])}
 
 
-def _linear(rng: np.random.Generator, name: str, rows: int, columns: int, gain: float = 1.0) -> Tensors:
+def _linear(rng: np.random.Generator, shapes: dict[str, Shape], name: str, gain: float = 1.0) -> Tensors:
     import numpy as np
 
-    return {f"{name}.weight": _matrix(rng, rows, columns, gain), f"{name}.bias": np.zeros(rows)}
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    made = {weight: _matrix(rng, shapes[weight], gain)}
+    return {**made, bias: np.zeros(shapes[bias])} if bias in shapes else made
 
 
-def _vision(rng: np.random.Generator, sizes: Sizes) -> Tensors:
+def _vision(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shape]) -> Tensors:
     """The vision tower. A patch filter is a random colour times a random smooth pattern, the same for both of the two
     (equal) pictures that a frame is made into."""
     import numpy as np
 
-    wide, merged = sizes.vision_embed_dim, sizes.vision_embed_dim * MERGE**2
+    wide = sizes.vision_embed_dim
     waves = _cosines(PATCH, 3)
     fading = 1 / (1 + np.arange(3)[:, None] + np.arange(3)[None])
     pattern = np.einsum("eij,iy,jx->eyx", rng.standard_normal((wide, 3, 3)) * fading, waves, waves)
@@ -256,18 +291,16 @@ def _vision(rng: np.random.Generator, sizes: Sizes) -> Tensors:
     tensors = {"visual.patch_embed.proj.weight": patch / (2 * PATCH**2)}
     for block in range(sizes.vision_depth):
         name = f"visual.blocks.{block}"
-        tensors |= _norm(f"{name}.norm1", wide) | _norm(f"{name}.norm2", wide)
-        tensors |= _linear(rng, f"{name}.attn.qkv", 3 * wide, wide)
-        tensors |= _linear(rng, f"{name}.attn.proj", wide, wide, 0.5)
-        tensors |= _linear(rng, f"{name}.mlp.fc1", 4 * wide, wide)
-        tensors |= _linear(rng, f"{name}.mlp.fc2", wide, 4 * wide, 0.5)
-    tensors |= _norm("visual.merger.ln_q", wide)
-    tensors |= _linear(rng, "visual.merger.mlp.0", merged, merged)
-    tensors |= _linear(rng, "visual.merger.mlp.2", sizes.hidden_size, merged, 1.5)
+        tensors |= _norm(shapes, f"{name}.norm1") | _norm(shapes, f"{name}.norm2")
+        for linear, gain in (("attn.qkv", 1.0), ("attn.proj", 0.5), ("mlp.fc1", 1.0), ("mlp.fc2", 0.5)):
+            tensors |= _linear(rng, shapes, f"{name}.{linear}", gain)
+    tensors |= _norm(shapes, "visual.merger.ln_q")
+    tensors |= _linear(rng, shapes, "visual.merger.mlp.0")
+    tensors |= _linear(rng, shapes, "visual.merger.mlp.2", 1.5)
     return tensors
 
 
-def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensors:
+def _language(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shape]) -> Tensors:
     """The language model: Qwen2's decoder with biases on q, k and v, and an output matrix of its own.
 
     Some heads of the first layers look for spoken words or for frames, as heads of a trained model come to do: their
@@ -276,19 +309,18 @@ def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensor
     """
     import numpy as np
 
-    wide, kv, middle = sizes.hidden_size, sizes.num_key_value_heads * sizes.head_dim, sizes.intermediate_size
+    wide = sizes.hidden_size
     tensors = {
-        "model.embed_tokens.weight": EMBED * rng.standard_normal((vocab_size, wide)),
+        "model.embed_tokens.weight": EMBED * rng.standard_normal(shapes["model.embed_tokens.weight"]),
         "model.norm.weight": np.ones(wide),
-        "lm_head.weight": _matrix(rng, vocab_size, wide, 1.5),
+        "lm_head.weight": _matrix(rng, shapes["lm_head.weight"], 1.5),
     }
     for layer in range(sizes.num_hidden_layers):
         name = f"model.layers.{layer}"
         tensors[f"{name}.input_layernorm.weight"] = np.ones(wide)
         tensors[f"{name}.post_attention_layernorm.weight"] = np.ones(wide)
-        for part, rows, gain in (("q", wide, 1.0), ("k", kv, 1.0), ("v", kv, POOL)):
-            tensors |= _linear(rng, f"{name}.self_attn.{part}_proj", rows, wide, gain)
-        tensors[f"{name}.self_attn.o_proj.weight"] = _matrix(rng, wide, wide, POOL)
+        for part, gain in (("q", 1.0), ("k", 1.0), ("v", POOL), ("o", POOL)):
+            tensors |= _linear(rng, shapes, f"{name}.self_attn.{part}_proj", gain)
         slow, head = sizes.head_dim // 2 - 1, sizes.head_dim
         queries_a_key = sizes.num_attention_heads // sizes.num_key_value_heads
         looking_for = [marks(wide)[m] for m in LOOKING_FOR[layer]] if layer < len(LOOKING_FOR) else []
@@ -302,13 +334,12 @@ def _language(rng: np.random.Generator, sizes: Sizes, vocab_size: int) -> Tensor
         value = tensors[f"{name}.self_attn.v_proj.weight"]
         value -= value @ marks(wide).T @ marks(wide) / wide
         value[: len(looking_for) * head] *= FOUND
-        tensors[f"{name}.mlp.gate_proj.weight"] = _matrix(rng, middle, wide)
-        tensors[f"{name}.mlp.up_proj.weight"] = _matrix(rng, middle, wide)
-        tensors[f"{name}.mlp.down_proj.weight"] = _matrix(rng, wide, middle, 0.5)
+        for part, gain in (("gate", 1.0), ("up", 1.0), ("down", 0.5)):
+            tensors |= _linear(rng, shapes, f"{name}.mlp.{part}_proj", gain)
     return tensors
 
 
-def _audio(rng: np.random.Generator, sizes: Sizes) -> Tensors:
+def _audio(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shape]) -> Tensors:
     """Whisper's encoder. The first convolution mixes smooth patterns over the mel bands (the beginnings of a cepstrum).
     A band of channels holds the position and nothing else; by it each attention head looks a fixed way back or ahead,
     so that layer by layer a position comes to know its neighbourhood, up to the length of a syllable or two."""
@@ -334,27 +365,22 @@ def _audio(rng: np.random.Generator, sizes: Sizes) -> Tensors:
     }
     for layer in range(sizes.audio_layers):
         name = f"audio_encoder.layers.{layer}"
-        tensors |= _norm(f"{name}.self_attn_layer_norm", wide) | _norm(f"{name}.final_layer_norm", wide)
+        tensors |= _norm(shapes, f"{name}.self_attn_layer_norm") | _norm(shapes, f"{name}.final_layer_norm")
         query, key = np.zeros((2, wide, wide))
         for head in range(heads):
             # sin and cos of (t + shift) from those of t: the score is highest where the key is `shift` away.
             shift = (3 + 5 * layer) * (head - (heads - 1) / 2)
             turn = np.diag(np.cos(2 * np.pi * shift / periods)), np.diag(np.sin(2 * np.pi * shift / periods))
-            rows = slice(head * WHISPER_HEAD, head * WHISPER_HEAD + PLACE)
-            query[rows, :PLACE] = LOOK * np.block([[turn[0], turn[1]], [-turn[1], turn[0]]])
-            key[rows, :PLACE] = LOOK * np.eye(PLACE)
+            of_head = slice(head * WHISPER_HEAD, head * WHISPER_HEAD + PLACE)
+            query[of_head, :PLACE] = LOOK * np.block([[turn[0], turn[1]], [-turn[1], turn[0]]])
+            key[of_head, :PLACE] = LOOK * np.eye(PLACE)
         tensors[f"{name}.self_attn.q_proj.weight"], tensors[f"{name}.self_attn.q_proj.bias"] = query, np.zeros(wide)
         tensors[f"{name}.self_attn.k_proj.weight"] = key
-        for linear, rows, columns, gain in (
-            ("self_attn.v_proj", wide, wide, 1.2),
-            ("self_attn.out_proj", wide, wide, 1.2),
-            ("fc1", sizes.audio_ffn, wide, 1.4),
-            ("fc2", wide, sizes.audio_ffn, 1.0),
-        ):
-            tensors |= _linear(rng, f"{name}.{linear}", rows, columns, gain)
+        for linear, gain in (("self_attn.v_proj", 1.2), ("self_attn.out_proj", 1.2), ("fc1", 1.4), ("fc2", 1.0)):
+            tensors |= _linear(rng, shapes, f"{name}.{linear}", gain)
             if linear in ("self_attn.out_proj", "fc2"):
                 tensors[f"{name}.{linear}.weight"][:PLACE] = 0
-    tensors |= _norm("audio_encoder.layer_norm", wide)
+    tensors |= _norm(shapes, "audio_encoder.layer_norm")
     tensors["audio_encoder.layer_norm.weight"][:PLACE] = 0.1  # where it was said is not what was said
     return tensors
 
@@ -372,7 +398,7 @@ def _write_shards(folder: Path, tensors: Tensors, largest_bytes: int = 800_000) 
             filled = 0
         shards[-1][name] = tensor
         filled += 2 * tensor.size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_tensors(folder / file, shard)

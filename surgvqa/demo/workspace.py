@@ -247,17 +247,17 @@ def speak_questions(rng: np.random.Generator, rows: Iterable[dict[str, Any]], fo
 def _write_checkpoints(folder: Path, seed: int, samples: dict[str, list[dict[str, Any]]]) -> None:
     from surgvqa.demo import stage1 as fitting
     from surgvqa.demo.tokenizer import write_tokenizer
-    from surgvqa.demo.weights import Sizes, write_adapter, write_stage1
+    from surgvqa.demo.weights import DemoSizes, write_adapter, write_stage1
 
     stage1, stage2 = folder / "stage1", folder / "stage2"
     stage1.mkdir(exist_ok=True)
     stage2.mkdir(exist_ok=True)
     special_ids = write_tokenizer(stage1, training_text())
-    write_stage1(stage1, Sizes(), special_ids, seed)
+    write_stage1(stage1, DemoSizes(), special_ids, seed)
     rows = samples[SPLITS[0].file]
     frames = sorted({folder / "frames" / row["video_id"] / f"{row['frames'][0]}.jpg" for row in rows})
     projector = fitting.fit(stage1, frames[::4], IMAGE_SIZE, spoken_words(), WORD_LISTS, seed)
-    write_adapter(stage2, Sizes(), projector, seed)
+    write_adapter(stage2, DemoSizes(), projector, seed)
 
 
 def spoken_words() -> list[str]:

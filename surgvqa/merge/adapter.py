@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.folder import Checkpoint
+from surgvqa.checkpoint.config_json import flat_config
+from surgvqa.checkpoint.folder import Checkpoint, as_on_disk, read_object
 from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo, read_header
 from surgvqa.checkpoint.names import to_old_name
 from surgvqa.errors import UsageError
-from surgvqa.files import read_json
 from surgvqa.merge.patterns import matching
 
 PREFIX = "base_model.model."
@@ -54,6 +54,16 @@ _REFUSED = {
     "target_parameters": "LoRA on bare parameters (target_parameters) is not supported",
     "trainable_token_indices": "trainable_token_indices is not supported; train the embedding with modules_to_save",
 }
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "rank_pattern": ((dict,), "an object of regular expressions and numbers"),
+    "alpha_pattern": ((dict,), "an object of regular expressions and numbers"),
+    "target_modules": ((str, list), "a regular expression or a list of names"),
+    "exclude_modules": ((str, list), "a regular expression or a list of names"),
+    "modules_to_save": ((list,), "a list of names"),
+    "layers_to_transform": ((int, list), "a layer or a list of layers"),
+    "bias": ((str,), "none, all or lora_only"),
+}
+"""Field -> what its value may be."""
 _REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -97,10 +107,14 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
     UsageError, naming file and tensor: no adapter, a kind that cannot be merged, a rank that contradicts the config, a
     module or shape that the base has not, a tensor of unknown use.
     """
-    folder = Path(folder)
+    folder = as_on_disk(Path(folder))
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such adapter folder")
-    config = read_json(folder / CONFIG_FILE)
+    if not (folder / CONFIG_FILE).is_file():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+        hint = f"; is {folder / inside[0]} meant?" if inside else "; is this the adapter's folder?"
+        raise UsageError(f"{folder}: no {CONFIG_FILE} in it{hint}")
+    config = read_object(folder / CONFIG_FILE)
     _refuse(folder / CONFIG_FILE, config)
     weights, tensors = _adapter_tensors(folder)
     adapter = Adapter(folder, config, {}, {}, weights)
@@ -121,13 +135,14 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
         elif "lora_" in name or "trainable_tokens" in name:
             raise UsageError(f"{weights}: {key}: no known LoRA tensor; this adapter cannot be merged here")
         elif ".base_layer." in name:
-            adapter.own_base[_stored(to_old_name(name.replace(".base_layer.", ".")), base)] = info
+            target = _stored(to_old_name(name.replace(".base_layer.", ".")), base)
+            _once(weights, target, info, adapter.own_base)
+            adapter.own_base[target] = info
         else:
             saved = _saved_in_full(weights, key, name, base)
-            if saved in adapter.replaced:
-                raise UsageError(
-                    f"{weights}: {key} and {adapter.replaced[saved].name} both stand for {saved}; which one counts?"
-                )
+            if config.get("bias") == "all" and key.replace(".modules_to_save.", ".") in tensors.keys() - {key}:
+                continue  # bias="all" saves the biases of modules_to_save twice
+            _once(weights, saved, info, adapter.replaced)
             adapter.replaced[saved] = info
     if len(names) > 1:
         raise UsageError(
@@ -142,6 +157,7 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
             raise UsageError(f"{weights}: two LoRA modules for the tied weight {module}; this cannot be merged here")
         adapter.modules[f"{module}.weight"] = lora
     for name in list(adapter.own_base):
+        _once(weights, name, adapter.own_base[name], adapter.replaced)
         if f"{name.rpartition('.')[0]}.weight" not in adapter.modules:  # no LoRA on it: trained in full
             adapter.replaced[name] = adapter.own_base.pop(name)
     if not adapter.modules and not adapter.replaced:
@@ -159,6 +175,11 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
         )
     adapter.named = {to_old_name(name) for name in parts}
     return adapter
+
+
+def _once(weights: Path, target: str, info: TensorInfo, known: Mapping[str, TensorInfo]) -> None:
+    if target in known:
+        raise UsageError(f"{weights}: {info.name} and {known[target].name} both stand for {target}; which one counts?")
 
 
 def _saved_in_full(weights: Path, key: str, name: str, base: Checkpoint) -> str:
@@ -184,27 +205,6 @@ def _stored(name: str, base: Checkpoint) -> str:
     return f"{_base_module(module, base)}.{parameter}"
 
 
-def require_promised(adapter: Adapter, base: Checkpoint, also: Collection[str] = ()) -> None:
-    """UsageError unless everything that the config promises is in the file, or in `also` (names of base tensors)."""
-    here = {*adapter.replaced, *also}
-    for entry in adapter.config.get("modules_to_save") or []:
-        module = to_old_name(str(entry))
-
-        def within(name: str, module: str = module) -> bool:
-            return f".{module}." in f".{name}"
-
-        promised = {name for name in base.tensors if within(name)}
-        found = {name for name in here if within(name)}
-        if not found or promised - here:
-            missing = sorted(promised - here) or [module]
-            raise UsageError(
-                f"{adapter.folder / CONFIG_FILE}: modules_to_save names {entry}, but {adapter.weights.name} has no "
-                f"{missing[0]}; bring the adapter whole, lay it over with --projector, or take {entry} out of "
-                "modules_to_save if it was not trained"
-            )
-    _check_targets(adapter, base)
-
-
 def _refuse(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -212,10 +212,13 @@ def _refuse(file: Path, config: dict[str, Any]) -> None:
     for key, why in _REFUSED.items():
         if config.get(key):
             raise UsageError(f"{file}: {key}: {why}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
-        if not isinstance(pattern, dict):
-            raise UsageError(f"{file}: {key} is {pattern!r}, expected an object of regular expressions and numbers")
+    for key, (kinds, expected) in _KINDS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        parts = value if isinstance(value, list) else []
+        if not isinstance(value, kinds) or isinstance(value, bool) or not all(isinstance(v, (str, int)) for v in parts):
+            raise UsageError(f"{file}: {key} is {repr(value)[:80]}, expected {expected}")
     start = str(config.get("init_lora_weights") or "").lower()
     if start.startswith(_REFUSED_INIT):
         raise UsageError(
@@ -240,20 +243,21 @@ def _adapter_tensors(folder: Path) -> tuple[Path, dict[str, TensorInfo]]:
 
 def _base_module(module: str, base: Checkpoint) -> str:
     """The module whose weight the base stores: tied weights are stored once, as the embedding."""
-    tied = base.config.get("tie_word_embeddings") or (base.config.get("text_config") or {}).get("tie_word_embeddings")
-    if tied and module == "lm_head" and "lm_head.weight" not in base.tensors:
-        return "model.embed_tokens"
-    return module
+    return "model.embed_tokens" if module == "lm_head" and is_tied(base) else module
+
+
+def is_tied(base: Checkpoint) -> bool:
+    """Whether the base stores one matrix for the embedding and the head."""
+    return bool(flat_config(base.config).get("tie_word_embeddings")) and "lm_head.weight" not in base.tensors
 
 
 def _pattern_values(adapter: Adapter, key: str, modules: Collection[str], default: Any) -> dict[str, Any]:
     """{module: what rank_pattern or alpha_pattern (`key`) says of it}; the first pattern that matches wins."""
     values = dict.fromkeys(modules, default)
-    left = set(modules)
-    for pattern, value in (adapter.config.get(key) or {}).items():
-        found = matching(pattern, left, f"{adapter.folder / CONFIG_FILE}: {key} has", at_end=True)
-        values |= dict.fromkeys(found, value)
-        left -= found
+    table = adapter.config.get(key) or {}
+    found = matching(list(table), modules, f"{adapter.folder / CONFIG_FILE}: {key} has", at_end=True)
+    for value, meant in reversed(list(zip(table.values(), found))):
+        values |= dict.fromkeys(meant, value)
     return values
 
 
@@ -283,15 +287,18 @@ def _module(
         raise UsageError(f"{weight.file}: {weight.name} is {weight.dtype}; merge onto a BF16, F16 or F32 base")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise UsageError(f"{adapter.folder / CONFIG_FILE}: r={rank!r}, lora_alpha={alpha!r}; expected numbers")
-    if a.shape[0] != rank or len(b.shape) < 2 or b.shape[1] != rank:
+    if len(weight.shape) != 2:
+        raise UsageError(f"{file}: {raw_name}: LoRA on a convolution {list(weight.shape)} is not supported")
+    for info in (a, b):
+        if len(info.shape) != 2:
+            raise UsageError(f"{file}: {info.name} is {list(info.shape)}, expected two dimensions; is the file whole?")
+    if a.shape[0] != rank or b.shape[1] != rank:
         rows = a.shape[0]
         raise UsageError(
             f"{adapter.folder / CONFIG_FILE}: r={rank} but lora_A has {rows} rows in {raw_name}; "
             "is this the adapter's own config?"
         )
-    wanted = (a.shape[1], b.shape[0]) if embedding else (b.shape[0], *a.shape[1:])
-    if len(weight.shape) != 2:
-        raise UsageError(f"{file}: {raw_name}: LoRA on a convolution {list(weight.shape)} is not supported")
+    wanted = (a.shape[1], b.shape[0]) if embedding else (b.shape[0], a.shape[1])
     if weight.shape != wanted:
         raise UsageError(
             f"{file}: {raw_name}: the adapter is for a weight of {list(wanted)}, the base has {list(weight.shape)}"
@@ -305,54 +312,9 @@ def _module(
         )
     if bias is not None and f"{module}.bias" not in base.tensors:
         raise UsageError(f"{file}: {raw_name}: lora_bias, but the base has no {module}.bias to add it to")
+    outputs = b.shape[0]
+    for vector in (magnitude, bias):
+        if vector is not None and (vector.numel != outputs or max(vector.shape, default=0) != outputs):
+            raise UsageError(f"{file}: {vector.name} is {list(vector.shape)}, expected [{outputs}]")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LoraModule(module, a, b, scale, rank, embedding, magnitude, bias)
-
-
-def _check_targets(adapter: Adapter, base: Checkpoint) -> None:
-    """Holds the file against what target_modules promises.
-
-    UsageError when a kind of module has LoRA weights in some layers and not in others, or when a name of the list has
-    none at all; a warning when a kind that a regular expression means has none (PEFT may not have seen the encoders).
-    """
-    config, file = adapter.config, adapter.weights
-    target = config.get("target_modules")
-    linear = [n.removesuffix(".weight") for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2]
-    place = str(adapter.folder / CONFIG_FILE)
-    left_out = _meant(config.get("exclude_modules"), linear, f"{place}: exclude_modules")
-    wanted = _meant(target, linear, f"{place}: target_modules")
-    meant = [module for module in linear if module in wanted and module not in left_out]
-    layers = config.get("layers_to_transform")
-    if layers is not None:
-        chosen = {str(n) for n in (layers if isinstance(layers, list) else [layers])}
-        meant = [module for module in meant if chosen & set(re.findall(r"\.(\d+)\.", module))]
-    here = adapter.named | {name.removesuffix(".weight") for name in adapter.modules}
-    kinds: dict[str, list[str]] = {}
-    for module in meant:
-        kinds.setdefault(re.sub(r"\d+", "#", module), []).append(module)
-    absent = []
-    for modules in kinds.values():
-        missing = [module for module in modules if module not in here]
-        if missing and len(missing) < len(modules):
-            raise UsageError(
-                f"{file}: no LoRA weights for {len(missing)} of the {len(modules)} modules like {missing[0]}; "
-                "is the file whole?"
-            )
-        absent += missing
-    for name in target if isinstance(target, list) else []:
-        if not _meant([name], here, place):
-            raise UsageError(f"{file}: target_modules names {name}, but there are no LoRA weights for it; is it whole?")
-    if absent and isinstance(target, str):
-        adapter.warnings.append(
-            f"{file.name}: no LoRA weights for {len(absent)} modules that target_modules means, first {absent[0]}"
-        )
-
-
-def _meant(target: Any, modules: Collection[str], where: str) -> set[str]:
-    """The modules that PEFT takes for `target`: a list of names or of their ends, or a regular expression."""
-    if isinstance(target, list):
-        ends = [str(name) for name in target]
-        return {module for module in modules if any(f".{module}".endswith(f".{end}") for end in ends)}
-    if not isinstance(target, str) or target == "all-linear":
-        return set()
-    return matching(target, modules, where)

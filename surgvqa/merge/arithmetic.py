@@ -27,7 +27,7 @@ import torch
 
 from surgvqa.checkpoint.headers import TensorInfo
 from surgvqa.checkpoint.shards import Files, page_memory, split_rows
-from surgvqa.checkpoint.torch_tensors import MemoryTensor, RowSource, load, read_rows
+from surgvqa.checkpoint.torch_tensors import DTYPES, MemoryTensor, RowSource, load, read_rows
 from surgvqa.merge.adapter import LoraModule
 
 TILE_ROWS, TILE_NUMEL, MOST_NUMEL = 128, 5 << 17, 1 << 20  # whole rows; fewer make the product slower
@@ -79,14 +79,15 @@ class Replaced(RowSource):
 class AddedBias(RowSource):
     """b + s·b_B."""
 
-    def __init__(self, name: str, base: TensorInfo, lora: LoraModule, files: Files):
+    def __init__(self, name: str, base: TensorInfo, lora: LoraModule, files: Files, held_as: str):
         super().__init__(name, base.shape)
         self.base, self.lora, self.files = base, lora, files
+        self.held_as = DTYPES[held_as]
         self.whole = True
 
     def fill(self, start: int, out: memoryview) -> None:
         _, _, target = self.rows(start, out)
-        bias = load(self.base, self.files).clone()
+        bias = load(self.base, self.files).to(self.held_as, copy=True)
         assert self.lora.b_bias is not None
         bias += load(self.lora.b_bias, self.files).float() * self.lora.scale
         target.copy_(bias.view_as(target))
@@ -134,11 +135,13 @@ def _tile_rows(width: int) -> int:
 
 
 class Merged(RowSource):
-    """W + s·BA, or DoRA's. `base` is the tensor under it: the base's own, or one laid over it."""
+    """W + s·BA, or DoRA's. `base` is the tensor under it: the base's own, or one laid over it, which PEFT holds in the
+    dtype of the base's own (`held_as`)."""
 
-    def __init__(self, name: str, base: TensorInfo, lora: LoraModule, files: Files, device: str = "cpu"):
+    def __init__(self, name: str, base: TensorInfo, lora: LoraModule, files: Files, device: str, held_as: str):
         super().__init__(name, base.shape)
         self.base, self.lora, self.files = base, lora, files
+        self.held_as = DTYPES[held_as]
         self.transposed = lora.embedding
         self.device = torch.device(device)
         self.on_gpu = self.device.type != "cpu"
@@ -193,12 +196,13 @@ class Merged(RowSource):
     def fill(self, start: int, out: memoryview) -> None:
         began = time.perf_counter()
         first, count, target = self.rows(start, out)
-        if self.base.dtype == "BF16" and not isinstance(self.base, MemoryTensor):
+        as_it_lies = not isinstance(self.base, MemoryTensor) and DTYPES[self.base.dtype] == self.held_as
+        if as_it_lies and self.held_as == torch.bfloat16:
             self.files.read_into(self.base, start, out)  # W lies where W' will
             weight = target
         else:
             weight = read_rows(self.base, self.files, first * self.row_numel, count * self.row_numel)
-            weight = weight.view(count, self.row_numel)
+            weight = weight.to(self.held_as).view(count, self.row_numel)
         result = target
         if self.on_gpu:
             weight = weight.to(self.device)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.filesize import decimal as human_bytes
 
-from surgvqa.checkpoint.folder import parse_size
+from surgvqa.checkpoint.folder import as_on_disk, parse_size
 from surgvqa.checkpoint.writer import Writer
 from surgvqa.config.options import MergeOptions
 from surgvqa.errors import UsageError
@@ -29,7 +29,7 @@ def check(options: MergeOptions) -> None:
     """Looks at the folders and the shard size before a run folder is made."""
     parse_size(options.max_shard_size)
     for name in ("stage1_model_path", "stage2_adapter_path"):
-        if not Path(getattr(options, name)).is_dir():
+        if not as_on_disk(Path(getattr(options, name))).is_dir():
             raise UsageError(f"--{name} {getattr(options, name)}: no such folder")
     if options.projector and not Path(options.projector).is_file():
         raise UsageError(f"--projector {options.projector}: no such file")

@@ -16,10 +16,11 @@ from surgvqa.checkpoint.writer import Job, file_identity
 from surgvqa.config.options import MergeOptions
 from surgvqa.errors import UsageError
 from surgvqa.files import free_bytes
-from surgvqa.merge.adapter import Adapter, read_adapter, require_promised
+from surgvqa.merge.adapter import Adapter, is_tied, read_adapter
+from surgvqa.merge.promises import require_promised
 
 REPORT_FILE = "merge_report.json"
-ARITHMETIC = 1  # counts up when a change of the arithmetic changes bits: a half-made merge then starts again
+ARITHMETIC = 2  # counts up when a change of the arithmetic changes bits: a half-made merge then starts again
 
 
 @dataclass
@@ -69,7 +70,7 @@ def make_plan(options: MergeOptions) -> Plan:
     for folder in (base.folder, adapter.folder):
         if output.resolve() == folder.resolve():
             raise UsageError(f"--output_path {output}: is an input of the merge; name another folder")
-    files, warnings = Files(), [*([stale] if stale else []), *adapter.warnings]
+    files, warnings = Files(), [*base.warnings, *([stale] if stale else []), *adapter.warnings]
     config = output_config(base)
     sources, kinds = _sources(base, adapter, overlay, files, device)
     if _untie(base, adapter, sources, kinds, files, warnings):
@@ -126,18 +127,18 @@ def _sources(
     biases = {f"{m.module}.bias": m for m in adapter.modules.values() if m.b_bias}
     for name, info in base.tensors.items():
         trained = adapter.replaced.get(name)
-        under = trained or overlay.get(name) or adapter.own_base.get(name) or info
+        under = trained or adapter.own_base.get(name) or overlay.get(name) or info
         if name in adapter.modules:
             if trained:
                 raise UsageError(f"{adapter.weights}: {trained.name}: trained in full and with LoRA; which one counts?")
             lora = adapter.modules[name]
-            sources.append(Merged(name, under, lora, files, device))
+            sources.append(Merged(name, under, lora, files, device, info.dtype))
             kinds[name] = "merged"
         elif name in biases:
-            sources.append(AddedBias(name, under, biases[name], files))
+            sources.append(AddedBias(name, under, biases[name], files, info.dtype))
             kinds[name] = "merged"
         elif under is not info:
-            origin = "adapter" if trained else "projector"
+            origin = "projector" if under is overlay.get(name) else "adapter"
             sources.append(Replaced(name, under, info if info.dtype in FLOAT_DTYPES else None, files, origin))
             kinds[name] = "replaced"
         elif info.dtype in FLOAT_DTYPES and info.dtype != "BF16":
@@ -165,11 +166,15 @@ def _untie(
 
     PEFT trains modules_to_save on a copy, which breaks the tie; written as tied, the other side would change too.
     """
-    if not base.config.get("tie_word_embeddings") or "lm_head.weight" in base.tensors:
+    if not is_tied(base):
         return False
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if embedding in adapter.modules:
+    if embedding in adapter.modules and head not in adapter.replaced:
         warnings.append("the embedding is tied to lm_head: the merged LoRA changes both, as PEFT's merge does")
+    if head in adapter.replaced and embedding in adapter.replaced and adapter.config.get("ensure_weight_tying"):
+        sources[:] = [source for source in sources if source.name != head]  # PEFT saves the one tensor twice
+        del kinds[head]
+        return False
     if head in adapter.replaced and embedding in adapter.replaced:
         warnings.append("embedding and lm_head were trained apart: written untied (tie_word_embeddings false)")
         return True

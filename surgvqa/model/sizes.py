@@ -5,12 +5,14 @@ Torch-free: `surgvqa budget` must answer on a laptop, and fast.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgvqa.checkpoint.architecture import audio_shapes, language_shapes, layer_shapes, projector_shapes, vision_shapes
 from surgvqa.checkpoint.config_json import flat_config, whisper_config
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
 from surgvqa.errors import UsageError
@@ -32,7 +34,6 @@ class Sizes:
 
     vision_embed_dim: int = 1280
     vision_depth: int = 32
-    vision_heads: int = 16
     vision_mlp_ratio: float = 4.0
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -61,16 +62,8 @@ class Sizes:
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """{module name inside a layer: (inputs, outputs)} of a layer's linear modules."""
-        h, m, kv = self.hidden_size, self.intermediate_size, self.kv_size
-        return {
-            "self_attn.q_proj": (h, h),
-            "self_attn.k_proj": (h, kv),
-            "self_attn.v_proj": (h, kv),
-            "self_attn.o_proj": (h, h),
-            "mlp.gate_proj": (h, m),
-            "mlp.up_proj": (h, m),
-            "mlp.down_proj": (m, h),
-        }
+        shapes = layer_shapes(self.hidden_size, self.intermediate_size, self.kv_size)
+        return {n.removesuffix(".weight"): (s[1], s[0]) for n, s in shapes.items() if len(s) == 2}
 
     def lora_targets(self, pattern: str) -> dict[str, list[int]]:
         """{module name inside a layer: layers where `pattern` matches it}, as add_lora matches: the whole old name.
@@ -98,21 +91,40 @@ class Sizes:
     def weights(self) -> dict[str, list[int]]:
         """{part: parameters of each tensor} as the architecture has them: lm, head, embeddings (none when they are the
         head's), vision, audio, projector."""
-        h, e, d, f = self.hidden_size, self.vision_embed_dim, self.d_model, self.encoder_ffn_dim
-        layer = [i * o for i, o in self.projections().values()] + [h, self.kv_size, self.kv_size, h, h]
-        wide, merged = round(e * self.vision_mlp_ratio), e * self.spatial_merge_size**2
-        block = [3 * e * e, 3 * e, e * e, e, e * wide, wide, wide * e, e, e, e, e, e]
-        encoder = [d * d, d] * 4 + [d * f, f, f * d, d, d, d, d, d]
-        encoder.remove(d)  # Whisper's key projection has no bias
-        encoders = encoder * self.encoder_layers
-        return {
-            "lm": layer * self.num_hidden_layers + [h],
-            "head": [self.vocab_size * h],
-            "embeddings": [] if self.tie_word_embeddings else [self.vocab_size * h],
-            "vision": [self.patch_values * e, *(block * self.vision_depth), e, e, merged**2, merged, merged * h, h],
-            "audio": [d * self.num_mel_bins * 3, d, d * d * 3, d, self.max_source_positions * d, *encoders, d, d],
-            "projector": [d * h],
+        shapes = {
+            **language_shapes(
+                hidden_size=self.hidden_size,
+                intermediate_size=self.intermediate_size,
+                num_hidden_layers=self.num_hidden_layers,
+                num_attention_heads=self.num_attention_heads,
+                num_key_value_heads=self.num_key_value_heads,
+                vocab_size=self.vocab_size,
+            ),
+            **vision_shapes(
+                embed_dim=self.vision_embed_dim,
+                depth=self.vision_depth,
+                mlp_dim=round(self.vision_embed_dim * self.vision_mlp_ratio),
+                in_channels=3,
+                patch_size=self.patch_size,
+                temporal_patch_size=self.temporal_patch_size,
+                spatial_merge_size=self.spatial_merge_size,
+                hidden_size=self.hidden_size,
+            ),
+            **audio_shapes(
+                d_model=self.d_model,
+                encoder_layers=self.encoder_layers,
+                encoder_ffn_dim=self.encoder_ffn_dim,
+                num_mel_bins=self.num_mel_bins,
+                max_source_positions=self.max_source_positions,
+            ),
+            **projector_shapes(hidden_size=self.hidden_size, d_model=self.d_model),
         }
+        weights: dict[str, list[int]] = {part: [] for _, part in PART_OF}
+        for name, shape in shapes.items():
+            weights[_part_of(name)].append(math.prod(shape))
+        if self.tie_word_embeddings:
+            weights["embeddings"] = []
+        return weights
 
 
 PART_OF = (
@@ -124,6 +136,10 @@ PART_OF = (
     ("model.", "lm"),
 )
 """Beginning of a tensor's (old) name -> the part that it belongs to; the first that fits."""
+
+
+def _part_of(name: str) -> str:
+    return next((part for prefix, part in PART_OF if name.startswith(prefix)), "")
 
 
 def require_layers(count: int | None, layers: int) -> None:
@@ -140,8 +156,7 @@ def checkpoint_sizes(folder: str | Path) -> tuple[Sizes, dict[str, list[int]]]:
     checkpoint = open_checkpoint(folder).require_sound()
     weights: dict[str, list[int]] = {part: [] for _, part in PART_OF}
     for name, tensor in checkpoint.tensors.items():
-        part = next((part for prefix, part in PART_OF if name.startswith(prefix)), None)
-        if part:
+        if part := _part_of(name):
             weights[part].append(tensor.numel)
     if not weights["head"]:  # tied
         weights["head"], weights["embeddings"] = weights["embeddings"], []
@@ -182,7 +197,6 @@ def _sizes(checkpoint: Checkpoint) -> Sizes:
         tie_word_embeddings="lm_head.weight" not in tensors,
         vision_embed_dim=embed,
         vision_depth=count(r"visual\.blocks\.(\d+)\."),
-        vision_heads=int(number(vision, "num_heads", 16)),
         vision_mlp_ratio=shape("visual.blocks.0.mlp.fc1.weight")[0] / embed,
         patch_size=patch[-1],
         temporal_patch_size=patch[2],

@@ -11,6 +11,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
+from surgvqa.checkpoint.headers import read_header
+
 ADAPTER = "adapter_model.safetensors"
 RESUME_FILES = (ADAPTER, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 """What a checkpoint must have to be resumed from."""
@@ -24,7 +26,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     """(the newest checkpoint that can be resumed from, why each newer one cannot)."""
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in checkpoints(output_dir):
         damage = damage_of(checkpoint)
         if not damage:
@@ -59,16 +61,8 @@ def damage_of(checkpoint: Path) -> str | None:
             return f"trainer_state.json is of step {step}"
     except (ValueError, KeyError, TypeError):
         return "trainer_state.json is damaged"
-    try:
-        with open(checkpoint / ADAPTER, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
-        end = max(row["data_offsets"][1] for key, row in header.items() if key != "__metadata__")
-    except (ValueError, KeyError, TypeError, MemoryError, OverflowError):
-        return f"{ADAPTER} is damaged"
-    if (checkpoint / ADAPTER).stat().st_size != 8 + header_size + end:
-        return f"{ADAPTER} is truncated"
-    return None
+    _, problems = read_header(checkpoint / ADAPTER)
+    return problems[0].removeprefix(f"{checkpoint}/") if problems else None
 
 
 def publish(temporary: Path, final: Path) -> None:

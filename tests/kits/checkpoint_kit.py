@@ -7,10 +7,17 @@ import random
 from pathlib import Path
 from typing import Any
 
+from surgvqa import files
+from surgvqa.checkpoint.folder import open_checkpoint
 from surgvqa.checkpoint.headers import DTYPE_BYTES, header_bytes
 from surgvqa.checkpoint.names import INDEX_FILE
+from surgvqa.checkpoint.shards import Copy, Files, plan_shards
+from surgvqa.checkpoint.writer import Job, Writer, file_identity
 
 Spec = dict[str, tuple[str, tuple[int, ...]]]
+SHARDS = [{f"layer.{k}.{i}": ("BF16", (30, 7 + i)) for i in range(4)} for k in range(5)]
+PAGES = [{f"layer.{k}.{i}": ("BF16", (30, 3 + 70 * i)) for i in range(4)} for k in range(5)]
+"""Shards of several pages each; no tensor ends with a page."""
 
 
 def random_bytes(count: int, seed: int) -> bytes:
@@ -51,11 +58,67 @@ def write_folder(folder: Path, shards: list[Spec], config: dict[str, Any] | None
 
 def read_tensors(folder: Path) -> dict[str, bytes]:
     """The bytes of every tensor of a folder, read by our own header reader's offsets."""
-    from surgvqa.checkpoint.folder import open_checkpoint
-
     found = {}
     for name, info in open_checkpoint(folder).require_sound().tensors.items():
         with open(info.file, "rb") as stream:
             stream.seek(info.offset)
             found[name] = stream.read(info.nbytes)
     return found
+
+
+# --- jobs of the writer
+
+
+class Recorder:
+    """Stands in for Run."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        self.events.append({"kind": kind, **fields})
+
+    def phase(self, name: str, text: str = "") -> None:
+        self.emit("phase", name=name, text=text)
+
+    def warning(self, text: str) -> None:
+        self.emit("warning", text=text)
+
+    def progress(self, phase: str, done: float, total: float, unit: str, **fields: Any) -> None:
+        self.emit("progress", phase=phase, done=done, total=total, **fields)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["kind"] == kind]
+
+
+def make_job(base: Path, output: Path, max_bytes: int = 2000) -> Job:
+    checkpoint, files = open_checkpoint(base), Files()
+    return Job(
+        output=output,
+        shards=plan_shards([Copy(n, t, files) for n, t in checkpoint.tensors.items()], max_bytes),
+        inputs={f.name: file_identity(f) for f in checkpoint.files},
+        report_file="report.json",
+        side_files={"config.json": b'{"model_type": "test"}', "vocab.json": b'{"a": 1}'},
+    )
+
+
+def write(job: Job, workers: int = 2) -> Recorder:
+    recorder = Recorder()
+    with Writer(job, recorder, workers) as writer:  # type: ignore[arg-type]
+        if not writer.finished:
+            writer.write_shards()
+            writer.publish({"seconds": 1})
+    return recorder
+
+
+def is_whole(output: Path, base: Path) -> None:
+    """The output is finished, sound, equal to the base, and nothing else is left."""
+    assert read_tensors(output) == read_tensors(base)
+    report = json.loads((output / "report.json").read_text())
+    assert report["complete"] and report["seconds"] == 1
+    shards = {f.name for f in output.glob("*.safetensors")}
+    assert shards == set(report["shards"])
+    assert {f.name for f in output.iterdir()} == shards | {INDEX_FILE, "report.json", "config.json", "vocab.json"}
+    for name, facts in report["shards"].items():
+        assert files.sha256_file(output / name) == facts["sha256"]
+    assert not output.with_name(output.name + ".partial").exists()

@@ -12,10 +12,10 @@ from PIL import Image
 
 from surgvqa.config.options import EvaluateOptions, TrainOptions
 from surgvqa.demo.tokenizer import write_tokenizer
-from surgvqa.demo.weights import Sizes, write_stage1
+from surgvqa.demo.weights import DemoSizes, write_stage1
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 40), "blue": (40, 40, 200), "grey": (120, 120, 120)}
-SIZES = Sizes(
+SIZES = DemoSizes(
     hidden_size=64,
     num_hidden_layers=2,
     intermediate_size=96,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from checkpoint_kit import Spec, write_folder
 
+from surgvqa.checkpoint import architecture as architecture_room
 from surgvqa.checkpoint import audit as room
 from surgvqa.checkpoint.architecture import expected_tensors
 from surgvqa.checkpoint.audit import audit
@@ -110,6 +111,45 @@ def test_damage_quantisation_and_other_architectures(tmp_path: Path) -> None:
     write_folder(tmp_path / "other", [{"a": ("BF16", (2,))}], {"model_type": "bert"})
     other = audit(open_checkpoint(tmp_path / "other"))
     assert other["ok"] and other["architecture"] is None
+
+
+@pytest.mark.parametrize("key", [*architecture_room.LANGUAGE_SIZES, "model_type"])
+def test_a_key_that_config_json_lacks_is_named(tmp_path: Path, key: str) -> None:
+    config = {name: value for name, value in CONFIG.items() if name != key}
+    data = of(tmp_path, architecture(tmp_path), config)
+    assert not data["ok"] and any(f"config.json: {key} is missing" in text for text in data["problems"])
+
+
+@pytest.mark.parametrize("key", ["depth", "embed_dim"])
+def test_a_key_that_vision_config_lacks_is_named_where_the_default_does_not_fit(tmp_path: Path, key: str) -> None:
+    vision = {name: value for name, value in CONFIG["vision_config"].items() if name != key}
+    data = of(tmp_path, architecture(tmp_path), {**CONFIG, "vision_config": vision})
+    (problem,) = data["problems"]
+    assert f"vision_config.{key} is missing: Qwen2-VL's own is" in problem
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 2.5},
+        {"hidden_size": "8"},
+        {"num_attention_heads": 0},
+        {"vocab_size": True},
+        {"audio_hidden_size": "x", "audio_encoder_config": None},
+        {"vision_config": {**CONFIG["vision_config"], "depth": 10**9}},
+        {"vision_config": {**CONFIG["vision_config"], "mlp_ratio": float("nan")}},
+        {"vision_config": {**CONFIG["vision_config"], "temporal_patch_size": "x"}},
+        {"audio_encoder_config": {"encoder_layers": 10**9}},
+    ],
+    ids=str,
+)
+def test_a_size_that_none_can_be_is_one_line(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """10⁹ layers took 7 GB of names."""
+    data = of(tmp_path, architecture(tmp_path), {**CONFIG, **changes})
+    (problem,) = data["problems"]
+    key = next(iter(changes))
+    assert "config.json: " in problem and key in problem and ", expected a" in problem and len(problem) < 400
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -136,10 +136,10 @@ def test_every_voice_speaks_the_same_each_time():
 
 def test_every_question_fits_into_the_audio_window():
     from surgvqa.demo.speech import Synthesiser, draw_voice
-    from surgvqa.demo.weights import Sizes
+    from surgvqa.demo.weights import DemoSizes
 
     rng = np.random.default_rng(1)
-    window = Sizes().audio_positions / 50
+    window = DemoSizes().audio_positions / 50
     longest = max((w for q in QUESTION_TYPES for w in (*q.in_template, q.out_of_template)), key=len)
     with Synthesiser() as espeak:
         waves = [espeak.speak(longest, draw_voice(rng)) for _ in range(20)]
@@ -164,10 +164,10 @@ def test_checkpoint_is_whole_bf16_and_of_the_known_architecture(tmp_path):
     from surgvqa.checkpoint.audit import audit
     from surgvqa.checkpoint.folder import open_checkpoint
     from surgvqa.demo.tokenizer import write_tokenizer
-    from surgvqa.demo.weights import Sizes, write_stage1
+    from surgvqa.demo.weights import DemoSizes, write_stage1
 
     ids = write_tokenizer(tmp_path, workspace.training_text())
-    write_stage1(tmp_path, Sizes(), ids, 0)
+    write_stage1(tmp_path, DemoSizes(), ids, 0)
     report = audit(open_checkpoint(tmp_path))
     assert report["ok"], report["problems"]
     assert set(report["dtypes"]) == {"BF16"}

@@ -106,7 +106,6 @@ def write_checkpoint(folder, sizes, without=""):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)  # sparse
     config = {"num_attention_heads": sizes.num_attention_heads, "num_key_value_heads": sizes.num_key_value_heads}
-    config["vision_config"] = {"num_heads": sizes.vision_heads}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
