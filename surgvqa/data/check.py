@@ -24,8 +24,9 @@ from rich.text import Text
 
 from surgvqa.config.options import CheckDataOptions
 from surgvqa.config.workspace import Workspace
+from surgvqa.data.jsonl import Problem
 from surgvqa.data.lookup import AudioIndex, FrameIndex, MissingFile
-from surgvqa.data.samples import Problem, Sample, majority_accuracy, scan_samples
+from surgvqa.data.samples import Sample, majority_accuracy, scan_samples
 from surgvqa.errors import UsageError
 from surgvqa.outcome import Outcome
 

@@ -24,10 +24,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from surgvqa.data.jsonl import BadLine, BlankLine, read_objects, text_field
 from surgvqa.errors import UsageError
-from surgvqa.files import read_jsonl
-from surgvqa.untrusted import json_kind
+from surgvqa.untrusted import printable
 
+IDS = ("question_id", "video_id")
+OPTIONAL_TEXT = ("ground_truth", "question", *IDS)
 POLAR = ("yes", "no")
 NEGATION = r"\b(?:no|not|never|without|neither|nor|cannot|\w+n't)\b"
 CLAUSE_END = r"[,.;:!?](?!\d)|\b(?:but|instead|rather|although|while)\b"
@@ -136,25 +138,25 @@ def _score_type(group: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
-    """The predictions of a JSONL file: `question_type`, `short_answer` and `predicted_answer` are needed in each line.
+    """The predictions of a JSONL file; blank lines are skipped.
 
-    Raises UsageError with file and line for what is unreadable or lacks a field.
+    Each line needs `question_type`, `short_answer` and `predicted_answer`. Labels and answers may be numbers and become
+    text; further fields that are known must have their type. Raises UsageError with file, line and field.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"{path}: cannot read the predictions: no such file")
     predictions = []
-    for number, prediction in read_jsonl(Path(path), "one prediction a line"):
-        for key in ("question_type", "short_answer", "predicted_answer"):
-            found = prediction.get(key) if isinstance(prediction, dict) else prediction
-            if not isinstance(prediction, dict) or not isinstance(found, str):
-                instead = "" if found is None else f"; it is {json_kind(found)}"
-                raise UsageError(
-                    f"{path}:{number}: no text field {key!r}{instead}, expected a line that `evaluate` wrote"
-                )
-        truth = prediction.get("ground_truth")
-        if truth is not None and not isinstance(truth, str):
-            raise UsageError(f"{path}:{number}: ground_truth is {json_kind(truth)}, expected text")
-        predictions.append(prediction)
-    if not predictions:
-        raise UsageError(f"{path}: no predictions in it")
+    for number, record in read_objects(path, "a JSONL file of predictions"):
+        if isinstance(record, BlankLine):
+            continue
+        try:
+            if isinstance(record, BadLine):
+                raise record
+            for field in ("question_type", "short_answer"):
+                record[field] = text_field(record, field, numbers=True)
+            record["predicted_answer"] = text_field(record, "predicted_answer", numbers=True, empty=True)
+            for field in OPTIONAL_TEXT:
+                if record.get(field) is not None:
+                    record[field] = text_field(record, field, numbers=field in IDS, empty=True)
+        except BadLine as bad:
+            raise UsageError(f"{printable(str(path))}:{number}: {bad}") from None
+        predictions.append(record)
     return predictions
