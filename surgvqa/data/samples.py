@@ -50,12 +50,23 @@ class Sample:
     @property
     def wording(self) -> str:
         """The question as questions are compared: without case and extra spaces."""
-        return " ".join(self.question.split()).casefold()
+        return wording_of(self.question)
+
+    @property
+    def frame_numbers(self) -> list[int] | None:
+        """The numbers in the frames' names; None when one has none."""
+        numbers = [frame.rpartition("_")[2] for frame in self.frames]
+        return [int(n) for n in numbers] if all(n.isdecimal() and len(n) < 19 for n in numbers) else None
 
     @property
     def place(self) -> str:
         """`file:line`, for messages."""
         return f"{self.file}:{self.line}" if self.file else self.id
+
+
+def wording_of(question: str) -> str:
+    """A question as questions are compared: without case and extra spaces."""
+    return " ".join(question.split()).casefold()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
