@@ -61,8 +61,8 @@ class CheckDataOptions:
     """Every line of the JSONL files against the frames and the audio."""
 
     files: list[Path_] = option(help="JSONL files of samples")
-    frames_dir: Path_ = option(help="folder of frames: <frames_dir>/<video_id>/<frame>.jpg")
-    audio_dir: Path_ = option(help="folder of spoken questions")
+    frames_dir: Path_ | None = option(None, "folder of frames: <frames_dir>/<video_id>/<frame>.jpg")
+    audio_dir: Path_ | None = option(None, "folder of spoken questions")
     eval_audio_dir: Path_ | None = option(None, "folder of the later files' spoken questions (default: audio_dir)")
     deep: bool = option(False, "also decode every frame and every spoken question")
 
