@@ -9,12 +9,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
-from surgvqa.untrusted import json_kind, lines_of, load_json, not_utf8, parse_json
+from surgvqa.untrusted import json_kind, not_utf8, parse_json
 
 READ_AT_ONCE = 4 << 20
 """Bytes of one read while a file is hashed."""
@@ -75,21 +75,6 @@ def read_text(file: Path) -> str:
         raise UsageError(f"{file}: {error.strerror}, so it cannot be read") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: {not_utf8(error)}") from None
-
-
-def read_jsonl(file: Path, expected: str) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line of a JSONL file that is not blank; strings stay as they are in the file.
-
-    Raises UsageError, with the line, for what is not JSON; `expected` says what the file should hold.
-    """
-    for number, line in enumerate(lines_of(read_text(file)), 1):
-        if not line.strip():
-            continue
-        try:
-            found = load_json(line)
-        except ValueError as error:
-            raise UsageError(f"{file}:{number}: not JSON ({error}); expected {expected}") from None
-        yield number, found
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -99,15 +99,18 @@ def answer(outcome: Outcome, as_json: bool) -> None:
 def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], argv: list[str]) -> Outcome:
     """Resolves the options and runs the command's room."""
     command = COMMANDS[name]
-    if command.needs_train:
-        missing = [package for package in TRAIN_PACKAGES if importlib.util.find_spec(package) is None]
-        if missing:
-            raise SurgvqaError(f"{', '.join(missing)} not installed here; {name} needs: pip install 'surgvqa[train]'")
-        allocator.grow_segments()
     given_root = arguments.workspace
     if given_root and not Path(given_root).is_dir():
         raise UsageError(f"--workspace {given_root}: no such folder")
     workspace = load_workspace(Path(given_root) if given_root else find_workspace())
+    only_scores = name == "evaluate" and bool(
+        getattr(arguments, "predictions", None) or workspace.value("predictions", name)
+    )
+    if command.needs_train and not only_scores:
+        missing = [package for package in TRAIN_PACKAGES if importlib.util.find_spec(package) is None]
+        if missing:
+            raise SurgvqaError(f"{', '.join(missing)} not installed here; {name} needs: pip install 'surgvqa[train]'")
+        allocator.grow_segments()
     module, _, function = command.room.partition(":")
     if name not in options.COMMAND_OPTIONS:
         answered: Outcome = getattr(importlib.import_module(module), function or "run")(arguments, workspace)
@@ -128,10 +131,12 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
     if not command.job:
         answered = room.run(resolved.options, workspace)
         return answered
-    if getattr(resolved.options, "dry_run", False):  # only a question: it leaves no run folder
+    if only_scores or getattr(resolved.options, "dry_run", False):  # only a question: it leaves no run folder
         with tempfile.TemporaryDirectory() as folder:
             run = new_run(name, resolved, Workspace(Path(folder), {}, {}), argv=argv)
-            return run_job(run, partial(room.run, resolved.options))
+            answered = run_job(run, partial(room.run, resolved.options))
+        answered.data.pop("run")  # it is gone
+        return answered
     if arguments.detach:
         rest = [a for a in argv[argv.index(name) + 1 :] if a not in ("--detach", "--json")]
         started = launch(name, rest, Path.cwd(), workspace.runs_dir)

@@ -82,10 +82,12 @@ def add_option(parser: argparse.ArgumentParser, setting: settings.Setting, posit
         if not setting.repeated and not setting.required:
             arguments["nargs"] = "?"
         parser.add_argument(setting.name, **arguments)
-    elif setting.type is bool:
-        parser.add_argument(f"--{setting.name}", nargs="?", const="true", **arguments)
+        return
+    names = [f"--{name}" for name in (setting.name, *setting.old_names)]
+    if setting.type is bool:
+        parser.add_argument(*names, dest=setting.name, nargs="?", const="true", **arguments)
     else:
-        parser.add_argument(f"--{setting.name}", **arguments)
+        parser.add_argument(*names, dest=setting.name, **arguments)
 
 
 def normalise(argv: list[str]) -> list[str]:

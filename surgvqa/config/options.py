@@ -42,7 +42,12 @@ class DataOptions:
     """How a sample is shown to the model; shared by train, evaluate, ask and budget."""
 
     num_frames: int = option(8, "frames shown of each sample, evenly spaced over its clip", least=1)
-    image_size: int = option(512, "longest side of a frame in pixels; larger frames are scaled down", least=28)
+    image_size: int = option(
+        512,
+        "longest side of a frame in pixels; larger frames are scaled down",
+        least=28,
+        old_names=("max_image_size",),
+    )
     input_mode: str = option(
         "audio_only",
         "how the question reaches the model: spoken only, or spoken and written (as in the old script; it lets "
@@ -56,8 +61,8 @@ class CheckDataOptions:
     """Every line of the JSONL files against the frames and the audio."""
 
     files: list[Path_] = option(help="JSONL files of samples")
-    frames_dir: Path_ = option(help="folder of frames: <frames_dir>/<video_id>/<frame>.jpg")
-    audio_dir: Path_ = option(help="folder of spoken questions")
+    frames_dir: Path_ | None = option(None, "folder of frames: <frames_dir>/<video_id>/<frame>.jpg")
+    audio_dir: Path_ | None = option(None, "folder of spoken questions")
     eval_audio_dir: Path_ | None = option(None, "folder of the later files' spoken questions (default: audio_dir)")
     deep: bool = option(False, "also decode every frame and every spoken question")
 
@@ -161,7 +166,9 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
 class EvaluateOptions(DataOptions, CacheOptions):
     """Greedy answers to every sample, scored by question type."""
 
-    checkpoint: Path_ | None = option(None, "adapter folder, checkpoint folder, or run id")
+    checkpoint: Path_ | None = option(
+        None, "adapter folder, checkpoint folder, or run id", old_names=("checkpoint_path",)
+    )
     model_name_or_path: Path_ | None = option(
         None, "base checkpoint of an adapter (default: the one it was trained on)"
     )
@@ -169,7 +176,11 @@ class EvaluateOptions(DataOptions, CacheOptions):
     frames_dir: Path_ | None = option(None, "folder of frames: <frames_dir>/<video_id>/<frame>.jpg")
     audio_dir: Path_ | None = option(None, "folder of spoken questions")
     eval_audio_dir: Path_ | None = option(None, "folder of spoken evaluation questions (default: audio_dir)")
-    predictions: Path_ | None = option(None, "score this predictions JSONL instead of running a model")
+    train_data_path: Path_ | None = option(None, "JSONL file of the training, whose majority is then scored as well")
+    predictions: Path_ | None = option(
+        None, "score this predictions JSONL instead of running a model; leaves no run folder"
+    )
+    output_file: Path_ | None = option(None, "write the predictions with their scores to this JSONL file as well")
     batch_size: int | None = option(
         None,
         "samples generated together (default: 8, on a GPU as many of them as are predicted to fit the budget)",

@@ -27,6 +27,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
     *,
+    old_names: tuple[str, ...] = (),
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -34,9 +35,11 @@ def option(
     """A dataclass field that is also a command-line option and a key of surgvqa.toml.
 
     A number has to be at least `least`, more than `above` and less than `below`; see `require_bounds`.
+    `old_names`: what the author's scripts call it; the command line takes these too.
     """
     bounds = Bounds(least, above, below)
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "bounds": bounds})
+    metadata = {"help": help, "choices": choices, "metavar": metavar, "bounds": bounds, "old_names": old_names}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Setting:
     choices: tuple[str, ...] | None
     metavar: str | None
     bounds: Bounds = Bounds()
+    old_names: tuple[str, ...] = ()
 
     @property
     def required(self) -> bool:
@@ -103,6 +107,7 @@ def settings_of(options_class: type) -> dict[str, Setting]:
             f.metadata["choices"],
             f.metadata["metavar"],
             f.metadata["bounds"],
+            f.metadata["old_names"],
         )
     return found
 

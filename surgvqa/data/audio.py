@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from surgvqa.data.audio_container import missing_part
 from surgvqa.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,17 +23,21 @@ HOP = 160
 def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
     """The sound as float32 [samples], mono, 16 kHz, full scale 1, as the old script loads it.
 
-    Raises UsageError for a file that is missing, cannot be decoded, or holds nothing: never silence in its place.
+    Raises UsageError for a file that is missing, cannot be decoded, is cut short, or holds nothing: never silence in
+    its place, and never a part of a question.
     """
     if not os.path.isfile(path):
         raise UsageError(f"audio {os.fspath(path)} is missing, expected a spoken question")
     try:
-        waveform = _decode(os.fspath(path))
+        missing = missing_part(Path(path).read_bytes())
+        waveform = None if missing else _decode(os.fspath(path))
     except Exception as error:  # libsndfile's and audioread's own kinds, many without a text
         reason = str(error) or type(error).__name__
         raise UsageError(
             f"audio {os.fspath(path)} cannot be decoded ({reason}), expected mp3, wav, flac or ogg (m4a needs ffmpeg)"
         ) from None
+    if waveform is None:
+        raise UsageError(f"audio {os.fspath(path)} is cut short ({missing}), expected a whole file; copy it again")
     if not waveform.size:
         raise UsageError(f"audio {os.fspath(path)} holds no sound (0 samples), expected a spoken question")
     if not np.isfinite(waveform).all():

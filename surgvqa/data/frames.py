@@ -5,12 +5,13 @@ Each step is a pure function of one frame, so that a cache can be laid between a
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from surgvqa.errors import UsageError
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 T = TypeVar("T")
+MAX_ASPECT = 100
+"""Longest side over shortest. Upstream's image processor raises from 200 on, after shrinking has rounded the sides."""
+QUARTER_TURNS = (5, 6, 7, 8)
+"""Values of EXIF's orientation that exchange width and height."""
 
 
 def select_frames(frames: Sequence[T], count: int) -> list[T]:
@@ -32,24 +37,37 @@ def largest_frame(frame_paths: Iterable[Sequence[str]]) -> tuple[int, int]:
     one_each = {os.path.dirname(paths[0]): paths[0] for paths in frame_paths}
     sizes = []
     for path in one_each.values():
-        with Image.open(path) as file:
-            sizes.append(file.size)
+        with _named(path), Image.open(path) as file:
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) in QUARTER_TURNS
+            sizes.append(file.size[::-1] if turned else file.size)
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def load_frame(path: str | os.PathLike[str], image_size: int) -> Image.Image:
-    """The frame as RGB, its longest side at most `image_size` pixels (smaller frames stay as they are).
-
-    Raises UsageError for a file that is missing, truncated or no image: a frame is never replaced by a black one.
-    """
+@contextlib.contextmanager
+def _named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever Pillow raises on a broken file (OSError, SyntaxError, struct.error, …) as a UsageError with its name."""
     try:
-        with Image.open(os.fspath(path)) as file:
-            if file.mode.startswith(("I", "F")):  # Pillow would make all above 255 of it white
-                raise ValueError(f"mode {file.mode}: more than 8 bits a pixel; convert it to 8 bits")
-            image = file.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise anything on broken files: OSError, SyntaxError, struct.error, …
+        yield
+    except Exception as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be decoded ({error})"
         raise UsageError(f"frame {os.fspath(path)} {reason}, expected a whole image file") from None
+
+
+def load_frame(path: str | os.PathLike[str], image_size: int) -> Image.Image:
+    """The frame as RGB, upright, its longest side at most `image_size` pixels (smaller frames stay as they are).
+
+    A camera's EXIF orientation is applied. Raises UsageError for a file that is missing, truncated, no image, or too
+    long and thin for the vision tower: a frame is never replaced by a black one.
+    """
+    with _named(path), Image.open(os.fspath(path)) as file:
+        if file.mode.startswith(("I", "F")):  # Pillow would make all above 255 of it white
+            raise ValueError(f"mode {file.mode}: more than 8 bits a pixel; convert it to 8 bits")
+        image = ImageOps.exif_transpose(file).convert("RGB")
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UsageError(
+            f"frame {os.fspath(path)} is {width}×{height} pixels, expected no side over {MAX_ASPECT} times the other"
+        )
     image.thumbnail((image_size, image_size))  # Pillow's default filter, as the old script
     return image
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -16,6 +18,9 @@ from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
 from surgvqa.data.audio import HOP, SAMPLE_RATE
 from surgvqa.errors import UsageError
 from surgvqa.files import read_json
+from surgvqa.untrusted import one_line
+
+OLDER_LIMITS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 
 @dataclass
@@ -61,8 +66,7 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
         tokenizer = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise UsageError(f"{folder}: the tokenizer files cannot be read: {error}") from None
-    read_json(folder / "preprocessor_config.json")
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    image_processor = _image_processor(folder)
 
     positions = _shape(weights, "audio_encoder.embed_positions.weight")[0]
     mels = _shape(weights, "audio_encoder.conv1.weight")[1]
@@ -76,8 +80,11 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
     def id_of(key: str, token: str) -> int:
         """From config.json, which the model reads too; else the tokenizer's id of the usual token."""
         for place in (config, config.get("text_config") or {}):
-            if place.get(key) is not None:
-                return int(place[key])
+            value = place.get(key)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise UsageError(f"{folder / 'config.json'}: {key} is {value!r}, expected a token's number")
+            if value is not None:
+                return value
         return token_id(token)
 
     def token_id(token: str) -> int:
@@ -100,6 +107,28 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
         im_end_token_id=token_id("<|im_end|>"),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else token_id("<|endoftext|>"),
     )
+
+
+def _image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
+    """From preprocessor_config.json, whose limits stand as `min_pixels` and `max_pixels`, in `size` under these names
+    (transformers 4.49 to 4.51), or in `size` as `shortest_edge` and `longest_edge` (newer): areas in pixels, all three.
+    """
+    path = folder / "preprocessor_config.json"
+    settings = read_json(path)
+    size = settings.get("size")
+    limits: dict[str, Any] = {}
+    if isinstance(size, dict) and "shortest_edge" not in size:
+        limits["size"] = {new: settings.get(old, size.get(old)) for old, new in OLDER_LIMITS}
+    try:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **limits)
+        numbers = {name: getattr(processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
+        numbers |= {f"size.{name}": getattr(processor.size, name) for name in ("shortest_edge", "longest_edge")}
+    except Exception as error:  # whatever upstream's checks raise
+        raise UsageError(f"{path}: no image processor can be made of it: {one_line(str(error))}") from None
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UsageError(f"{path}: {name} is {value!r}, expected a whole number above 0")
+    return processor
 
 
 def _shape(checkpoint: Checkpoint, tensor: str) -> tuple[int, ...]:

@@ -7,15 +7,15 @@ is missing: a line that is not a sample, a frame or a question that is not there
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from surgvqa.data.jsonl import BadLine, Problem, read_objects, text_field
 from surgvqa.errors import UsageError
+from surgvqa.untrusted import json_kind
 
 TEXT_FIELDS = ("id", "video_id", "question", "question_type", "answer", "short_answer")
 NAME_FIELDS = ("id", "video_id", "question_type")
@@ -50,7 +50,13 @@ class Sample:
     @property
     def wording(self) -> str:
         """The question as questions are compared: without case and extra spaces."""
-        return " ".join(self.question.split()).casefold()
+        return wording_of(self.question)
+
+    @property
+    def frame_numbers(self) -> list[int] | None:
+        """The numbers in the frames' names; None when one has none."""
+        numbers = [frame.rpartition("_")[2] for frame in self.frames]
+        return [int(n) for n in numbers] if all(n.isdecimal() and len(n) < 19 for n in numbers) else None
 
     @property
     def place(self) -> str:
@@ -58,16 +64,9 @@ class Sample:
         return f"{self.file}:{self.line}" if self.file else self.id
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A line that is not a sample, and why."""
-
-    file: str
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.text}"
+def wording_of(question: str) -> str:
+    """A question as questions are compared: without case and extra spaces."""
+    return " ".join(question.split()).casefold()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -87,94 +86,46 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
 
 
 def scan_samples(path: str | os.PathLike[str]) -> tuple[list[Sample], list[Problem]]:
-    """The good lines as samples, the bad ones as problems. Raises UsageError when the file is unreadable or empty.
-
-    A byte order mark, CRLF and blank lines at the end are tolerated.
-    """
+    """The good lines as samples, the bad ones as problems. Raises UsageError when the file is unreadable or empty."""
     file = os.fspath(path)
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UsageError(f"{file}: {error.strerror or error}, expected a JSONL file of samples") from None
-    except ValueError as error:  # a NUL byte in the path
-        raise UsageError(f"{file!r}: {error}, expected a JSONL file of samples") from None
-    lines = content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
-    if lines == [b""]:
-        raise UsageError(f"{file}: empty, expected one JSON object a line")
     samples, problems = [], []
-    for number, line in enumerate(lines, 1):
+    for number, record in read_objects(path, "a JSONL file of samples"):
         try:
-            samples.append(_parse(line, number, file))
-        except _Bad as bad:
+            samples.append(_sample(record, number, file))
+        except BadLine as bad:
             problems.append(Problem(file, number, str(bad)))
     return samples, problems
 
 
-class _Bad(Exception):
-    """Why a line is no sample."""
-
-
-def _parse(line: bytes, number: int, file: str) -> Sample:
-    if not line.strip():
-        raise _Bad("the line is blank, expected a JSON object")
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _Bad(f"byte {error.start + 1} is not UTF-8, expected UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise _Bad(f"not JSON: {error.msg} at column {error.colno}, expected one JSON object a line") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
-        raise _Bad(f"not JSON that can be read: {error}") from None
-    if not isinstance(record, dict):
-        raise _Bad(f"the line is {_kind(record)}, expected a JSON object")
-    for field in TEXT_FIELDS:
-        _text(record, field)
+def _sample(record: dict[str, Any] | BadLine, number: int, file: str) -> Sample:
+    if isinstance(record, BadLine):
+        raise record
+    texts = {field: text_field(record, field) for field in TEXT_FIELDS}
     for field in NAME_FIELDS:
-        if not _is_file_name(record[field]):
-            raise _Bad(f"{field} is {shortened(record[field])}, expected text that can be part of a file name")
-    video_id = record["video_id"]
-    return Sample(frames=_frames(record, video_id), line=number, file=file, **{f: record[f] for f in TEXT_FIELDS})
-
-
-def _text(record: dict[str, Any], field: str) -> None:
-    if field not in record:
-        raise _Bad(f"{field} is missing, expected text")
-    value = record[field]
-    if not isinstance(value, str):
-        raise _Bad(f"{field} is {_kind(value)}, expected text")
-    if not value.strip():
-        raise _Bad(f"{field} is empty, expected text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Bad(f"{field} holds half of a surrogate pair, expected text") from None
+        if not _is_file_name(texts[field]):
+            raise BadLine(f"{field} is {shortened(texts[field])}, expected text that can be part of a file name")
+    return Sample(frames=_frames(record, texts["video_id"]), line=number, file=file, **texts)
 
 
 def _frames(record: dict[str, Any], video_id: str) -> tuple[str, ...]:
     expected = f"a list of names {video_id}_<frame number>"
     if "frames" not in record:
-        raise _Bad(f"frames is missing, expected {expected}")
+        raise BadLine(f"frames is missing, expected {expected}")
     frames = record["frames"]
     if not isinstance(frames, list):
-        raise _Bad(f"frames is {_kind(frames)}, expected {expected}")
+        raise BadLine(f"frames is {json_kind(frames)}, expected {expected}")
     if not frames:
-        raise _Bad(f"frames is an empty list, expected {expected}")
+        raise BadLine(f"frames is an empty list, expected {expected}")
     for index, frame in enumerate(frames):
         if not isinstance(frame, str):
-            raise _Bad(f"frames[{index}] is {_kind(frame)}, expected a name {video_id}_<frame number>")
+            raise BadLine(f"frames[{index}] is {json_kind(frame)}, expected a name {video_id}_<frame number>")
         if not frame.removeprefix(f"{video_id}_").isalnum() or not frame.startswith(f"{video_id}_"):
-            raise _Bad(f"frames[{index}] is {shortened(frame)}, expected {video_id}_<frame number>")
+            raise BadLine(f"frames[{index}] is {shortened(frame)}, expected {video_id}_<frame number>")
     return tuple(frames)
 
 
 def _is_file_name(text: str) -> bool:
     return text.isprintable() and not set(text) & set("/\\") and text not in (".", "..")
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in words."""
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return kinds.get(type(value), "an object")
 
 
 def shortened(text: str) -> str:

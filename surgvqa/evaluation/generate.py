@@ -40,8 +40,12 @@ AT_ONCE, AT_MOST = 8, 32
 step of generation takes a GPU little longer for more of them)."""
 
 
-def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], list[str], dict[str, Any]]:
-    """(samples, an answer to each, facts for the result). A sample that cannot be read ends the run with its error.
+def generate_answers(
+    options: EvaluateOptions, run: Run
+) -> tuple[list[Sample], list[tuple[str, float]], dict[str, Any]]:
+    """(samples, an answer to each and its share of the batch's milliseconds, facts for the result).
+
+    A sample that cannot be read ends the run with its error.
 
     How many are answered at once is what the options ask for, else what is predicted to fit the budget; when the GPU's
     memory runs out it is halved, down to one sample.
@@ -72,14 +76,17 @@ def generate_answers(options: EvaluateOptions, run: Run) -> tuple[list[Sample], 
         indexed, batch_size=None, collate_fn=_as_it_is, num_workers=workers, prefetch_factor=ahead
     )
     encoded = loaded(loader)
-    answers: list[str] = []
+    answers: list[tuple[str, float]] = []
     began = time.monotonic()
     with MemorySampler(run, answerer.device, budget_gb=options.budget_gb) as sampler:
         run.progress("generate", 0, len(dataset), "samples")
         while items := list(islice(encoded, largest)):
             while items:
                 try:
-                    answers += answerer.answer(items[:largest])
+                    asked = time.monotonic()
+                    texts = answerer.answer(items[:largest])
+                    milliseconds = 1000 * (time.monotonic() - asked) / len(texts)
+                    answers += [(text, milliseconds) for text in texts]
                     items = items[largest:]
                 except torch.OutOfMemoryError as error:
                     largest = _smaller_batch(min(largest, len(items)), error, options, run)

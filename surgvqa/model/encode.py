@@ -68,6 +68,7 @@ def open_store(
         "image_processor": processors.image_processor.to_dict(),
         "feature_extractor": processors.feature_extractor.to_dict(),
         "audio_tokens": processors.num_audio_tokens,
+        "orientation": "exif",  # entries of frames that were not turned upright are not taken
     }
     return FeatureStore(folder, encoder_fingerprint(weights, model.dtype), settings)
 

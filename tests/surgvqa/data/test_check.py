@@ -1,6 +1,8 @@
 """`surgvqa check-data` on small workspaces, each with one thing wrong, and on the real files."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,13 @@ def room(tmp_path, monkeypatch, capsys):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
 
-    def check(*arguments: str, frames="frames", audio="audio", **files):
+    def check(*arguments: str, frames: str | None = "frames", audio: str | None = "audio", **files):
         for name, lines in files.items():
             text = "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
             Path(f"{name}.jsonl").write_text(text)
         names = [f"{name}.jsonl" for name in files]
-        code = main(["check-data", *names, "--frames_dir", frames, "--audio_dir", audio, *arguments, "--json"])
+        folders = [*(["--frames_dir", frames] if frames else []), *(["--audio_dir", audio] if audio else [])]
+        code = main(["check-data", *names, *folders, *arguments, "--json"])
         output = capsys.readouterr()
         return code, json.loads(output.out) if output.out else output.err
 
@@ -122,6 +125,16 @@ def test_deep_decodes_everything(room):
     lines = [line(), line("qa_2")]
     code, data = room("--deep", train=lines)
     assert code == 0 and data["silent_audio_list"] == ["audio/v1/qa_2.mp3"]
+    assert data["long_audio_list"] == data["same_audio_list"] == []
+    soundfile.write("audio/v1/qa_1.wav", numpy.ones(31 * 16_000) / 2, 16_000)
+    Path("audio/v1/qa_2.mp3").rename("kept.mp3")
+    Path("audio/v1/qa_2.wav").write_bytes(Path("audio/v1/qa_1.wav").read_bytes())
+    code, data = room("--deep", train=[line(), line("qa_2", question="Something else?")])
+    assert code == 0 and len(data["long_audio_list"]) == 2 and "31.0 s, heard are 30 s" in data["long_audio_list"][0]
+    assert len(data["same_audio_list"]) == 1 and "asks another than" in data["same_audio_list"][0]
+    assert room("--deep", train=lines)[1]["same_audio_list"] == [], "the same question may sound the same"
+    Path("audio/v1/qa_2.wav").unlink()
+    Path("kept.mp3").rename("audio/v1/qa_2.mp3")
     Path("frames/v1/2.jpg").write_bytes(Path("frames/v1/2.jpg").read_bytes()[:200])
     Path("audio/v1/qa_1.wav").write_bytes(b"RIFF")
     code, data = room("--deep", train=lines)
@@ -129,6 +142,50 @@ def test_deep_decodes_everything(room):
         "frame frames/v1/2.jpg",
         "audio audio/v1/qa_1.wav",
     ]
+
+
+def test_the_text_alone_is_enough(room, capsys):
+    code, data = room(frames=None, audio=None, train=[line(), line("qa_2", label="yes")])
+    assert code == 0 and data["ok"] and data["not_checked"] == ["frames", "audio"]
+    assert data["missing_frames"] is None and data["missing_audio"] is None
+    assert room(audio=None, train=[line()])[1]["not_checked"] == ["audio"]
+    assert room(frames=None, audio=None, train=["{"])[0] == 1
+    assert main(["check-data", "train.jsonl"]) == 1
+    assert "not looked at: frames and audio" in " ".join(capsys.readouterr().out.split())
+    code, error = room("--deep", frames=None, audio=None, train=[line()])
+    assert code == 2 and "--deep decodes frames and recordings" in error
+
+
+def test_wordings_clusters_and_odd_samples(room):
+    train = [
+        line("qa_1", frames=("v1_1", "v1_9")),
+        line("qa_2", frames=("v1_20", "v1_30"), question="Any tool?"),
+        line("qa_3", frames=("v1_200", "v1_190")),
+        line("qa_4", frames=("v1_1", "v1_9")) | {"answer": "It is clean."},
+        line("qa_5", frames=("v1_900",), kind="size", question="How big?", label="5"),
+    ]
+    later = [line("qa_6", frames=("v1_1", "v1_9"), question="A tool?"), line("qa_7", video="v2", frames=("v2_1",))]
+    data = room(frames=None, audio=None, train=train, eval=later)[1]
+    first, second = data["files"]
+    assert first["clusters"] == 3 and second["clusters"] == 2
+    assert first["wordings"] == {"size": 1, "tool": 2} and data["wordings"] == {"size": 1, "tool": 3}
+    assert data["unseen_wordings"] == {"tool": 1}
+    assert data["duplicates_list"] == ["train.jsonl:4"] == data["answers_without_label_list"]
+    assert data["frames_out_of_order_list"] == ["train.jsonl:3"]
+    assert data["shared_clips_examples"] == ["v1 v1_1"] and data["shared_frames_examples"] == ["v1_1", "v1_9"]
+
+
+def test_thousands_of_lines_are_checked_without_anything_heavy(tmp_path):
+    """5,200 lines took 0.4 s on two cores; what would make it slow, torch or numpy, is not imported at all."""
+    rows = [line(f"qa_{n}", frames=[f"v1_{100 * n + i}" for i in range(8)], label="no") for n in range(5200)]
+    (tmp_path / "big.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = (
+        "import sys; from surgvqa.cli.main import main; code = main(['check-data', 'big.jsonl', '--json']);"
+        "sys.exit(code or 3 * bool({'torch', 'numpy', 'PIL', 'librosa'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"][0]["clusters"] == 5200
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no shared/data")
@@ -145,12 +202,13 @@ def test_the_real_files_without_their_frames(tmp_path, capsys):
         "ids that stand for more than one question: 43, 0 of them inside one file",
         "clips in more than one file: 50",
         "question types with a single label in in_002-001.jsonl: 7 of 14",
+        "independent clips of in_002-001.jsonl: 40 clusters of 50 samples",
     ):
         assert text in " ".join(shown.split())
 
 
 def test_the_bar_shows_the_shares():
-    from surgvqa.data.check import _bar
+    from surgvqa.data.check_view import _bar
 
     assert _bar([3]) == "━" * 20
     assert _bar([3, 1]) == "━" * 15 + "╍" * 5

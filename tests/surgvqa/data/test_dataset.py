@@ -1,5 +1,6 @@
 """Frames, sound, prompt and batch: against the author's processors and batch, and what broken files are told."""
 
+import json
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from surgvqa.errors import UsageError
 Image = pytest.importorskip("PIL.Image")
 soundfile = pytest.importorskip("soundfile")
 from surgvqa.data.audio import SAMPLE_RATE, load_audio  # noqa: E402
-from surgvqa.data.frames import load_frame, select_frames  # noqa: E402
+from surgvqa.data.frames import largest_frame, load_frame, select_frames  # noqa: E402
 
 QUESTION, ANSWER = "What is the size of the lesion?", "The lesion is about 5 mm."
 
@@ -76,6 +77,48 @@ def test_a_broken_frame_is_named_and_never_black(tmp_path):
             load_frame(tmp_path / name, 512)
     with pytest.raises(UsageError, match=r"frame .*/none.jpg is missing"):
         load_frame(tmp_path / "none.jpg", 512)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_frame_is_turned_upright_as_its_exif_says(tmp_path, orientation, suffix):
+    upright = noise(200, 300)
+    stored = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # the turn that a viewer undoes
+    image = upright if stored is None else upright.transpose(stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"frame.{suffix}"
+    image.save(file, exif=exif, **({"quality": 95} if suffix == "jpg" else {}))
+    shown = load_frame(file, 512)
+    assert shown.size == upright.size == largest_frame([[str(file)]])
+    assert np.abs(np.asarray(shown, dtype=int) - np.asarray(upright, dtype=int)).mean() < 8
+
+
+@pytest.mark.parametrize("size", [(4, 1000), (1000, 4), (1, 201), (1830, 10)])
+def test_a_frame_too_long_and_thin_for_the_model_is_named(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "thin.png")
+    told = rf"thin\.png is {size[0]}×{size[1]} pixels, expected no side over 100 times the other"
+    with pytest.raises(UsageError, match=told):
+        load_frame(tmp_path / "thin.png", 512)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("size", [(1, 1), (1, 100), (3000, 30), (27, 29), (2000, 21)])
+@pytest.mark.parametrize("image_size", [28, 256, 512])
+def test_a_frame_that_is_taken_makes_patches(reference, tmp_path, size, image_size):
+    from surgvqa.data.frames import frame_patches
+
+    Image.new("RGB", size).save(tmp_path / "odd.png")
+    patches, (t, h, w) = frame_patches(
+        load_frame(tmp_path / "odd.png", image_size), reference.processors.image_processor
+    )
+    assert len(patches) == t * h * w > 0 and h % 2 == w % 2 == 0
+
+
+def test_the_largest_frame_of_a_broken_file_is_named(tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(UsageError, match=r"frame .*/text\.jpg cannot be decoded"):
+        largest_frame([[str(tmp_path / "text.jpg")]])
 
 
 # --- sound ------------------------------------------------------------------------------------------------------------
@@ -242,6 +285,44 @@ def test_what_a_checkpoint_lacks_is_named(reference, tmp_path, missing, told):
     shutil.copytree(reference.stage1, copy, ignore=shutil.ignore_patterns(*missing))
     with pytest.raises(UsageError, match=told):
         load_processors(copy)
+
+
+SMALL = {"min_pixels": 3136, "max_pixels": 50176}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "limits",
+    [SMALL, {"size": SMALL}, {"size": {"shortest_edge": 3136, "longest_edge": 50176}}, SMALL | {"size": SMALL}],
+)
+def test_every_transformers_way_to_write_the_limits_of_a_frame(tmp_path, limits):
+    from surgvqa.data.processors import _image_processor
+
+    settings = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | limits))
+    grid = _image_processor(tmp_path)(images=[noise(480, 640)], return_tensors="np")["image_grid_thw"]
+    assert grid.tolist() == [[1, 12, 18]]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"size": {"height": 224, "width": 224}}, "size.shortest_edge is None"),
+        ({"size": 224}, "size.longest_edge is None"),
+        ({"size": {"min_pixels": 3136}}, "size.longest_edge is None"),
+        ({"min_pixels": "small"}, "size.shortest_edge is 'small'"),
+        ({"patch_size": None}, "patch_size is None"),
+        ({"merge_size": 0}, "merge_size is 0"),
+    ],
+)
+def test_limits_that_are_none_are_named(tmp_path, settings, told):
+    from surgvqa.data.processors import _image_processor
+
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UsageError, match=rf"preprocessor_config\.json: {told}") as error:
+        _image_processor(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # --- dataset and collator ---------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ def test_byte_order_mark_crlf_and_blank_end_are_tolerated(tmp_path):
         (record(frames=["002-001_1", 2]), "frames[1] is a number, expected a name 002-001_<frame number>"),
         (record(frames=["002-002_1"]), "frames[0] is '002-002_1', expected 002-001_<frame number>"),
         (record(frames=["002-001_../1"]), "frames[0] is '002-001_../1', expected 002-001_<frame number>"),
+        ('{"id": "a", "id": "b"}', "id is given twice, expected each key once"),
+        ('{"id": "a", "support": {"x": 1, "y": 2, "x": 1}}', "x is given twice, expected each key once"),
+        (json.dumps(record(note=["\ud800"])), "note holds half of a surrogate pair, expected text"),
         ("[" * 100_000, "not JSON that can be read"),
         ('{"id": ' + "9" * 10_000 + "}", "not JSON that can be read"),
     ],
@@ -91,6 +94,20 @@ def test_a_bad_line_is_told_with_its_place(tmp_path, line, told):
     with pytest.raises(UsageError) as error:
         read_samples(file)
     assert str(error.value) == str(problems[0]) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x0c", "\x1c", "\x0b"])
+def test_a_line_ends_at_a_newline_only(tmp_path, separator):
+    question = f"A{separator}B?"
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps(record(question=question), ensure_ascii=separator < " ") + "\n", encoding="utf-8")
+    assert [s.question for s in read_samples(file)] == [question]
+
+
+def test_utf_16_is_named(tmp_path):
+    (tmp_path / "windows.jsonl").write_text(json.dumps(record()), encoding="utf-16")
+    with pytest.raises(UsageError, match=r"windows\.jsonl: the text is UTF-16, expected UTF-8"):
+        read_samples(tmp_path / "windows.jsonl")
 
 
 def test_bytes_that_are_no_utf8(tmp_path):

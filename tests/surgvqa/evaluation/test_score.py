@@ -99,29 +99,42 @@ def test_collapse_needs_two_labels_in_the_truth():
     assert report["majority_accuracy"] == pytest.approx((5 + 1 + 1 + 1) / 12)
 
 
-WHOLE = '{"question_type": "a", "short_answer": "b", "predicted_answer": "b"}'
+GOOD = '{"question_type": "t", "short_answer": "no", "predicted_answer": "No."}'
 
 
-@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-@pytest.mark.parametrize("inside", ["\u2028", "\u0085", "\\ud800"])
-def test_predictions_are_read_however_they_were_saved(tmp_path, before, end, inside):
-    line = WHOLE.replace("b", f"b{inside}b").encode()
-    (tmp_path / "p.jsonl").write_bytes(before + line + end + line + end)
-    report = score(read_predictions(tmp_path / "p.jsonl"))
-    assert report["samples"] == 2 and report["keyword_accuracy"] == 1.0
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD.encode("utf-8-sig"),
+        f"{GOOD}\r\n\r\n{GOOD}\r\n".encode(),
+        GOOD.replace("No.", "No.\u2028Clean.").encode(),
+        GOOD.replace("No.", "No.\u0085Clean.").encode(),
+        f'{GOOD[:-1]}, "question_id": 7, "video_id": null, "ground_truth": null}}'.encode(),
+        GOOD.replace('"no"', "5").replace("No.", "About 5 mm.").encode(),
+        GOOD.replace('"no"', "2.5").replace('"No."', "2.5").encode(),
+    ],
+)
+def test_prediction_files_as_people_have_them(tmp_path, content):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    report = score(read_predictions(file))
+    assert report["keyword_accuracy"] == report["label_accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("{", ":1: not JSON"),
-        ('{"question_type": "a", "short_answer": "b"}', ":1: no text field 'predicted_answer'"),
-        ('{"question_type": "a", "short_answer": 1}', ":1: no text field 'short_answer'; it is a number"),
-        (f'{WHOLE}\n{WHOLE[:-1]}, "ground_truth": 0}}', ":2: ground_truth is a number, expected text"),
-        ("[1]", ":1: no text field 'question_type'; it is a list"),
-        ("[" * 100_000, ":1: not JSON"),
-        ("\n", "no predictions"),
+        ('{"question_type": "a", "short_answer": "b"}', ":1: predicted_answer is missing, expected text"),
+        ("[1]", ":1: the line is a list, expected a JSON object"),
+        ("\n", ": empty, expected one JSON object a line"),
+        (f"{GOOD}\n\n{GOOD[:-1]}, {GOOD[1:]}", ":3: question_type is given twice"),
+        (f'{GOOD[:-1]}, "ground_truth": 5}}', ":1: ground_truth is a number, expected text"),
+        (f'{GOOD[:-1]}, "question": ["?"]}}', ":1: question is a list, expected text"),
+        (f'{GOOD[:-1]}, "note": "\\ud800"}}', ":1: note holds half of a surrogate pair"),
+        (GOOD.replace('"no"', "true"), ":1: short_answer is true or false, expected text"),
+        (GOOD.replace('"no"', '" "'), ":1: short_answer is empty, expected text"),
+        (GOOD.replace('"No."', "null"), ":1: predicted_answer is null, expected text"),
     ],
 )
 def test_bad_prediction_files_are_named(tmp_path, text, problem):
@@ -130,5 +143,5 @@ def test_bad_prediction_files_are_named(tmp_path, text, problem):
     with pytest.raises(UsageError, match=r"p\.jsonl") as caught:
         read_predictions(file)
     assert problem in str(caught.value)
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="No such file or directory, expected a JSONL file of predictions"):
         read_predictions(tmp_path / "absent.jsonl")

@@ -1,0 +1,144 @@
+"""Whether a sound file is whole, from its container alone: decoders give what is left of a file cut short, in silence.
+
+An interrupted download or copy leaves a WAV, MP3, Ogg or MP4 file whose header promises more than follows.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import struct
+
+STREAMED = 0x7FFF0000
+"""A WAV writer that cannot go back to fill in the size leaves one from here to 2³² − 1, or 0."""
+MPEG_KBPS = {
+    (True, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (True, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (False, 1): (0, 32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (False, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (False, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+"""{(MPEG-1, layer): kbit/s by index} (ISO/IEC 11172-3 and 13818-3)."""
+MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+"""{version bits: samples a second by index}."""
+
+
+def missing_part(data: bytes) -> str | None:
+    """What a sound file's header promises and the file lacks, in words; None for a whole file and unknown formats."""
+    if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
+        return _wav(data)
+    if data[:4] == b"OggS":
+        return _ogg(data)
+    if data[4:8] == b"ftyp":
+        return _mp4(data)
+    if data[:4] == b"fLaC":  # libsndfile itself refuses a part of one
+        return None
+    return _mp3(data)
+
+
+def _wav(data: bytes) -> str | None:
+    place, rate = 12, 0
+    while place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name == b"fmt " and place + 24 <= len(data):
+            rate = int.from_bytes(data[place + 16 : place + 20], "little")  # bytes a second
+        if name == b"data":
+            there = len(data) - place - 8
+            if size in (0, there) or size >= STREAMED or size <= there:
+                return None
+            return f"its header promises {_amount(size, rate)}, {_amount(there, rate)} are there"
+        place += 8 + size + size % 2
+    return "its header promises sound that is not there"
+
+
+def _amount(count: int, rate: int) -> str:
+    return f"{count / rate:.1f} s" if rate else f"{count:,} bytes"
+
+
+def _ogg(data: bytes) -> str | None:
+    """The last page is whole and says that it is the last (RFC 3533)."""
+    place, ended = 0, False
+    while data[place : place + 4] == b"OggS":
+        if place + 27 > len(data):
+            return "its last page is cut"
+        flags, segments = data[place + 5], data[place + 26]
+        lengths = data[place + 27 : place + 27 + segments]
+        end = place + 27 + segments + sum(lengths)
+        if len(lengths) < segments or end > len(data):
+            return "its last page is cut"
+        place, ended = end, bool(flags & 4)
+    return None if ended else "its last page is missing"
+
+
+def _mp4(data: bytes) -> str | None:
+    """Every box is there as long as it says (ISO/IEC 14496-12)."""
+    place = 0
+    while place + 8 <= len(data):
+        size, header = int.from_bytes(data[place : place + 4], "big"), 8
+        if size == 1 and place + 16 <= len(data):
+            size, header = int.from_bytes(data[place + 8 : place + 16], "big"), 16
+        if size == 0:  # to the end of the file
+            return None
+        if size < header or place + size > len(data):
+            name = data[place + 4 : place + 8].decode("latin-1")
+            return f"its part {name!r} promises {size:,} bytes, {len(data) - place:,} are there"
+        place += size
+    return None if place == len(data) else "its last part is cut"
+
+
+def _mp3(data: bytes) -> str | None:
+    """All frames that the Xing or VBRI header counts are there, and the last one is whole."""
+    place = 0
+    while data[place : place + 3] == b"ID3" and len(data) >= place + 10:  # each byte of its size has seven bits
+        a, b, c, d = data[place + 6 : place + 10]
+        place += 10 + (a << 21 | b << 14 | c << 7 | d)
+    promised, frames, samples, rate = None, 0, 0, 0
+    while header := _mpeg_frame(data, place):
+        length, samples, rate = header
+        if place + length > len(data):
+            if frames:
+                return _lacking(promised, frames, samples, rate) or "its last frame is cut"
+            return None  # a single would-be frame: perhaps no MP3 at all, the decoder knows
+        if not frames and promised is None and (counted := _counted(data[place : place + length])) is not None:
+            promised = counted
+        else:
+            frames += 1
+        place += length
+    return _lacking(promised, frames, samples, rate) if frames or promised else None
+
+
+def _lacking(promised: int | None, frames: int, samples: int, rate: int) -> str | None:
+    if promised is None or frames + 1 >= promised:  # some writers count the header's own frame
+        return None
+    seconds = samples / rate
+    return f"its header promises {promised * seconds:.1f} s, {frames * seconds:.1f} s are there"
+
+
+def _mpeg_frame(data: bytes, place: int) -> tuple[int, int, int] | None:
+    """(bytes, samples a channel, samples a second) of the MPEG audio frame here; None where there is none."""
+    if place + 4 > len(data):
+        return None
+    (word,) = struct.unpack_from(">I", data, place)
+    version, layer = word >> 19 & 3, 4 - (word >> 17 & 3)
+    kbps_index, rate_index, padding = word >> 12 & 15, word >> 10 & 3, word >> 9 & 1
+    if word >> 21 != 0x7FF or version == 1 or layer == 4 or kbps_index in (0, 15) or rate_index == 3:
+        return None
+    mpeg1 = version == 3
+    bits = 1000 * MPEG_KBPS[mpeg1, layer][kbps_index]
+    rate = MPEG_RATES[version][rate_index]
+    if layer == 1:
+        return (12 * bits // rate + padding) * 4, 384, rate
+    samples = 576 if layer == 3 and not mpeg1 else 1152
+    return samples // 8 * bits // rate + padding, samples, rate
+
+
+def _counted(frame: bytes) -> int | None:
+    """Frames of sound that follow this one, when it is a Xing, Info or VBRI header."""
+    for name in (b"Xing", b"Info"):
+        place = frame.find(name, 4, 64)
+        if place > 0 and place + 12 <= len(frame):
+            has_count = frame[place + 7] & 1
+            return int.from_bytes(frame[place + 8 : place + 12], "big") if has_count else None
+    if frame[36:40] == b"VBRI" and len(frame) >= 54:
+        return int.from_bytes(frame[50:54], "big")
+    return None
