@@ -35,7 +35,7 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*")):
-            if file.suffix in (".py", ".toml", ".tcss") and "__pycache__" not in file.parts:
+            if file.suffix in (".py", ".toml", ".tcss", ".html", ".css", ".js") and "__pycache__" not in file.parts:
                 digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -34,6 +34,7 @@ ENGINE = [
     "surgvqa.evaluation.command",
     "surgvqa.evaluation.ask",
     "surgvqa.evaluation.score",
+    "surgvqa.report",
     "surgvqa.demo.job",
     "presets",
 ]

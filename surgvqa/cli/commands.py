@@ -95,6 +95,12 @@ COMMANDS: dict[str, Command] = {
         "surgvqa.evaluation.ask",
         needs_train=True,
     ),
+    "report": Command(
+        "one HTML page of scores, samples with frames and sound, and answers side by side",
+        "surgvqa report last",
+        "surgvqa.report.command",
+        positional=("files",),
+    ),
     "presets": Command("the presets with their predicted peaks", "surgvqa presets", "surgvqa.memory.presets:presets"),
     "runs": Command("the runs of this workspace", "surgvqa runs", "surgvqa.runs.commands:runs"),
     "follow": Command(

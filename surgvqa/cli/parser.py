@@ -72,7 +72,7 @@ def add_option(parser: argparse.ArgumentParser, setting: settings.Setting, posit
     elif setting.choices:
         arguments["metavar"] = "{" + ",".join(setting.choices) + "}"
     if setting.repeated:
-        arguments["nargs"] = "+"
+        arguments["nargs"] = "+" if setting.required else "*"
     if positional:
         if not setting.repeated and not setting.required:
             arguments["nargs"] = "?"

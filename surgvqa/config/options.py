@@ -184,6 +184,24 @@ class EvaluateOptions(DataOptions, CacheOptions):
 
 
 @dataclass(kw_only=True)
+class ReportOptions:
+    """One HTML page of scores, samples and answers; opens without a server and without a network."""
+
+    files: list[str] | None = option(
+        None, "runs of `evaluate`, files of predictions, files of samples", metavar="RUN|FILE"
+    )
+    eval_data_path: Path_ | None = option(None, "JSONL file of the samples (default: the run's own)")
+    frames_dir: Path_ | None = option(None, "folder of frames: <frames_dir>/<video_id>/<frame>.jpg")
+    audio_dir: Path_ | None = option(None, "folder of spoken questions")
+    eval_audio_dir: Path_ | None = option(None, "folder of spoken evaluation questions (default: audio_dir)")
+    output: Path_ = option(Path_("report.html"), "the page")
+    title: str | None = option(None, "what stands at its top (default: the models' names)")
+    max_mb: float = option(40.0, "largest page in MB (1e6 bytes); thumbnails shrink to fit", above=0)
+    link: bool = option(False, "refer to frames and recordings by their path, embed none")
+    limit: int | None = option(None, "show the first LIMIT samples only", least=1)
+
+
+@dataclass(kw_only=True)
 class AskOptions(DataOptions):
     """One answer to one spoken question."""
 
@@ -247,5 +265,6 @@ COMMAND_OPTIONS: dict[str, type] = {
     "train": TrainOptions,
     "evaluate": EvaluateOptions,
     "ask": AskOptions,
+    "report": ReportOptions,
     "host": HostOptions,
 }

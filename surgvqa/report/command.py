@@ -1,0 +1,135 @@
+"""`surgvqa report`: one HTML page of scores, samples with their frames and recordings, and answers side by side."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from surgvqa.config.options import ReportOptions
+from surgvqa.config.workspace import Workspace
+from surgvqa.data.samples import Sample, read_samples
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.outcome import Outcome
+from surgvqa.report.collect import Inputs, join, read_inputs
+from surgvqa.report.media import Clip, Store, embed, find_media, link
+from surgvqa.report.page import GENERATOR, Page, render
+
+
+def check(options: ReportOptions) -> None:
+    """UsageError when the page would replace a file that is no report, or has no folder to be in."""
+    page = Path(options.output)
+    if page.is_dir() or not page.resolve().parent.is_dir():
+        what = "a folder" if page.is_dir() else "in a folder that is not there"
+        raise UsageError(f"output: {page} is {what}, expected a file name such as report.html")
+    if page.exists():
+        with open(page, "rb") as file:
+            if GENERATOR.encode() not in file.read(4096):
+                raise UsageError(f"output: {page} is there and is no report of ours; name another file")
+
+
+def run(options: ReportOptions, workspace: Workspace) -> Outcome:
+    """Writes the page, whole or not at all."""
+    began = time.monotonic()
+    inputs = read_inputs(options.files or (), workspace)
+    chosen = _folders(options, inputs, workspace)
+    samples = inputs.samples or (read_samples(chosen["eval_data_path"]) if chosen["eval_data_path"] else [])
+    if not samples and not inputs.models:
+        raise UsageError("nothing to show: name a run, a file of predictions or a file of samples")
+    entries, notes = join(samples, inputs.models)
+    shown = entries[: options.limit] if options.limit else entries
+    if len(shown) < len(entries):
+        notes.append(f"only the first {len(shown)} of {len(entries)} samples are shown (--limit)")
+    clips, store, more = _media(options, chosen, [entry.sample for entry in shown])
+    missing = sum(bool(clip.notes) for clip in clips)
+    if missing:
+        notes.append(f"{missing} samples lack a frame or a recording, or have an unreadable one (Show: with notes)")
+    page = Page(
+        title=options.title or " and ".join(model.name for model in inputs.models) or Path(samples[0].file).name,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        models=inputs.models,
+        entries=shown,
+        clips=clips,
+        parts=store.parts,
+        notes=[*notes, *more],
+        linked=options.link,
+    )
+    size = _write(Path(options.output), page)
+    data = {
+        "output": str(options.output),
+        "bytes": size,
+        "samples": len(shown),
+        "models": [model.name for model in inputs.models],
+        "frame_width": store.width or None,
+        "notes": page.notes,
+        "seconds": time.monotonic() - began,
+    }
+    return Outcome(data, show=lambda console: _show(console, data))
+
+
+def _folders(options: ReportOptions, inputs: Inputs, workspace: Workspace) -> dict[str, str | None]:
+    """Where samples, frames and recordings are: as the command line says, else as the run was given them, else as
+    surgvqa.toml says."""
+    chosen: dict[str, str | None] = {}
+    for name in ("eval_data_path", "frames_dir", "audio_dir", "eval_audio_dir"):
+        asked, of_run = getattr(options, name), inputs.defaults.get(name)
+        if of_run and asked in (None, workspace.value(name, "report")):
+            here = workspace.root / of_run
+            asked = str(here) if not os.path.exists(of_run) and here.exists() else of_run
+        chosen[name] = asked
+    return chosen
+
+
+def _media(
+    options: ReportOptions, chosen: dict[str, str | None], samples: list[Sample | None]
+) -> tuple[list[Clip], Store, list[str]]:
+    """Frames and recordings, embedded or linked, and what is not in the page, in words."""
+    store = Store(options.max_mb * 1e6)
+    audio_dir = chosen["eval_audio_dir"] or chosen["audio_dir"]
+    notes = [
+        f"no {what}: {name} is not set"
+        for what, name, given in (
+            ("frames", "frames_dir", chosen["frames_dir"]),
+            ("recordings", "audio_dir", audio_dir),
+        )
+        if not given and any(samples)
+    ]
+    clips = find_media(samples, chosen["frames_dir"], audio_dir)
+    if options.link:
+        link(clips, Path(options.output))
+    else:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("thumbnails")
+            store = embed(
+                clips, options.max_mb * 1e6, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    for kind, count in store.left_out.items():
+        room = f"{options.max_mb:g} MB"
+        notes.append(f"{count} {kind} did not fit into {room}; --max_mb N allows more, --link embeds none")
+    return clips, store, notes
+
+
+def _write(file: Path, page: Page) -> int:
+    """Its size in bytes."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="replace", newline="\n") as out:
+            out.writelines(render(page))
+        os.replace(temporary, file)
+    except OSError as error:
+        raise SurgvqaError(f"{file}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file.stat().st_size
+
+
+def _show(console: Any, data: dict[str, Any]) -> None:
+    from rich.markup import escape
+
+    console.print(f"{escape(data['output'])}: {data['samples']} samples, {data['bytes'] / 1e6:.1f} MB")
+    for note in data["notes"]:
+        console.print(f"  {escape(note)}", style="yellow")
