@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from surgvqa.config.options import ReportOptions
 from surgvqa.config.workspace import Workspace
-from surgvqa.data.samples import Sample, read_samples
+from surgvqa.data.samples import read_samples
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 from surgvqa.report.collect import Inputs, join, read_inputs
 from surgvqa.report.media import Clip, Store, embed, find_media, link
 from surgvqa.report.page import GENERATOR, Page, render
+
+MEDIA = {"frames_dir": "frames", "audio_dir": "recordings"}
+NAMES_BYTES = 120
+"""What a clip's names of strip and recording, and its notes, add to the page."""
 
 
 def check(options: ReportOptions) -> None:
@@ -41,27 +46,25 @@ def run(options: ReportOptions, workspace: Workspace) -> Outcome:
     shown = entries[: options.limit] if options.limit else entries
     if len(shown) < len(entries):
         notes.append(f"only the first {len(shown)} of {len(entries)} samples are shown (--limit)")
-    clips, store, more = _media(options, chosen, [entry.sample for entry in shown])
-    missing = sum(bool(clip.notes) for clip in clips)
-    if missing:
-        notes.append(f"{missing} samples lack a frame or a recording, or have an unreadable one (Show: with notes)")
     page = Page(
         title=options.title or " and ".join(model.name for model in inputs.models) or Path(samples[0].file).name,
         made=time.strftime("%Y-%m-%d %H:%M"),
         models=inputs.models,
         entries=shown,
-        clips=clips,
-        parts=store.parts,
-        notes=[*notes, *more],
+        clips=find_media([entry.sample for entry in shown], chosen["frames_dir"], chosen["audio_dir"]),
+        notes=notes,
         linked=options.link,
     )
+    if samples:
+        notes += [f"no {what}: {name} is not set" for name, what in MEDIA.items() if not chosen[name]]
+    width = _fill(page, options)
     size = _write(Path(options.output), page)
     data = {
         "output": str(options.output),
         "bytes": size,
         "samples": len(shown),
         "models": [model.name for model in inputs.models],
-        "frame_width": store.width or None,
+        "frame_width": width,
         "notes": page.notes,
         "seconds": time.monotonic() - began,
     }
@@ -78,39 +81,36 @@ def _folders(options: ReportOptions, inputs: Inputs, workspace: Workspace) -> di
             here = workspace.root / of_run
             asked = str(here) if not os.path.exists(of_run) and here.exists() else of_run
         chosen[name] = asked
+    chosen["audio_dir"] = chosen["eval_audio_dir"] or chosen["audio_dir"]
     return chosen
 
 
-def _media(
-    options: ReportOptions, chosen: dict[str, str | None], samples: list[Sample | None]
-) -> tuple[list[Clip], Store, list[str]]:
-    """Frames and recordings, embedded or linked, and what is not in the page, in words."""
-    store = Store(options.max_mb * 1e6)
-    audio_dir = chosen["eval_audio_dir"] or chosen["audio_dir"]
-    notes = [
-        f"no {what}: {name} is not set"
-        for what, name, given in (
-            ("frames", "frames_dir", chosen["frames_dir"]),
-            ("recordings", "audio_dir", audio_dir),
-        )
-        if not given and any(samples)
-    ]
-    clips = find_media(samples, chosen["frames_dir"], audio_dir)
+def _fill(page: Page, options: ReportOptions) -> int | None:
+    """Embeds or links frames and recordings, and notes what is not in the page. The thumbnails' width in pixels."""
+    store = None
     if options.link:
-        link(clips, Path(options.output))
+        link(page.clips, Path(options.output))
     else:
-        from rich.console import Console
-        from rich.progress import Progress
+        text_bytes = sum(len(piece.encode(errors="replace")) for piece in render(page))
+        store = _embed(page.clips, options.max_mb * 1e6 - text_bytes - NAMES_BYTES * (len(page.clips) + 10))
+        page.parts = store.parts
+        for kind, count in store.left_out.items():
+            room = f"{options.max_mb:g} MB"
+            page.notes.append(f"{count} {kind} did not fit into {room}; --max_mb N allows more, --link embeds none")
+    lacking = sum(bool(clip.notes) for clip in page.clips)
+    if lacking:
+        page.notes.append(f"{lacking} samples lack a frame or a recording, or have an unreadable one: Show, with notes")
+    return store.width if store else None
 
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("thumbnails")
-            store = embed(
-                clips, options.max_mb * 1e6, lambda done, total: bar.update(task, completed=done, total=total)
-            )
-    for kind, count in store.left_out.items():
-        room = f"{options.max_mb:g} MB"
-        notes.append(f"{count} {kind} did not fit into {room}; --max_mb N allows more, --link embeds none")
-    return clips, store, notes
+
+def _embed(clips: Sequence[Clip], limit_bytes: float) -> Store:
+    """With a bar on the terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("thumbnails")
+        return embed(clips, max(0.0, limit_bytes), lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def _write(file: Path, page: Page) -> int:

@@ -271,13 +271,20 @@ def test_what_is_missing_is_said_and_the_rest_shown(workspace):
 
 
 def test_thumbnails_shrink_until_the_page_fits_and_what_does_not_fit_is_said(workspace, capsys):
-    said = {}
-    for limit in ("40", "0.0025", "0.001"):
-        assert report("eval.jsonl", "--max_mb", limit, "--json") == 0
-        said[limit] = json.loads(capsys.readouterr().out)
-    assert said["40"]["frame_width"] == 320 > said["0.0025"]["frame_width"] > said["0.001"]["frame_width"] == 96
-    assert said["40"]["notes"] == said["0.0025"]["notes"] == []
-    assert any("did not fit into 0.001 MB" in note for note in said["0.001"]["notes"])
+    def made(limit_bytes):
+        assert report("eval.jsonl", "--max_mb", str(limit_bytes / 1e6), "--json") == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["bytes"] == (workspace / "report.html").stat().st_size
+        return said
+
+    whole = made(40e6)
+    assert whole["frame_width"] == 320 and whole["notes"] == []
+    smaller = made(whole["bytes"] + 1000)
+    assert smaller["bytes"] < whole["bytes"] and smaller["notes"] == []
+    assert 96 < smaller["frame_width"] < 320
+    short = made(whole["bytes"] - 1800)
+    assert short["bytes"] <= whole["bytes"] - 1800
+    assert any("did not fit into" in note for note in short["notes"])
 
 
 def test_an_exif_orientation_is_applied(workspace):
