@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import on
 from textual.app import App, ScreenStackError, SystemCommand
@@ -44,7 +44,7 @@ class Panel(App[None]):
 
     TITLE = "surgvqa"
     CSS_PATH = "panel.tcss"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
+    HORIZONTAL_BREAKPOINTS: list[tuple[int, str]] | None = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(TITLES.items(), 1)),
         Binding("h", "hosts", "host", tooltip="Choose where work is done: this machine or a GPU host"),
@@ -86,7 +86,8 @@ class Panel(App[None]):
         return "train" if merged and (Path(merged) / "config.json").is_file() else "merge"
 
     def _tick(self) -> None:
-        self.run_worker(self._refresh, group="tick", exclusive=True, exit_on_error=False)
+        work: Callable[[], Any] = self._refresh
+        self.run_worker(work, group="tick", exclusive=True, exit_on_error=False)
 
     async def _refresh(self) -> None:
         await self.refresh_runs()

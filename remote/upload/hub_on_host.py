@@ -88,10 +88,11 @@ def _listed(hub_id: str) -> dict[str, Any]:
     except Exception:  # offline, or the hub is down: each client version raises another kind
         folder = snapshot_download(name, revision=revision, local_files_only=True)
         paths = [os.path.join(at, file) for at, _, files in os.walk(folder) for file in files]
-        files = {os.path.relpath(path, folder): [os.path.getsize(path), None] for path in paths}
-        files = {path: entry for path, entry in files.items() if _wanted(path)}
-        return {"revision": os.path.basename(folder), "files": files, "download_bytes": 0, "local": folder}
-    files, download = {}, 0
+        cached = {os.path.relpath(path, folder): [os.path.getsize(path), None] for path in paths}
+        cached = {path: entry for path, entry in cached.items() if _wanted(path)}
+        return {"revision": os.path.basename(folder), "files": cached, "download_bytes": 0, "local": folder}
+    download = 0
+    files: dict[str, list[Any]] = {}
     for file in info.siblings or []:
         if _wanted(file.rfilename):
             files[file.rfilename] = [file.size, file.lfs.sha256 if file.lfs else None]

@@ -70,10 +70,10 @@ def data_sources(options: Any, workspace: Workspace) -> list[tuple[Path, str]]:
             file = audio.find(sample)
             add(file, f"{audio_name}/{file.relative_to(audio_dir).as_posix()}")
             for side in ("in", "out"):  # the question sets by which AudioIndex tells the two wordings apart
-                for place, name in ((Path(jsonl).parent, None), (Path(audio_dir), audio_name)):
+                for place, folder in ((Path(jsonl).parent, None), (Path(audio_dir), audio_name)):
                     wording = place / f"{side}_{sample.video_id}.jsonl"
                     if wording.is_file() and wording != Path(jsonl):
-                        add(wording, f"{name}/{wording.name}" if name else remote_name(wording, workspace))
+                        add(wording, f"{folder}/{wording.name}" if folder else remote_name(wording, workspace))
     if found:
         for file in sorted((workspace.root / "presets").glob("*.toml")):
             add(file, f"presets/{file.name}")
@@ -204,10 +204,10 @@ def compare(remote: Remote, ways: list[Way], data: list[Item]) -> dict[str, Any]
     if hub_problem and not ways:
         raise SurgvqaError(f"{remote.host.name}: {hub_problem}")
     rate = known_rate(remote.host.name) or 30e6
-    way = cheapest(ways, rate) if ways else None
+    chosen = cheapest(ways, rate) if ways else None
     return {
-        "way": way,
-        "chosen": way.name if way else None,
+        "way": chosen,
+        "chosen": chosen.name if chosen else None,
         "hub_problem": hub_problem,
         "bytes_per_s": rate,
         "free_bytes": answer["free"],

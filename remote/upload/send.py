@@ -32,7 +32,7 @@ def send_item(
     """Sends, verifies and publishes one item; goes on where an earlier attempt stopped."""
     began = time.monotonic()
     answer = remote.ask("begin", item=item.wire())
-    result = {"name": item.name, "bytes": item.bytes, "sent_bytes": 0, "streams": 0, "resent_bytes": 0}
+    result: dict[str, Any] = {"name": item.name, "bytes": item.bytes, "sent_bytes": 0, "streams": 0, "resent_bytes": 0}
     if answer["complete"]:
         run.phase("upload", f"{item.name}: already there")
         return {**result, "seconds": time.monotonic() - began}

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 from remote.agent.protocol import FRAME
 from remote.ssh.errors import Unreachable
@@ -59,7 +59,8 @@ class Stream:
             self.live = False
             return
         self.agent.begin({"op": "receive", "digest": transfer.item.digest}, self._heard, self._ended)
-        opened, file = -1, None
+        opened = -1
+        file: BinaryIO | None = None
         try:
             while (chunk := transfer.take(self)) is not None:
                 source = transfer.item.entries[chunk.index].source
@@ -67,6 +68,7 @@ class Stream:
                     if file:
                         file.close()
                     file, opened = open(source, "rb", buffering=0), chunk.index  # noqa: SIM115
+                assert file  # opened for the first chunk
                 self.agent.write(FRAME.pack(chunk.index, chunk.offset, chunk.length))
                 if self.agent.copy(file, chunk.offset, chunk.length) < chunk.length:
                     transfer.fail(changed(source))
@@ -141,7 +143,9 @@ class Transfer:
         self.history: list[tuple[int, float]] = []
         """(streams, bytes/s) as measured."""
         self._prefix = [0] * len(item.entries)
-        self._arrived: list[dict[int, int]] = [dict(map(tuple, done.get(i, []))) for i in range(len(item.entries))]
+        self._arrived: list[dict[int, int]] = [
+            {start: end for start, end in done.get(i, [])} for i in range(len(item.entries))
+        ]
         for index, entry in enumerate(item.entries):
             if self._advance(index) or not entry.size:
                 self._tell(index)

@@ -111,8 +111,8 @@ class ClipDataset:
         )
 
     def words(self, index: int) -> Item:
-        """Sample `index` without its frames: labels, with as many supervised ones as `self[index]` has, and the ids of a
-        prompt without frames."""
+        """Sample `index` without its frames: labels, with as many supervised ones as `self[index]` has, and the ids of
+        a prompt without frames."""
         return ids_and_labels(self.processors, (), **self._words(index))
 
     def _words(self, index: int) -> dict[str, Any]:

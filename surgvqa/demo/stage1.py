@@ -83,7 +83,7 @@ def fit_hearing(
     """
     import soxr
 
-    embeddings = model.get_input_embeddings().weight.numpy()
+    embeddings = model.get_input_embeddings().weight.numpy()  # type: ignore[operator]  # a Module's weight is typed Tensor | Module
     mark = LOUD * MARK * marks(embeddings.shape[1])[0]
     of_word = {w: mark + LOUD * embeddings[processors.tokenizer(" " + w)["input_ids"]].mean(0) for w in words}
     silence = embeddings[processors.tokenizer.convert_tokens_to_ids(SILENCE)]

@@ -73,7 +73,8 @@ def write_tokenizer(folder: Path, texts: Iterable[str], merges: int = 400) -> di
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL_TOKENS])
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    ids = {token: known[token] for token in SPECIAL_TOKENS}
 
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt

@@ -345,13 +345,13 @@ def _audio(rng: np.random.Generator, sizes: Sizes) -> Tensors:
             key[rows, :PLACE] = LOOK * np.eye(PLACE)
         tensors[f"{name}.self_attn.q_proj.weight"], tensors[f"{name}.self_attn.q_proj.bias"] = query, np.zeros(wide)
         tensors[f"{name}.self_attn.k_proj.weight"] = key
-        for linear, rows, columns, gain in (
+        for linear, outputs, inputs, gain in (
             ("self_attn.v_proj", wide, wide, 1.2),
             ("self_attn.out_proj", wide, wide, 1.2),
             ("fc1", sizes.audio_ffn, wide, 1.4),
             ("fc2", wide, sizes.audio_ffn, 1.0),
         ):
-            tensors |= _linear(rng, f"{name}.{linear}", rows, columns, gain)
+            tensors |= _linear(rng, f"{name}.{linear}", outputs, inputs, gain)
             if linear in ("self_attn.out_proj", "fc2"):
                 tensors[f"{name}.{linear}.weight"][:PLACE] = 0
     tensors |= _norm("audio_encoder.layer_norm", wide)
@@ -372,7 +372,7 @@ def _write_shards(folder: Path, tensors: Tensors, largest_bytes: int = 800_000) 
             filled = 0
         shards[-1][name] = tensor
         filled += 2 * tensor.size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_tensors(folder / file, shard)

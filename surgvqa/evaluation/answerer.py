@@ -21,7 +21,7 @@ from surgvqa.model.device import choose_attention, choose_device, choose_dtype
 from surgvqa.model.loading import load_model
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""torch's own kernels. cuDNN's, torch's choice on Hopper, seems to plan anew for each length, that is for each token."""
+"""torch's own kernels. cuDNN's, torch's choice on Hopper, seems to plan anew for each length, so for each token."""
 
 
 @dataclass

@@ -42,7 +42,7 @@ class HostFeed:
         try:
             self._learn()
             log = LogLines()
-            follower = Follower(self._port, self.run_id, {"log.txt": self._log_size() or 0})  # type: ignore[arg-type]
+            follower = Follower(self._port, self.run_id, {"log.txt": self._log_size() or 0})  # type: ignore[arg-type]  # a stand-in for a target
             for event in follower:
                 if event["kind"] in ("connection", "log"):
                     lines = log.feed(event["text"].encode()) if event["kind"] == "log" else []
@@ -86,7 +86,7 @@ class HostFeed:
             info, state = self._run_json(parent)
             if state in ACTIVE:
                 break
-            follower = Follower(self._port, parent, {"log.txt": self._log_size(parent, tail=0)})  # type: ignore[arg-type]
+            follower = Follower(self._port, parent, {"log.txt": self._log_size(parent, tail=0)})  # type: ignore[arg-type]  # a stand-in for a target
             events = [self._in_our_time(e) for e in curve_events(list(follower))] + events
         return events
 

@@ -124,7 +124,7 @@ class Field(Widget, can_focus=True):
         """Opens the editor; with `text`, what was typed before and could not be taken."""
         if self.editor is not None:
             return
-        suggester = PathSuggester(self.screen.workspace_root) if self.is_path else None  # type: ignore[attr-defined]
+        suggester = PathSuggester(self.screen.workspace_root) if self.is_path else None  # type: ignore[attr-defined]  # a PanelScreen
         self.editor = Editor(self.text if text is None else text, suggester)
         self.editor.styles.margin = (0, 0, 0, self.label_width)
         await self.mount(self.editor)
