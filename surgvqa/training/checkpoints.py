@@ -24,7 +24,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
     """(the newest checkpoint that can be resumed from, why each newer one cannot)."""
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in checkpoints(output_dir):
         damage = damage_of(checkpoint)
         if not damage:
@@ -60,9 +60,9 @@ def damage_of(checkpoint: Path) -> str | None:
     except (ValueError, KeyError, TypeError):
         return "trainer_state.json is damaged"
     try:
-        with open(checkpoint / ADAPTER, "rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_size))
+        with open(checkpoint / ADAPTER, "rb") as weights:
+            header_size = int.from_bytes(weights.read(8), "little")
+            header = json.loads(weights.read(header_size))
         end = max(row["data_offsets"][1] for key, row in header.items() if key != "__metadata__")
     except (ValueError, KeyError, TypeError, MemoryError, OverflowError):
         return f"{ADAPTER} is damaged"
