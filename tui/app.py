@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import on
 from textual.app import App, ScreenStackError, SystemCommand
@@ -20,7 +20,7 @@ from textual.widgets import Input
 from textual.worker import Worker
 
 from tui import log
-from tui.dialogs.confirm import Confirm
+from tui.dialogs.confirm import Confirm, when_yes
 from tui.dialogs.help import Help
 from tui.dialogs.hosts import HostKey, HostPicker
 from tui.screens.base import WIDE, PanelScreen, RunStarted, SetUpHost
@@ -53,7 +53,7 @@ class Panel(App[None]):
 
     TITLE = "surgvqa"
     CSS_PATH = "panel.tcss"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (WIDE, "-wide")]
+    HORIZONTAL_BREAKPOINTS: list[tuple[int, str]] | None = [(0, "-narrow"), (WIDE, "-wide")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         *(Binding(str(n), f"go('{mode}')", name, show=False) for n, (mode, name) in enumerate(TITLES.items(), 1)),
         Binding("h", "hosts", "host", tooltip="Choose where work is done: this machine or a GPU host"),
@@ -113,7 +113,8 @@ class Panel(App[None]):
         return "train" if merged and (Path(merged) / "config.json").is_file() else "merge"
 
     def _tick(self) -> None:
-        self.run_worker(self._refresh, group="tick", exclusive=True, exit_on_error=False)
+        work: Callable[[], Any] = self._refresh
+        self.run_worker(work, group="tick", exclusive=True, exit_on_error=False)
 
     async def _refresh(self) -> None:
         await self.refresh_runs()
@@ -181,7 +182,7 @@ class Panel(App[None]):
             self.exit()
             return
         detail = f"Edited here and not in surgvqa.toml: {', '.join(edited)}. Running jobs go on."
-        self.push_screen(Confirm("Quit and lose the edits?", detail, "quit"), lambda yes: self.exit() if yes else None)
+        self.push_screen(Confirm("Quit and lose the edits?", detail, "quit"), when_yes(self.exit))
 
     def action_hosts(self) -> None:
         """The list of hosts; the chosen one becomes the target."""

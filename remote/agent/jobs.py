@@ -52,9 +52,9 @@ def launch(
     for path in needs:
         if not os.path.lexists(within(workspace, path)):
             raise UsageError(f"{path} is not in {workspace}; run surgvqa-remote upload first")
-    path = unfinished(workspace, needs)
-    if path is not None:
-        raise SurgvqaError(f"the upload of {path} did not come to its end; run surgvqa-remote upload again")
+    torn = unfinished(workspace, needs)
+    if torn is not None:
+        raise SurgvqaError(f"the upload of {torn} did not come to its end; run surgvqa-remote upload again")
     locks = _gpu_locks(env.get("CUDA_VISIBLE_DEVICES")) if exclusive else []
     run_id = new_run_id(command)
     folder = Path(workspace, "runs", run_id)

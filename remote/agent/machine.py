@@ -99,6 +99,7 @@ def execute(channel: Any, workspace: str, argv: list[str], env: dict[str, str] |
     except OSError as error:
         raise SurgvqaError(f"{argv[0]}: {error.strerror}") from None
     channel.children.append(process.pid)
+    assert process.stdout  # a pipe
     for line in process.stdout:
         channel.say({"line": line.decode(errors="replace").rstrip("\n")})
     code = process.wait()
@@ -198,6 +199,7 @@ def gpus(channel: Any, workspace: str, venv: str, watch: float | None) -> dict[s
 
 def _stream(words: list[str], channel: Any) -> dict[str, Any]:
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout  # a pipe
     for line in process.stdout:
         channel.say(json.loads(line))
     raise SurgvqaError(f"surgvqa gpus ended with {process.wait()}")

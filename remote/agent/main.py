@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from remote.agent import files, jobs, machine, runs, staging
@@ -28,7 +29,7 @@ def ready(channel: Channel, workspace: str) -> dict[str, Any]:
     return {}
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[..., Any]] = {
     "ready": ready,
     "probe": machine.probe,
     "prepare": machine.prepare,

@@ -221,11 +221,7 @@ def runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """The runs on the host."""
     with _connect(arguments, workspace) as remote:
         data = remote.call("runs")
-    row = {"id": str, "command": str, "state": str, "started": (int, float), "steps": int, "name": str}
-    right = isinstance(data.get("runs"), list) and isinstance(data.get("time"), (int, float))
-    if not right or not all(
-        isinstance(r, dict) and all(isinstance(r.get(k), t) for k, t in row.items()) for r in data["runs"]
-    ):
+    if not _is_run_list(data):
         raise not_understood(remote.host, "a list of runs that is none")
 
     def show(console: Console) -> None:
@@ -240,7 +236,14 @@ def runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
 
 def _is_run_list(data: dict[str, Any]) -> bool:
-    types = {"id": str, "command": str, "state": str, "started": (int, float), "steps": int, "name": str}
+    types: dict[str, Any] = {
+        "id": str,
+        "command": str,
+        "state": str,
+        "started": (int, float),
+        "steps": int,
+        "name": str,
+    }
     rows = data.get("runs")
     return (
         isinstance(rows, list)

@@ -58,6 +58,7 @@ class Remote:
             self._fabric = connection
             self.close()
             raise explain(at, error) from None
+        assert connection  # a chain has at least one
         transport = connection.transport
         transport.set_keepalive(timeouts.KEEPALIVE_S)
         if isinstance(transport.sock, socket.socket) and hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -92,9 +93,15 @@ class Remote:
                 with contextlib.suppress(Exception):
                     channel.close()
 
+    @property
+    def _open_fabric(self) -> Connection:
+        if self._fabric is None:
+            raise EOFError("the connection is closed")
+        return self._fabric
+
     def _agent(self, request: dict[str, Any], silence_s: float) -> tuple[Any, Iterator[dict[str, Any]]]:
         """Starts one with that request: its channel and its answers."""
-        channel = self._fabric.create_session()
+        channel = self._open_fabric.create_session()
         channel.settimeout(silence_s)
         channel.exec_command(bootstrap(self.host.entry.python))
         try:
@@ -139,7 +146,7 @@ class Remote:
         try:
             for _ in range(3):
                 began = time.monotonic()
-                self._fabric.create_session().close()
+                self._open_fabric.create_session().close()
                 times.append(time.monotonic() - began)
         except Exception as error:
             self.close()
@@ -148,9 +155,9 @@ class Remote:
 
     def _tcp_us(self, offset: int) -> int:
         """A number of the kernel's struct tcp_info; OSError, AttributeError or struct.error where it cannot be had."""
-        if self._fabric.gateway:
+        if self._open_fabric.gateway:
             raise OSError("the socket here ends at the gateway")
-        info = self._fabric.transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        info = self._open_fabric.transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         return struct.unpack_from("I", info, offset)[0]
 
     def queueing(self) -> float | None:
@@ -159,7 +166,7 @@ class Remote:
         To be called often: each call sends a few bytes, whose acknowledgement later calls see. None: cannot be known.
         """
         try:
-            self._fabric.transport.send_ignore(8)
+            self._open_fabric.transport.send_ignore(8)
             return (self._tcp_us(TCPI_RTT) - self._tcp_us(TCPI_MIN_RTT)) / 1e6
         except (OSError, AttributeError, struct.error, EOFError):
             return None

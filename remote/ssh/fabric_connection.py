@@ -69,7 +69,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
         "channel_timeout": timeouts.CHANNEL_TIMEOUT_S,
     }
     if kinds:  # let the host show a key of a kind that we know
-        preferred = paramiko.Transport._preferred_keys
+        preferred = paramiko.Transport._preferred_keys  # type: ignore[attr-defined]  # not in the stubs
         connect["disabled_algorithms"] = {"keys": [k for k in preferred if k not in kinds]}
     connection = Connection(
         host.hostname,

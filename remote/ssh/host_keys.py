@@ -53,7 +53,8 @@ def known_keys(host: Host) -> tuple[list[paramiko.PKey], list[paramiko.PKey]]:
     """The accepted and the revoked keys of `host`; OpenSSH itself searches (hashed names, wildcards, several files)."""
     from paramiko.hostkeys import HostKeyEntry
 
-    accepted, revoked = [], []
+    accepted: list[paramiko.PKey] = []
+    revoked: list[paramiko.PKey] = []
     for file in host.known_hosts_files:
         if not file.is_file():
             continue
@@ -71,5 +72,6 @@ def known_keys(host: Host) -> tuple[list[paramiko.PKey], list[paramiko.PKey]]:
                 continue
             with contextlib.suppress(Exception):  # a kind of key that paramiko does not know
                 entry = HostKeyEntry.from_line(f"{host.key_name} {words[1]} {words[2]}")
-                (revoked if marker == "@revoked" else accepted).append(entry.key)
+                if entry and entry.key:
+                    (revoked if marker == "@revoked" else accepted).append(entry.key)
     return accepted, revoked

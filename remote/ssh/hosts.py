@@ -237,7 +237,10 @@ def ssh_config_names() -> list[str]:
 
 def _words(line: str) -> list[str]:
     """A line of ssh_config: keyword and arguments, "=" or blanks between them, quoted or not, without the comment."""
-    keyword, rest = re.fullmatch(r"\s*(\w*)\s*=?(.*)", line).groups()
+    match = re.fullmatch(r"\s*(\w*)\s*=?(.*)", line)
+    if match is None:  # only a line that has a line break in it
+        return []
+    keyword, rest = match.groups()
     try:
         return [keyword, *shlex.split(rest, comments=True)]
     except ValueError:  # a quote that is not closed: ssh refuses the file, and says so when it is asked

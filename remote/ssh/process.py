@@ -45,12 +45,14 @@ class AgentProcess:
         with theirs:
             self.process = subprocess.Popen(
                 ssh_command(host, bootstrap(host.entry.python), ciphers),
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 bufsize=0,
                 start_new_session=True,
             )
+        assert self.process.stdout  # a pipe
+        self._stdout = self.process.stdout
         self._lock = threading.Lock()
         self._ask(payload({"op": "ready", "workspace": host.entry.workspace, "more": True}))
 
@@ -96,14 +98,14 @@ class AgentProcess:
         self.kill()
         self.finish()
         self.process.wait()
-        self.process.stdout.close()
+        self._stdout.close()
         self._stderr.close()
 
     def join(self) -> None:
         self._reader.join()
 
     def _chunks(self):
-        while data := os.read(self.process.stdout.fileno(), 1 << 16):
+        while data := os.read(self._stdout.fileno(), 1 << 16):
             yield data, b"", None
         yield b"", self._said(), self.process.wait()
 
@@ -126,7 +128,7 @@ class AgentProcess:
             error = Unreachable(f"{self.host.name}: the stream broke: {failure}")
         finally:
             self.process.wait()
-            self.process.stdout.close()
+            self._stdout.close()
             self._stderr.close()
         self._on_end(error)
 

@@ -29,6 +29,7 @@ class Proxy(paramiko.ProxyCommand):
 
     def recv(self, size: int) -> bytes:
         """Up to `size` bytes, none at the end; TimeoutError after the socket's timeout."""
+        assert self.process.stdout  # a pipe
         ready, _, _ = select.select([self.process.stdout], [], [], self.timeout)
         if not ready:
             raise TimeoutError

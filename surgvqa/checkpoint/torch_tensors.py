@@ -25,7 +25,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class MemoryTensor(TensorInfo):
     """A tensor of a .bin or .pt file, which has no readable header: kept in memory (memory-mapped where it can be)."""
 
-    value: torch.Tensor = field(default=None, compare=False)  # type: ignore[assignment]
+    value: torch.Tensor = field(default=None, compare=False)  # type: ignore[assignment]  # always given
 
 
 def read_torch_file(file: Path) -> dict[str, TensorInfo]:

@@ -17,7 +17,7 @@ def peak_rss_bytes() -> int:
     """The most memory this process has held, file pages included."""
     if sys.platform == "linux":
         text = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
+        return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]  # the kernel always has it
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgvqa.memory.activations import FP32, Configuration
 from surgvqa.memory.predict import CUDA_CONTEXT, Prediction, predict
@@ -59,7 +59,7 @@ def choices(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     lower, it spends memory on speed)."""
     layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
     at_answer = c.supervised_tokens is None
-    without = {
+    without: dict[str, tuple[bool, dict[str, Any]]] = {
         "logits at the answer only": (at_answer, {"supervised_tokens": c.clip.tokens}),
         "frames and questions encoded once, the encoders off the GPU": (
             c.cached_features and not c.encoders_resident,

@@ -208,8 +208,9 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     if c.padded:
         resident["attention mask"] = (1 + BF16) * c.batch * c.clip.tokens**2
 
-    saved = Counter({"checkpoints": recomputing * hidden})
-    saved["activations kept"] = sum(kept_by(layer) for layer in range(recomputing, layers))
+    saved: Counter[str] = Counter({"checkpoints": recomputing * hidden})
+    kept = sum((kept_by(layer) for layer in range(recomputing, layers)), 0.0)
+    saved["activations kept"] = kept  # type: ignore[assignment]  # Counter knows only int
     labels = c.batch * (c.clip.answer_tokens if c.supervised_tokens is None else c.supervised_tokens)
     logits = sizes.vocab_size * labels
     last = layers - 1
@@ -246,9 +247,8 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
         )
         if c.accumulation == 1:  # gradients come as checkpoints go
             per_layer = adapters / layers
-            phases["backward (recompute)"]["gradients"] = max(
-                kept_layers * per_layer, adapters - per_layer - (recomputing - 1) * hidden
-            )
+            held = max(kept_layers * per_layer, adapters - per_layer - (recomputing - 1) * hidden)
+            phases["backward (recompute)"]["gradients"] = held  # type: ignore[assignment]  # Counter knows only int
     phases["optimiser"] = Counter({"gradients": adapters if c.accumulation == 1 else 0})
     if not c.eight_bit:
         phases["optimiser"]["optimiser temporaries"] = adapters

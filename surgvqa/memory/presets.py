@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -38,7 +39,7 @@ def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
         ],
     }
 
-    def show(console) -> None:
+    def show(console: Console) -> None:
         table = Table("preset", f"GB of {options.budget_gb:g}", "why it is, and what it gives up", box=None)
         table.columns[0].no_wrap = table.columns[1].no_wrap = True
         for p in listed:

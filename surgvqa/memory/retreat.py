@@ -14,6 +14,7 @@ from presets import Preset
 from surgvqa.config.options import TrainOptions
 from surgvqa.config.settings import convert, settings_of
 from surgvqa.memory import predict
+from surgvqa.memory.activations import Configuration
 from surgvqa.memory.clip import clip_of
 from surgvqa.memory.fit import MARGIN
 from surgvqa.memory.fit import fit as fastest_that_fits
@@ -44,7 +45,7 @@ class Forecast:
             self.sizes, self._configuration(options), limit_gb, self.weights, capped=options.enforce_budget
         )
 
-    def _configuration(self, options: TrainOptions) -> predict.Configuration:
+    def _configuration(self, options: TrainOptions) -> Configuration:
         clip = clip_of(self.sizes, options, self.frame_size)
         return predict.configuration(self.sizes, options, clip=clip, **self.overrides)
 
@@ -65,8 +66,8 @@ class Fit:
     @property
     def text(self) -> str:
         """In words."""
-        compiled = self.prediction and self.prediction.configuration.compiled
-        kept = f"; compiled layers keep {self.prediction.kept}" if compiled else ""
+        fitted = self.prediction
+        kept = f"; compiled layers keep {fitted.kept}" if fitted and fitted.configuration.compiled else ""
         count = f"{self.recomputing} of {self.layers} layers" if self.recomputing < self.layers else "all layers"
         return f"{count if self.recomputing else 'no layer'} recomputed in the backward pass ({self.why}){kept}"
 

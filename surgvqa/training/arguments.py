@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -59,7 +59,7 @@ def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = 
         raise UsageError(" ".join(str(error).split())) from None
     if arguments.label_smoothing_factor:  # Trainer's own way takes this model's labels for shifted ones
         raise UsageError("--label_smoothing_factor: not with this model, whose loss has no smoothing")
-    missing = set(arguments.report_to) - set(get_available_reporting_integrations())
+    missing = set(arguments.report_to or ()) - set(get_available_reporting_integrations())
     if missing:
         known = ", ".join(["none", *get_available_reporting_integrations()])
         raise UsageError(f"report_to is {options.report_to}; expected what is installed and switched on here: {known}")
@@ -75,12 +75,12 @@ def parse_extra(extra: dict[str, str]) -> dict[str, Any]:
             raise UsageError(f"--{name}: {NOT_OURS[name]}")
         if name not in known:
             raise UsageError(f"unknown option --{name}{nearest(name, known | set(settings_of(TrainOptions)))}")
-    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # type: ignore[arg-type]  # a class is right
 
-    def fail(message: str) -> None:
+    def fail(message: str) -> NoReturn:
         raise UsageError(message)
 
-    parser.error = fail
+    parser.error = fail  # type: ignore[method-assign]  # an error of ours, not an exit
     namespace, _ = parser.parse_known_args([f"--{name}={value}" for name, value in extra.items()])
     return {name: getattr(namespace, name) for name in extra}
 

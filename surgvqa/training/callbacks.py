@@ -26,7 +26,7 @@ class EventCallback(TrainerCallback):
         self.trainer.end_of_step()
         return control
 
-    def on_evaluate(
+    def on_evaluate(  # type: ignore[override]  # Trainer passes metrics by name
         self, args: TrainingArguments, state: Any, control: Any, metrics: dict[str, float], **_: Any
     ) -> None:
         self.trainer.events.emit("eval", step=state.global_step, **metrics)

@@ -34,7 +34,7 @@ def check(options: TrainOptions) -> None:
     checkpoint = open_checkpoint(options.model_name_or_path).require_sound()
     require_layers(options.checkpointed_layers, checkpoint_sizes(options.model_name_or_path)[0].num_hidden_layers)
     check_samples(options.train_data_path, options.frames_dir, options.audio_dir)
-    if evaluates(options):
+    if options.eval_data_path and evaluates(options):
         check_samples(options.eval_data_path, options.frames_dir, options.eval_audio_dir or options.audio_dir)
     _check_resumed(options)
     _check_output(options, checkpoint)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
 from presets import ladder
 from surgvqa.config.options import TrainOptions
@@ -178,7 +179,9 @@ def _prepare(
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
     total_steps = _total_steps(arguments, len(train_set))
     rows = "packed" if packed and arguments.train_batch_size > 1 else "padded"
-    bought = choices(forecast.sizes, fit.prediction.configuration, forecast.weights) if forecast else []
+    bought = (
+        choices(forecast.sizes, fit.prediction.configuration, forecast.weights) if forecast and fit.prediction else []
+    )
     _announce_plan(run, options, arguments, model, train_set, total_steps, why_attention, fit, rows, bought)
     return trainer, total_steps
 
@@ -199,7 +202,7 @@ def _forecast(
         options,
         largest_frame(train_set.frame_paths),
         batch=arguments.train_batch_size,
-        eight_bit="8bit" in arguments.optim.value,
+        eight_bit="8bit" in OptimizerNames(arguments.optim).value,
         cached_features=cached,
         encoders_resident=not cached,
         compiled=compiled,
@@ -210,7 +213,7 @@ def _forecast(
 
 def _datasets(options: TrainOptions, processors: Processors, run: Run) -> tuple[ClipDataset, ClipDataset | None]:
     wanted = [(options.train_data_path, options.audio_dir)]
-    if evaluates(options):
+    if options.eval_data_path and evaluates(options):
         wanted.append((options.eval_data_path, options.eval_audio_dir or options.audio_dir))
     found = []
     for path, audio_dir in wanted:
@@ -254,9 +257,9 @@ def _announce_plan(
         name="plan",
         text=f"{total_steps} steps of {window} samples, {tokens} tokens a sample, rows {rows}; "
         f"{trained_parameters:,} of {all_parameters:,} parameters trained; {dtype} on {arguments.device}; {fit.text}; "
-        f"optimiser {arguments.optim.value}; attention {attention}",
+        f"optimiser {OptimizerNames(arguments.optim).value}; attention {attention}",
         attention=attention,
-        optimiser=arguments.optim.value,
+        optimiser=OptimizerNames(arguments.optim).value,
         dtype=dtype,
         device=str(arguments.device),
         trained_parameters=trained_parameters,

@@ -118,10 +118,10 @@ def find(name: str, workspace: Workspace, given: Collection[str] = ()) -> Traine
     options["output_dir"] = options.get("output_dir") or str(run / "checkpoints")
     options = _brought_here(options, info.get("cwd") or "", workspace)
     folder, preset = Path(options["output_dir"]), info.get("preset")
-    written = read(folder)
-    if written:
-        options |= {name: written.options[name] for name in RETREATED if name in written.options}
-        preset = written.preset
+    last = read(folder)
+    if last:
+        options |= {name: last.options[name] for name in RETREATED if name in last.options}
+        preset = last.preset
     return Trained(_newest_state(folder, options.get("resume")), options, run.name, preset, extra)
 
 
@@ -165,7 +165,7 @@ def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inheri
     """
     option = {"train": "resume", "evaluate": "checkpoint", "ask": "checkpoint"}.get(command)
     name = option and (given.get(option) or workspace.value(option, command))
-    if not name:
+    if not option or not name:
         return None
     trained = find(str(name), workspace, given)
     given[option] = Path_(trained.folder)
@@ -218,7 +218,8 @@ def _absolute(options: dict[str, Any], base: Path) -> dict[str, Any]:
 
 def _brought_here(options: dict[str, Any], cwd: str, workspace: Workspace) -> dict[str, Any]:
     """Options of a run that was fetched from a GPU host: what it had in its workspace and this one has too, is here."""
-    known, moved = settings_of(TrainOptions), {}
+    known = settings_of(TrainOptions)
+    moved: dict[str, Any] = {}
     for key, value in options.items():
         if cwd and value and key in known and known[key].type is Path_ and not os.path.lexists(value):
             with contextlib.suppress(ValueError):

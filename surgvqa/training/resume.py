@@ -28,6 +28,7 @@ def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path |
     if not options.resume:
         return None
     folder = Path(options.resume).absolute()
+    checkpoint: Path | None
     if folder.name.startswith("checkpoint-") and not checkpoints.checkpoints(folder):
         damage = checkpoints.damage_of(folder)
         if damage:
@@ -62,9 +63,10 @@ def begin(trainer: EventTrainer) -> None:
     """Once the checkpoint is loaded, before the first step."""
     state = trainer.state
     state.compute_steps(trainer.args, state.max_steps)
+    stateful: Any = state.stateful_callbacks
     for callback in trainer.callback_handler.callbacks:  # the counter of early stopping, but not its patience
         if isinstance(callback, ExportableState):
-            saved = state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            saved = stateful.setdefault(type(callback).__name__, callback.state())
             for name, value in saved["attributes"].items():
                 setattr(callback, name, value)
     find_best(trainer)
@@ -83,6 +85,7 @@ def end_with(trainer: EventTrainer, checkpoint: Path) -> None:
 
 def find_best(trainer: EventTrainer) -> None:
     """The best checkpoint so far, also where the folder has moved. When it is gone, the search begins anew."""
+    assert trainer.resumed
     state, folder = trainer.state, trainer.resumed.parent
     if not trainer.args.load_best_model_at_end or state.best_global_step is None:
         return

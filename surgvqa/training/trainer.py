@@ -16,6 +16,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Trainer
@@ -65,6 +66,12 @@ class EventTrainer(Trainer):
     4 micro steps of 1 sample are 1 of 4 samples (Trainer counts `num_items_in_batch`, the model divides by it).
     """
 
+    # Trainer types these loosely; here they are always there, and of these kinds.
+    model: PeftModel
+    optimizer: torch.optim.Optimizer
+    train_dataset: Numbered
+    eval_dataset: Numbered
+
     def __init__(
         self,
         *,
@@ -81,7 +88,7 @@ class EventTrainer(Trainer):
         self.accelerator.verify_device_map = lambda model: True
         if not self.model_accepts_loss_kwargs:
             raise SurgvqaError("the model does not take num_items_in_batch: gradients would be scaled wrongly")
-        self.model.train = MethodType(_train, self.model)
+        self.model.train = MethodType(_train, self.model)  # type: ignore[method-assign]  # on purpose
         self.events = run
         self.record = record
         self.step_down = step_down
@@ -179,6 +186,7 @@ class EventTrainer(Trainer):
             except torch.OutOfMemoryError as error:
                 self.step_down.meet(take(error, self, drop_gradients=True), self)
                 window.losses.clear()
+                assert window.random_state is not None
                 set_random_state(window.random_state)
                 for batch in window.batches:
                     self._bring_up_to_date(batch, self.train_dataset)
@@ -216,7 +224,8 @@ class EventTrainer(Trainer):
             tried = True
             return self._first_optimizer_step(optimizer, lambda: step(*arguments, **keywords))
 
-        self.optimizer.step = MethodType(guarded, self.optimizer)  # a method: schedulers wrap it
+        method = MethodType(guarded, self.optimizer)  # a method: schedulers wrap it
+        self.optimizer.step = method  # type: ignore[method-assign]  # on purpose
         return self.optimizer
 
     def _first_optimizer_step(self, optimizer: torch.optim.Optimizer, step: Callable[[], Any]) -> Any:
@@ -243,7 +252,7 @@ class EventTrainer(Trainer):
             self.events.warning(f"step {step} is not finite ({what}): left out, the weights stay as they were")
             return
         self.save_last_step()
-        good = next(iter(checkpoints.checkpoints(Path(self.args.output_dir))), None)
+        good = next(iter(checkpoints.checkpoints(self._folder)), None)
         raise SurgvqaError(
             f"steps {step - self._non_finite + 1} to {step} are not finite ({what}); last good checkpoint: "
             f"{good or 'none'}; try a lower --learning_rate, or look at the samples"
@@ -347,12 +356,13 @@ class EventTrainer(Trainer):
         return found
 
     def _predict_in_parts(self, model: Any, inputs: Batch, at_once: int, *arguments: Any, **keywords: Any) -> Any:
-        indices, total, tokens = inputs["sample_indices"], 0.0, 0
+        indices, tokens = inputs["sample_indices"], 0
+        total: Any = 0.0
         for start in range(0, len(indices), at_once):
             part = self._encoded(self.eval_dataset, indices[start : start + at_once])
             count = int((part["labels"] != IGNORED).sum())
-            loss, *_ = super().prediction_step(model, part, *arguments, **keywords)
-            total, tokens = total + loss * count, tokens + count
+            found: Any = super().prediction_step(model, part, *arguments, **keywords)
+            total, tokens = total + found[0] * count, tokens + count
         return total / tokens, None, None
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -371,10 +381,15 @@ class EventTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         step, loss = self._is_best_of or (self.state.global_step, self._last_eval_loss)
         document = self.record.document() | {"step": step, "eval_loss": loss}
-        save_adapter(self.model, output_dir or self.args.output_dir, document)
+        save_adapter(self.model, output_dir or self._folder, document)
+
+    @property
+    def _folder(self) -> Path:
+        """Of the checkpoints."""
+        return Path(str(self.args.output_dir))
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or self.args.output_dir
+        return self._staging or str(self._folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.activity = "save"
@@ -390,8 +405,8 @@ class EventTrainer(Trainer):
 
     def _write_checkpoint(self, model: Any, trial: Any) -> None:
         """Written to a folder of its own and renamed when it is whole."""
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        staging = Path(self.args.output_dir) / ".saving"
+        final = self._folder / f"checkpoint-{self.state.global_step}"
+        staging = self._folder / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
         self._staging = str(staging)
         try:
@@ -412,7 +427,7 @@ class EventTrainer(Trainer):
             self._staging = None
             shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(
-            output_dir=self.args.output_dir,
+            output_dir=str(self._folder),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=self.state.best_model_checkpoint,
         )
@@ -420,7 +435,7 @@ class EventTrainer(Trainer):
 
     def save_last_step(self) -> None:
         """A checkpoint of the last whole optimiser step, with the random state of then; none before the first step."""
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        final = self._folder / f"checkpoint-{self.state.global_step}"
         if self.state.global_step == 0 or (final.is_dir() and not checkpoints.damage_of(final)):
             return
         if self._rng:
@@ -454,12 +469,15 @@ class EventTrainer(Trainer):
             optimiser.keep_asked(self.optimizer, self.lr_scheduler, asked, checkpoint)
 
     def _load_best_model(self) -> None:
-        self.restore(self.state.best_model_checkpoint)
-        written = results.read(Path(self.state.best_model_checkpoint))
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        self.restore(best)
+        written = results.read(Path(best))
         if written:  # it may be from before a retreat, and is to be evaluated as it was trained
             self.record.options |= {name: written.options[name] for name in SHOWN if name in written.options}
             self.record.preset = written.preset
-        self._is_best_of = self.state.best_global_step, self.state.best_metric
+        step, metric = self.state.best_global_step, self.state.best_metric
+        self._is_best_of = None if step is None or metric is None else (step, metric)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)

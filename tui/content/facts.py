@@ -92,7 +92,8 @@ def how_far(follower: Follower) -> tuple[float | None, str]:
     """Share done (None: not known) and `step 120/1,040`."""
     model, progress = follower.model, follower.model.current
     if model.total_steps:
-        done, total, unit = float(model.step), float(model.total_steps), "step"
+        done, unit = float(model.step), "step"
+        total: float | None = model.total_steps
     elif progress:
         done, total, unit = progress.done, progress.total, progress.unit
     else:

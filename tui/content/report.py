@@ -263,9 +263,9 @@ def audit(data: dict[str, Any]) -> Content:
 def evaluation(result: dict[str, Any], width: int) -> Content:
     """Accuracy by question type, a bar each, with the majority label's accuracy as the mark to beat."""
     overall = [
-        (name.replace("_", " "), result.get(name))
+        (name.replace("_", " "), float(value))
         for name in ("keyword_accuracy", "label_accuracy", "majority_accuracy")
-        if isinstance(result.get(name), (int, float))
+        if isinstance(value := result.get(name), (int, float))
     ]
     rows: list[Content | str] = [
         Content.assemble(*(part for name, v in overall for part in ((f"{name} ", MUTED), (f"{percent(v)}   ", "bold"))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from textual.app import ComposeResult
@@ -10,6 +11,16 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
+
+
+def when_yes(do: Callable[[], object]) -> Callable[[bool | None], None]:
+    """For push_screen: `do` when the answer is yes."""
+
+    def answered(yes: bool | None) -> None:
+        if yes:
+            do()
+
+    return answered
 
 
 class Confirm(ModalScreen[bool]):
@@ -28,7 +39,12 @@ class Confirm(ModalScreen[bool]):
         with Vertical(classes="dialog"):
             yield Static(self.question, classes="question", markup=False)
             yield Static(self.detail, classes="detail", markup=False)
-            keys = [("y", "$footer-key-foreground"), f" {self.yes}   ", ("n", "$footer-key-foreground"), " leave it"]
+            keys: list[str | tuple[str, str]] = [
+                ("y", "$footer-key-foreground"),
+                f" {self.yes}   ",
+                ("n", "$footer-key-foreground"),
+                " leave it",
+            ]
             yield Static(Content.assemble(*keys), classes="keys")
 
     def action_answer(self, yes: bool) -> None:

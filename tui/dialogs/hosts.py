@@ -42,7 +42,12 @@ class HostPicker(ModalScreen[str | None]):
             yield Static("Where is work done?", classes="question", markup=False)
             yield OptionList(id="hosts", markup=False)
             yield Static("", id="hosts-detail", classes="detail", markup=False)
-            keys = [("Enter", "$footer-key-foreground"), " chooses   ", ("Esc", "$footer-key-foreground"), " leaves it"]
+            keys: list[str | tuple[str, str]] = [
+                ("Enter", "$footer-key-foreground"),
+                " chooses   ",
+                ("Esc", "$footer-key-foreground"),
+                " leaves it",
+            ]
             yield Static(Content.assemble(*keys), classes="keys")
 
     def on_mount(self) -> None:
@@ -109,7 +114,11 @@ class HostKey(ModalScreen[bool]):
                 Content.assemble(where, "\n\n  ", (self.key.fingerprint, "bold $accent"), "\n\n", what),
                 classes="detail",
             )
-            keys = [("y", "$footer-key-foreground"), " it is the same: accept   ", ("n", "$footer-key-foreground")]
+            keys: list[str | tuple[str, str]] = [
+                ("y", "$footer-key-foreground"),
+                " it is the same: accept   ",
+                ("n", "$footer-key-foreground"),
+            ]
             yield Static(Content.assemble(*keys, " refuse"), classes="keys")
 
     def action_answer(self, yes: bool) -> None:

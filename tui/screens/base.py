@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 from textual.actions import parse
@@ -21,7 +21,7 @@ from textual.worker import Worker, WorkerState
 from remote.jobs.launch import EXCLUSIVE
 from surgvqa.errors import SurgvqaError
 from tui import log, words
-from tui.dialogs.confirm import Confirm
+from tui.dialogs.confirm import Confirm, when_yes
 from tui.session import Session
 from tui.settings.settings import Settings
 from tui.targets.target import Target, newest_running
@@ -119,7 +119,8 @@ class PanelScreen(Screen[None]):
 
     def on_screen_resume(self) -> None:
         self.show_where()
-        self.run_worker(self.tick, group="tick", exclusive=True, exit_on_error=False)
+        work: Callable[[], Any] = self.tick
+        self.run_worker(work, group="tick", exclusive=True, exit_on_error=False)
 
     def on_resize(self) -> None:
         self.show_where()
@@ -159,7 +160,7 @@ class PanelScreen(Screen[None]):
             go(False)
             return
         detail = f"{running.id} is running. Both would share the memory of {self.session.target.name}."
-        self.app.push_screen(Confirm(f"{what} beside it?", detail, "start it"), lambda yes: go(True) if yes else None)
+        self.app.push_screen(Confirm(f"{what} beside it?", detail, "start it"), when_yes(lambda: go(True)))
 
     async def start(self, launch: Callable[[], Awaitable[str]], said: str = "checking the input …") -> str | None:
         """Starts a job and returns its run id; None when it was refused, which is said in place.

@@ -17,7 +17,7 @@ from surgvqa.config.options import MergeOptions
 from surgvqa.config.settings import settings_of
 from tui import words
 from tui.content import report
-from tui.dialogs.confirm import Confirm
+from tui.dialogs.confirm import Confirm, when_yes
 from tui.follow.follower import Follower
 from tui.screens.base import PanelScreen
 from tui.session import Session
@@ -196,9 +196,7 @@ class MergeScreen(PanelScreen):
         if follower is None:
             return
         detail = "What was written so far stays in the .partial folder; a later merge goes on from there."
-        self.app.push_screen(
-            Confirm("Stop this merge?", detail, "stop it"), lambda yes: self._stop(follower) if yes else None
-        )
+        self.app.push_screen(Confirm("Stop this merge?", detail, "stop it"), when_yes(lambda: self._stop(follower)))
 
     @work(group="stop", exit_on_error=False)
     async def _stop(self, follower: Follower) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
@@ -20,7 +20,7 @@ from surgvqa.terminal.figures import counted
 from tui import words
 from tui.content import report
 from tui.content.facts import facts, facts_in_two_lines
-from tui.dialogs.confirm import Confirm
+from tui.dialogs.confirm import Confirm, when_yes
 from tui.follow.follower import Follower
 from tui.follow.run_model import RunModel
 from tui.follow.series import Series
@@ -178,7 +178,8 @@ class MonitorScreen(PanelScreen):
         options = self.query_one("#runs", OptionList)
         if follower and follower.run_id in {option.id for option in options.options}:
             options.highlighted = options.get_option_index(follower.run_id)
-        self.run_worker(partial(self.tick, first=True), group="attach", exclusive=True, exit_on_error=False)
+        work: Callable[[], Any] = partial(self.tick, first=True)
+        self.run_worker(work, group="attach", exclusive=True, exit_on_error=False)
 
     def change_target(self) -> None:
         """Another machine was chosen: what was followed there goes on, and this is kept meanwhile."""
@@ -222,7 +223,7 @@ class MonitorScreen(PanelScreen):
     def show_list(self) -> None:
         """The run list, when it changed; the highlight stays on its run."""
         attached = self.follower.run_id if self.follower else None
-        shown = [attached, *((run.id, run.state, run.name) for run in self.session.listed)]
+        shown: list[object] = [attached, *((run.id, run.state, run.name) for run in self.session.listed)]
         if shown == self.shown_list:
             return
         self.shown_list = shown
@@ -441,7 +442,7 @@ class MonitorScreen(PanelScreen):
             return
         detail = f"{follower.run_id}\nIt saves what it has and ends; after 30 s it is ended by force."
         self.app.push_screen(
-            Confirm("Stop this run?", detail, "stop it"), lambda yes: self._stop(follower.run_id) if yes else None
+            Confirm("Stop this run?", detail, "stop it"), when_yes(lambda: self._stop(follower.run_id))
         )
 
     @work(group="stop", exit_on_error=False)

@@ -17,7 +17,7 @@ from surgvqa.errors import SurgvqaError
 from surgvqa.runs.state import read_run_json
 from tui import words
 from tui.content import report
-from tui.dialogs.confirm import Confirm
+from tui.dialogs.confirm import Confirm, when_yes
 from tui.follow.follower import Follower
 from tui.screens.base import PanelScreen
 from tui.session import Session
@@ -289,7 +289,7 @@ class UploadScreen(PanelScreen):
         detail = "What the host has acknowledged is not sent again: the next upload goes on there."
         self.app.push_screen(
             Confirm(f"Stop this {follower.model.command}?", detail, "stop it"),
-            lambda yes: self._stop(follower) if yes else None,
+            when_yes(lambda: self._stop(follower)),
         )
 
     @work(group="stop", exit_on_error=False)

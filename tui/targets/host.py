@@ -50,7 +50,7 @@ class HostTarget:
         return HostFeed(self.link, run_id)
 
     def stop(self, run_id: str) -> str:
-        state = str(launch_module.stop(self.link, run_id)["state"])  # type: ignore[arg-type]
+        state = str(launch_module.stop(self.link, run_id)["state"])  # type: ignore[arg-type]  # a Link asks as a Remote does
         self.link.look()
         return state
 
@@ -77,14 +77,15 @@ class HostTarget:
     def _start(self, command: str, argv: list[str], needs: list[str], share: bool) -> str:
         if self.skew:
             raise SurgvqaError(f"{self.name}: {self.skew}; v sets it up")
-        launched = launch_module.launch(self.link, command, argv, needs=needs, share=share)  # type: ignore[arg-type]
+        remote: Any = self.link  # it asks as a Remote does
+        launched = launch_module.launch(remote, command, argv, needs=needs, share=share)
         self.warning = launched["warning"]
         self.link.look()
         return str(launched["run"])
 
     def fetch(self, run_id: str, progress: LineReporter) -> dict[str, Any]:
         """Brings a run home into runs/ of the workspace here, verified; goes on where it was broken off."""
-        return fetch_run(self.link, run_id, self.workspace.runs_dir, progress)  # type: ignore[arg-type]
+        return fetch_run(self.link, run_id, self.workspace.runs_dir, progress)  # type: ignore[arg-type]  # a Link asks as a Remote does
 
     def plan(self, what: str, progress: LineReporter) -> dict[str, Any]:
         """What `surgvqa-remote upload --dry-run` would say: each way, its bytes and time, and what is there."""
@@ -98,7 +99,7 @@ class HostTarget:
         entries = hashes.entries(sources, lambda done, total: progress.progress("hash", done, total, "bytes"))
         data = [Item("data", "files", entries)] if sources else []
         progress.phase("ask", f"what {self.name} has")
-        return compare(self.link, ways, data)  # type: ignore[arg-type]
+        return compare(self.link, ways, data)  # type: ignore[arg-type]  # a Link asks as a Remote does
 
     def end(self) -> None:
         """Closes the connection; jobs there go on."""

@@ -110,7 +110,7 @@ class HostFeed:
             info, state = self._run_json(parent)
             if state in ACTIVE:
                 break
-            follower = Follower(self._port, parent, {"log.txt": self._log_size(parent, tail=0)})  # type: ignore[arg-type]
+            follower = Follower(self._port, parent, {"log.txt": self._log_size(parent, tail=0)})  # type: ignore[arg-type]  # a stand-in for a target
             events = [self._in_our_time(e) for e in curve_events(list(follower))] + events
         return events
 

@@ -27,7 +27,7 @@ async def in_thread(work: Callable[..., Result], *arguments: Any) -> Result:
 
     def run() -> None:
         try:
-            done = future.set_result, work(*arguments)
+            done: tuple[Callable[[Any], None], Any] = future.set_result, work(*arguments)
         except BaseException as error:
             done = future.set_exception, error
         with contextlib.suppress(RuntimeError):  # the panel was closed meanwhile

@@ -303,8 +303,8 @@ def _logarithms(columns: list[Column]) -> list[Column]:
         if c.high <= 0:
             continue
         floor = min(v for v in (c.low, c.first, c.last, c.high) if v > 0)
-        log = [math.log10(v if v > 0 else floor) for v in (c.low, c.high, c.first, c.last)]
-        kept.append(Column(c.index, *log, c.joined and c.low > 0, c.total, c.count))
+        low, high, first, last = (math.log10(v if v > 0 else floor) for v in (c.low, c.high, c.first, c.last))
+        kept.append(Column(c.index, low, high, first, last, c.joined and c.low > 0, c.total, c.count))
     return kept
 
 

@@ -148,7 +148,7 @@ class Field(Widget, can_focus=True):
         refused: typing goes on at its end."""
         if self.editor is not None:
             return
-        suggester = PathSuggester(self.screen.workspace_root) if self.is_path else None  # type: ignore[attr-defined]
+        suggester = PathSuggester(self.screen.workspace_root) if self.is_path else None  # type: ignore[attr-defined]  # a PanelScreen
         self.editor = Editor(self.text if text is None else text, suggester)
         self.refusal = "" if text is None else self.problem_with(text)
         hint = self._hint_width

@@ -10,9 +10,9 @@ from surgvqa.untrusted import one_line
 
 def set_title(widget: Widget, text: str) -> None:
     """`text` in the upper border, character by character: names of runs stand there."""
-    widget.border_title = Content(one_line(text))  # type: ignore[assignment]  # the setter takes Content, too
+    widget.border_title = Content(one_line(text))
 
 
 def set_subtitle(widget: Widget, text: str) -> None:
     """`text` in the lower border, character by character."""
-    widget.border_subtitle = Content(one_line(text))  # type: ignore[assignment]  # the setter takes Content, too
+    widget.border_subtitle = Content(one_line(text))

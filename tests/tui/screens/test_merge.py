@@ -34,7 +34,7 @@ def merging(shards: int = 4) -> RunModel:
 @pytest.mark.parametrize("width", [116, 76, 66])
 def test_progress_of_a_merge_fits_its_lines(width: int) -> None:
     follower = SimpleNamespace(model=merging(), state="running")
-    text = report.job_progress(follower, width).plain  # type: ignore[arg-type]
+    text = report.job_progress(follower, width).plain  # type: ignore[arg-type]  # a stand-in
     rows = text.split("\n")
     assert all(len(row) <= width for row in rows), text
     first, second = (next(r for r in rows if r.startswith(f"shard {i} of 4")) for i in (1, 2))
