@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from surgvqa.config.workspace import Workspace
 from surgvqa.machine import gpu
 from surgvqa.machine.wandb_key import wandb_key_source
@@ -189,8 +191,8 @@ def lower_bounds() -> dict[str, str]:
         wanted = importlib.metadata.requires("surgvqa") or []
     except importlib.metadata.PackageNotFoundError:
         return {}
-    found = (re.match(r"([\w.-]+)(?:\[.*?\])?\s*>=\s*([\w.]+)", line) for line in wanted)
-    return {match[1].lower(): match[2] for match in found if match}
+    needs = [Requirement(line) for line in wanted]
+    return {need.name.lower(): bound.version for need in needs for bound in need.specifier if bound.operator == ">="}
 
 
 def _versions(installed: dict[str, str | None]) -> Iterator[Finding]:

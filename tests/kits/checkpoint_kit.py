@@ -104,7 +104,7 @@ def make_job(base: Path, output: Path, max_bytes: int = 2000) -> Job:
 
 def write(job: Job, workers: int = 2) -> Recorder:
     recorder = Recorder()
-    with Writer(job, recorder, workers) as writer:  # type: ignore[arg-type]
+    with Writer(job, recorder, workers) as writer:  # type: ignore[arg-type]  # stands in for Run
         if not writer.finished:
             writer.write_shards()
             writer.publish({"seconds": 1})

@@ -24,7 +24,8 @@ from surgvqa.checkpoint.writer import MANIFEST_FILE
 from surgvqa.errors import SurgvqaError
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would we
 sys.path[:0] = {path!r}
 from pathlib import Path
 from checkpoint_kit import Copy, make_job, write

@@ -208,11 +208,13 @@ def test_text_from_outside_is_never_markup(workspace):
     assert EVIL in "".join(page.text)
 
 
-def test_half_a_surrogate_pair_does_not_stop_the_page(workspace):
+def test_half_a_surrogate_pair_is_named_in_a_file_and_does_not_stop_the_page_in_a_title(workspace, capsys):
     line = json.dumps(prediction(sample("v1", "q1", "Is the scope moving?"), "x"))
     (workspace / "half.jsonl").write_text(line.replace('"x"', '"half \\ud800"') + "\n")
-    assert report("half.jsonl", "eval.jsonl", "--title", "half \ud800") == 0
-    assert "half " in read_page(workspace / "report.html").samples[0]["answers"][0]["text"]
+    assert report("half.jsonl", "eval.jsonl") == 2
+    assert "half.jsonl:1: predicted_answer holds half of a surrogate pair" in capsys.readouterr().err
+    assert report("eval.jsonl", "--title", "half \ud800") == 0
+    assert "half " in "".join(read_page(workspace / "report.html").text)
 
 
 def test_data_alone_is_a_viewer(workspace, capsys):
