@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from surgvqa.config.options import AskOptions, EvaluateOptions
@@ -18,10 +16,11 @@ from surgvqa.data.processors import Processors, load_processors
 from surgvqa.evaluation.model_folders import model_folders
 from surgvqa.model.adapter import load_adapter
 from surgvqa.model.device import choose_attention, choose_device, choose_dtype
+from surgvqa.model.generation import generate
 from surgvqa.model.loading import load_model
 
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""torch's own kernels. cuDNN's, torch's choice on Hopper, seems to plan anew for each length: for each token."""
+LENGTHS = 64
+"""Prompts are padded to a multiple of this, so that few different lengths occur: kernels are chosen for a length."""
 
 
 @dataclass
@@ -41,22 +40,16 @@ class Answerer:
         """The model below an adapter's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    @torch.inference_mode()
     def answer(self, items: list[Item]) -> list[str]:
         """One greedy answer for each encoded sample, without special tokens and outer spaces."""
-        batch = Collator(self.processors, padding_side="left")(items)
-        del batch["labels"]
-        prompt_length = batch["input_ids"].shape[1]
-        greedy = GenerationConfig(
-            do_sample=False,
+        batch = Collator(self.processors, multiple_of=LENGTHS)(items)
+        ids = generate(
+            self.base_model,
+            {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()},
             max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.processors.im_end_token_id,
-            pad_token_id=self.processors.pad_token_id,
+            end_token_id=self.processors.im_end_token_id,
         )
-        inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        with sdpa_kernel(ATTENTION):
-            ids = self.model.generate(**inputs, generation_config=greedy)
-        answers = self.processors.tokenizer.batch_decode(ids[:, prompt_length:], skip_special_tokens=True)
+        answers = self.processors.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
 

@@ -124,6 +124,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         max_length: int | None = None,
         host_ids: np.ndarray | None = None,
         supervised: Tensor | None = None,
+        read_at: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and with labels the loss.
@@ -142,7 +143,8 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         `input_ids` once more as a numpy array, and `supervised` int64 [S], the places in the flattened [B * L] whose
         next token has a label.
 
-        Without labels: logits [B, L, vocabulary], or of the last `logits_to_keep` positions. With labels: logits
+        Without labels: logits [B, L, vocabulary], or of the last `logits_to_keep` positions, or [S, vocabulary] of the
+        places `read_at` int64 [S] in the flattened [B * L]. With labels: logits
         [S, vocabulary] of the S supervised positions only (the others cost most of the memory of a long prompt), and
         the mean of their cross-entropy; given `num_items_in_batch` (supervised tokens of the whole accumulation
         window), the sum divided by that.
@@ -175,7 +177,9 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             **kwargs,
         )
         hidden, loss = outputs.last_hidden_state, None
-        if labels is None:
+        if labels is None and read_at is not None:
+            logits = self.lm_head(hidden.flatten(0, 1)[read_at])
+        elif labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         else:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils.generic import is_flash_attention_requested
 
-__all__ = ["attention_of", "is_flash_attention_requested", "set_attention", "take_names_of"]
+__all__ = ["attention_of", "is_flash_attention_requested", "register_attention", "set_attention", "take_names_of"]
 
 
 def attention_of(config: PreTrainedConfig) -> str:
@@ -20,6 +20,11 @@ def attention_of(config: PreTrainedConfig) -> str:
 def set_attention(config: Any, attention: str) -> None:
     """Sets the kernel of a sub-config that transformers does not know to be one."""
     config._attn_implementation = attention
+
+
+def register_attention(name: str, function: Any) -> None:
+    """Lets layers whose config names `name` attend by `function`, called as transformers' own are."""
+    AttentionInterface.register(name, function)
 
 
 def take_names_of(upstream: str, ours: type) -> None:

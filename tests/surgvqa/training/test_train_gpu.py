@@ -82,7 +82,7 @@ def test_stopped_and_resumed_on_the_gpu(tmp_path, monkeypatch, compiled):
 
 
 def test_token_embeddings_on_the_host_give_the_same(tmp_path):
-    import test_model
+    import tiny_model
 
     from surgvqa.model.loading import load_model
 
@@ -97,7 +97,7 @@ def test_token_embeddings_on_the_host_give_the_same(tmp_path):
     assert torch.equal(found, model.embed(ids)) and found.device.type == "cuda"
     assert torch.equal(said, model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False))
 
-    tied = test_model.built(tie_word_embeddings=True).to("cuda")
+    tied = tiny_model.built(tie_word_embeddings=True).to("cuda")
     tied.embeddings_to_host()
     assert tied.get_input_embeddings().weight.device.type == "cuda"
 
@@ -107,7 +107,7 @@ def test_token_embeddings_on_the_host_give_the_same(tmp_path):
 def test_flash_attention_equals_sdpa(several):
     """Language model (heads of 128, grouped) and vision tower (heads of 80), as in the real model, in bf16: both are as
     far from float32."""
-    import test_model
+    import tiny_model
 
     sizes = {
         "hidden_size": 512,
@@ -116,13 +116,13 @@ def test_flash_attention_equals_sdpa(several):
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
         "vision_config": {"model_type": "qwen2_vl", "depth": 2, "embed_dim": 160, "hidden_size": 512, "num_heads": 2},
     }
-    samples = [test_model.sample(1, frames=4), test_model.sample(2, frames=7, answer=5)]
-    batch = test_model.packed(samples, 64) if several else samples[1]
+    samples = [tiny_model.sample(1, frames=4), tiny_model.sample(2, frames=7, answer=5)]
+    batch = tiny_model.packed(samples, 64) if several else samples[1]
     batch.pop("attention_mask", None)
     batch = {name: value.to("cuda") if torch.is_tensor(value) else value for name, value in batch.items()}
 
     def run(attention, dtype):
-        model = test_model.built(**sizes).to("cuda", dtype)
+        model = tiny_model.built(**sizes).to("cuda", dtype)
         for parameter in model.parameters():  # large enough that attention matters
             if parameter.dim() > 1:
                 parameter.mul_(3)
