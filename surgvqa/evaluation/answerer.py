@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from surgvqa.data.processors import Processors, load_processors
 from surgvqa.evaluation.model_folders import model_folders
 from surgvqa.model.adapter import load_adapter
 from surgvqa.model.device import choose_attention, choose_device, choose_dtype
-from surgvqa.model.generation import generate
+from surgvqa.model.generation import Generator
 from surgvqa.model.loading import load_model
 
 LENGTHS = 64
@@ -35,19 +36,25 @@ class Answerer:
     max_new_tokens: int
     description: str
 
+    @cached_property
+    def generator(self) -> Generator:
+        """Makes the answers' tokens."""
+        return Generator(self.base_model)
+
     @property
     def base_model(self) -> Any:
         """The model below an adapter's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def answer(self, items: list[Item]) -> list[str]:
-        """One greedy answer for each encoded sample, without special tokens and outer spaces."""
-        batch = Collator(self.processors, multiple_of=LENGTHS)(items)
-        ids = generate(
-            self.base_model,
-            {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()},
-            max_new_tokens=self.max_new_tokens,
-            end_token_id=self.processors.im_end_token_id,
+    def batch(self, items: list[Item]) -> dict[str, Any]:
+        """Encoded samples, ready for `answer`, on the model's device."""
+        whole = Collator(self.processors, multiple_of=LENGTHS)(items)
+        return {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in whole.items()}
+
+    def answer(self, batch: dict[str, Any]) -> list[str]:
+        """One greedy answer for each sample of a `batch`, without special tokens and outer spaces."""
+        ids = self.generator.answer(
+            batch, max_new_tokens=self.max_new_tokens, end_token_id=self.processors.im_end_token_id
         )
         answers = self.processors.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [answer.strip() for answer in answers]

@@ -40,7 +40,7 @@ def run(options: AskOptions, workspace: Workspace) -> Outcome:
         input_mode=options.input_mode,
         question=options.question or "",
     )
-    (answer,) = answerer.answer([item])
+    (answer,) = answerer.answer(answerer.batch([item]))
     data = {
         "answer": answer,
         "seconds": time.monotonic() - loaded,

@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -75,22 +76,36 @@ def generate_answers(
     loader: DataLoader[Item] = DataLoader(
         indexed, batch_size=None, collate_fn=_as_it_is, num_workers=workers, prefetch_factor=ahead
     )
-    encoded = loaded(loader)
+    encoded = loaded(iter(loader))  # starts the workers here: forked in the thread below, they would fail as they end
     answers: list[tuple[str, float]] = []
     began = time.monotonic()
     with MemorySampler(run, answerer.device, budget_gb=options.budget_gb) as sampler:
         run.progress("generate", 0, len(dataset), "samples")
-        while items := list(islice(encoded, largest)):
-            while items:
-                try:
-                    asked = time.monotonic()
-                    texts = answerer.answer(items[:largest])
-                    milliseconds = 1000 * (time.monotonic() - asked) / len(texts)
-                    answers += [(text, milliseconds) for text in texts]
-                    items = items[largest:]
-                except torch.OutOfMemoryError as error:
-                    largest = _smaller_batch(min(largest, len(items)), error, options, run)
-                run.progress("generate", len(answers), len(dataset), "samples")
+
+        def prepare() -> tuple[list[Item], dict[str, Any] | None]:
+            items = list(islice(encoded, largest))
+            try:
+                return items, answerer.batch(items) if items else None
+            except torch.OutOfMemoryError:  # there will be room once this batch's own turn has come
+                return items, None
+
+        # while some are answered, the next ones are read and sent to the GPU
+        with ThreadPoolExecutor(1, thread_name_prefix="next batch") as beside:
+            coming = beside.submit(prepare)
+            while (prepared := coming.result())[0]:
+                items, batch = prepared
+                coming = beside.submit(prepare)
+                while items:
+                    try:
+                        asked = time.monotonic()
+                        texts = answerer.answer(batch or answerer.batch(items[:largest]))
+                        milliseconds = 1000 * (time.monotonic() - asked) / len(texts)
+                        answers += [(text, milliseconds) for text in texts]
+                        items = items[len(texts) :]
+                    except torch.OutOfMemoryError as error:
+                        largest = _smaller_batch(min(largest, len(items)), error, options, run)
+                    batch = None
+                    run.progress("generate", len(answers), len(dataset), "samples")
     facts = {
         "checkpoint": str(Path(required(options, "checkpoint")).absolute()),
         "samples_per_s": len(answers) / (time.monotonic() - began),
@@ -123,7 +138,7 @@ def _predict(
         encoders_resident=not cached,
         compiled=False,
     )
-    return lambda batch: predict_generation(sizes, replace(configuration, batch=batch, padded=batch > 1), weights)
+    return lambda batch: predict_generation(sizes, replace(configuration, batch=batch), weights)
 
 
 def _at_once(

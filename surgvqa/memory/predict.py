@@ -34,6 +34,9 @@ CUDA_CONTEXT = 0.81 * GB
 same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
 MIN_8BIT = 4096
 """bitsandbytes keeps float32 moments for smaller tensors; larger ones take a byte and a float32 scale per 256."""
+ROOM_TO_ANSWER = 96
+"""Tokens that a row of the key-value cache has room for beyond its prompt: 32 of an answer, and what lengths are
+rounded up by (model/generation.py)."""
 TRANSFER_COLUMNS = 3
 """input_ids, attention_mask, labels: int64."""
 
@@ -259,7 +262,7 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
 def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> Prediction:
     """The memory of answering `c.batch` samples at once, without gradient and without autocast (generate.py).
 
-    Prefill is fullest in up_proj of the last layer: the key-value cache; silu(gate) 2m; up's own result 2m, and with a
+    The prompts' pass is fullest in up_proj of a layer: silu(gate) 2m; up's own result 2m, and with a
     float32 adapter its B's output scaled 4m and the float32 sum 4m; hidden, norm and its float32 copy.
     `c.adapter_bytes` 0: no adapter.
     """
@@ -274,21 +277,20 @@ def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[i
         resident["adapters"] = sum(size(n * c.adapter_bytes) for n in adapter_tensors(sizes, c.lora))
     resident["cuBLAS workspaces"] = CUBLAS_WORKSPACES // 2  # one thread
     image = c.batch * BF16 * h * c.clip.image_tokens
-    if c.cached_features:
-        resident["cached features in flight"] = image + c.batch * BF16 * sizes.d_model * c.clip.audio_tokens
+    if c.cached_features:  # of this batch and of the next one, which is sent meanwhile
+        resident["cached features in flight"] = 2 * (image + c.batch * BF16 * sizes.d_model * c.clip.audio_tokens)
     else:
-        resident["inputs"] = c.batch * FP32 * sizes.patch_values * c.clip.patches
-    if c.padded:
-        resident["attention mask"] = (1 + BF16) * c.batch * c.clip.tokens**2
+        resident["inputs"] = 2 * c.batch * FP32 * sizes.patch_values * c.clip.patches
+    resident["key-value cache"] = (
+        sizes.num_hidden_layers * 2 * size(BF16 * sizes.kv_size * (tokens + c.batch * ROOM_TO_ANSWER))
+    )
     resident["layer temporaries"] = 2 * size(BF16 * h * tokens)  # token embeddings before and after the features
     wide = 6 if not c.adapter_bytes else 4 + 2 * c.adapter_bytes
     narrow = 2 * BF16 + (FP32 if c.adapter_bytes == FP32 else 0)
-    cache = sizes.num_hidden_layers * 2 * size(BF16 * sizes.kv_size * tokens)
     phases = {
         "encode": Counter({"encoders' temporaries": 0 if c.cached_features else encoder_temporaries(sizes, c)}),
         "prefill": Counter(
             {
-                "key-value cache": cache,
                 "encoders' outputs": 0 if c.cached_features else image,
                 "layer temporaries": (wide * m + narrow * h) * tokens,
                 "logits and loss": (BF16 + FP32) * sizes.vocab_size * c.batch,

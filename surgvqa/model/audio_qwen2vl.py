@@ -25,6 +25,7 @@ from surgvqa.model.transformers_internals import (
     set_attention,
     take_names_of,
 )
+from surgvqa.model.vision import sizes_of
 
 IGNORED = -100
 """The label of a position that is not supervised (torch's and transformers' convention)."""
@@ -75,18 +76,15 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     # --- the encoders ------------------------------------------------------------------------------------------------
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Vision features after the merger: [image tokens, hidden] from patches [P, 1176] and grids [F, 3] (t, h, w).
+        """Vision features after the merger: [image tokens, hidden] from patches [P, 1176] and grids [F, 3] (t, h, w); a
+        grid on the GPU makes the host wait for it.
 
         Without gradient unless something in the vision tower is trainable.
         """
-        where = {}
-        if "flash" not in attention_of(self.model.visual.config):
-            # each layer asks where a frame ends: on the host, or it would wait for the GPU three times
-            lengths = (image_grid_thw[:, 1] * image_grid_thw[:, 2]).repeat_interleave(image_grid_thw[:, 0])
-            where["cu_seqlens"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).cpu()
-        with _grad_if_trainable(self.model.visual):
-            features = self.model.get_image_features(pixel_values, image_grid_thw, **where).pooler_output
-        return torch.cat(tuple(features))
+        visual = self.model.visual
+        sizes = sizes_of(visual, image_grid_thw, pixel_values.device)
+        with _grad_if_trainable(visual):
+            return visual(pixel_values.to(visual.dtype), grid_thw=image_grid_thw, **sizes).pooler_output
 
     def encode_audio(self, input_features: Tensor) -> Tensor:
         """Whisper's encoder states before the projector: [B, N, d_model] from log-mel spectrograms [B, mels, 2N]."""

@@ -2,8 +2,8 @@
 
 Prompts are padded on the right. No token sees what follows it, so the prompts need no mask and each gives what it gives
 alone. Keys and values stand in tensors of a fixed size, and each new token takes the place of the first pad of its
-own row. So every step has the same shapes and the same addresses, and on a GPU one step is recorded once as a CUDA
-graph and replayed: launched one by one, its kernels keep the GPU waiting for five sixths of the time.
+own row. So every step has the same shapes and the same addresses, and on a GPU one step is recorded as a CUDA graph
+and replayed: launched one by one, its kernels keep the GPU waiting for more than half of the time.
 """
 
 from __future__ import annotations
@@ -24,36 +24,6 @@ ROOM_MULTIPLE = 64
 """The tokens that a row has room for are a multiple of this: kernels want a mask whose rows are aligned."""
 STEP_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For steps: the other kernels take no mask, or (cuDNN) plan anew for each shape."""
-
-
-class KeyValues:
-    """Keys and values of all layers, in the place of transformers' Cache.
-
-    A row (a sample) has room for `room` tokens. In the pass over the prompts a layer's keys and values are kept and
-    handed on as they came; in a step those of the new tokens are put at `places`, and the whole room is handed on.
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.room = 0
-        self.places: Tensor | None = None
-        """[B]: where the next token of each row stands; None in the pass over the prompts."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that came before; what the model asks to know whether this is the prompt."""
-        return 0 if self.places is None else self.room
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What a layer attends to, given the keys and values [B, heads, tokens, size] of the tokens at hand."""
-        if self.places is None:
-            extra = self.room - keys.shape[2]
-            self.layers.append((F.pad(keys, (0, 0, 0, extra)), F.pad(values, (0, 0, 0, extra))))
-            return keys, values
-        rows = torch.arange(len(self.places), device=self.places.device)
-        all_keys, all_values = self.layers[layer_idx]
-        all_keys[rows, :, self.places] = keys[:, :, 0]
-        all_values[rows, :, self.places] = values[:, :, 0]
-        return all_keys, all_values
 
 
 def grouped_attention(
@@ -82,50 +52,80 @@ def grouped_attention(
 register_attention(STEP_ATTENTION, grouped_attention)
 
 
-class Steps:
-    """The steps after the prompts: each gives every row one more token."""
+class KeyValues:
+    """Keys and values of all layers, in the place of transformers' Cache; `rows` samples with room for `room` tokens.
 
-    def __init__(
-        self,
-        model: AudioQwen2VLForConditionalGeneration,
-        cache: KeyValues,
-        lengths: Tensor,
-        positions: Tensor,
-    ):
-        """`lengths` [B]: tokens of each prompt. `positions` [B]: M-RoPE position of the first new token of each."""
-        self.model, self.cache = model, cache
-        device = model.device
-        cache.places = lengths.to(device)
-        self.positions = positions.to(device)
+    In the pass over the prompts a layer's keys and values are kept and handed on as they came; in a step those of the
+    new tokens are put at `places`, and the whole room is handed on.
+    """
+
+    def __init__(self, model: AudioQwen2VLForConditionalGeneration, rows: int, room: int):
+        config = model.model.language_model.config
+        size = config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, room, size)
+        self.kept = torch.zeros(shape, dtype=model.dtype, device=model.device)  # zeros: what is masked must be finite
+        self.room = room
+        self.places = torch.zeros(rows, dtype=torch.long, device=model.device)
+        """[rows]: where the next token of each stands."""
+        self.in_steps = False
+        self._rows = torch.arange(rows, device=model.device)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that came before; what the model asks to know whether this is the prompt."""
+        return self.room if self.in_steps else 0
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a layer attends to, given the keys and values [rows, heads, tokens, size] of the tokens at hand."""
+        all_keys, all_values = self.kept[layer_idx]
+        if not self.in_steps:
+            all_keys[:, :, : keys.shape[2]] = keys
+            all_values[:, :, : values.shape[2]] = values
+            return keys, values
+        all_keys[self._rows, :, self.places] = keys[:, :, 0]
+        all_values[self._rows, :, self.places] = values[:, :, 0]
+        return all_keys, all_values
+
+
+class Steps:
+    """The steps after the prompts: each gives every row one more token. Serves any number of batches of its shape."""
+
+    def __init__(self, model: AudioQwen2VLForConditionalGeneration, rows: int, room: int):
+        self.model, self.cache, self.shape = model, KeyValues(model, rows, room), (rows, room)
+        self.positions = torch.zeros(rows, dtype=torch.long, device=model.device)
+        """[rows]: M-RoPE position of the next token of each."""
         self.embeds: Tensor | None = None
+        self.ids: Tensor | None = None
         self.graph: Any = None
-        self.ids: Tensor
+
+    def begin(self, lengths: Tensor, positions: Tensor) -> None:
+        """After the prompts, of `lengths` [rows] tokens; `positions` [rows] of their first new tokens."""
+        self.cache.places.copy_(lengths)
+        self.positions.copy_(positions)
+        self.cache.in_steps = True
 
     def next(self, ids: Tensor) -> Tensor:
-        """[B] ids of the tokens after the tokens `ids` [B]."""
+        """[rows] ids of the tokens after the tokens `ids` [rows]."""
         embeds = self.model.embed(ids[:, None])
         if self.embeds is None:
-            self.embeds = embeds
-            if embeds.is_cuda:
-                self._record()
-                return self.ids
-            self.ids = self._step()
+            self.embeds = torch.empty_like(embeds)
+        self.embeds.copy_(embeds)
+        if self.graph is not None:
+            self.graph.replay()
+        elif embeds.is_cuda:
+            self._record()
         else:
-            self.embeds.copy_(embeds)
-            if self.graph is not None:
-                self.graph.replay()
-            else:
-                self.ids = self._step()
+            self.ids = self._step()
+        assert self.ids is not None
         return self.ids
 
     def _step(self) -> Tensor:
         """From `self.embeds` to the next ids; moves the places and positions on."""
-        cache, text = self.cache, self.model.model.language_model
-        assert cache.places is not None and self.embeds is not None
-        seen = torch.arange(cache.room, device=self.embeds.device) <= cache.places[:, None]
-        hidden = text(
-            inputs_embeds=self.embeds,
-            attention_mask={"full_attention": _additive(seen, self.embeds.dtype)[:, None, None]},
+        cache, embeds = self.cache, self.embeds
+        assert embeds is not None
+        seen = torch.arange(cache.room, device=embeds.device) <= cache.places[:, None]
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": _additive(seen, embeds.dtype)[:, None, None]},
             position_ids=self.positions[None, :, None].expand(3, -1, -1),
             past_key_values=cache,
             use_cache=True,
@@ -135,7 +135,7 @@ class Steps:
         return self.model.lm_head(hidden[:, -1]).float().argmax(-1)
 
     def _record(self) -> None:
-        """The first step, run once as it is, which readies the libraries, and recorded for those that follow."""
+        """One step as it is, which also readies the libraries, and a recording of it for all that follow."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -147,54 +147,63 @@ class Steps:
         self.ids.copy_(ids)
 
 
-@torch.inference_mode()
-def generate(
-    model: AudioQwen2VLForConditionalGeneration,
-    batch: dict[str, Any],
-    *,
-    max_new_tokens: int,
-    end_token_id: int,
-) -> list[list[int]]:
-    """Ids of each sample's greedy answer, up to its end token (which is left out) or `max_new_tokens`.
+class Generator:
+    """Answers batch after batch; what one batch needed serves the next of the same shape."""
 
-    `batch`: as `Collator` with right padding makes it, on the model's device: input_ids, attention_mask [B, L],
-    position_ids [3, B, L], and pixels or features.
-    """
-    mask = batch["attention_mask"]
-    lengths = mask.sum(1)
-    cache = KeyValues()
-    cache.room = -(-(mask.shape[1] + max_new_tokens) // ROOM_MULTIPLE) * ROOM_MULTIPLE
-    rows = torch.arange(len(mask), device=mask.device)
-    prompt: dict[str, Any] = {
-        name: value for name, value in batch.items() if name not in ("attention_mask", "labels", "supervised")
-    }
-    logits = model(
-        **prompt,
-        attention_mask={"full_attention": _causal(model, mask.shape[1])},
-        past_key_values=cache,
-        use_cache=True,
-        read_at=rows * mask.shape[1] + lengths - 1,
-    ).logits
-    ids = logits.float().argmax(-1)
-    last = batch["position_ids"].masked_fill(mask == 0, -1).amax((0, 2))
-    steps = Steps(model, cache, lengths, last + 1)
-    answers: list[list[int]] = [[] for _ in lengths]
-    going = set(range(len(answers)))
-    text = model.model.language_model
-    attention = attention_of(text.config)
-    set_attention(text.config, STEP_ATTENTION)
-    try:
-        for number in range(max_new_tokens):
+    def __init__(self, model: AudioQwen2VLForConditionalGeneration):
+        self.model = model
+        self._steps: Steps | None = None
+
+    @torch.inference_mode()
+    def answer(self, batch: dict[str, Any], *, max_new_tokens: int, end_token_id: int) -> list[list[int]]:
+        """Ids of each sample's greedy answer, up to its end token (which is left out) or `max_new_tokens`.
+
+        `batch`: as `Collator` with right padding makes it, on the model's device: input_ids, attention_mask [B, L],
+        position_ids [3, B, L], and pixels or features.
+        """
+        mask = batch["attention_mask"]
+        rows, length = mask.shape
+        steps = self._ready(rows, -(-(length + max_new_tokens) // ROOM_MULTIPLE) * ROOM_MULTIPLE)
+        lengths = mask.sum(1)
+        unused = ("attention_mask", "labels", "supervised", "tokens")
+        prompt: dict[str, Any] = {name: value for name, value in batch.items() if name not in unused}
+        steps.cache.in_steps = False
+        logits = self.model(
+            **prompt,
+            attention_mask={"full_attention": _causal(self.model, length)},
+            past_key_values=steps.cache,
+            use_cache=True,
+            read_at=torch.arange(rows, device=mask.device) * length + lengths - 1,
+        ).logits
+        ids = logits.float().argmax(-1)
+        last = batch["position_ids"].masked_fill(mask == 0, -1).amax((0, 2))
+        steps.begin(lengths, last + 1)
+        config = self.model.model.language_model.config
+        attention = attention_of(config)
+        set_attention(config, STEP_ATTENTION)
+        try:
+            return self._go_on(steps, ids, max_new_tokens, end_token_id)
+        finally:
+            set_attention(config, attention)
+
+    def _ready(self, rows: int, room: int) -> Steps:
+        if self._steps is None or self._steps.shape != (rows, room):
+            self._steps = None  # its memory first
+            self._steps = Steps(self.model, rows, room)
+        return self._steps
+
+    def _go_on(self, steps: Steps, ids: Tensor, most: int, end_token_id: int) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in ids]
+        going = set(range(len(answers)))
+        for number in range(most):
             said = ids.tolist()
             going = {row for row in going if said[row] != end_token_id}
             for row in going:
                 answers[row].append(said[row])
-            if not going or number + 1 == max_new_tokens:
+            if not going or number + 1 == most:
                 break
             ids = steps.next(ids)
-    finally:
-        set_attention(text.config, attention)
-    return answers
+        return answers
 
 
 def _causal(model: AudioQwen2VLForConditionalGeneration, length: int) -> Tensor | None:

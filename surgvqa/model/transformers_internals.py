@@ -8,8 +8,16 @@ from typing import Any
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils.generic import is_flash_attention_requested
+from transformers.vision_utils import get_vision_position_ids
 
-__all__ = ["attention_of", "is_flash_attention_requested", "register_attention", "set_attention", "take_names_of"]
+__all__ = [
+    "attention_of",
+    "get_vision_position_ids",
+    "is_flash_attention_requested",
+    "register_attention",
+    "set_attention",
+    "take_names_of",
+]
 
 
 def attention_of(config: PreTrainedConfig) -> str:

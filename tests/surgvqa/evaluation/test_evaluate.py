@@ -203,17 +203,17 @@ def test_out_of_memory_halves_the_batch(world, tmp_path, monkeypatch):
 
     original = Answerer.answer
 
-    def answer(self, items, largest=2):
-        if len(items) > largest:
+    def answer(self, batch, largest=2):
+        if len(batch["input_ids"]) > largest:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return original(self, items)
+        return original(self, batch)
 
     monkeypatch.setattr(Answerer, "answer", answer)
     outcome, _, events = _evaluate(world.evaluate_options(batch_size=4), tmp_path)
     assert outcome.data["samples"] == 4 and outcome.data["batch_size"] == 2
     (oom,) = [e for e in events if e["kind"] == "oom"]
     assert (oom["phase"], oom["requested_bytes"], oom["action"]) == ("generate", 2 * 2**30, "answering 2 at once")
-    monkeypatch.setattr(Answerer, "answer", lambda self, items: answer(self, items, largest=0))
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch: answer(self, batch, largest=0))
     with pytest.raises(SurgvqaError, match="single sample"):
         _evaluate(world.evaluate_options(), tmp_path)
 

@@ -35,7 +35,8 @@ def right_padded(samples, multiple_of=1):
 
 
 def answers(model, samples, multiple_of=1, end=-1, tokens=6):
-    return generation.generate(model, right_padded(samples, multiple_of), max_new_tokens=tokens, end_token_id=end)
+    generator = generation.Generator(model)
+    return generator.answer(right_padded(samples, multiple_of), max_new_tokens=tokens, end_token_id=end)
 
 
 def test_each_sample_of_a_batch_gets_the_answer_that_transformers_gives_it_alone(model):
@@ -45,6 +46,19 @@ def test_each_sample_of_a_batch_gets_the_answer_that_transformers_gives_it_alone
     assert answers(model, SAMPLES, multiple_of=64) == alone
     assert [answers(model, [s])[0] for s in SAMPLES] == alone
     assert generate(model, SAMPLES[0])[0] == alone[0]  # nothing is left behind
+
+
+def test_a_batch_leaves_nothing_behind_for_the_next_of_its_shape(model):
+    generator = generation.Generator(model)
+
+    def found(samples):
+        return generator.answer(right_padded(samples, 64), max_new_tokens=6, end_token_id=-1)
+
+    first = found(SAMPLES)
+    steps = generator._steps
+    assert found(SAMPLES[::-1]) == first[::-1] and found(SAMPLES) == first
+    assert generator._steps is steps
+    assert found(SAMPLES[:1]) == first[:1] and generator._steps is not steps
 
 
 def test_an_answer_ends_before_its_end_token_and_the_others_go_on(model):
@@ -85,11 +99,11 @@ def test_recorded_steps_give_what_steps_one_by_one_give(monkeypatch):
     batch = right_padded(SAMPLES, 64)
     batch = {name: x.to("cuda") if torch.is_tensor(x) else x for name, x in batch.items()}
 
-    def found():
-        return generation.generate(model, batch, max_new_tokens=12, end_token_id=-1)
+    def found(generator):
+        return generator.answer(batch, max_new_tokens=12, end_token_id=-1)
 
-    recorded = found()
-    assert found() == recorded
-    steps = []
-    monkeypatch.setattr(generation.Steps, "_record", lambda self: steps.append(1) or setattr(self, "ids", self._step()))
-    assert found() == recorded and steps
+    generator = generation.Generator(model)
+    recorded = found(generator)
+    assert found(generator) == recorded
+    monkeypatch.setattr(generation.Steps, "_record", lambda self: setattr(self, "ids", self._step()))
+    assert found(generation.Generator(model)) == recorded

@@ -193,3 +193,23 @@ def test_without_casts_a_lora_matrix_sees_its_input_as_it_came(adapted):
     forward()
     assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert torch.equal(cast, bare)
+
+
+def test_the_vision_tower_takes_the_sizes_that_it_would_ask_the_gpu_for():
+    from transformers.utils.generic import get_max_seqlen
+    from transformers.vision_utils import get_vision_cu_seqlens
+
+    grid = torch.tensor([[1, 4, 6], [1, 2, 2]])
+    assert parameters(transformers_internals.get_vision_position_ids)[:2] == ["grid_thw", "spatial_merge_size"]
+    places = transformers_internals.get_vision_position_ids(grid, 2)
+    assert places.shape == (28, 2) and places[:4].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    marks = {name: object() for name in ("cu_seqlens", "max_seqlen", "position_ids")}
+    assert get_vision_cu_seqlens(grid, kwargs=marks) and get_max_seqlen(grid, None, kwargs=marks)
+    assert transformers_internals.get_vision_position_ids(grid, 2, kwargs=marks) and not marks
+
+
+def test_an_attention_of_ours_is_called_by_its_name():
+    from transformers import AttentionInterface
+
+    transformers_internals.register_attention("surgvqa_test", len)
+    assert AttentionInterface().get_interface("surgvqa_test", None) is len

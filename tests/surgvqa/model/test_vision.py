@@ -1,0 +1,87 @@
+"""The vision tower with one attention for all frames against upstream's, a kernel a frame."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from tiny_model import built  # noqa: E402
+
+from surgvqa.model import vision  # noqa: E402
+from surgvqa.model.transformers_internals import attention_of  # noqa: E402
+
+pytestmark = pytest.mark.model
+
+SIZES = {"vision_config": {"model_type": "qwen2_vl", "depth": 3, "embed_dim": 64, "hidden_size": 64, "num_heads": 2}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = built(**SIZES)
+    for parameter in model.model.visual.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "grid", [[[1, 4, 6]] * 3, [[1, 4, 6], [1, 8, 2], [1, 2, 4]], [[2, 4, 4], [1, 4, 4]], [[1, 6, 4]]]
+)
+def test_frames_give_what_upstream_makes_of_them(model, grid):
+    grid = torch.tensor(grid)
+    patches = torch.randn(int(grid.prod(1).sum()), 1176, generator=torch.Generator().manual_seed(1))
+    visual = model.model.visual
+    visual.config._attn_implementation = "sdpa"
+    with torch.no_grad():
+        expected = visual(patches, grid_thw=grid).pooler_output
+        found = model.encode_images(patches, grid)
+        assert attention_of(visual.config) == vision.FRAME_ATTENTION
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        mixed = patches.clone()
+        mixed[-1] += 1  # a patch of the last frame is seen in that frame alone
+        changed = (model.encode_images(mixed, grid) - found).abs().amax(1) > 1e-6
+    last = int(grid[-1].prod()) // int(grid[-1, 0]) // 4
+    assert changed[-last:].any() and not changed[:-last].any()
+
+
+def test_another_attention_that_was_asked_for_stays(model):
+    model.model.visual.config._attn_implementation = "eager"
+    grid = torch.tensor([[1, 4, 6]])
+    patches = torch.randn(24, 1176, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        eager = model.encode_images(patches, grid)
+        assert attention_of(model.model.visual.config) == "eager"
+        model.model.visual.config._attn_implementation = "sdpa"
+        assert torch.allclose(model.encode_images(patches, grid), eager, rtol=1e-4, atol=1e-5)
+
+
+def test_full_calls_are_compiled_and_others_are_not(model):
+    model = built(**SIZES)
+    compiled = []
+    for block in model.model.visual.blocks:
+        vars(block)["forward"] = part = vision.OneLength(block)
+        part.compiled = lambda *args, _plain=part.plain, **kwargs: (
+            compiled.append(len(args[0])) or _plain(*args, **kwargs)
+        )
+    with torch.no_grad():
+        for frames in (3, 3, 2, 3):
+            model.encode_images(torch.randn(24 * frames, 1176), torch.tensor([[1, 4, 6]] * frames))
+    assert compiled == [72] * 9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_compiled_blocks_are_as_far_from_float32_as_plain_ones():
+    model = built(**SIZES).to("cuda")
+    for parameter in model.model.visual.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    grid = torch.tensor([[1, 16, 16]] * 4)
+    patches = torch.randn(1024, 1176, device="cuda")
+    with torch.no_grad():
+        exact = model.encode_images(patches, grid)
+        model.to(torch.bfloat16)
+        plain = model.encode_images(patches, grid).float()
+        vision.compile_blocks(model.model.visual)
+        compiled = model.encode_images(patches, grid).float()
+    errors = [float((x - exact).norm() / exact.norm()) for x in (plain, compiled)]
+    print("relative errors against float32, plain and compiled:", errors)
+    assert errors[1] < max(1.2 * errors[0], 0.01) and errors[0] < 0.1
