@@ -27,15 +27,11 @@ from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import Processors
 from surgvqa.machine.process import usable_cores
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
-from surgvqa.model.vision import compile_blocks
 from surgvqa.runs.folder import Run
 
 PATCHES_AT_ONCE = 16_384
 """Vision patches of one encoder call: 14 frames at 512 px. More is no faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
-COMPILED_FROM = 1_000
-"""Frames that are worth compiling the vision tower for: it takes 6 s on an H100 (2 when compiled before), and a frame
-then 4 ms instead of 7."""
 DECODED_A_WORKER, DECODED_AHEAD = 16, 4
 """Frames or questions that it takes at least to make another worker process worth its start; and how many each worker
 is ahead of the encoder, at most."""
@@ -115,8 +111,6 @@ def fill_cache(
     heard = [path for path, _ in new_sounds.values()]
     decoded_frames = _decoded(_Frames(shown, processors, model.dtype), model.device)
     decoded_sounds = _decoded(_Sounds(heard, processors, model.dtype), model.device)
-    if model.device.type == "cuda" and len(new_frames) >= COMPILED_FROM:
-        compile_blocks(model.model.visual)
     with torch.no_grad():
         frames_encoded = _encoded_frames(model, new_frames, decoded_frames)
         sounds_encoded = _encoded_sounds(model, new_sounds, decoded_sounds)

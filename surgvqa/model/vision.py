@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgvqa.model.torch_internals import configure_compiler
 from surgvqa.model.transformers_internals import (
     attention_of,
     get_vision_position_ids,
@@ -69,27 +68,3 @@ def sizes_of(visual: Any, image_grid_thw: Tensor, device: torch.device) -> dict[
         "max_seqlen": int(lengths.max()),
         "position_ids": places.to(device),
     }
-
-
-class OneLength:
-    """Stands as a block's `forward`: compiled for calls with as many patches as the first one, as it is for others. A
-    graph for any length would take as long to compile once more, for the few calls that are not full."""
-
-    def __init__(self, block: nn.Module):
-        self.plain = block.forward
-        self.compiled = torch.compile(block.forward)
-        self.patches: int | None = None
-
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.patches is None:
-            self.patches = len(hidden_states)
-        compute = self.compiled if len(hidden_states) == self.patches else self.plain
-        return compute(hidden_states, *args, **kwargs)
-
-
-def compile_blocks(visual: Any) -> None:
-    """Compiles each block of the vision tower by itself (equal graphs compile once). Idempotent."""
-    configure_compiler(recompute_cheap=False)
-    for block in visual.blocks:
-        if not isinstance(block.forward, OneLength):
-            vars(block)["forward"] = OneLength(block)

@@ -51,37 +51,3 @@ def test_another_attention_that_was_asked_for_stays(model):
         assert attention_of(model.model.visual.config) == "eager"
         model.model.visual.config._attn_implementation = "sdpa"
         assert torch.allclose(model.encode_images(patches, grid), eager, rtol=1e-4, atol=1e-5)
-
-
-def test_full_calls_are_compiled_and_others_are_not(model):
-    model = built(**SIZES)
-    compiled = []
-    for block in model.model.visual.blocks:
-        vars(block)["forward"] = part = vision.OneLength(block)
-        part.compiled = lambda *args, _plain=part.plain, **kwargs: (
-            compiled.append(len(args[0])) or _plain(*args, **kwargs)
-        )
-    with torch.no_grad():
-        for frames in (3, 3, 2, 3):
-            model.encode_images(torch.randn(24 * frames, 1176), torch.tensor([[1, 4, 6]] * frames))
-    assert compiled == [72] * 9
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_compiled_blocks_are_as_far_from_float32_as_plain_ones():
-    model = built(**SIZES).to("cuda")
-    for parameter in model.model.visual.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    grid = torch.tensor([[1, 16, 16]] * 4)
-    patches = torch.randn(1024, 1176, device="cuda")
-    with torch.no_grad():
-        exact = model.encode_images(patches, grid)
-        model.to(torch.bfloat16)
-        plain = model.encode_images(patches, grid).float()
-        vision.compile_blocks(model.model.visual)
-        compiled = model.encode_images(patches, grid).float()
-    errors = [float((x - exact).norm() / exact.norm()) for x in (plain, compiled)]
-    print("relative errors against float32, plain and compiled:", errors)
-    assert errors[1] < max(1.2 * errors[0], 0.01) and errors[0] < 0.1
