@@ -26,7 +26,7 @@ import torch
 
 from surgvqa.config.options import TrainOptions
 from surgvqa.config.settings import convert, settings_of
-from surgvqa.memory import retreat
+from surgvqa.memory import reductions
 from surgvqa.model import layers
 from surgvqa.model.adapter import adapter_parameters, add_lora
 from surgvqa.runs.folder import Run
@@ -163,7 +163,7 @@ def main() -> None:
     values |= {name: convert(known[name], text, "command line") for name, text in zip(names, texts, strict=True)}
     with tempfile.TemporaryDirectory() as folder:
         options = TrainOptions(**values, feature_cache_dir=f"{folder}/cache", output_dir=f"{folder}/adapter")
-        plain = retreat.changed(options, attn_implementation=given.plain_attention)
+        plain = reductions.changed(options, attn_implementation=given.plain_attention)
         found = compare(options, plain, {1, 2, 5, 10, 25, 50}, Path(folder))
     print(f"{'step':>5} {'ours':>10} {'plain':>10} {'difference':>11}   gradient cosine, lowest of a matrix, ratio")
     for number, (one, other) in enumerate(zip(found["ours"], found["plain"]), start=1):

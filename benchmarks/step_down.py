@@ -43,7 +43,7 @@ import small
 import torch
 from PIL import Image
 
-from presets import ladder
+from presets import step_down_presets
 from surgvqa.errors import SurgvqaError
 from surgvqa.model.layers import forwards
 from surgvqa.runs.folder import Run
@@ -186,7 +186,7 @@ class Trial:
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self.events if event["kind"] == kind]
 
-    def retreats(self) -> list[str]:
+    def reductions(self) -> list[str]:
         """What was given up, in order: "recompute" or a preset."""
         return [e.get("name", "recompute") for e in self.events if e["kind"] in ("retreat", "preset")]
 
@@ -263,7 +263,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         def told(name: str, trial: Trial, steps: int, **expected: Any) -> None:
             wrong = trial.went_on(steps)
-            done = {"retreats": trial.retreats(), "actions": [event["action"] for event in trial.of("oom")]}
+            done = {"reductions": trial.reductions(), "actions": [event["action"] for event in trial.of("oom")]}
             wrong += [f"{key} {done[key]}, expected {value}" for key, value in expected.items() if done[key] != value]
             first = next((e for e in trial.of("oom")), {})
             rows.append({"name": name, "wrong": wrong, **done, "seconds": round(trial.seconds, 1),
@@ -271,7 +271,7 @@ def run(arguments: argparse.Namespace) -> int:
                          "losses": {e["step"]: e["loss"] for e in trial.of("metric")}, "first_oom": first})  # fmt: skip
             lost = [f"{e['step']}:{e['phase']}" for e in trial.of("oom")]
             print(f"{'FAILED' if wrong else 'ok':6} {name:34} {trial.seconds:5.1f} s  out of memory at {lost}, gave up "
-                  f"{done['retreats']} {'; '.join(wrong)}", flush=True)  # fmt: skip
+                  f"{done['reductions']} {'; '.join(wrong)}", flush=True)  # fmt: skip
             if arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 machine = {
@@ -281,7 +281,7 @@ def run(arguments: argparse.Namespace) -> int:
                 found = {"machine": machine, "rows": rows}
                 (arguments.out / "step_down.json").write_text(json.dumps(found, indent=1))
 
-        presets = {p.name: {k: p.settings[k] for k in ("num_frames", "image_size")} for p in ladder()[1:]}
+        presets = {p.name: {k: p.settings[k] for k in ("num_frames", "image_size")} for p in step_down_presets()[1:]}
         rungs = ["recompute", *presets]
         steps = 2 + len(rungs) + 1  # in the second one all is there that a step takes
         tour = Trial(
@@ -291,7 +291,7 @@ def run(arguments: argparse.Namespace) -> int:
             before_step=lambda step: card.tighten() if 2 < step < steps else None,
             on_event=lambda event: relieve(card) if event["kind"] in ("retreat", "preset") else None,
         )
-        told("all rungs, one a step", tour, steps, retreats=rungs)
+        told("all rungs, one a step", tour, steps, reductions=rungs)
         takes = {name: tour.peaks.get(step, math.nan) for step, name in enumerate(["nothing", *rungs], start=2)}
         print("  takes: " + ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in takes.items()))
 
@@ -304,11 +304,11 @@ def run(arguments: argparse.Namespace) -> int:
                 folder,
                 before_step=lambda step, room=room: card.cap(room) if step == 2 else None,
             )
-            told(f"capped at {room / 1e9:.2f} GB: {rung}", trial, 3, retreats=[rung])
+            told(f"capped at {room / 1e9:.2f} GB: {rung}", trial, 3, reductions=[rung])
             settings = {"checkpointed_layers": 2 if arguments.dry else LAYERS, **presets.get(rung, {})}
 
         for name, trial, actions in others(card, options, folder):
-            told(name, trial, 2, actions=actions, retreats=[])
+            told(name, trial, 2, actions=actions, reductions=[])
     failed = [row["name"] for row in rows if row["wrong"]]
     print(f"{len(rows) - len(failed)} of {len(rows)} went on" + (f"; not: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
@@ -321,7 +321,7 @@ def relieve(card: Card) -> None:
 
 
 def others(card: Card, options: Callable[..., Any], folder: Path):
-    """(name, trial, expected actions): where no rung of the ladder is the answer."""
+    """(name, trial, expected actions): where stepping down is not the answer."""
     again = "trying again with an emptied cache"
 
     def first_step(original: Any, trainer: EventTrainer, optimizer: Any, step: Any) -> Any:

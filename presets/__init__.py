@@ -1,8 +1,8 @@
-"""Presets: named overrides as TOML files, and the order in which a run retreats through them.
+"""Presets: named overrides as TOML files, and the order in which a run steps down through them.
 
-A file holds `reason` (why one would choose it), `gives_up` (what it costs), `rung` (its place on the ladder of retreat,
-0 first; absent = not on the ladder) and `[settings]`, keys of the training options. A workspace may bring its own in
-`<workspace>/presets/`: they are listed first, and when any of them has a rung, they are the ladder.
+A file holds `reason` (why one would choose it), `gives_up` (what it costs), `rung` (its place in the order of stepping
+down, 0 first; without one no run steps down to it) and `[settings]`, keys of the training options. A workspace may
+bring its own in `<workspace>/presets/`: they are listed first, and when any of them has a rung, they replace the order.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def load_presets(workspace: Path | None = None) -> list[Preset]:
     return own + [p for p in _read_folder(BUILT_IN) if p.name not in names]
 
 
-def ladder(workspace: Path | None = None) -> list[Preset]:
-    """The presets of the retreat, from the first choice to the last resort."""
+def step_down_presets(workspace: Path | None = None) -> list[Preset]:
+    """The presets that a run steps down through, from the first choice to the last resort."""
     presets = load_presets(workspace)
     own = [p for p in presets if p.rung is not None and p.file.parent != BUILT_IN]
     return own or [p for p in presets if p.rung is not None]

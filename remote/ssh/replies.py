@@ -35,7 +35,7 @@ class Replies:
     """The agent's messages out of a byte stream; what a login shell prints before it is passed over."""
 
     MARK = b"\x1esurgvqa\x1e\n"
-    MAX_BEFORE = 1 << 20
+    MAX_BEFORE = 16 << 20
     """Bytes that a login shell may print before the agent speaks."""
     MAX_MESSAGE = 64 << 20
     """Bytes of the longest message: the listing of some 500,000 files."""

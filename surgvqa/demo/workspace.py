@@ -320,7 +320,13 @@ PRESETS = {
     "demo-8f-112px": (0, 8, 112, "The demo's first choice: every frame, 4x4 tokens each.", "nothing"),
     "demo-6f-112px": (1, 6, 112, "Two frames fewer; detail in each frame stays.", "a quarter of the clip"),
     "demo-8f-84px": (2, 8, 84, "Smaller frames; the whole clip stays.", "44 % of the pixels: thin tools blur"),
-    "demo-6f-84px": (3, 6, 84, "Fewer, smaller frames: the last retreat.", "a quarter of the clip, 44 % of the pixels"),
+    "demo-6f-84px": (
+        3,
+        6,
+        84,
+        "Fewer, smaller frames: the last resort.",
+        "a quarter of the clip, 44 % of the pixels",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ EXPANDABLE = "expandable_segments:True"
 
 
 def grow_segments() -> None:
-    """Asks for segments that grow, unless the environment says how else: after a retreat tensors of other sizes must
+    """Asks for segments that grow, unless the environment says how else: after a step down tensors of other sizes must
     fit between those that stay, and a capped process could not get new segments for them.
 
     transformers takes the weights' memory as one segment; of a fixed one nothing is given back while any weight is in

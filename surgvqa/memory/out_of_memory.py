@@ -16,18 +16,24 @@ ALLOCATED, UNALLOCATED = rf"{SIZE} is allocated by PyTorch", rf"{SIZE} is reserv
 
 
 @dataclass(frozen=True)
-class Said:
-    """What torch's message says: in one line that fits, and in bytes. Where it does not say what is allocated and
-    reserved, the allocator does: by the time an error is met, the work has let go of some."""
+class OutOfMemory:
+    """What torch's message says: in one line that fits, and in bytes."""
 
     text: str
     requested_bytes: int | None
     allocated_bytes: int
     reserved_bytes: int
 
+    @property
+    def is_fragmentation(self) -> bool:
+        """The allocator held enough free memory, but in no piece that was large enough."""
+        free = self.reserved_bytes - self.allocated_bytes
+        return self.requested_bytes is not None and free >= self.requested_bytes
 
-def read(error: torch.OutOfMemoryError) -> Said:
-    """The error in figures."""
+
+def read(error: torch.OutOfMemoryError) -> OutOfMemory:
+    """The error in figures. What is allocated and reserved comes from the message where it says so: by the time an
+    error is caught, the work that was cut off has let go of some, and the allocator would say too little."""
     message = " ".join(str(error).split("\n")[0].split())
     requested, allocated, unallocated = (size_in(message, where) for where in (REQUESTED, ALLOCATED, UNALLOCATED))
     if allocated is None or unallocated is None:
@@ -35,9 +41,9 @@ def read(error: torch.OutOfMemoryError) -> Said:
     else:
         reserved = allocated + unallocated
     if requested is None:
-        return Said(message, requested, allocated, reserved)
+        return OutOfMemory(message, requested, allocated, reserved)
     held = f"; {allocated / 1e9:.1f} GB allocated, {(reserved - allocated) / 1e9:.2f} GB reserved but free"
-    return Said(
+    return OutOfMemory(
         f"tried to allocate {requested / 1e9:.2f} GB" + (held if reserved else ""), requested, allocated, reserved
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from surgvqa.config.options import TrainOptions
 from surgvqa.config.settings import nearest, settings_of
-from surgvqa.errors import UsageError
+from surgvqa.errors import UsageError, first_line
 from surgvqa.machine.process import usable_cores
 from surgvqa.model.device import choose_device, choose_dtype
 from surgvqa.training.schedule import evaluates, schedule
@@ -38,7 +38,7 @@ def training_arguments(options: TrainOptions, output_dir: Path, run_name: str = 
         "do_eval": evaluates(options),
         "bf16": choose_dtype(device, options.bf16) == torch.bfloat16,
         "use_cpu": device.type == "cpu",
-        "optim": choose_optimiser(options.optim, device),
+        "optim": choose_optimiser(options.optim, device)[0],
         "warmup_steps": options.warmup_ratio,  # below 1 it is a share of the steps
         "report_to": options.report_to.split(","),
         "prediction_loss_only": True,
@@ -85,13 +85,26 @@ def parse_extra(extra: dict[str, str]) -> dict[str, Any]:
     return {name: getattr(namespace, name) for name in extra}
 
 
-def choose_optimiser(requested: str, device: torch.device) -> str:
-    """auto = 8-bit AdamW where bitsandbytes can run, else torch's."""
-    if requested != "auto":
-        return requested
-    if device.type == "cuda":
-        with contextlib.suppress(Exception):  # a bitsandbytes for another CUDA fails in many ways
-            import bitsandbytes  # noqa: F401
+def choose_optimiser(requested: str, device: torch.device) -> tuple[str, str | None]:
+    """(transformers' name of the optimiser, why it is not the 8-bit one that `auto` stands for on a GPU).
 
-            return "adamw_bnb_8bit"
-    return "adamw_torch"
+    UsageError for one of bitsandbytes' that was asked for and cannot be imported.
+    """
+    if requested != "auto":
+        if re.search("8bit|bnb|paged", requested) and (problem := bitsandbytes_problem()):
+            raise UsageError(
+                f"--optim {requested}: {problem}; pip install -U bitsandbytes, or take --optim adamw_torch"
+            )
+        return requested, None
+    problem = bitsandbytes_problem() if device.type == "cuda" else None
+    return ("adamw_bnb_8bit" if device.type == "cuda" and not problem else "adamw_torch"), problem
+
+
+def bitsandbytes_problem() -> str | None:
+    """Why bitsandbytes cannot be imported, in one line; None when it can. One for another CUDA fails in many ways."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:
+        kind = type(error).__name__
+        return f"bitsandbytes cannot be imported ({kind}: {first_line(error)})".replace(": )", ")")
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.training_args import OptimizerNames
 
-from presets import ladder
+from presets import step_down_presets
 from surgvqa.config.options import TrainOptions
 from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset, make_room_for_sockets
@@ -21,10 +20,10 @@ from surgvqa.data.frames import largest_frame
 from surgvqa.data.numbered import Numbered, NumberedCollator
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.data.samples import read_samples
-from surgvqa.errors import SurgvqaError, of_worker
+from surgvqa.errors import SurgvqaError, first_line, of_worker
 from surgvqa.files import write_json_atomic
 from surgvqa.machine.sampling import MemorySampler
-from surgvqa.memory import allocator, retreat
+from surgvqa.memory import allocator, reductions
 from surgvqa.memory.fit import choices, memory_limit_gb
 from surgvqa.model import layers
 from surgvqa.model.adapter import adapter_parameters, add_lora
@@ -34,15 +33,17 @@ from surgvqa.model.loading import load_model
 from surgvqa.model.peft_internals import without_input_casts
 from surgvqa.model.torch_internals import start_compiler
 from surgvqa.runs.folder import Run
-from surgvqa.training import results, resume
-from surgvqa.training.arguments import training_arguments
+from surgvqa.training import checkpoints, results, resume
+from surgvqa.training.arguments import choose_optimiser, training_arguments
 from surgvqa.training.callbacks import EventCallback
 from surgvqa.training.schedule import evaluates, schedule
-from surgvqa.training.step_down import StepDown, take
+from surgvqa.training.step_down import StepDown, let_go
 from surgvqa.training.stopping import StopRequested, stop_on_signals
 from surgvqa.training.tracking import wandb_environment
 from surgvqa.training.trainer import EventTrainer
 
+MOMENTS_32_BIT, MOMENTS_8_BIT = 8, 2
+"""Bytes that AdamW's two moments take for a trained parameter."""
 LENGTH_BUCKET, ALIGNED = 64, 8
 """Compiled layers are compiled again for each new length, so rows are padded: to the longest one's, rounded up to a
 multiple of 8 as tensor cores like it, or some times 64 less."""
@@ -139,8 +140,8 @@ def _prepare(
 
     kernel = attention_kernel(base.config.text_config, attention, device)
     forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
-    limit_gb, presets = memory_limit_gb(options.budget_gb, device), ladder(run.workspace)
-    fit = retreat.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
+    limit_gb, presets = memory_limit_gb(options.budget_gb, device), step_down_presets(run.workspace)
+    fit = reductions.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
     if fit.warning:
         run.warning(fit.warning)
     layers.checkpoint_layers(base, fit.recomputing)
@@ -156,7 +157,7 @@ def _prepare(
         run=run,
         record=record,
         step_down=StepDown(
-            retreat.changed(options, keep_activations=fit.keep),
+            reductions.changed(options, keep_activations=fit.keep),
             run=run,
             record=record,
             model=base,
@@ -194,11 +195,11 @@ def _forecast(
     cached: bool,
     compiled: bool,
     attention: str,
-) -> retreat.Forecast | None:
+) -> reductions.Forecast | None:
     """Predictions of this run; None where they do not hold: on a CPU, and for weights in float32."""
     if arguments.device.type != "cuda" or not arguments.bf16:
         return None
-    return retreat.Forecast(
+    return reductions.Forecast(
         options,
         largest_frame(train_set.frame_paths),
         batch=arguments.train_batch_size,
@@ -241,12 +242,15 @@ def _announce_plan(
     train_set: ClipDataset,
     total_steps: int,
     attention: str,
-    fit: retreat.Fit,
+    fit: reductions.Fit,
     rows: str,
     bought: list[tuple[str, float]],
 ) -> None:
     """What will run and why, as one phase event with its figures as fields."""
     trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if problem := choose_optimiser(options.optim, arguments.device)[1]:
+        more = trained_parameters * (MOMENTS_32_BIT - MOMENTS_8_BIT) / 1e9
+        run.warning(f"{problem}: AdamW in 32 bit in place of 8, which takes {more:.2f} GB more")
     all_parameters = sum(p.numel() for p in model.parameters())
     tokens = len(train_set[0]["input_ids"])
     dtype = str(next(p for p in model.parameters() if not p.requires_grad).dtype).removeprefix("torch.")
@@ -295,12 +299,23 @@ def _run_trainer(trainer: EventTrainer, checkpoint: Path | None, total_steps: in
         trainer.save_last_step()
         return stop
     except torch.OutOfMemoryError as error:
-        lack = take(error, trainer, drop_gradients=True)  # where nothing can be tried again
-        raise trainer.step_down.stop(lack, trainer, trainer.intact) from None
+        failure = let_go(error, trainer, drop_gradients=True)  # where nothing can be tried again
+        raise trainer.step_down.stop(failure, trainer, trainer.weights_are_whole) from None
     except Exception as error:  # a frame that cannot be read, a worker that was killed, a service of W&B's that died
-        if trainer.intact:
-            with contextlib.suppress(Exception):
-                trainer.save_last_step()
+        if trainer.weights_are_whole:
+            _save_after(error, trainer)
         if isinstance(error, SurgvqaError):
             raise of_worker(error) from error
         raise
+
+
+def _save_after(error: Exception, trainer: EventTrainer) -> None:
+    """Saves the last whole step after `error`, which is what the run ends with; that it could not be saved is said."""
+    try:
+        trainer.save_last_step()
+    except Exception as second:  # whatever it is, the first error is what the user must see
+        newest, _ = checkpoints.newest_whole_checkpoint(trainer.folder)
+        trainer.events.warning(
+            f"step {trainer.state.global_step} could not be saved after {type(error).__name__} "
+            f"({first_line(second)}); the newest saved state is {newest.name if newest else 'none'}"
+        )

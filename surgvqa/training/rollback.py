@@ -1,4 +1,4 @@
-"""What an out-of-memory error must not lose: the state before a step, and what is moved off the GPU meanwhile."""
+"""What an out-of-memory error must not lose: the state before a step, and tensors that are on the host meanwhile."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from surgvqa.memory.out_of_memory import empty_cache
 
 
-class Aside:
-    """What a step needs beside the model, the optimiser's states and the window's inputs, off the GPU from an error
-    until work goes on.
+class OffloadedTensors:
+    """The optimiser's states and the inputs of the step in the making, on the host from an error until work goes on.
 
-    Each was cut from whatever block was free when it came. Without them the emptied cache gives everything back, and
-    when they return they lie together.
+    Each of them lies in whatever block was free when it was made. While they are away the emptied cache gives
+    everything back, and when they return they lie together.
     """
 
     def __init__(self) -> None:

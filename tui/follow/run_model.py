@@ -109,7 +109,7 @@ class RunModel:
         self.predicted: dict[str, float] = {}
         """Bytes of each component at the predicted peak, as the run goes now."""
         self.fit = ""
-        """How it was fitted to the budget, and why; until a retreat."""
+        """How it was fitted to the budget, and why; until the run steps down."""
         self.checkpoints: list[str] = []
         self.preset: str | None = self.info.get("preset")
         self.warnings: list[str] = []

@@ -489,8 +489,8 @@ def test_a_run_comes_home_past_a_talkative_login_shell(laptop, banner):  # noqa:
     assert laptop.json("fetch", "gpuhost", "last")["files"] == 1
 
 
-def test_a_run_that_goes_on_comes_home_as_it_is(laptop):  # noqa: F811
-    """While files come, one grows and a checkpoint is rotated away; secrets stay there whatever is asked for."""
+def test_a_run_that_goes_on_comes_home_as_it_was_listed(laptop):  # noqa: F811
+    """While files come, one grows and a checkpoint is rotated away; the next fetch brings what was added."""
     folder = laptop.there / "runs" / "20260101-000000-train-abc"
     (folder / "checkpoint-10").mkdir(parents=True)
     for name in ("checkpoint-10/adapter.bin", "events.jsonl", "run.json", "start.json"):
@@ -509,8 +509,11 @@ def test_a_run_that_goes_on_comes_home_as_it_is(laptop):  # noqa: F811
         remote.call = then_it_goes_on
         fetch(remote, f"runs/{folder.name}", target, progress, everything=True)
     assert sorted(f.name for f in target.rglob("*") if f.is_file()) == ["events.jsonl", "run.json"]
-    assert (target / "events.jsonl").read_text() == "{}\n{}\n"
+    assert (target / "events.jsonl").read_text() == "{}\n"
     assert "checkpoint-10/adapter.bin is gone there meanwhile" in (progress.folder / "events.jsonl").read_text()
+    with laptop.connect() as remote:
+        fetch(remote, f"runs/{folder.name}", target, progress, everything=True)
+    assert (target / "events.jsonl").read_text() == "{}\n{}\n"
 
 
 def test_a_disk_that_is_full_here_is_one_line(laptop):  # noqa: F811

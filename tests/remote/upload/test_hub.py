@@ -33,8 +33,10 @@ def hub(laptop):  # noqa: F811
     adapter.mkdir()
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    at = "base_model.model.model.layers.1.self_attn.q_proj"
-    factors = {f"{at}.lora_A.weight": ("BF16", (2, 32)), f"{at}.lora_B.weight": ("BF16", (64, 2))}
+    factors = {}
+    for n in range(3):
+        at = f"base_model.model.model.layers.{n}.self_attn.q_proj"
+        factors |= {f"{at}.lora_A.weight": ("BF16", (2, 32)), f"{at}.lora_B.weight": ("BF16", (64, 2))}
     write_file(adapter / "adapter_model.safetensors", factors)
     one = Hub(laptop.workspace / "stage1", ID)
     know(laptop, one)

@@ -99,15 +99,15 @@ def test_every_option_says_what_it_is():
             assert setting.help, f"{options_class.__name__}.{setting.name} has no help"
 
 
-def test_a_workspace_preset_replaces_the_ladder(tmp_path):
+def test_workspace_presets_replace_those_that_a_run_steps_down_through(tmp_path):
     import presets
 
-    assert [p.rung for p in presets.ladder()] == [0, 1, 2, 3]
+    assert [p.rung for p in presets.step_down_presets()] == [0, 1, 2, 3]
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "small.toml").write_text(
         'reason = "r"\ngives_up = "g"\nrung = 0\n[settings]\nnum_frames = 2\n'
     )
-    assert [p.name for p in presets.ladder(tmp_path)] == ["small"]
+    assert [p.name for p in presets.step_down_presets(tmp_path)] == ["small"]
     assert presets.load_presets(tmp_path)[0].name == "small"
 
 

@@ -15,7 +15,7 @@ from places import REAL_DATA
 np = pytest.importorskip("numpy")
 pytest.importorskip("espeakng_loader")
 
-from presets import ladder  # noqa: E402
+from presets import step_down_presets  # noqa: E402
 from surgvqa.cli.main import main  # noqa: E402
 from surgvqa.config import resolve  # noqa: E402
 from surgvqa.config.workspace import load_workspace  # noqa: E402
@@ -194,12 +194,12 @@ def test_another_seed_does_not_overwrite(tmp_path):
         workspace.require_ours(tmp_path, 1)
 
 
-def test_settings_and_presets_are_valid_and_the_presets_are_the_ladder(tmp_path):
+def test_settings_and_presets_are_valid_and_a_run_steps_down_through_the_presets(tmp_path):
     workspace._write_settings(tmp_path)
     loaded = load_workspace(tmp_path)
     train = resolve.resolve("train", {}, loaded)
     assert train.preset == "demo-8f-112px" and train.options.image_size == workspace.IMAGE_SIZE
-    assert [p.name for p in ladder(tmp_path)] == list(workspace.PRESETS)
+    assert [p.name for p in step_down_presets(tmp_path)] == list(workspace.PRESETS)
     resolve.resolve("merge", {}, loaded)
 
 

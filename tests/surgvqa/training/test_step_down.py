@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import small
 
-from presets import ladder
+from presets import step_down_presets
 from surgvqa.config.options import TrainOptions
 from surgvqa.config.workspace import load_workspace
 from surgvqa.errors import SurgvqaError
-from surgvqa.memory import fit, retreat
+from surgvqa.memory import fit, reductions
 from surgvqa.model.sizes import Sizes
 from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, command, results
@@ -43,60 +43,65 @@ def options_for(**changes) -> TrainOptions:
 @pytest.fixture
 def forecast(monkeypatch):
     """Of the real model on REAL-Colon-VQA frames, as training/recipe.py runs it on a GPU."""
-    monkeypatch.setattr(retreat, "checkpoint_sizes", lambda folder: (Sizes(), None))
-    return retreat.Forecast(options_for(), (1240, 1080))
+    monkeypatch.setattr(reductions, "checkpoint_sizes", lambda folder: (Sizes(), None))
+    return reductions.Forecast(options_for(), (1240, 1080))
 
 
 def test_fit_takes_the_fewest_recomputing_layers_within_the_budget(forecast):
-    found = retreat.fit(options_for(), 28, forecast, 28.5)
+    found = reductions.fit(options_for(), 28, forecast, 28.5)
     assert found.prediction.predicted_peak_gb <= 28.5 * (1 - fit.MARGIN) and found.warning is None
     assert found.prediction.configuration.checkpointed_layers == found.recomputing
     if found.recomputing:
         fewer = forecast.of(options_for(checkpointed_layers=found.recomputing - 1))
         assert fewer.predicted_peak_gb > 28.5 * (1 - fit.MARGIN)
-    tight = retreat.fit(options_for(), 28, forecast, found.prediction.predicted_peak_gb - 2)
+    tight = reductions.fit(options_for(), 28, forecast, found.prediction.predicted_peak_gb - 2)
     assert found.recomputing < tight.recomputing < 28
     assert f"{tight.recomputing} of 28 layers" in tight.text and "the fewest that fit" in tight.text
 
 
 def test_fit_says_what_compiled_layers_keep(forecast):
-    plan = retreat.fit(options_for(), 28, forecast, 28.5)
+    plan = reductions.fit(options_for(), 28, forecast, 28.5)
     assert plan.keep == "products" and plan.recomputing <= 3 and plan.text.endswith("keep only matrix products")
-    more = retreat.fit(options_for(), 28, forecast, 35)
+    more = reductions.fit(options_for(), 28, forecast, 35)
     assert (more.keep, more.recomputing) == ("products", 0) and more.text.endswith("keep only matrix products")
-    roomy = retreat.fit(options_for(), 28, forecast, 60)
+    roomy = reductions.fit(options_for(), 28, forecast, 60)
     assert (roomy.keep, roomy.recomputing) == ("all", 0) and roomy.text.endswith("keep all activations")
-    few = retreat.fit(options_for(checkpointed_layers=20), 28, forecast, 28.5)  # 20 of 28 leave room for the rest
+    few = reductions.fit(options_for(checkpointed_layers=20), 28, forecast, 28.5)  # 20 of 28 leave room for the rest
     assert few.keep == "all" and few.prediction.configuration.keep == "all"
-    assert retreat.fit(options_for(checkpointed_layers=4), 28, forecast, 28.5).keep == "products"
-    assert retreat.fit(options_for(keep_activations="all"), 28, forecast, 28.5).keep == "all"
-    assert retreat.fit(options_for(), 28, None, 28.5).keep == "products"  # a CPU
+    assert reductions.fit(options_for(checkpointed_layers=4), 28, forecast, 28.5).keep == "products"
+    assert reductions.fit(options_for(keep_activations="all"), 28, forecast, 28.5).keep == "all"
+    assert reductions.fit(options_for(), 28, None, 28.5).keep == "products"  # a CPU
 
 
 def test_fit_does_what_was_asked_for(forecast):
-    assert retreat.fit(options_for(checkpointed_layers=7), 28, forecast, 28.5).recomputing == 7
-    off = retreat.fit(options_for(gradient_checkpointing=False), 28, forecast, 28.5)
+    assert reductions.fit(options_for(checkpointed_layers=7), 28, forecast, 28.5).recomputing == 7
+    off = reductions.fit(options_for(gradient_checkpointing=False), 28, forecast, 28.5)
     assert off.recomputing == 0 and off.prediction.configuration.checkpointed_layers == 0
-    assert retreat.fit(options_for(), 28, None, 28.5).recomputing == 28  # a CPU
+    assert reductions.fit(options_for(), 28, None, 28.5).recomputing == 28  # a CPU
 
 
 def test_fit_warns_of_what_does_not_and_names_what_does(forecast):
-    need = {p.name: forecast.of(retreat.changed(options_for(), **p.settings)).predicted_peak_gb for p in ladder()}
+    need = {
+        p.name: forecast.of(reductions.changed(options_for(), **p.settings)).predicted_peak_gb
+        for p in step_down_presets()
+    }
     assert need["baseline-8f-512px"] > need["oom-6f-512px"] > need["oom-8f-384px"] > need["oom-6f-384px"]
     between = (need["oom-6f-512px"] + need["oom-8f-384px"]) / 2
-    found = retreat.fit(options_for(), 28, forecast, between, ladder())
+    found = reductions.fit(options_for(), 28, forecast, between, step_down_presets())
     assert found.recomputing == 28 and "--preset oom-8f-384px would take" in found.warning
-    assert "no preset fits either" in retreat.fit(options_for(), 28, forecast, 5, ladder()).warning
-    asked = retreat.fit(options_for(checkpointed_layers=0), 28, forecast, need["baseline-8f-512px"] + 1, ladder())
+    assert "no preset fits either" in reductions.fit(options_for(), 28, forecast, 5, step_down_presets()).warning
+    asked = reductions.fit(
+        options_for(checkpointed_layers=0), 28, forecast, need["baseline-8f-512px"] + 1, step_down_presets()
+    )
     assert asked.recomputing == 0 and "--checkpointed_layers" in asked.warning
 
 
 def descent(options, recomputing, forecast, limit_gb) -> list:
-    """The names of all retreats, one after the other; None for recomputing."""
+    """The names of all reductions, one after the other; None for recomputing."""
     path = []
-    while found := retreat.next_retreat(options, recomputing, 28, ladder(), forecast, limit_gb):
+    while found := reductions.next_reduction(options, recomputing, 28, step_down_presets(), forecast, limit_gb):
         path.append(found.preset)
-        options = retreat.changed(options, **found.settings)
+        options = reductions.changed(options, **found.settings)
         recomputing = options.checkpointed_layers
     return path
 
@@ -118,13 +123,13 @@ def test_under_a_cap_what_is_reserved_must_fit(forecast):
     between = (six.predicted_peak_gb + six.predicted_reserved_gb) / 2
     assert descent(options_for(), 28, forecast, between)[0] == "oom-6f-512px"
     assert descent(options_for(enforce_budget=True), 28, forecast, between)[0] == "oom-8f-384px"
-    plans = [retreat.fit(options_for(enforce_budget=capped), 28, forecast, 28.5) for capped in (False, True)]
+    plans = [reductions.fit(options_for(enforce_budget=capped), 28, forecast, 28.5) for capped in (False, True)]
     assert plans[0].prediction.predicted_reserved_gb > plans[1].prediction.predicted_reserved_gb
     assert plans[1].prediction.predicted_reserved_gb <= 28.5 * (1 - fit.MARGIN) and plans[1].warning is None
 
 
-def test_in_an_evaluation_recomputing_is_no_retreat():
-    found = retreat.next_retreat(options_for(), 0, 28, ladder(), None, 28.5, evaluating=True)
+def test_in_an_evaluation_recomputing_reduces_nothing():
+    found = reductions.next_reduction(options_for(), 0, 28, step_down_presets(), None, 28.5, evaluating=True)
     assert found.preset == "oom-6f-512px" and found.settings == {"num_frames": 6, "image_size": 512}
 
 
@@ -167,15 +172,15 @@ def test_fragmentation_is_told_by_what_the_message_says(monkeypatch, free, in_pi
         args=SimpleNamespace(device=torch.device("cpu")),
         optimizer=None,
         window=SimpleNamespace(inputs=[]),
-        aside=rollback.Aside(),
+        offloaded=rollback.OffloadedTensors(),
     )
-    lack = step_down.take(torch.OutOfMemoryError(ON_A_GPU.replace("192.00 MiB", free)), trainer)
-    assert lack.is_fragmentation is in_pieces and lack.allocated_bytes == 9 * 2**30
-    assert lack.text.startswith("tried to allocate 0.62 GB; 9.7 GB allocated, 0.") and len(lack.text) < 80
+    failure = step_down.let_go(torch.OutOfMemoryError(ON_A_GPU.replace("192.00 MiB", free)), trainer)
+    assert failure.is_fragmentation is in_pieces and failure.allocated_bytes == 9 * 2**30
+    assert failure.text.startswith("tried to allocate 0.62 GB; 9.7 GB allocated, 0.") and len(failure.text) < 80
 
 
 @model
-def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch):
+def test_offloaded_tensors_come_back_as_it_was_if_at_the_second_try(monkeypatch):
     import torch
 
     from surgvqa.training import rollback
@@ -188,10 +193,10 @@ def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch
     on_device = [weakref.ref(value) for value in (batch["labels"], batch["gone"])]
     monkeypatch.setattr(rollback, "empty_cache", lambda: emptied.append([ref() is None for ref in on_device]))
 
-    aside = rollback.Aside()
-    aside.put((*states.values(), batch), device)
-    aside_now = [states[0]["moment"], states[1]["moment"], batch["labels"]]
-    assert emptied == [[True, True]] and all(one is not other for one, other in zip(aside_now, moments))
+    offloaded = rollback.OffloadedTensors()
+    offloaded.put((*states.values(), batch), device)
+    on_host = [states[0]["moment"], states[1]["moment"], batch["labels"]]
+    assert emptied == [[True, True]] and all(one is not other for one, other in zip(on_host, moments))
     assert states[0]["table"] is states[1]["table"] is not table
     del batch["gone"]  # encoded again meanwhile
 
@@ -204,13 +209,13 @@ def test_what_is_put_aside_comes_back_as_it_was_if_at_the_second_try(monkeypatch
 
     monkeypatch.setattr(torch.Tensor, "to", tight)
     with pytest.raises(torch.OutOfMemoryError):
-        aside.bring_back(device)
-    aside.bring_back(device)
+        offloaded.bring_back(device)
+    offloaded.bring_back(device)
     after = [states[0]["moment"], states[1]["moment"], batch["labels"]]
-    assert all(torch.equal(one, other) and one is not host for one, other, host in zip(after, before, aside_now))
+    assert all(torch.equal(one, other) and one is not host for one, other, host in zip(after, before, on_host))
     assert states[0]["table"] is states[1]["table"] and "gone" not in batch
     assert (states[1]["step"], batch["shown"]) == (1, (8, 512))
-    aside.bring_back(device)
+    offloaded.bring_back(device)
     assert states[0]["moment"] is after[0]  # nothing is left to bring
 
 
@@ -608,7 +613,7 @@ def test_fragmentation_is_met_without_giving_anything_up_once_a_step(
 
 
 @model
-def test_the_ladder_ends_with_a_checkpoint_and_a_message(world, tmp_path, out_of_memory):
+def test_the_last_step_down_ends_with_a_saved_state_and_a_message(world, tmp_path, out_of_memory):
     out_of_memory(*places()["forward"], lambda count, trainer: trainer.state.global_step == 2)
     options = world.train_options(checkpointed_layers=1, **SHARED | {"save_steps": 50})
     run = Watched(options, tmp_path, (FEWER, SMALLER))
@@ -633,13 +638,13 @@ def test_on_oom_fail_stops_with_a_checkpoint_and_the_advice(world, straight, tmp
 
 @model
 def test_a_run_on_a_gpu_is_fitted_and_its_phases_are_measured(world, tmp_path, monkeypatch):
-    """The forecast of a GPU on a CPU: the plan is made of it, and every retreat has to be predicted to fit."""
+    """The forecast of a GPU on a CPU: the plan is made of it, and every reduction has to be predicted to fit."""
     from surgvqa.training import recipe
 
-    monkeypatch.setattr(recipe, "_forecast", lambda options, *_, **__: retreat.Forecast(options, (84, 56)))
+    monkeypatch.setattr(recipe, "_forecast", lambda options, *_, **__: reductions.Forecast(options, (84, 56)))
     options = world.train_options(eval_data_path=str(world.eval), max_steps=2, keep_activations="all")
     predicted = [
-        retreat.Forecast(options, (84, 56)).of(retreat.changed(options, checkpointed_layers=n)).predicted_peak_gb
+        reductions.Forecast(options, (84, 56)).of(reductions.changed(options, checkpointed_layers=n)).predicted_peak_gb
         for n in range(3)
     ]
     assert predicted[0] > predicted[1]
@@ -659,13 +664,13 @@ def test_a_run_on_a_gpu_is_fitted_and_its_phases_are_measured(world, tmp_path, m
 def test_an_oom_event_names_the_largest_owners_by_prediction(world, tmp_path, out_of_memory, monkeypatch):
     from surgvqa.training import recipe
 
-    monkeypatch.setattr(recipe, "_forecast", lambda options, *_, **__: retreat.Forecast(options, (84, 56)))
+    monkeypatch.setattr(recipe, "_forecast", lambda options, *_, **__: reductions.Forecast(options, (84, 56)))
     options = world.train_options(max_steps=1, checkpointed_layers=0, keep_activations="all")
     out_of_memory(*places()["forward"], lambda count, _: count == 1)
     run = Watched(options, tmp_path)
     (event,), (change,) = run.of("oom"), run.of("retreat")
-    forecast = retreat.Forecast(options, (84, 56))
-    now, then = (forecast.of(retreat.changed(options, checkpointed_layers=n)) for n in (0, 2))
+    forecast = reductions.Forecast(options, (84, 56))
+    now, then = (forecast.of(reductions.changed(options, checkpointed_layers=n)) for n in (0, 2))
     assert event["predicted_peak_gb"] == now.predicted_peak_gb > then.predicted_peak_gb
     largest = [c.name for c in sorted(now.components, key=lambda c: -c.bytes)][: len(event["predicted"])]
     assert list(event["predicted"]) == largest and len(largest) == 6
@@ -674,7 +679,7 @@ def test_an_oom_event_names_the_largest_owners_by_prediction(world, tmp_path, ou
 
 @model
 async def test_one_key_in_the_monitor_goes_on_from_the_last_step(world, tmp_path, out_of_memory, monkeypatch):
-    """End to end: a run that failed for lack of memory, the panel, its key `o`, the job that it starts."""
+    """End to end: a run that failed for failure of memory, the panel, its key `o`, the job that it starts."""
     import asyncio
     import time
 

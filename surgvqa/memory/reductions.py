@@ -117,19 +117,19 @@ def _smaller_that_fits(
     if found:
         count, needed = found.configuration.recomputing(forecast.sizes), found.needed_gb(options.enforce_budget)
         return f"--gradient_checkpointing True --checkpointed_layers {count} would take {needed:.1f} GB"
-    retreat = next_retreat(options, layers, layers, presets, forecast, limit_gb)
-    if retreat:
-        return f"--preset {retreat.preset} would take {retreat.predicted_gb:.1f} GB"
+    reduction = next_reduction(options, layers, layers, presets, forecast, limit_gb)
+    if reduction:
+        return f"--preset {reduction.preset} would take {reduction.predicted_gb:.1f} GB"
     return "no preset fits either: fewer frames, a smaller --image_size or --lora_r, or a larger GPU"
 
 
 @dataclass(frozen=True)
-class Retreat:
+class Reduction:
     """Settings that need less memory, to go on with."""
 
     settings: dict[str, Any]
     preset: str | None = None
-    """Its name; None for a retreat that costs time only."""
+    """Its name; None for a reduction that costs time only."""
     predicted_gb: float | None = None
 
     @property
@@ -141,7 +141,7 @@ class Retreat:
         return f"{what}{named or 'all layers recompute'}{predicted}"
 
 
-def next_retreat(
+def next_reduction(
     options: TrainOptions,
     recomputing: int,
     layers: int,
@@ -149,8 +149,8 @@ def next_retreat(
     forecast: Forecast | None,
     limit_gb: float,
     evaluating: bool = False,
-) -> Retreat | None:
-    """The next way to need less memory than now; None at the end of the ladder.
+) -> Reduction | None:
+    """The next way to need less memory than now; None when nothing is left to give up.
 
     First all layers recompute: that costs time, not information (in an evaluation it would save nothing). Then the
     first of the `presets` that shows the model fewer pixels. Where there is a forecast, each must be predicted to fit
@@ -168,7 +168,7 @@ def next_retreat(
     if not evaluating and recomputing < layers:
         enough, needed = suffices(changed(options, **recompute))
         if enough:
-            return Retreat(recompute, None, needed)
+            return Reduction(recompute, None, needed)
     known = settings_of(TrainOptions)
     for preset in presets:
         shown = {
@@ -179,7 +179,7 @@ def next_retreat(
             continue
         enough, needed = suffices(smaller)
         if enough:
-            return Retreat(shown | recompute, preset.name, needed)
+            return Reduction(shown | recompute, preset.name, needed)
     return None
 
 
