@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from surgvqa.config.options import EvaluateOptions
-from surgvqa.data.collate import Collator
 from surgvqa.data.dataset import ClipDataset, Item
 from surgvqa.data.samples import read_samples
 from surgvqa.evaluation.answerer import Answerer, load_answerer
@@ -32,7 +31,7 @@ def compare(adapter: EvaluateOptions, merged: EvaluateOptions, samples: int, run
     asked, learned = (_dataset(answerer, adapter, samples, with_answer) for with_answer in (False, True))
     answers, logits, changes2 = [], [], 0.0
     for index in range(len(asked)):
-        answers += answerer.answer([asked[index]])
+        answers += answerer.answer(answerer.batch([asked[index]]))
         item = learned[index]
         logits.append(_logits(answerer, item))
         changes2 += _square(logits[-1] - _logits(answerer, item, plain=True))
@@ -48,7 +47,7 @@ def compare(adapter: EvaluateOptions, merged: EvaluateOptions, samples: int, run
     answerer = load_answerer(merged)
     differ, largest, gaps2, unexplained2 = [], 0.0, 0.0, 0.0
     for index in range(len(asked)):
-        (answer,) = answerer.answer([asked[index]])
+        (answer,) = answerer.answer(answerer.batch([asked[index]]))
         if answer != answers[index]:
             differ.append({"id": asked.samples[index].id, "adapter": answers[index], "merged": answer})
         found = _logits(answerer, learned[index])
@@ -91,9 +90,8 @@ def _dataset(answerer: Answerer, options: EvaluateOptions, samples: int, with_an
 @torch.inference_mode()
 def _logits(answerer: Answerer, item: Item, plain: bool = False) -> torch.Tensor:
     """float32 [answer tokens, vocabulary] on the host; `plain`: of the base without its adapter."""
-    batch = Collator(answerer.processors)([item])
-    batch.pop("tokens")
-    inputs = {name: x.to(answerer.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+    inputs = answerer.batch([item])
+    inputs.pop("tokens")  # counted for training
     model: Any = answerer.model
     with model.disable_adapter() if plain else nullcontext():
         found: torch.Tensor = answerer.base_model(**inputs).logits
