@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast lint coverage install house screenshot constraints clean
+.PHONY: demo test test-fast lint coverage install wheel house screenshot constraints clean
 
 demo: $(VENV)/.installed ## the embedded workspace: in the panel, or headless without a terminal (HEADLESS=1)
 	@if [ -t 0 ] && [ -t 1 ] && [ -z "$(HEADLESS)" ]; then \
@@ -34,6 +34,11 @@ coverage: $(VENV)/.installed ## which lines the tests run, child processes inclu
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html:build/coverage
 
 install: $(VENV)/.installed
+
+wheel: ## the wheel, installed into an environment of its own outside the checkout, and the demo run from there
+	@rm -rf build/wheel && mkdir -p build/wheel
+	@$(PYTHON) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir build/wheel .
+	@$(PYTHON) docs/wheel.py build/wheel --python $(PYTHON)
 
 house: $(VENV)/.installed ## docs/house.svg, the rooms and floors as the imports have them
 	$(BIN)/python docs/house.py

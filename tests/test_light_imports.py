@@ -32,6 +32,7 @@ ENGINE = [
     "surgvqa.training.checkpoints",
     "surgvqa.training.schedule",
     "surgvqa.evaluation.command",
+    "surgvqa.evaluation.merge",
     "surgvqa.evaluation.ask",
     "surgvqa.evaluation.score",
     "surgvqa.report",

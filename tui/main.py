@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from presets import PresetError
+from surgvqa import __version__
 from surgvqa.cli.parser import Parser
 from surgvqa.config.workspace import WORKSPACE_FILE, Workspace, find_workspace, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
@@ -27,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="The panel: merge, upload, train and monitor. Closing it never harms a running job.",
         epilog="example: surgvqa-tui --demo",
     )
+    parser.add_argument("--version", action="version", version=f"surgvqa-tui {__version__}")
     parser.add_argument(
         "--demo", action="store_true", help="open the demo workspace; make it in ./demo when it is not there"
     )

@@ -75,6 +75,7 @@ def launch(
         "cwd": workspace,
         "env": {
             **os.environ,
+            **_bytecode_environment(python),
             **env,
             **secrets,
             "SURGVQA_DETACHED": "1",
@@ -112,6 +113,16 @@ def launch(
             reason += "; the host has another version of surgvqa: run surgvqa-remote setup"
         raise SurgvqaError(f"the job did not start: {reason}")
     return {"run": run_id, "folder": str(folder), "warning": warning}
+
+
+def _bytecode_environment(python: str) -> dict[str, str]:
+    """What keeps the job from compiling torch and transformers at every start, as its own Python sees it."""
+    program = "import json; from surgvqa.runs import bytecode; print(json.dumps(bytecode.environment()))"
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        words = [python, *UTF8, "-c", program]
+        found = json.loads(subprocess.check_output(words, stderr=subprocess.DEVNULL, timeout=30))
+        return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {}
 
 
 def _discard(folder: Path) -> None:

@@ -19,11 +19,18 @@ from surgvqa.checkpoint.headers import FLOAT_DTYPES
 from surgvqa.config.options import AuditOptions
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import UsageError
+from surgvqa.machine.packages import TORCH, require_installed
 from surgvqa.machine.process import usable_cores
 from surgvqa.outcome import Outcome
 from surgvqa.terminal.reporter import TerminalReporter
 
 SHOWN = 20  # lines of each list on the terminal; --json has all
+
+
+def check(options: AuditOptions) -> None:
+    """SurgvqaError where torch is needed and not here."""
+    if options.deep or options.fix:
+        require_installed("audit --deep or --fix", TORCH, "merge")
 
 
 def run(options: AuditOptions, workspace: Workspace) -> Outcome:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgvqa.checkpoint.folder import Checkpoint
-from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo
+from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo, no_file
 from surgvqa.checkpoint.names import CARRIED_FILES
+from surgvqa.errors import UsageError
 
 
 def whisper_config(tensors: Mapping[str, TensorInfo], prefix: str = "audio_encoder.") -> dict[str, Any] | None:
@@ -108,10 +110,16 @@ def output_config(base: Checkpoint) -> dict[str, Any]:
 
 
 def side_files(base: Checkpoint, config: dict[str, Any], also: Path | None = None) -> dict[str, bytes]:
-    """config.json and the tokenizer, preprocessor, … files of the base, or of `also` where the base has none."""
+    """config.json and the tokenizer, preprocessor, … files of the base, or of `also` where the base has none.
+
+    UsageError for one that is there and cannot be read: a link that leads nowhere, a folder.
+    """
     found = {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
     for folder in [base.folder] + ([also] if also else []):
         for name in CARRIED_FILES:
-            if name not in found and (folder / name).is_file():
-                found[name] = (folder / name).read_bytes()
+            if name in found or not os.path.lexists(folder / name):
+                continue
+            if not (folder / name).is_file():
+                raise UsageError(f"{folder / name}: {no_file(folder / name)}; mend it, or move it away")
+            found[name] = (folder / name).read_bytes()
     return found

@@ -7,13 +7,14 @@ program; `to_old_name` maps what newer tools write. Nothing here imports torch.
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgvqa.checkpoint.headers import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
+from surgvqa.checkpoint.headers import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, no_file, read_header
 from surgvqa.checkpoint.names import INDEX_FILE, SINGLE_FILE, to_old_name
 from surgvqa.errors import UsageError
 from surgvqa.files import read_json
@@ -67,7 +68,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     warnings: list[str] = []
     if index:
         files = sorted({folder / name for name in index.values()})
-        problems += [f"{file}: named in {INDEX_FILE}, but missing" for file in files if not file.is_file()]
+        problems += [f"{file}: named in {INDEX_FILE}, but {no_file(file)}" for file in files if not file.is_file()]
         stray = [f for f in present if f not in files]
         if folder / SINGLE_FILE in stray:  # transformers would load it and not what the index names
             problems.append(f"{folder / SINGLE_FILE}: not named in {INDEX_FILE} beside it; move one of them away")
@@ -141,11 +142,11 @@ def read_object(file: Path) -> dict[str, Any]:
 def _read_config(file: Path) -> tuple[dict[str, Any], list[str]]:
     """config.json without the objects that are none, and what is wrong with it."""
     if not file.is_file():
-        return {}, [f"{file}: missing"]
+        return {}, [f"{file}: {no_file(file)}"]
     config = read_object(file)
     if not config:
         return {}, [f"{file}: has nothing in it"]
-    kinds = {"model_type": "text", **dict.fromkeys(OBJECTS, "an object")}
+    kinds = {"model_type": "text", "tie_word_embeddings": "true or false", **dict.fromkeys(OBJECTS, "an object")}
     config, wrong = of_kinds(config, kinds)
     if config.get("text_config"):
         config["text_config"], inner = of_kinds(config["text_config"], kinds)
@@ -157,7 +158,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
     """{tensor: shard file} and what is wrong with the index; ({}, []) without an index."""
     file = folder / INDEX_FILE
     if not file.is_file():
-        return {}, []
+        return {}, [f"{file}: {no_file(file)}"] if os.path.lexists(file) else []
     weight_map = read_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         return {}, [f"{file}: no weight_map in it"]

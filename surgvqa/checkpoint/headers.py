@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgvqa.untrusted import load_json, printable
+from surgvqa.untrusted import json_kind, load_json, printable
 
 META = "__metadata__"
 MAX_HEADER_BYTES = 32_000_000
@@ -56,7 +56,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     """
     try:
         if not file.is_file():
-            return {}, [f"{file}: {'is no ordinary file' if file.exists() else 'missing'}"]
+            return {}, [f"{file}: {no_file(file)}"]
         size = file.stat().st_size
         with open(file, "rb") as stream:
             first = stream.read(8)
@@ -70,7 +70,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             text = stream.read(length)
         if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
             return {}, [f"{file}: {count} tensors in its header, expected {MAX_TENSORS} at most"]
-        entries = [_entry(name, fields) for name, fields in load_json(text).items() if name != META]
+        document = load_json(text)
+        if not isinstance(document, dict):
+            return {}, [f"{file}: damaged header: expected an object, found {json_kind(document)}"]
+        entries = [_entry(name, fields) for name, fields in document.items() if name != META]
     except OSError as error:
         return {}, [f"{file}: cannot be read: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -97,6 +100,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         n: TensorInfo(n, dtype, shape, file, data + begin, end - begin) for n, dtype, shape, begin, end in entries
     }
     return tensors, problems
+
+
+def no_file(file: Path) -> str:
+    """Why a path that should be a file is none, for people."""
+    if file.is_symlink() and not file.exists():
+        return "a link that leads nowhere"
+    return "is no ordinary file" if file.exists() else "missing"
 
 
 def _entry(name: str, fields: Any) -> tuple[str, str, tuple[int, ...], int, int]:

@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-TRAIN_PACKAGES = ("torch", "transformers", "peft", "librosa")
-
 
 @dataclass(frozen=True)
 class Command:
@@ -21,6 +19,8 @@ class Command:
     """Whether it has a run folder."""
     needs_train: bool = False
     """Whether it needs what pip install 'surgvqa[train]' brings."""
+    needs_torch: bool = False
+    """Whether it needs torch and nothing else of that: pip install 'surgvqa[merge]'."""
     positional: tuple[str, ...] = ()
     extras: bool = False
     """Whether unknown options are passed on (TrainingArguments)."""
@@ -53,8 +53,8 @@ COMMANDS: dict[str, Command] = {
     "merge": Command(
         "LoRA adapters + checkpoint -> one full BF16 checkpoint",
         "surgvqa merge --stage1_model_path stage1 --stage2_adapter_path stage2 --output_path merged",
-        "surgvqa.merge.command",
-        needs_train=True,
+        "surgvqa.evaluation.merge",
+        needs_torch=True,
         job=True,
     ),
     "audit": Command(

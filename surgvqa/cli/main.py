@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import io
 import json
 import os
@@ -19,12 +18,13 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-from surgvqa.cli.commands import COMMANDS, TRAIN_PACKAGES
+from surgvqa.cli.commands import COMMANDS
 from surgvqa.cli.jobs import new_run, record_failure, run_job
 from surgvqa.cli.parser import build_parser, extra_options, normalise, take_debug
 from surgvqa.config import options, resolve, settings
 from surgvqa.config.workspace import Workspace, find_workspace, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError, first_line
+from surgvqa.machine import packages
 from surgvqa.memory import allocator
 from surgvqa.outcome import Outcome
 from surgvqa.runs.events import finite
@@ -107,10 +107,10 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
         getattr(arguments, "predictions", None) or workspace.value("predictions", name)
     )
     if command.needs_train and not only_scores:
-        missing = [package for package in TRAIN_PACKAGES if importlib.util.find_spec(package) is None]
-        if missing:
-            raise SurgvqaError(f"{', '.join(missing)} not installed here; {name} needs: pip install 'surgvqa[train]'")
+        packages.require_installed(name, packages.TRAIN, "train")
         allocator.grow_segments()
+    elif command.needs_torch:
+        packages.require_installed(name, packages.TORCH, "merge")
     module, _, function = command.room.partition(":")
     if name not in options.COMMAND_OPTIONS:
         answered: Outcome = getattr(importlib.import_module(module), function or "run")(arguments, workspace)

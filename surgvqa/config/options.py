@@ -26,6 +26,13 @@ class MergeOptions:
     max_shard_size: str = option("5GB", "largest size of one shard, e.g. 5GB or 800MB (GB = 1e9 bytes)")
     device: str = option("auto", "where the arithmetic runs", choices=("auto", "cpu", "cuda"))
     dry_run: bool = option(False, "show the plan, the sizes and the free disk, write nothing")
+    verify: int = option(
+        0, "answer so many samples with base + adapter and with the merged checkpoint, and compare", least=0
+    )
+    eval_data_path: Path_ | None = option(None, "JSONL file of samples (verify)")
+    frames_dir: Path_ | None = option(None, "folder of frames: <frames_dir>/<video_id>/<frame>.jpg (verify)")
+    audio_dir: Path_ | None = option(None, "folder of spoken questions (verify)")
+    eval_audio_dir: Path_ | None = option(None, "folder of spoken evaluation questions (default: audio_dir)")
 
 
 @dataclass(kw_only=True)

@@ -18,14 +18,15 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from packaging.requirements import Requirement
 
 from surgvqa.config.workspace import Workspace
 from surgvqa.machine import gpu
+from surgvqa.machine.finding import Finding
+from surgvqa.machine.surroundings import surroundings
 from surgvqa.machine.wandb_key import wandb_key_source
 from surgvqa.outcome import Outcome
 
@@ -41,7 +42,6 @@ TRAIN_PACKAGES = (
     "soundfile",
 )
 TRAIN_EXTRA = "pip install 'surgvqa[train]'"
-FREE_GB = 40.0  # a merged checkpoint (18 GB), adapters and a feature cache; the merge's inputs are already there
 PROBE_TIMEOUT_S = 180
 PROBE = """
 import importlib, json, sys
@@ -88,23 +88,20 @@ def bitsandbytes():
         p.grad = torch.ones_like(p)
         bitsandbytes.optim.AdamW8bit([p], lr=1e-3).step()
     return {"version": bitsandbytes.__version__}
+def flash_attn():
+    import importlib.util, torch
+    if importlib.util.find_spec("flash_attn") is None:
+        return {"version": None}
+    import flash_attn
+    return {"version": flash_attn.__version__}
 look("torch", torch_facts)
 look("bitsandbytes", bitsandbytes)
 for name in ("transformers", "peft"):
     look(name, lambda: {"version": importlib.import_module(name).__version__})
+look("flash_attn", flash_attn)
 look("attention", attention)
 """
-PROBED = ("torch", "bitsandbytes", "transformers", "peft", "attention")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line. `status`: ok, info (nothing to mend), warn (works, but could be better), bad (does not work)."""
-
-    name: str
-    status: str
-    text: str
-    mend: str = ""
+PROBED = ("torch", "bitsandbytes", "transformers", "peft", "flash_attn", "attention")
 
 
 def run(arguments: Namespace, workspace: Workspace) -> Outcome:
@@ -134,7 +131,7 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
         faulty = {finding.name for finding in old}
         yield from (f for f in _probed(probe()) if f.status == "bad" or f.name not in faulty)
     yield from _sound()
-    yield _disk(workspace.root)
+    yield from surroundings(workspace.root)
     yield _wandb()
 
 
@@ -156,20 +153,23 @@ def _gpus() -> Iterator[Finding]:
             "reboot, or reinstall the driver: nvidia-smi must work" if broken else "",
         )
     for device in gpu.sample_devices():
+        name = f"gpu {device['index']}" + (f".{device['mig_index']}" if "mig_index" in device else "")
         if device.get("state", "ok") != "ok":
             mend = "restart this machine (dmesg | grep Xid tells why); if it happens again, change the card or the host"
-            yield Finding(f"gpu {device['index']}", "bad", gpu.trouble(device), mend)
+            yield Finding(name, "bad", gpu.trouble(device), mend)
             continue
         total = device.get("memory_total_bytes")
         used = device.get("memory_used_bytes", 0)
         text = device.get("name", "?") + (f", {total / 1e9:.0f} GB" if total else "")
+        if "mig_index" in device:
+            text += f"; a MIG instance: a job sees one, chosen by CUDA_VISIBLE_DEVICES={device.get('uuid', '?')}"
         others = [p for p in device.get("processes", []) if p["pid"] != os.getpid()]
         if total and used > 0.05 * total:
             whose = ", ".join(f"{p.get('name', 'another container')} (pid {p['pid']})" for p in others[:3])
             text += f"; {used / 1e9:.1f} GB taken" + (f" by {whose}" if whose else "")
-            yield Finding(f"gpu {device['index']}", "warn", text, "end what does not have to run there")
+            yield Finding(name, "warn", text, "end what does not have to run there")
         else:
-            yield Finding(f"gpu {device['index']}", "ok", text)
+            yield Finding(name, "ok", text)
 
 
 def version(package: str) -> str | None:
@@ -225,18 +225,6 @@ def _sound() -> Iterator[Finding]:
         yield Finding(
             "sound files", "bad", "neither libsndfile nor ffmpeg: no question can be read", "pip install soundfile"
         )
-
-
-def _disk(root: Path) -> Finding:
-    usage = shutil.disk_usage(root)
-    text = f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB at {root}"
-    if usage.free < 1e9:
-        return Finding("disk", "bad", text, "free some space: not even an adapter's checkpoint fits")
-    if usage.free < FREE_GB * 1e9:
-        return Finding(
-            "disk", "warn", text, f"a merge of the real model needs {FREE_GB:.0f} GB; each adapter takes 1 GB"
-        )
-    return Finding("disk", "ok", text)
 
 
 def _wandb() -> Finding:
@@ -302,6 +290,7 @@ def _probed(found: dict[str, Any]) -> Iterator[Finding]:
             blamed.add(culprit)
             text = f"{name} cannot be imported because importing {culprit} fails: {facts['error']}"
             yield Finding(culprit, "bad", text, _reinstall(culprit))
+    yield from _flash_attn(found["flash_attn"], torch)
     bitsandbytes = found["bitsandbytes"]
     if not torch["cuda"] or "bitsandbytes" in blamed:
         return
@@ -314,6 +303,16 @@ def _probed(found: dict[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield Finding("bitsandbytes", "ok", f"bitsandbytes {bitsandbytes['version']}: 8-bit AdamW runs")
+
+
+def _flash_attn(facts: dict[str, Any], torch: dict[str, Any]) -> Iterator[Finding]:
+    """Only a flash-attn that is here and broken is a fault: torch's own kernels serve as well."""
+    if "error" in facts:
+        mend = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps flash-attn"
+        why = f"cannot be imported: {facts['error']}; it is built for one torch, and this is {torch['version']}"
+        yield Finding("flash-attn", "warn", why, f"{mend}, or pip uninstall flash-attn")
+    elif facts["version"]:
+        yield Finding("flash-attn", "ok", f"flash-attn {facts['version']}")
 
 
 def _distribution(module: str) -> str:
@@ -331,14 +330,30 @@ def _reinstall(package: str) -> str:
     return f"pip install -U {package}, or pip uninstall {package}{cost}"
 
 
+def _why_no_cuda(built_for: str | None) -> tuple[str, str]:
+    """Why torch sees no GPU though the driver has one, and how to mend it."""
+    driver, runs = gpu.driver_version()
+    if not built_for:
+        index = f"https://download.pytorch.org/whl/cu{runs.replace('.', '')}" if runs else "https://pytorch.org"
+        return "was built without CUDA", f"pip install --force-reinstall torch --index-url {index}"
+    if runs and tuple(map(int, built_for.split("."))) > tuple(map(int, runs.split("."))):
+        return (
+            f"driver {driver} runs CUDA up to {runs} only",
+            f"update the driver (nvidia-smi names its version), or install torch for CUDA {runs}: https://pytorch.org",
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"sees no GPU; CUDA_VISIBLE_DEVICES is {hidden!r}", "unset CUDA_VISIBLE_DEVICES"
+    mend = "python -c 'import torch; torch.cuda.init()' says why; in a container: docker run --gpus all …"
+    return "sees no GPU though its driver is new enough", mend
+
+
 def _torch(torch: dict[str, Any]) -> Iterator[Finding]:
     built = f"torch {torch['version']}" + (f" for CUDA {torch['built_for']}" if torch["built_for"] else ", CPU only")
     if not torch["cuda"]:
         if gpu.driver_problem() is None:
-            why = (
-                "was built without CUDA" if not torch["built_for"] else "does not see the GPU; its CUDA may be too new"
-            )
-            yield Finding("torch", "bad", f"{built}: {why}", "install the build for this driver: https://pytorch.org")
+            why, mend = _why_no_cuda(torch["built_for"])
+            yield Finding("torch", "bad", f"{built}: {why}", mend)
         else:
             yield Finding("torch", "info", f"{built}: trains on the CPU, for the demo only")
         return

@@ -59,6 +59,16 @@ def driver_problem() -> str | None:
         return _initialise() or _counting_problem()
 
 
+def driver_version() -> tuple[str, str]:
+    """The driver's version and the newest CUDA that it runs ("12.4"); "" for what it does not say."""
+    import pynvml
+
+    if driver_problem():
+        return "", ""
+    cuda = _try(pynvml.nvmlSystemGetCudaDriverVersion_v2)
+    return _text(_try(pynvml.nvmlSystemGetDriverVersion)) or "", f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
+
+
 def sample_process(device_index: int | None, uuid: str | None = None) -> dict[str, Any]:
     """The fields of a `gpu` event (surgvqa/runs/folder.py) for this process on one device.
 

@@ -29,6 +29,7 @@ from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo, read_header
 from surgvqa.checkpoint.names import to_old_name
 from surgvqa.errors import UsageError
 from surgvqa.merge.patterns import matching
+from surgvqa.untrusted import is_kind
 
 PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
@@ -41,7 +42,7 @@ NEW_TENSORS = ("lm_head.weight", "audio_projector.weight", "audio_projector.bias
 """What an adapter may bring that its base lacks: the head of a tied base, the projector of one without audio."""
 
 # What changes the base weights themselves or has no single merged weight, and why it is refused.
-_REFUSED = {
+REFUSED = {
     "use_qalora": "QA-LoRA folds into a quantised base, there is no merged BF16 weight; PEFT refuses it too",
     "layer_replication": "layer replication makes new layers; PEFT refuses to merge it too",
     "alora_invocation_tokens": "an activated LoRA (aLoRA) is on for part of the tokens, no one weight equals it",
@@ -61,9 +62,20 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "exclude_modules": ((str, list), "a regular expression or a list of names"),
     "modules_to_save": ((list,), "a list of names"),
     "layers_to_transform": ((int, list), "a layer or a list of layers"),
-    "bias": ((str,), "none, all or lora_only"),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), ((bool,), "true or false")),
 }
 """Field -> what its value may be."""
+_BIASES = ("none", "all", "lora_only")
+KNOWN = frozenset((
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
+    "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_qalora",
+    "use_rslora",
+))  # fmt: skip
+"""Fields that are understood, refused (REFUSED) or that change no weight."""
 _REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -168,6 +180,13 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
             raise UsageError(f"{weights}: {info.name}: the base {base.folder} has no {name}; is this its Stage 1?")
         if there and there.shape != info.shape:
             raise UsageError(f"{weights}: {info.name} is {list(info.shape)}, the base has {list(there.shape)}")
+        require_float(info)
+    unknown = sorted(key for key, value in config.items() if value and key not in KNOWN and key not in REFUSED)
+    if unknown:
+        adapter.warnings.append(
+            f"{CONFIG_FILE}: {', '.join(unknown)[:200]}: not known to this program (an adapter of a newer PEFT?), so "
+            "without effect on the merge"
+        )
     if config.get("fan_in_fan_out"):
         adapter.warnings.append(
             f"{CONFIG_FILE}: fan_in_fan_out is set, but every module of this model is an nn.Linear; taken as false, as "
@@ -175,6 +194,12 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
         )
     adapter.named = {to_old_name(name) for name in parts}
     return adapter
+
+
+def require_float(info: TensorInfo) -> None:
+    """Raises UsageError for a tensor of integers, booleans or complex numbers."""
+    if info.dtype not in FLOAT_DTYPES:
+        raise UsageError(f"{info.file}: {info.name} is {info.dtype}, expected a float type; is it quantised?")
 
 
 def _once(weights: Path, target: str, info: TensorInfo, known: Mapping[str, TensorInfo]) -> None:
@@ -209,7 +234,7 @@ def _refuse(file: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UsageError(f"{file}: peft_type is {kind!r}, expected LORA")
-    for key, why in _REFUSED.items():
+    for key, why in REFUSED.items():
         if config.get(key):
             raise UsageError(f"{file}: {key}: {why}")
     for key, (kinds, expected) in _KINDS.items():
@@ -217,8 +242,11 @@ def _refuse(file: Path, config: dict[str, Any]) -> None:
         if value is None:
             continue
         parts = value if isinstance(value, list) else []
-        if not isinstance(value, kinds) or isinstance(value, bool) or not all(isinstance(v, (str, int)) for v in parts):
+        fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if not fits or not all(isinstance(v, (str, int)) for v in parts):
             raise UsageError(f"{file}: {key} is {repr(value)[:80]}, expected {expected}")
+    if config.get("bias", "none") not in _BIASES:
+        raise UsageError(f"{file}: bias is {repr(config['bias'])[:80]}, expected {', '.join(_BIASES)}")
     start = str(config.get("init_lora_weights") or "").lower()
     if start.startswith(_REFUSED_INIT):
         raise UsageError(
@@ -278,15 +306,17 @@ def _module(
             raise UsageError(f"{file}: {raw_name} has no {part}; is the file whole?")
     a, b = found[a_name], found[b_name]
     for info in found.values():
-        if info.dtype not in FLOAT_DTYPES:
-            raise UsageError(f"{file}: {info.name} is {info.dtype}, expected a float type; is it quantised?")
+        require_float(info)
     weight = base.tensors.get(f"{module}.weight")
     if weight is None:
         raise UsageError(f"{file}: {raw_name}: the base {base.folder} has no {module}.weight; is this its Stage 1?")
     if weight.dtype not in ("BF16", "F16", "F32"):
         raise UsageError(f"{weight.file}: {weight.name} is {weight.dtype}; merge onto a BF16, F16 or F32 base")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise UsageError(f"{adapter.folder / CONFIG_FILE}: r={rank!r}, lora_alpha={alpha!r}; expected numbers")
+    if not is_kind(rank, "a whole number") or rank < 1 or not is_kind(alpha, "a number"):
+        raise UsageError(
+            f"{adapter.folder / CONFIG_FILE}: r={repr(rank)[:40]}, lora_alpha={repr(alpha)[:40]} for {raw_name}; "
+            "expected a whole number from 1 and a number"
+        )
     if len(weight.shape) != 2:
         raise UsageError(f"{file}: {raw_name}: LoRA on a convolution {list(weight.shape)} is not supported")
     for info in (a, b):

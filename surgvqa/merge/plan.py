@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgvqa.checkpoint.architecture import expected_tensors
 from surgvqa.checkpoint.config_json import output_config, quantisation, side_files, stale_quantisation
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint, parse_size
 from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo
@@ -16,7 +17,7 @@ from surgvqa.checkpoint.writer import Job, file_identity
 from surgvqa.config.options import MergeOptions
 from surgvqa.errors import UsageError
 from surgvqa.files import free_bytes
-from surgvqa.merge.adapter import Adapter, is_tied, read_adapter
+from surgvqa.merge.adapter import Adapter, is_tied, read_adapter, require_float
 from surgvqa.merge.promises import require_promised
 
 REPORT_FILE = "merge_report.json"
@@ -61,7 +62,7 @@ def make_plan(options: MergeOptions) -> Plan:
     if quantised:
         raise UsageError(f"{base.folder}: {quantised}; merge onto the BF16 original")
     base.require_sound()
-    stale = stale_quantisation(base)
+    before = [*base.warnings, *filter(None, [stale_quantisation(base), _size_problem(base)])]
     adapter = read_adapter(options.stage2_adapter_path, base)
     overlay = _projector(Path(options.projector), base) if options.projector else {}
     require_promised(adapter, base, overlay)
@@ -70,7 +71,7 @@ def make_plan(options: MergeOptions) -> Plan:
     for folder in (base.folder, adapter.folder):
         if output.resolve() == folder.resolve():
             raise UsageError(f"--output_path {output}: is an input of the merge; name another folder")
-    files, warnings = Files(), [*base.warnings, *([stale] if stale else []), *adapter.warnings]
+    files, warnings = Files(), [*before, *adapter.warnings]
     config = output_config(base)
     sources, kinds = _sources(base, adapter, overlay, files, device)
     if _untie(base, adapter, sources, kinds, files, warnings):
@@ -85,6 +86,15 @@ def make_plan(options: MergeOptions) -> Plan:
     return Plan(base, adapter, job, kinds, device, files, warnings)
 
 
+def _size_problem(base: Checkpoint) -> str | None:
+    """A size that config.json lacks or has wrong: no merge needs it, but whoever loads the result does."""
+    try:
+        expected_tensors(base)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 def _projector(file: Path, base: Checkpoint) -> dict[str, TensorInfo]:
     """The author's audio_projector.pt as {base tensor: tensor}."""
     from surgvqa.checkpoint.torch_tensors import read_torch_file
@@ -97,6 +107,7 @@ def _projector(file: Path, base: Checkpoint) -> dict[str, TensorInfo]:
         if base.tensors[target].shape != info.shape:
             wanted = list(base.tensors[target].shape)
             raise UsageError(f"{file}: {name} is {list(info.shape)}, the base's {target} is {wanted}")
+        require_float(info)
         found[target] = info
     if not found:
         raise UsageError(f"{file}: no tensor in it")

@@ -50,8 +50,9 @@ def _is_within(tensor: str, entry: str) -> bool:
 def _check_targets(adapter: Adapter, base: Checkpoint, saved: Collection[str]) -> None:
     """Holds the file's LoRA weights against target_modules.
 
-    UsageError when a kind of module has LoRA weights in some layers and not in others, or when no module of a name in
-    the list has any; a warning when a kind has none (the encoders may not have been there in training).
+    UsageError when a module has LoRA weights that target_modules does not mean (PEFT would leave them out), when a kind
+    of module has LoRA weights in some layers and not in others, or when no module of a name in the list has any; a
+    warning when a kind has none (the encoders may not have been there in training).
     """
     config, file = adapter.config, adapter.weights
     target = config.get("target_modules")
@@ -61,13 +62,21 @@ def _check_targets(adapter: Adapter, base: Checkpoint, saved: Collection[str]) -
         if name.endswith(".weight") and len(info.shape) == 2 and name not in saved
     ]
     place = str(adapter.folder / CONFIG_FILE)
-    left_out = _meant(config.get("exclude_modules"), linear, f"{place}: exclude_modules")
-    wanted = set(linear) if target == "all-linear" else _meant(target, linear, f"{place}: target_modules")
-    meant = [module for module in linear if module in wanted and module not in left_out]
+    modules = dict.fromkeys([*linear, *sorted(adapter.named)])
+    left_out = _meant(config.get("exclude_modules"), modules, f"{place}: exclude_modules")
+    wanted = set(modules) if target in (None, "all-linear") else _meant(target, modules, f"{place}: target_modules")
+    wanted -= left_out
     layers = config.get("layers_to_transform")
     if layers is not None:
         chosen = {str(n) for n in (layers if isinstance(layers, list) else [layers])}
-        meant = [module for module in meant if chosen & set(re.findall(r"\.(\d+)\.", module))]
+        wanted = {module for module in wanted if chosen & set(re.findall(r"\.(\d+)\.", module))}
+    if stray := sorted(adapter.named - wanted):
+        raise UsageError(
+            f"{place}: target_modules does not mean {stray[0]}"
+            + (f" and {len(stray) - 1} more modules" if stray[1:] else "")
+            + f", but {file.name} has LoRA weights for it; is this the adapter's own config?"
+        )
+    meant = [module for module in linear if module in wanted] if target is not None else []
     here = adapter.named | {name.removesuffix(".weight") for name in adapter.modules}
     absent = _absent(adapter, meant, here, "LoRA weights")
     for name in target if isinstance(target, list) else []:

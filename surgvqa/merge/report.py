@@ -125,7 +125,7 @@ def _suspicious(
     if large:
         worst = max(large, key=lambda m: m["delta_ratio"])
         found.append(
-            f"{len(large)} modules changed by more than their own norm, most {worst['module']} "
+            f"{counted(len(large), 'module')} changed by more than their own norm, most {worst['module']} "
             f"({worst['delta_ratio']:.1f}×); is this the base that the adapter was trained on?"
         )
     stage2 = stage2_facts(plan.adapter)

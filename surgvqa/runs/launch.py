@@ -13,6 +13,7 @@ from pathlib import Path
 
 from surgvqa.errors import SurgvqaError
 from surgvqa.files import write_json_atomic
+from surgvqa.runs import bytecode
 from surgvqa.runs.folder import new_run_id
 from surgvqa.runs.process import RUN_VARIABLE, job_processes, process_identity
 from surgvqa.runs.state import read_run_json, state_of
@@ -46,6 +47,7 @@ def launch(
                 "started": time.time(),
             },
         )
+        detached = {"SURGVQA_DETACHED": "1", RUN_VARIABLE: str(folder.absolute())}
         with open(folder / "log.txt", "ab") as log:
             subprocess.Popen(
                 [sys.executable, "-m", module, command, *argv, "--run_id", run_id],
@@ -54,7 +56,7 @@ def launch(
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={**os.environ, "SURGVQA_DETACHED": "1", RUN_VARIABLE: str(folder.absolute())},
+                env={**os.environ, **bytecode.environment(), **detached},
             )
     except OSError as error:
         raise SurgvqaError(f"{folder}: cannot start the job: {error.strerror}") from None

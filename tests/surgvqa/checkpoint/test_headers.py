@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from surgvqa.checkpoint import headers
 from surgvqa.checkpoint.audit import audit
-from surgvqa.checkpoint.config_json import flat_config, quantisation, whisper_config
+from surgvqa.checkpoint.config_json import flat_config, quantisation, side_files, whisper_config
 from surgvqa.checkpoint.folder import open_checkpoint, parse_size
 from surgvqa.checkpoint.headers import TensorInfo, header_bytes, read_header
 from surgvqa.checkpoint.names import INDEX_FILE, to_old_name
@@ -62,7 +62,7 @@ def entry(begin: int, end: int, dtype: str = "BF16", shape: tuple[int, ...] = (2
         ({"a": {**entry(0, 4), "dtype": "Q" * 10_000}}, 4, "unknown dtype QQQQ"),
         ({"a" * 5000: entry(0, 4)}, 4, "no name of a tensor"),
         ({"a\x1b]52;c;aGk=\x07": entry(0, 4)}, 4, "no name of a tensor"),
-        (b"[1]", 4, "damaged header"),
+        (b"[1]", 4, "damaged header: expected an object, found a list"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, header: Any, size: int, text: str) -> None:
@@ -105,10 +105,29 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path) -> None:
         ("pointer", "a git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
         ("pipe", "is no ordinary file"),
         ("folder", "is no ordinary file"),
-        ("link", "missing"),
+        ("link", "a link that leads nowhere"),
     ):
         file = tmp_path / f"{name}.safetensors"
         assert read_header(file) == ({}, [f"{file}: {text}"])
+
+
+@pytest.mark.parametrize("name", [INDEX_FILE, "config.json", "model-00002-of-00005.safetensors"])
+@pytest.mark.parametrize("made", ["link", "folder", "pipe"])
+def test_what_stands_in_place_of_a_file_is_named(tmp_path: Path, name: str, made: str) -> None:
+    write_folder(tmp_path / "c", SHARDS)
+    file = tmp_path / "c" / name
+    file.unlink()
+    {"link": lambda: file.symlink_to("gone"), "folder": file.mkdir, "pipe": lambda: os.mkfifo(file)}[made]()
+    text = "a link that leads nowhere" if made == "link" else "is no ordinary file"
+    problems = open_checkpoint(tmp_path / "c").problems
+    assert any(name in problem and text in problem for problem in problems), problems
+
+
+def test_a_tokenizer_file_that_cannot_be_carried_over_is_named(tmp_path: Path) -> None:
+    write_folder(tmp_path / "c", SHARDS)
+    (tmp_path / "c" / "vocab.json").symlink_to("gone")
+    with pytest.raises(UsageError, match=r"vocab\.json: a link that leads nowhere; mend it, or move it away"):
+        side_files(open_checkpoint(tmp_path / "c"), {})
 
 
 def test_what_lies_beside_a_good_index_is_said_and_no_fault(tmp_path: Path) -> None:
@@ -143,6 +162,7 @@ def test_a_name_in_the_other_unicode_form_is_found(tmp_path: Path, form: str) ->
         ({"model_type": ["x"]}, "config.json: model_type is a list, expected text"),
         ({"vision_config": [1]}, "config.json: vision_config is a list, expected an object"),
         ({"text_config": "x"}, "config.json: text_config is text, expected an object"),
+        ({"tie_word_embeddings": "no"}, "config.json: tie_word_embeddings is text, expected true or false"),
         ({"rope_parameters": 7}, "config.json: rope_parameters is a number, expected an object"),
         ({"quantization_config": "x"}, "config.json: quantization_config is text, expected an object"),
         ({"text_config": {"rope_parameters": "x"}}, "config.json: text_config.rope_parameters is text"),

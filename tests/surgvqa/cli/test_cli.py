@@ -155,13 +155,15 @@ print(there, os.environ.get("PYTORCH_ALLOC_CONF"))
     assert done.stdout.strip() == f"[False] {expected}", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "merge", "train", "evaluate", "ask"])
-def test_what_needs_torch_says_so_in_one_line(monkeypatch, capsys, command):
+@pytest.mark.parametrize(
+    ("command", "extra"), [("demo", "train"), ("merge", "merge"), ("train", "train"), ("evaluate", "train")]
+)
+def test_what_needs_torch_says_so_in_one_line(monkeypatch, capsys, command, extra):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
     assert main.main([command]) == 1
     shown = capsys.readouterr().err
-    assert shown == f"surgvqa {command}: torch not installed here; {command} needs: pip install 'surgvqa[train]'\n"
+    assert shown == f"surgvqa {command}: torch not installed here; {command} needs: pip install 'surgvqa[{extra}]'\n"
 
 
 def test_an_impossible_budget_is_refused_by_presets_too(tmp_path, monkeypatch, capsys):

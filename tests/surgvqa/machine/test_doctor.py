@@ -27,6 +27,7 @@ HEALTHY = {
     },
     "transformers": {"version": "5.17.0"},
     "peft": {"version": "0.21.0"},
+    "flash_attn": {"version": None},
     "attention": {"name": "sdpa", "why": "sdpa (torch's own flash kernel on a GPU): flash-attn cannot be imported."},
     "bitsandbytes": {"version": "0.50.2"},
 }
@@ -98,6 +99,30 @@ def test_what_only_costs_is_a_warning(machine):
     found = machine({"torch": old, "bitsandbytes": {"error": "RuntimeError: no CUDA setup"}})
     assert bad(found) == []
     assert found["cuda"].status == found["bitsandbytes"].status == "warn"
+
+
+@pytest.mark.parametrize(
+    ("built_for", "said", "mend"),
+    [
+        ("13.0", "driver 550.1 runs CUDA up to 12.4 only", "install torch for CUDA 12.4"),
+        ("12.4", "CUDA_VISIBLE_DEVICES is ''", "unset CUDA_VISIBLE_DEVICES"),
+        (None, "was built without CUDA", "whl/cu124"),
+    ],
+)
+def test_why_torch_sees_no_gpu_is_told(machine, monkeypatch, built_for, said, mend):
+    monkeypatch.setattr(gpu, "driver_version", lambda: ("550.1", "12.4"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = machine(probed={"torch": {**HEALTHY["torch"], "cuda": False, "built_for": built_for}})
+    assert found["torch"].status == "bad" and said in found["torch"].text and mend in found["torch"].mend
+
+
+def test_a_flash_attn_of_another_torch_and_a_mig_instance_are_named(machine):
+    broken = {"error": "ImportError: undefined symbol: _ZN3c104cuda", "culprit": None}
+    card = {"index": 0, "mig_index": 1, "name": "H100 MIG 1g.10gb", "uuid": "MIG-7"}
+    found = machine(probed={"flash_attn": broken}, devices=[card])
+    assert found["flash-attn"].status == "warn" and "built for one torch" in found["flash-attn"].text
+    assert "--force-reinstall" in found["flash-attn"].mend
+    assert "CUDA_VISIBLE_DEVICES=MIG-7" in found["gpu 0.1"].text
 
 
 def test_versions_are_held_against_our_own_metadata(machine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from surgvqa.errors import UsageError  # noqa: E402
 from surgvqa.files import read_json  # noqa: E402
 from surgvqa.merge import patterns  # noqa: E402
+from surgvqa.merge.adapter import KNOWN, REFUSED  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -264,8 +266,19 @@ def test_integer_factors_are_refused(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4 changed the base weights"),
         ({"r": 5}, "r=5 but lora_A has 4 rows in model.layers.0.down_proj; is this the adapter's own config?"),
         ({"use_dora": True}, "use_dora=True, but model.layers.0.down_proj has no lora_magnitude_vector"),
-        ({"lora_alpha": None}, "lora_alpha=None; expected numbers"),
-        ({"lora_alpha": float("nan")}, "lora_alpha=nan; expected numbers"),
+        ({"lora_alpha": None}, "lora_alpha=None for model.layers.0.down_proj; expected a whole number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan for"),
+        ({"lora_alpha": True}, "lora_alpha=True for"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000000"),
+        ({"rank_pattern": {"q_proj": "4"}}, "r='4', lora_alpha=8 for model.layers.0.self_attn.q_proj"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
+        ({"use_dora": 0.0}, "use_dora is 0.0, expected true or false"),
+        ({"bias": "lora"}, "bias is 'lora', expected none, all, lora_only"),
+        ({"target_modules": ["nope"]}, "target_modules does not mean model.layers.0.down_proj and 7 more modules, but"),
+        ({"target_modules": []}, "target_modules does not mean model.layers.0.down_proj"),
+        ({"target_modules": "(a|b)*c"}, "target_modules does not mean model.layers.0.down_proj"),
+        ({"layers_to_transform": [1]}, "target_modules does not mean model.layers.0.down_proj and 3 more modules"),
+        ({"exclude_modules": ["q_proj"]}, "target_modules does not mean model.layers.0.self_attn.q_proj"),
         ({"rank_pattern": [4]}, "rank_pattern is [4], expected an object of regular expressions and numbers"),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern has '(', which is no regular expression"),
         ({"modules_to_save": "audio_projector"}, "modules_to_save is 'audio_projector', expected a list of names"),
@@ -273,7 +286,7 @@ def test_integer_factors_are_refused(tmp_path: Path) -> None:
         ({"target_modules": 7}, "target_modules is 7, expected a regular expression or a list of names"),
         ({"target_modules": "("}, "target_modules '(', which is no regular expression"),
         ({"layers_to_transform": True}, "layers_to_transform is True, expected a layer or a list of layers"),
-        ({"bias": ["all"]}, "expected none, all or lora_only"),
+        ({"bias": ["all"]}, "bias is ['all'], expected none, all, lora_only"),
     ],
 )
 def test_adapters_that_cannot_be_merged(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
@@ -283,6 +296,27 @@ def test_adapters_that_cannot_be_merged(tmp_path: Path, changes: dict[str, Any],
         run_merge(tmp_path, base, adapter)
     assert text in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_tensor_trained_in_full_that_is_no_float_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    base, adapter, _ = trained(tmp_path, {**LORA, "modules_to_save": ["audio_projector"]})
+    file = adapter / "adapter_model.safetensors"
+    save_file({n: t.to(dtype) if "audio" in n else t for n, t in load_file(file).items()}, file)
+    with pytest.raises(UsageError, match=r"audio_projector\.\w+ is (I64|BOOL), expected a float type"):
+        run_merge(tmp_path, base, adapter)
+    assert not list(tmp_path.glob("merged*"))
+
+
+def test_every_field_of_pefts_config_is_known_and_others_are_named(tmp_path: Path) -> None:
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert fields == KNOWN | REFUSED.keys()
+    base, adapter, theirs = trained(tmp_path, LORA)
+    edited(adapter, use_a_new_idea=True, another=None)
+    merged = run_merge(tmp_path, base, adapter)
+    assert differences(load(merged), theirs) == []
+    warned = [text for text in read_json(merged / "merge_report.json")["warnings"] if "not known" in text]
+    assert len(warned) == 1 and "use_a_new_idea" in warned[0] and "another" not in warned[0]
 
 
 def test_damaged_inputs_are_named(tmp_path: Path) -> None:
@@ -326,3 +360,12 @@ def test_lora_bias_without_a_bias_is_refused_as_peft_does(tmp_path: Path) -> Non
     save_file(weights, base / "model.safetensors")
     with pytest.raises(UsageError, match=r"lora_bias, but the base has no model\.layers\.1\.self_attn\.q_proj\.bias"):
         run_merge(tmp_path, base, adapter)
+
+
+def test_a_base_whose_config_lacks_a_size_is_merged_with_a_warning(tmp_path: Path) -> None:
+    base, adapter, theirs = trained(tmp_path, LORA)
+    config = read_json(base / "config.json")
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_vl"}))
+    merged = run_merge(tmp_path, base, adapter)
+    assert differences(load(merged), theirs) == []
+    assert "hidden_size is missing" in " ".join(read_json(merged / "merge_report.json")["warnings"])
