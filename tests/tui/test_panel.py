@@ -23,8 +23,9 @@ from tui.dialogs.confirm import Confirm
 from tui.dialogs.help import Help
 from tui.follow.run_model import RunModel
 from tui.main import main
-from tui.screens.monitor import MonitorScreen, Search
+from tui.screens.monitor import MonitorScreen
 from tui.widgets.chart import Chart
+from tui.widgets.log_panel import LogPanel, Search
 
 # --- the frame -------------------------------------------------------------------------------------------------------
 
@@ -414,11 +415,11 @@ async def test_the_log_counts_what_came_while_one_reads_above(root):
         await pilot.pause()
         with open(run.folder / "log.txt", "a") as file:
             file.write("one more\nand one\nhalf a li")
-        await settle(pilot, lambda: app.screen.unseen == 2)
+        await settle(pilot, lambda: app.screen.query_one(LogPanel).unseen == 2)
         assert log.scroll_offset.y == 0
         await pilot.press("t")
         await settle(pilot, lambda: log.is_vertical_scroll_end)
-        assert app.screen.unseen == 0
+        assert app.screen.query_one(LogPanel).unseen == 0
 
 
 async def test_the_search_of_the_log_is_left_by_enter_or_escape(root):
@@ -434,7 +435,7 @@ async def test_the_search_of_the_log_is_left_by_enter_or_escape(root):
             shown = [
                 active.binding.description for active in app.screen.active_bindings.values() if active.binding.show
             ]
-            assert "leave it" in shown and "zoom" not in shown
+            assert "cancel" in shown and "zoom" not in shown
             await pilot.press(key)
             await settle(pilot, lambda field=field: not field.display and app.screen.query_one(Log).has_focus)
             assert said in text(app, "#notice") and app.is_running
