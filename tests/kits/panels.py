@@ -57,4 +57,4 @@ async def go(app: Panel, pilot, mode: str) -> None:
     """Goes to a screen by its key and waits until it is there and takes keys."""
     await settle(pilot, lambda: app.front is not None and app.front.MODE in TITLES)
     await pilot.press(str(list(TITLES).index(mode) + 1))
-    await settle(pilot, lambda: app.front is not None and mode == app.front.MODE and app.focused is not None)
+    await settle(pilot, lambda: app.front is not None and mode == app.front.MODE and (app.focused or mode == "monitor"))
