@@ -10,6 +10,7 @@ from surgvqa.config.workspace import load_workspace
 from surgvqa.runs import folder, state
 from tui.app import Panel
 from tui.targets.local import LocalTarget
+from tui.widgets.head import TITLES
 
 SIZES = [(80, 24), (120, 36)]
 
@@ -50,3 +51,10 @@ async def settle(pilot, condition, seconds: float = 15.0) -> None:
 
 def text(app: Panel, selector: str) -> str:
     return str(app.screen.query_one(selector, Static).content)
+
+
+async def go(app: Panel, pilot, mode: str) -> None:
+    """Goes to a screen by its key and waits until it is there and takes keys."""
+    await settle(pilot, lambda: app.front is not None and app.front.MODE in TITLES)
+    await pilot.press(str(list(TITLES).index(mode) + 1))
+    await settle(pilot, lambda: app.front is not None and mode == app.front.MODE and (app.focused or mode == "monitor"))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from panels import SIZES, die, options, panel, settle, text, training
+from panels import SIZES, die, go, options, panel, settle, text, training
 from places import ROOT
 from textual.events import Key
 from textual.widgets import Log, OptionList, Static
@@ -23,8 +23,9 @@ from tui.dialogs.confirm import Confirm
 from tui.dialogs.help import Help
 from tui.follow.run_model import RunModel
 from tui.main import main
-from tui.screens.monitor import MonitorScreen, Search
+from tui.screens.monitor import MonitorScreen
 from tui.widgets.chart import Chart
+from tui.widgets.log_panel import LogPanel, Search
 
 # --- the frame -------------------------------------------------------------------------------------------------------
 
@@ -41,27 +42,24 @@ async def test_keys_and_tabs_reach_the_four_screens(root, size):
     async with app.run_test(size=size) as pilot:
         for key, mode in [("4", "monitor"), ("3", "train"), ("2", "upload"), ("1", "merge")]:
             await pilot.press(key)
-            await pilot.pause()
-            assert app.current_mode == mode
+            await settle(pilot, lambda mode=mode: app.current_mode == mode and app.screen.query(".tab"))
         tab = next(t for t in app.screen.query(".tab") if t.mode == "train")
         await pilot.click(tab)
-        await pilot.pause()
-        assert app.current_mode == "train"
-        where = text(app, "#where")
-        assert "baseline-8f-512px" in where and "28.5 GB" in where
+        await settle(pilot, lambda: app.current_mode == "train" and app.screen.query("#where"))
+        await settle(pilot, lambda: "baseline-8f-512px" in text(app, "#where") and "28.5 GB" in text(app, "#where"))
 
 
 async def test_help_lists_the_keys_and_q_in_it_does_not_quit(root):
     app = panel(root)
     async with app.run_test() as pilot:
-        await pilot.press("1", "question_mark")
-        await pilot.pause()
-        assert isinstance(app.screen, Help)
+        await go(app, pilot, "merge")
+        await pilot.press("question_mark")
+        await settle(pilot, lambda: isinstance(app.screen, Help))
         keys = dict(app.screen.rows)
         assert keys["m"] == "merge" and keys["4"] == "Monitor" and {"p", "q"} <= set(keys)
         await pilot.press("q")
-        await pilot.pause()
-        assert not isinstance(app.screen, Help) and app.is_running
+        await settle(pilot, lambda: not isinstance(app.screen, Help))
+        assert app.is_running
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -70,7 +68,7 @@ async def test_help_says_how_to_leave_it_and_wraps_below_itself(root, size):
     async with app.run_test(size=size) as pilot:
         await pilot.press("1", "question_mark")
         await settle(pilot, lambda: isinstance(app.screen, Help) and app.screen.query(".help-text"))
-        await pilot.pause()
+        await settle(pilot, lambda: app.screen.query_one(".dialog").region.width)
         assert app.screen.query_one(".dialog").border_subtitle == "Esc closes"
         assert {about.region.x for about in app.screen.query(".help-text")} == {
             app.screen.query(".help-key").first().region.right
@@ -82,8 +80,7 @@ async def test_help_says_how_to_leave_it_and_wraps_below_itself(root, size):
 async def test_the_palette_offers_what_the_screen_can_do_now(root):
     app = panel(root)
     async with app.run_test() as pilot:
-        await pilot.press("1")
-        await pilot.pause()
+        await go(app, pilot, "merge")
         titles = [command.title for command in app.get_system_commands(app.screen)]
         assert {"Merge", "Monitor", "merge", "audit", "Quit"} <= set(titles)
         assert "stop" not in titles and "Copy selected text" not in titles
@@ -97,9 +94,8 @@ async def test_empty_workspace_says_what_to_do(tmp_path):
         await pilot.press("2")
         await settle(pilot, lambda: "Nothing to send" in text(app, "#plan-text"))
         assert "No host is set" in text(app, "#host-text")
-        await pilot.press("4")
-        await pilot.pause()
-        assert "No runs yet" in app.screen.query_one(Chart).empty
+        await go(app, pilot, "monitor")
+        await settle(pilot, lambda: "No runs yet" in app.screen.query_one(Chart).empty)
 
 
 def test_bad_command_lines_are_one_line(tmp_path, capsys):
@@ -411,14 +407,14 @@ async def test_the_log_counts_what_came_while_one_reads_above(root):
         log = app.screen.query_one(Log)
         await settle(pilot, lambda: log.max_scroll_y > 0 and log.is_vertical_scroll_end)
         log.scroll_home(animate=False)
-        await pilot.pause()
+        await settle(pilot, lambda: log.scroll_offset.y == 0)
         with open(run.folder / "log.txt", "a") as file:
             file.write("one more\nand one\nhalf a li")
-        await settle(pilot, lambda: app.screen.unseen == 2)
+        await settle(pilot, lambda: app.screen.query_one(LogPanel).unseen == 2)
         assert log.scroll_offset.y == 0
         await pilot.press("t")
         await settle(pilot, lambda: log.is_vertical_scroll_end)
-        assert app.screen.unseen == 0
+        assert app.screen.query_one(LogPanel).unseen == 0
 
 
 async def test_the_search_of_the_log_is_left_by_enter_or_escape(root):
@@ -434,7 +430,7 @@ async def test_the_search_of_the_log_is_left_by_enter_or_escape(root):
             shown = [
                 active.binding.description for active in app.screen.active_bindings.values() if active.binding.show
             ]
-            assert "leave it" in shown and "zoom" not in shown
+            assert "cancel" in shown and "zoom" not in shown
             await pilot.press(key)
             await settle(pilot, lambda field=field: not field.display and app.screen.query_one(Log).has_focus)
             assert said in text(app, "#notice") and app.is_running
@@ -450,11 +446,10 @@ async def test_stop_asks_first(root, monkeypatch):
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower.active)
         await settle(pilot, lambda: app.screen.follower.model.events > 0)
         await pilot.press("s")
-        await pilot.pause()
-        assert isinstance(app.screen, Confirm)
+        await settle(pilot, lambda: isinstance(app.screen, Confirm))
         await pilot.press("n")
-        await pilot.pause()
-        assert not stopped and isinstance(app.screen, MonitorScreen)
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
+        assert not stopped
         await pilot.press("s", "y")
         await settle(pilot, lambda: stopped == [run.id])
 
@@ -466,9 +461,8 @@ async def test_an_unforeseen_error_is_said_and_the_panel_goes_on(root, monkeypat
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen))
         monkeypatch.setattr(app.session.target, "runs", lambda: 1 / 0)
         await settle(pilot, lambda: "ZeroDivisionError" in text(app, "#notice"))
-        await pilot.press("3")
-        await pilot.pause()
-        assert app.current_mode == "train"
+        await go(app, pilot, "train")
+        assert app.is_running
 
 
 # --- upload and merge ------------------------------------------------------------------------------------------------
@@ -506,8 +500,7 @@ async def test_a_dry_run_that_is_refused_says_so(root):
 async def test_what_a_field_of_the_merge_is_for_stands_below(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("1")
-        await pilot.pause()
+        await go(app, pilot, "merge")
         form = app.screen.query_one("#merge-form")
         await settle(pilot, lambda: "Stage-1 checkpoint folder" in str(form.border_subtitle))
         await pilot.press("down", "down", "down")

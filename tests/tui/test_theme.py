@@ -19,9 +19,8 @@ async def test_every_theme_draws_every_screen(root):
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and "running" in text(app, "#facts"))
         for name in app.available_themes:
             app.theme = name
-            await pilot.pause()
-            assert app.is_running and app.theme == name
-            assert "muted" in app.theme_variables
+            await settle(pilot, lambda name=name: app.theme == name and "muted" in app.theme_variables)
+            assert app.is_running
         for key in "1234":
             await pilot.press(key)
             await settle(pilot, lambda: app.export_screenshot())

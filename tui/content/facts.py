@@ -6,6 +6,8 @@ from typing import Any
 
 from textual.content import Content
 
+from surgvqa.runs.history import RunSummary
+from surgvqa.terminal.figures import amount
 from tui import words
 from tui.content import report
 from tui.content.report import MUTED
@@ -62,6 +64,19 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     return report.lines(head, second, *trouble)
 
 
+def run_row(run: RunSummary, attached: bool) -> Content:
+    """A run in the list: state, when it began, command and name."""
+    part = run.id.rsplit("-", 1)[-1]  # runs that continue each other have one name
+    name = f"{words.clip(run.name, 13)} {part}" if run.name else part
+    return Content.assemble(
+        ("▸" if attached else " ", "bold $accent"),
+        (words.STATE_MARKS.get(run.state, "?"), words.STATE_STYLES.get(run.state, "")),
+        (f" {words.ago(run.started):<6} ", MUTED),
+        f"{run.command:<9}",
+        (words.clip(name, 18), "bold" if attached else MUTED),
+    )
+
+
 def standing(follower: Follower) -> Content:
     """The run's state; of a host that is not reached, since when. Whether the job lives only the host can say."""
     connection = follower.target.connection
@@ -98,9 +113,9 @@ def how_far(follower: Follower) -> tuple[float | None, str]:
         done, total, unit = progress.done, progress.total, progress.unit
     else:
         return None, ""
-    of_total = f"/{words.amount(total, unit)}" if total else ""
+    of_total = f"/{amount(total, unit)}" if total else ""
     name = "" if unit == "bytes" else f"{unit} "
-    return (done / total if total else None), f"{name}{words.amount(done, unit)}{of_total}"
+    return (done / total if total else None), f"{name}{amount(done, unit)}{of_total}"
 
 
 def time_left(follower: Follower) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from textual.content import Content
 
-from surgvqa.terminal.figures import counted
+from surgvqa.terminal.figures import amount, counted
 from tui import words
 from tui.follow.follower import Follower
 from tui.follow.run_model import Progress
@@ -55,8 +55,8 @@ def _text(entry: Any) -> str:
 
 def progress_line(progress: Progress, width: int, label: int = 16) -> Content:
     """One phase: bar, share, amount, rate, time left; on a narrow screen first the rate goes, then the total."""
-    done = words.amount(progress.done, progress.unit)
-    total = f" of {words.amount(progress.total, progress.unit)}" if progress.total else ""
+    done = amount(progress.done, progress.unit)
+    total = f" of {amount(progress.total, progress.unit)}" if progress.total else ""
     unit = "" if progress.unit == "bytes" else f" {progress.unit}"
     fraction = progress.fraction
     rate = left = ""

@@ -103,7 +103,7 @@ class RunModel:
         self.samples_per_s: float | None = None
         self.train = Series("train", "chart--train", noisy=True)
         self.eval = Series("eval", "chart--eval", dots=True)
-        self.learning_rate = Series("learning rate", "chart--rate")
+        self.learning_rate = Series("learning rate", "chart--train")
         self.marks: list[Mark] = []
         self.devices: dict[str, Device] = {}
         self.predicted: dict[str, float] = {}

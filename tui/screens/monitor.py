@@ -11,15 +11,14 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.widgets import ContentSwitcher, Input, Log, OptionList
+from textual.widgets import ContentSwitcher, OptionList
 from textual.widgets.option_list import Option
 
 from surgvqa.errors import SurgvqaError
-from surgvqa.runs.history import RunSummary
 from surgvqa.terminal.figures import counted
 from tui import words
 from tui.content import report
-from tui.content.facts import facts, facts_in_two_lines
+from tui.content.facts import facts, facts_in_two_lines, run_row
 from tui.dialogs.confirm import Confirm, when_yes
 from tui.follow.follower import Follower
 from tui.follow.run_model import RunModel
@@ -30,6 +29,7 @@ from tui.targets.target import newest_running
 from tui.targets.threads import watched
 from tui.widgets.chart import Chart, tick_text
 from tui.widgets.gauge import Gauge
+from tui.widgets.log_panel import LogPanel, Search
 from tui.widgets.pane import Pane
 from tui.widgets.titles import set_subtitle, set_title
 
@@ -37,16 +37,6 @@ NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs ap
 NO_RUNS_THERE = "No runs on {host} yet.\nSend checkpoint and data with 2, then start training with 3."
 ZOOM = "Zoom into the newest part, and out"
 FIRST_LOSS = "The first loss comes with the first optimiser step."
-
-
-class Search(Input):
-    """Words to find in the log; it is there only while they are typed."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "submit", "find"), Binding("escape", "leave", "leave it")]
-
-    def action_leave(self) -> None:
-        self.display = False
-        self.screen.query_one(Log).focus()
 
 
 class MonitorScreen(PanelScreen):
@@ -83,8 +73,6 @@ class MonitorScreen(PanelScreen):
         self.kept: dict[str, Follower] = {}
         """What is followed on the other machines, by their names."""
         self.shown_list: list[object] = []
-        self.unseen = 0
-        self.sought = ""
 
     def body(self) -> ComposeResult:
         empty = [Series("train", "chart--train")]
@@ -101,16 +89,12 @@ class MonitorScreen(PanelScreen):
                         yield Chart(empty, empty=NO_RUNS, id="chart")
                     with VerticalScroll(id="text-panel", classes="panel", can_focus=True):
                         yield Pane(id="text")
-                with Vertical(id="log-panel", classes="panel"):
-                    yield Log(id="log", max_lines=5000)
-                    yield Search(placeholder="find in the log", compact=True)
+                yield LogPanel(id="log-panel", classes="panel")
 
     async def on_mount(self) -> None:
-        titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "log-panel": "log", "facts": "run"}
+        titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "facts": "run"}
         for id, title in titles.items():
             set_title(self.query_one(f"#{id}"), title)
-        self.query_one(Search).display = False
-        self.query_one(Log).anchor()
         if self.follower is None:
             self.attach_newest()
         self.show_list()
@@ -158,7 +142,6 @@ class MonitorScreen(PanelScreen):
     def show_follower(self, follower: Follower | None) -> None:
         """Puts a run on the screen; None: there is none."""
         self.follower = follower
-        self.unseen = 0
         self.say("")
         if not self.is_mounted:
             return
@@ -167,7 +150,7 @@ class MonitorScreen(PanelScreen):
         chart.empty = FIRST_LOSS if follower else self.no_runs()
         chart.series, chart.marks, chart.window = [model.train, model.eval], model.marks, None
         chart.redraw()
-        self.query_one(Log).clear()
+        self.query_one(LogPanel).clear()
         if follower is None:
             self.query_one("#picture", ContentSwitcher).current = "chart-panel"
             for pane in ("#facts", "#legend"):
@@ -208,7 +191,7 @@ class MonitorScreen(PanelScreen):
         chart = self.query_one(Chart)
         chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
         chart.empty = FIRST_LOSS
-        self.show_log(follower.log if first else lines or [])
+        self.query_one(LogPanel).show(follower.log if first else lines or [])
         self.show_figures()
         self.keys_changed()
 
@@ -230,24 +213,10 @@ class MonitorScreen(PanelScreen):
         options = self.query_one("#runs", OptionList)
         chosen = options.highlighted_option.id if options.highlighted_option else attached
         options.clear_options()
-        options.add_options([Option(self._row(run, attached), id=run.id) for run in self.session.listed])
+        options.add_options([Option(run_row(run, run.id == attached), id=run.id) for run in self.session.listed])
         if chosen in {run.id for run in self.session.listed}:
             options.highlighted = options.get_option_index(str(chosen))
         set_subtitle(self.query_one("#runs"), f"{len(self.session.listed)}" if self.session.listed else "")
-
-    @staticmethod
-    def _row(run: RunSummary, attached: str | None) -> Content:
-        mark = words.STATE_MARKS.get(run.state, "?")
-        style = words.STATE_STYLES.get(run.state, "")
-        part = run.id.rsplit("-", 1)[-1]  # runs that go on from each other have one name
-        name = f"{words.clip(run.name, 13)} {part}" if run.name else part
-        return Content.assemble(
-            ("▸" if run.id == attached else " ", "bold $accent"),
-            (mark, style),
-            (f" {words.ago(run.started):<6} ", "$muted"),
-            f"{run.command:<9}",
-            (words.clip(name, 18), "bold" if run.id == attached else "$muted"),
-        )
 
     def show_facts(self) -> None:
         """Phase, step, pace, time left; or how it ended and what to do."""
@@ -322,17 +291,6 @@ class MonitorScreen(PanelScreen):
             fit=follower.model.fit,
         )
 
-    def show_log(self, lines: list[str]) -> None:
-        """Appends in one batch; who has scrolled up stays there and is told how much is new."""
-        log = self.query_one(Log)
-        if lines:
-            following = not self.unseen and (log.is_vertical_scroll_end or not log.size.height)
-            log.write_lines(lines)
-            self.unseen = 0 if following else self.unseen + len(lines)
-        empty = "" if log.line_count else "nothing written"
-        new = f"+{self.unseen:,} lines · t follows" if self.unseen else ""
-        set_subtitle(self.query_one("#log-panel"), new or empty)
-
     # --- what the keys do --------------------------------------------------------------------------------------------
 
     def resumable(self) -> bool:
@@ -369,7 +327,7 @@ class MonitorScreen(PanelScreen):
         if action in ("log_scale", "zoom", "pan", "whole"):
             return bool(follower and follower.model.train.xs) and not isinstance(self.focused, Search)
         if action in ("follow_log", "search", "search_again"):
-            return bool(follower and follower.log) and (action != "follow_log" or self.unseen > 0)
+            return bool(follower and follower.log) and (action != "follow_log" or self.query_one(LogPanel).unseen > 0)
         return super().check_action(action, parameters)
 
     @on(OptionList.OptionHighlighted)
@@ -405,35 +363,21 @@ class MonitorScreen(PanelScreen):
         self.show_picture()
 
     def action_follow_log(self) -> None:
-        self.query_one(Log).scroll_end(animate=False)
-        self.unseen = 0
-        self.show_log([])
+        self.query_one(LogPanel).follow()
         self.keys_changed()
 
     def action_search(self) -> None:
-        field = self.query_one(Search)
-        field.display = True
-        self.set_focus(field)
-
-    @on(Search.Submitted)
-    def _search(self, event: Search.Submitted) -> None:
-        self.sought = event.value.lower()
-        self.query_one(Search).action_leave()
-        self.action_search_again()
+        self.query_one(LogPanel).ask()
 
     def action_search_again(self) -> None:
-        """Scrolls to the next line above that holds the words; round again from the end."""
-        log = self.query_one(Log)
-        if not self.sought:
-            return
-        found = [i for i, line in enumerate(log.lines) if self.sought in line.lower()]
-        if not found:
-            self.say(f"no line of the log holds {self.sought!r}", "warning")
-            return
-        top = log.scroll_offset.y
-        line = next((i for i in reversed(found) if i < top), found[-1])
-        log.scroll_to(y=line, animate=False, force=True)
-        self.say(f"{counted(len(found), 'line')} with {self.sought!r}; n goes to the next")
+        self.query_one(LogPanel).search()
+
+    @on(LogPanel.Found)
+    def _found(self, event: LogPanel.Found) -> None:
+        if event.lines:
+            self.say(f"{counted(event.lines, 'line')} with {event.sought!r}; n goes to the next")
+        else:
+            self.say(f"no line of the log holds {event.sought!r}", "warning")
 
     def action_stop(self) -> None:
         """Asks first."""

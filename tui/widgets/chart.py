@@ -123,7 +123,6 @@ class Chart(Widget):
         "chart--train",
         "chart--noise",
         "chart--eval",
-        "chart--rate",
         "chart--axis",
         "chart--grid",
         "chart--mark",

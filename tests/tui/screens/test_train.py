@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 
 import pytest
-from panels import SIZES, panel, settle, text, training
+from panels import SIZES, go, panel, settle, text, training
 from textual.events import AppBlur, AppFocus, Key
 from textual.widgets import Footer, Input
 
@@ -20,28 +20,25 @@ from tui.widgets.form import Editor, Field
 async def test_letters_typed_into_a_field_are_not_keys(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await pilot.press("enter")  # the first field is run_name
-        await pilot.pause()
-        assert app.screen.query_one(Input).has_focus
+        await settle(pilot, lambda: app.screen.query(Input) and app.screen.query_one(Input).has_focus)
         await pilot.press(*"q1lx4", "enter")
-        await pilot.pause()
-        assert app.is_running and app.current_mode == "train" and not app.screen.query(Input)
+        await settle(pilot, lambda: app.screen.settings.edited and not app.screen.query(Input))
+        assert app.is_running and app.current_mode == "train"
         field = app.screen.query_one("#field-run_name", Field)
         assert field.text == "q1lx4" and field.origin == "edited here"
         assert "--run_name=q1lx4" in app.screen.settings.argv()
         await pilot.press("x")
-        await pilot.pause()
-        assert field.text == "" and app.screen.settings.argv() == ["train"]
+        await settle(pilot, lambda: field.text == "")
+        assert app.screen.settings.argv() == ["train"]
 
 
 async def test_what_is_typed_faster_than_the_panel_draws_is_text(root):
     """Over a slow line keys come many at once: none of them may act on what had the focus before."""
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         for key in ("down", "enter", *"q1lx", "enter"):
             app.post_message(Key(key, key if len(key) == 1 else None))
         await settle(pilot, lambda: app.screen.settings.edited)
@@ -53,8 +50,7 @@ async def test_moving_on_keeps_what_was_typed(root, key):
     """What a field shows is what is used: no editor stays open behind."""
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await pilot.press("down", "enter", *"base")
         await pilot.press(key)
         await settle(pilot, lambda: app.screen.settings.edited == {"model_name_or_path": "base"})
@@ -65,12 +61,10 @@ async def test_moving_on_keeps_what_was_typed(root, key):
 async def test_another_window_in_front_leaves_the_editor_open(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await pilot.press("enter", *"hal")
         app.post_message(AppBlur())
         await settle(pilot, lambda: not app.app_focus)
-        await pilot.pause()
         app.post_message(AppFocus())
         await settle(pilot, lambda: app.app_focus and app.screen.query_one(Input).has_focus)
         await pilot.press(*"f", "enter")
@@ -81,8 +75,7 @@ async def test_tab_completes_a_path(root):
     (root / "checkpoints" / "stage1").mkdir(parents=True)
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await pilot.press("down", "enter", *"che")
         editor = app.screen.query_one(Editor)
         await settle(pilot, lambda: editor._suggestion == "checkpoints/")
@@ -94,8 +87,7 @@ async def test_tab_completes_a_path(root):
 async def test_a_bad_value_is_refused_in_place_and_stays_to_be_mended(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         app.screen.query_one("#field-num_frames", Field).focus()
         await pilot.press("enter", "x", "enter")
         await settle(pilot, lambda: "whole number" in text(app, "#notice"))
@@ -111,20 +103,19 @@ async def test_a_bad_value_is_refused_in_place_and_stays_to_be_mended(root):
 async def test_a_preset_is_shown_before_it_is_applied(root, size):
     app = panel(root)
     async with app.run_test(size=size) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await pilot.press("f8")
-        await pilot.pause()
+        await settle(pilot, lambda: "would change" in text(app, "#presets"))
         shown = text(app, "#presets")
         assert "would change" in shown and "8 → 6" in shown
         assert "stays 512" in shown and "surgvqa.toml" in shown  # pinned there
         assert app.session.preset == "baseline-8f-512px"
         await pilot.press("escape")
-        await pilot.pause()
-        assert "would change" not in text(app, "#presets") and app.session.preset == "baseline-8f-512px"
+        await settle(pilot, lambda: "would change" not in text(app, "#presets"))
+        assert app.session.preset == "baseline-8f-512px"
         await pilot.press("f8", "enter")
-        await pilot.pause()
-        assert app.session.preset == "oom-6f-384px" and "oom-6f-384px" in text(app, "#where")
+        await settle(pilot, lambda: "oom-6f-384px" in text(app, "#where"))
+        assert app.session.preset == "oom-6f-384px"
         assert app.screen.query_one("#field-num_frames", Field).text == "6"
 
 
@@ -137,12 +128,10 @@ async def test_a_small_terminal_shows_all_that_a_preset_would_change(root):
         )
     app = panel(root)
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await settle(pilot, lambda: len(text(app, "#presets").splitlines()) == 8)
         await pilot.press("f12")
         await settle(pilot, lambda: "would change" in text(app, "#presets"))
-        await pilot.pause()
         shown, side = app.screen.query_one("#presets"), app.screen.query_one("#train-side")
         await settle(pilot, lambda: shown.region.bottom <= side.region.bottom)
         lines = text(app, "#presets").splitlines()
@@ -213,8 +202,7 @@ async def test_the_prediction_is_as_wide_as_its_panel(root, size):
 async def test_launch_is_refused_with_the_checks_own_line(root):
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await pilot.press("l")
         await settle(pilot, lambda: "model_name_or_path" in text(app, "#notice"), 60)
         assert app.current_mode == "train" and not (root / "runs").exists()
@@ -232,8 +220,7 @@ async def test_a_key_pressed_twice_starts_one_job(root, monkeypatch):
 
     monkeypatch.setattr(app.session.here, "launch", launch)
     async with app.run_test(size=(120, 36)) as pilot:
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         await pilot.press("l", "l")
         await settle(pilot, lambda: launched)
         await pilot.press("l")

@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from panels import panel, settle, text, training
+from panels import go, panel, settle, text, training
 from sshd import TRAIN, Relay, laptop, processes_naming, stub_train  # noqa: F401
 from textual.widgets import Log, OptionList
 from waiting import until
@@ -254,8 +254,7 @@ async def test_launch_stop_continue_and_fetch_on_the_host(laptop):  # noqa: F811
     app = panel(laptop.workspace, "gpuhost")
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: app.session.host and app.session.host.connection.kind == "connected")
-        await pilot.press("3")
-        await pilot.pause()
+        await go(app, pilot, "train")
         app.screen.settings.edit("run_name", "it's $(id) here")
         await pilot.press("l")
         await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.follower is not None, 60)
