@@ -255,6 +255,8 @@ def build(folder: Path, dry: bool) -> Callable[..., Any]:
 
 def run(arguments: argparse.Namespace) -> int:
     """All trials, the table, the exit code."""
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         folder = Path(temporary)
         options = build(folder, arguments.dry)

@@ -480,11 +480,11 @@ def test_the_model_is_told_to_train_once_and_again_whenever_a_part_of_it_is_not(
     import torch
 
     from surgvqa.model import adapter, loading
-    from surgvqa.training import trainer
+    from surgvqa.training import trainer_hooks
 
     base = loading.load_model(world.checkpoint, dtype=torch.float32, device="cpu", attn_implementation="sdpa")
     tuned = adapter.add_lora(base, world.train_options())
-    tuned.train = MethodType(trainer._train, tuned)
+    tuned.train = MethodType(trainer_hooks._train, tuned)
     dropout = next(m for m in tuned.modules() if isinstance(m, torch.nn.Dropout))
     visits = []
     dropout.train = lambda mode=True: visits.append(mode) or torch.nn.Module.train(dropout, mode)
