@@ -56,8 +56,10 @@ class Remote:
                 connection.open()
         except Exception as error:
             self._fabric = connection
+            transport = connection.client.get_transport() if connection else None
+            goodbye = getattr(transport, "goodbye", "")
             self.close()
-            raise explain(at, error) from None
+            raise explain(at, error, goodbye) from None
         assert connection  # a chain has at least one
         transport = connection.transport
         transport.set_keepalive(timeouts.KEEPALIVE_S)

@@ -50,6 +50,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     from fabric import Config
 
     from remote.ssh.proxy import Connection
+    from remote.ssh.transport import Transport
 
     log = logging.getLogger("paramiko")  # its tracebacks would land on the panel's screen
     log.setLevel(logging.CRITICAL)
@@ -61,6 +62,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     kinds = {key.get_name() for key in accepted}
     kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
     connect: dict[str, Any] = {
+        "transport_factory": Transport,
         "key_filename": host.identity_files,
         "look_for_keys": False,
         "allow_agent": host.setting("identitiesonly") != "yes" and host.ssh.get("identityagent") != ["none"],

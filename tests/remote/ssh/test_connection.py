@@ -310,6 +310,7 @@ def test_host_lines_are_read_as_ssh_reads_them(tmp_path, monkeypatch):
         ("[a]\nworkspce = 'x'", "unknown key workspce; did you mean workspace?"),
         ("[a]\nport = 'x'", "port is 'x', expected int"),
         ("[a]\nenvironment = 1", "expected a table of texts"),
+        ("[a]\nlogin_timeout_s = 0", "expected seconds between 1 and 3600"),
         ("a = 1", "expected a table"),
         ("[a", "not valid TOML"),
     ],
