@@ -49,6 +49,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     import paramiko
     from fabric import Config
 
+    from remote.ssh.keys import SshKeys
     from remote.ssh.proxy import Connection
     from remote.ssh.transport import Transport
 
@@ -63,9 +64,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
     connect: dict[str, Any] = {
         "transport_factory": Transport,
-        "key_filename": host.identity_files,
-        "look_for_keys": False,
-        "allow_agent": host.setting("identitiesonly") != "yes" and host.ssh.get("identityagent") != ["none"],
+        "auth_strategy": SshKeys(host),
         "banner_timeout": timeouts.CONNECT_TIMEOUT_S,
         "auth_timeout": timeouts.CONNECT_TIMEOUT_S,
         "channel_timeout": timeouts.CHANNEL_TIMEOUT_S,

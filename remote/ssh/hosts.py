@@ -113,10 +113,10 @@ class Host:
 
     @property
     def identity_files(self) -> list[str]:
-        """The private keys that are there."""
+        """The keys that are there, private or (for one that the agent holds) public."""
         files = [os.path.expanduser(self._with_tokens(file)) for file in self.ssh.get("identityfile", [])]
         files = [re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), file) for file in files]
-        return [file for file in files if os.path.isfile(file)]
+        return [file for file in files if os.path.isfile(file) or os.path.isfile(f"{file}.pub")]
 
     def _with_tokens(self, text: str) -> str:
         """`text` with its % tokens filled in, which `ssh -G` leaves to do in these values (ssh_config(5), TOKENS)."""

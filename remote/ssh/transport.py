@@ -1,7 +1,8 @@
-"""paramiko's transport, which remembers why the host ended the connection."""
+"""paramiko's transport, which remembers why the host ended the connection, and its agent: all private names."""
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import paramiko
@@ -16,3 +17,14 @@ class Transport(paramiko.Transport):
     def _parse_disconnect(self, m: Any) -> None:
         m.get_int()  # a code, which OpenSSH has the same for all reasons
         self.goodbye = m.get_text()
+
+
+class AgentAt(paramiko.agent.AgentSSH):
+    """The ssh-agent behind a socket; paramiko's own knows that of SSH_AUTH_SOCK alone."""
+
+    def __init__(self, path: str):
+        super().__init__()
+        conn = socket.socket(socket.AF_UNIX)
+        conn.settimeout(10)
+        conn.connect(path)
+        self._connect(conn)  # type: ignore[attr-defined]  # not in the stubs

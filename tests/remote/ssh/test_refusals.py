@@ -80,6 +80,7 @@ def test_follow_goes_on_when_there_is_no_dns_for_a_moment(laptop, monkeypatch, c
         assert [next(events)["state"] for _ in range(3)] == ["unreachable"] * 3
 
 
-def test_the_transport_overrides_a_method_that_paramiko_has():
+def test_paramikos_private_names_are_there():
+    assert str(inspect.signature(paramiko.agent.AgentSSH._connect)) == "(self, conn)"
     assert str(inspect.signature(paramiko.Transport._parse_disconnect)) == "(self, m)"
     assert inspect.signature(Transport._parse_disconnect).parameters.keys() == {"self", "m"}
