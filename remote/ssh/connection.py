@@ -56,8 +56,10 @@ class Remote:
                 connection.open()
         except Exception as error:
             self._fabric = connection
+            transport = connection.client.get_transport() if connection else None
+            goodbye = getattr(transport, "goodbye", "")
             self.close()
-            raise explain(at, error) from None
+            raise explain(at, error, goodbye) from None
         assert connection  # a chain has at least one
         transport = connection.transport
         transport.set_keepalive(timeouts.KEEPALIVE_S)
@@ -76,7 +78,8 @@ class Remote:
     def stream(self, op: str, silence_s: float = timeouts.SILENCE_S, **params: Any) -> Iterator[dict[str, Any]]:
         """Runs the agent's `op` there and yields its messages as they come; raises what it answers as an error.
 
-        Closing the iterator ends the remote side. Silence for `silence_s` seconds is a lost connection.
+        Closing the iterator ends the remote side. Once the agent has spoken, silence for `silence_s` seconds is a lost
+        connection; until then the login shell there has `login_timeout_s` of hosts.toml.
         """
         self.open()
         channel = None
@@ -102,14 +105,14 @@ class Remote:
     def _agent(self, request: dict[str, Any], silence_s: float) -> tuple[Any, Iterator[dict[str, Any]]]:
         """Starts one with that request: its channel and its answers."""
         channel = self._open_fabric.create_session()
-        channel.settimeout(silence_s)
+        channel.settimeout(max(self.host.entry.login_timeout_s, silence_s))
         channel.exec_command(bootstrap(self.host.entry.python))
         try:
             channel.sendall(payload(request))
         except OSError:
             if not channel.closed:
                 raise  # else it ended before it had read us: its exit status and its words say why
-        return channel, iter(Replies(self.host, self._chunks(channel)))
+        return channel, iter(Replies(self.host, self._chunks(channel), lambda: channel.settimeout(silence_s)))
 
     def call(self, op: str, **params: Any) -> dict[str, Any]:
         """The agent's answer to one question."""

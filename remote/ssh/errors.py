@@ -20,6 +20,10 @@ class Unreachable(SurgvqaError):
     """The host cannot be reached now; the same question may succeed later."""
 
 
+class UnknownName(Unreachable, UsageError):
+    """The name cannot be looked up: it is wrong (exit code 2), or there is no network now, so it is worth a retry."""
+
+
 class AuthenticationFailed(SurgvqaError):
     """The host does not take our keys."""
 
@@ -33,8 +37,11 @@ def not_understood(host: Host, what: str) -> SurgvqaError:
     return SurgvqaError(one_line(f"{host.name}: cannot understand its answer ({what}); is this the right host?"))
 
 
-def explain(host: Host, error: Exception) -> SurgvqaError:
-    """What went wrong between here and `host`, as one line that says what to do."""
+def explain(host: Host, error: Exception, goodbye: str = "") -> SurgvqaError:
+    """What went wrong between here and `host`, as one line that says what to do.
+
+    `goodbye`: what the host said as it ended the connection. Only an answer of the host is a refusal of our keys.
+    """
     import paramiko
 
     at = f"{host.name} ({host.user}@{host.hostname}:{host.port})"
@@ -54,13 +61,18 @@ def explain(host: Host, error: Exception) -> SurgvqaError:
         return SurgvqaError(f"{at}: no common SSH algorithm: {error}")
     if isinstance(error, paramiko.PasswordRequiredException):
         return AuthenticationFailed(f"{at}: the private key is encrypted; load it first: ssh-add FILE")
-    if isinstance(error, (paramiko.AuthenticationException,)) or "No authentication methods" in str(error):
+    told = "authentication" in goodbye.lower()  # "Too many authentication failures"
+    if not told and str(error).startswith(("Authentication timeout", "Authentication failed: transport")):
+        return Unreachable(f"{at}: connection lost while logging in; the host has not refused our keys")
+    if told or isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
         return AuthenticationFailed(
             f"{at}: the host refused our keys; check IdentityFile, User and ssh-add -l, "
             f"or install one: ssh-copy-id {host.target}"
         )
     if isinstance(error, socket.gaierror):
-        return UsageError(
+        if error.errno == socket.EAI_AGAIN:
+            return Unreachable(f"{host.name}: {host.hostname!r} cannot be looked up now; is there a network?")
+        return UnknownName(
             f"{host.name}: unknown host {host.hostname!r}: no name of ~/.ssh/config or hosts.toml, and DNS has none"
         )
     if isinstance(error, paramiko.ssh_exception.NoValidConnectionsError):
@@ -83,6 +95,6 @@ def explain_ssh(host: Host, stderr: str, status: int) -> SurgvqaError:
     text = " ".join(stderr.split())
     if "REMOTE HOST IDENTIFICATION HAS CHANGED" in text or "Host key verification failed" in text:
         return ChangedHostKey(f"{host.name}: ssh refused the host key (ssh {shlex.quote(host.target)} shows why)")
-    if "Permission denied" in text:
+    if "Permission denied" in text or "Too many authentication failures" in text:
         return AuthenticationFailed(f"{host.name}: ssh could not log in: {text[-200:]}")
     return Unreachable(f"{host.name}: ssh ended with {status}: {text[-200:] or 'no reason given'}")

@@ -49,7 +49,9 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     import paramiko
     from fabric import Config
 
+    from remote.ssh.keys import SshKeys
     from remote.ssh.proxy import Connection
+    from remote.ssh.transport import Transport
 
     log = logging.getLogger("paramiko")  # its tracebacks would land on the panel's screen
     log.setLevel(logging.CRITICAL)
@@ -61,9 +63,8 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     kinds = {key.get_name() for key in accepted}
     kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
     connect: dict[str, Any] = {
-        "key_filename": host.identity_files,
-        "look_for_keys": False,
-        "allow_agent": host.setting("identitiesonly") != "yes" and host.ssh.get("identityagent") != ["none"],
+        "transport_factory": Transport,
+        "auth_strategy": SshKeys(host),
         "banner_timeout": timeouts.CONNECT_TIMEOUT_S,
         "auth_timeout": timeouts.CONNECT_TIMEOUT_S,
         "channel_timeout": timeouts.CHANNEL_TIMEOUT_S,

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from remote.ssh import timeouts
 from surgvqa.config.settings import nearest
 from surgvqa.errors import UsageError
 from surgvqa.files import read_text
@@ -48,6 +49,8 @@ class HostEntry:
     """Virtual environment on the host, relative to the workspace unless absolute."""
     python: str = "python3"
     """Interpreter on the host for the agent, and for making the venv (3.11 or newer)."""
+    login_timeout_s: float = timeouts.LOGIN_S
+    """Seconds that the login shell there may take to start the agent (conda init, module load)."""
     price_per_hour: float | None = None
     gpus: str | None = None
     """For people: "1x A100 40 GB"."""
@@ -110,10 +113,10 @@ class Host:
 
     @property
     def identity_files(self) -> list[str]:
-        """The private keys that are there."""
+        """The keys that are there, private or (for one that the agent holds) public."""
         files = [os.path.expanduser(self._with_tokens(file)) for file in self.ssh.get("identityfile", [])]
         files = [re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), file) for file in files]
-        return [file for file in files if os.path.isfile(file)]
+        return [file for file in files if os.path.isfile(file) or os.path.isfile(f"{file}.pub")]
 
     def _with_tokens(self, text: str) -> str:
         """`text` with its % tokens filled in, which `ssh -G` leaves to do in these values (ssh_config(5), TOKENS)."""
@@ -171,6 +174,8 @@ def _entry(file: Path, name: str, table: dict[str, Any]) -> HostEntry:
         accepted = (int, float) if kinds[key] is float else kinds[key]
         if isinstance(value, bool) or not isinstance(value, accepted):
             raise UsageError(f"{file}: [{name}] {key} is {value!r}, expected {kinds[key].__name__}")
+        if key == "login_timeout_s" and not 1 <= float(value) <= 3600:
+            raise UsageError(f"{file}: [{name}] {key} is {value!r}, expected seconds between 1 and 3600")
         values[key] = value
     return HostEntry(**values)
 
@@ -179,10 +184,10 @@ def ssh_settings(target: str, options: list[str]) -> dict[str, list[str]]:
     """`ssh -G`: the settings that OpenSSH will use for `target`."""
     if target.startswith("-"):
         raise UsageError(f"host {target!r}: a host name cannot start with a dash")
+    # With a command, or ssh refuses ForkAfterAuthentication and SessionType subsystem of its configuration.
+    words = ["ssh", *options, "-o", "RemoteCommand=none", "-G", "--", target, "true"]
     try:
-        done = subprocess.run(
-            ["ssh", *options, "-G", "--", target], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
         raise UsageError("ssh: not installed here; install OpenSSH's client (openssh-client)") from None
     except (subprocess.TimeoutExpired, ValueError) as error:

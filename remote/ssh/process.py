@@ -19,6 +19,8 @@ from remote.ssh.hosts import Host
 from remote.ssh.replies import Replies
 from surgvqa.errors import SurgvqaError
 
+WHOLE_SESSION = {"SessionType": "default", "StdinNull": "no", "ForkAfterAuthentication": "no"}
+"""Overridden where this ssh knows them (OpenSSH 8.7; an older one would refuse the option): a command, with input."""
 FAST_CIPHER = "aes128-gcm@openssh.com"
 
 
@@ -171,6 +173,7 @@ def ssh_command(host: Host, remote_command: str, ciphers: str | None = None) -> 
         "Compression": "no",
         "LogLevel": "ERROR",
         **({"Ciphers": ciphers} if ciphers else {}),
+        **{key: value for key, value in WHOLE_SESSION.items() if key.lower() in host.ssh},
     }
     words = ["ssh", "-T", *host.options]
     for key, value in settings.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from remote.ssh import timeouts
 from remote.ssh.bundle import TOO_OLD
 from remote.ssh.errors import Unreachable, not_understood
 from remote.ssh.hosts import Host
@@ -31,6 +33,20 @@ def parse_message(host: Host, line: bytes) -> dict[str, Any]:
     return message
 
 
+def silent(host: Host, started: bool, printed: bytes) -> Unreachable:
+    """The host was waited for long enough: which stage is slow. `printed` is what came before the agent spoke."""
+    if started:
+        return Unreachable(f"{host.name}: connection lost, no answer for {timeouts.SILENCE_S:.0f} s")
+    lines = printed.decode(errors="replace").strip().splitlines()
+    last = f" (it printed last: {lines[-1][:80]})" if lines else ""
+    return Unreachable(
+        one_line(
+            f"{host.name}: logged in, but its login shell had not started {host.entry.python} after "
+            f"{host.entry.login_timeout_s:g} s{last}; make its ~/.bashrc faster, or set login_timeout_s in hosts.toml"
+        )
+    )
+
+
 class Replies:
     """The agent's messages out of a byte stream; what a login shell prints before it is passed over."""
 
@@ -40,16 +56,32 @@ class Replies:
     MAX_MESSAGE = 64 << 20
     """Bytes of the longest message: the listing of some 500,000 files."""
 
-    def __init__(self, host: Host, chunks: Iterator[tuple[bytes, bytes, int | None]]):
-        self.host, self.chunks = host, chunks
+    def __init__(
+        self,
+        host: Host,
+        chunks: Iterator[tuple[bytes, bytes, int | None]],
+        on_start: Callable[[], None] = lambda: None,
+    ):
+        """`chunks`: (stdout, stderr, exit status), TimeoutError after a silence. `on_start` is called when the agent
+        first speaks."""
+        self.host, self.chunks, self.on_start = host, chunks, on_start
+        self._started, self._printed = False, b""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self._messages()
+        except TimeoutError:
+            raise silent(self.host, self._started, self._printed) from None
+
+    def _messages(self) -> Iterator[dict[str, Any]]:
         buffer, noise, started, answered = b"", b"", False, False
+        deadline = time.monotonic() + self.host.entry.login_timeout_s
         for data, stderr, status in self.chunks:
             buffer += data
             noise = (noise + stderr)[-4000:]
             if not started:
                 if self.MARK not in buffer:
+                    self._printed = (self._printed + data + stderr)[-4000:]
                     if status is not None:
                         raise self._no_agent(noise or buffer, status)
                     if len(buffer) > self.MAX_BEFORE:
@@ -57,9 +89,12 @@ class Replies:
                         raise SurgvqaError(
                             one_line(f"{self.host.name}: its login shell prints without end: {first} …; mend it there")
                         )
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
                     continue
                 buffer = buffer.split(self.MARK, 1)[1]
-                started = True
+                started = self._started = True
+                self.on_start()
             *lines, buffer = buffer.split(b"\n")
             if len(buffer) > self.MAX_MESSAGE:
                 raise not_understood(self.host, f"a message of more than {self.MAX_MESSAGE >> 20} MiB")

@@ -199,6 +199,13 @@ class Transfer:
         if self.on_file:
             self.on_file(index, self._prefix[index])
 
+    def _stalled(self) -> Unreachable:
+        """Why nothing moves, when no stream has ended with an error."""
+        name = self.reserve.host.name
+        if any(stream.speaking for stream in self.streams):
+            return Unreachable(f"{name}: the agent there runs but acknowledges nothing; is its disk well?")
+        return Unreachable(f"{name}: ssh runs, but the login shell there has not started the agent")
+
     # --- the controller ----------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -221,7 +228,7 @@ class Transfer:
                     missing = min(self.wanted, max(1, self.queue.chunks + len(live))) - len(live)
                     surplus = live[self.wanted :]
                 if now - heard > self.patience_s:
-                    reason = self.last_error or Unreachable(f"{self.reserve.host.name}: no answer")
+                    reason = self.last_error or self._stalled()
                     raise Unreachable(
                         f"{reason}; gave up after {self.patience_s:.0f} s, run the same upload again to go on from here"
                     )

@@ -11,9 +11,8 @@ from typing import Any
 from remote.ssh import timeouts
 from remote.ssh.bundle import bootstrap, payload
 from remote.ssh.connection import Remote
-from remote.ssh.errors import Unreachable
 from remote.ssh.hosts import Host
-from remote.ssh.replies import Replies
+from remote.ssh.replies import Replies, silent
 from surgvqa.errors import SurgvqaError
 
 
@@ -83,8 +82,8 @@ class Exchange:
         now = time.monotonic()
         if heard:
             self._heard = now
-        elif now - self._heard > timeouts.SILENCE_S:
-            raise Unreachable(f"{host.name}: no answer for {timeouts.SILENCE_S:.0f} s")
+        elif now - self._heard > (timeouts.SILENCE_S if self._began else host.entry.login_timeout_s):
+            raise silent(host, self._began, self._buffer[-4000:])
         over = (channel.eof_received or channel.closed) and channel.exit_status_ready() and not channel.recv_ready()
         try:
             for message in Replies(host, iter(self._arrived(over))):

@@ -310,6 +310,7 @@ def test_host_lines_are_read_as_ssh_reads_them(tmp_path, monkeypatch):
         ("[a]\nworkspce = 'x'", "unknown key workspce; did you mean workspace?"),
         ("[a]\nport = 'x'", "port is 'x', expected int"),
         ("[a]\nenvironment = 1", "expected a table of texts"),
+        ("[a]\nlogin_timeout_s = 0", "expected seconds between 1 and 3600"),
         ("a = 1", "expected a table"),
         ("[a", "not valid TOML"),
     ],
@@ -565,3 +566,43 @@ def test_a_remote_has_one_owner_but_two_hosts_at_once_work(laptop):  # noqa: F81
         second.close()
     finally:
         other.stop()
+
+
+# --- login shells and ssh_config -------------------------------------------------------------------------------------
+
+
+def login_shell(laptop, command):  # noqa: F811
+    """`command` runs before what was asked for, as in a ~/.bashrc."""
+    laptop.server.stop()
+    laptop.server.extra = f'ForceCommand {command}; eval "$SSH_ORIGINAL_COMMAND"'
+    laptop.server.start()
+
+
+def test_a_slow_login_shell_is_waited_for(laptop, monkeypatch):  # noqa: F811
+    """For longer than a silence that would end the connection later."""
+    login_shell(laptop, "sleep 1.5")
+    monkeypatch.setattr("remote.ssh.timeouts.SILENCE_S", 1.0)
+    with laptop.connect() as remote:
+        assert list(remote.stream("probe", silence_s=1.0, venv="venv"))
+
+
+@pytest.mark.parametrize(
+    "command", ["echo loading modules; sleep 600", "while :; do echo loading modules; sleep 0.2; done"]
+)
+def test_a_login_shell_that_is_too_slow_is_named(laptop, command):  # noqa: F811
+    login_shell(laptop, command)
+    laptop.host(python=sys.executable, login_timeout_s=1)
+    with laptop.connect() as remote, pytest.raises(Unreachable, match=r"logged in.*loading modules.*login_timeout_s"):
+        remote.call("probe", venv="venv")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["SessionType none", "SessionType subsystem", "StdinNull yes", "ForkAfterAuthentication yes", "RemoteCommand ls"],
+)
+def test_bulk_streams_override_what_would_leave_them_without_a_command(laptop, line):  # noqa: F811
+    laptop.server.write_config(more=line)
+    (laptop.workspace / "merged").mkdir()
+    (laptop.workspace / "merged" / "config.json").write_text("{}")
+    laptop.json("upload", "gpuhost", "--model_name_or_path", "merged", "--patience_s", "5")
+    assert (laptop.there / "merged" / "config.json").read_text() == "{}"
