@@ -96,8 +96,8 @@ def out_of_memory(root) -> None:
     settings = {"num_frames": 6, "image_size": 384}
     write(failed, [*steps(1, 40, NOON - 7100),
                    {"t": NOON - 7000, "kind": "checkpoint", "step": 40, "path": "checkpoints/checkpoint-40"},
-                   {"t": NOON - 6990, "kind": "oom", "step": 41, "phase": "backward", "text": LACK, "next_preset": "oom-6f-384px",
-                    "next_settings": settings},
+                   {"t": NOON - 6990, "kind": "oom", "step": 41, "phase": "backward", "text": LACK,
+                    "next_preset": "oom-6f-384px", "next_settings": settings},
                    {"t": NOON - 6990, "kind": "error", "text": f"out of GPU memory at step 41: {LACK}"},
                    {"t": NOON - 6989, "kind": "finished", "state": "failed", "exit_code": 1}])  # fmt: skip
     died = run(root, 0, run_name="killed", ago=9000)
