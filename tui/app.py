@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 from textual import on
 from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.events import Key
+from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.widgets import Input
 from textual.worker import Worker
 
+from surgvqa.untrusted import one_line
 from tui import log
 from tui.dialogs.confirm import Confirm, when_yes
 from tui.dialogs.help import Help
@@ -35,7 +36,7 @@ from tui.targets.target import newest_running
 from tui.theme import THEME, variables_of
 from tui.widgets.form import Field
 from tui.widgets.head import TITLES
-from tui.widgets.plain_text import PlainText
+from tui.widgets.plain_text import PlainText, WithoutColor
 
 REFRESH_S = 1.0
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
@@ -68,7 +69,7 @@ class Panel(App[None]):
         super().__init__()
         self.session = Session(here, host)
         self._theme_file = theme_file
-        self._plain_text = PlainText()
+        self._plain_text, self._without_color = PlainText(), WithoutColor()
         self._seen: dict[str, ConnectionState] = {}
         """What was said of each connection."""
         for mode, screen in SCREENS.items():
@@ -85,7 +86,9 @@ class Panel(App[None]):
         return variables_of(self.current_theme)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        """Textual's own, after the one that keeps control characters from the terminal."""
+        """Textual's own, after the one that keeps control characters from the terminal; with NO_COLOR no colour."""
+        if self.no_color:  # Textual would draw in grey, which is a colour too
+            return [self._plain_text, self._without_color]
         return [self._plain_text, *super().get_line_filters()]
 
     @property
@@ -164,11 +167,29 @@ class Panel(App[None]):
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 
-    def on_key(self, event: Key) -> None:
-        """A letter that was typed before its input had the focus reaches the panel: it is text, not `q` for quit."""
-        if isinstance(self.focused, Input) and event.is_printable and event.character:
-            event.prevent_default()
-            self.focused.insert_text_at_cursor(event.character)
+    async def on_event(self, event: Event) -> None:
+        """A key or a paste does its work before the next one is looked at.
+
+        Textual hands a key to the widget with the focus, whose bindings run only when the key has bubbled back here:
+        of keys that arrive together (a slow line, a paste, a script) later letters then overtake earlier commands.
+        """
+        if isinstance(event, (Key, Paste)) and not event.is_forwarded and self.front and await self._in_order(event):
+            return
+        await super().on_event(event)
+
+    async def _in_order(self, event: Key | Paste) -> bool:
+        """Does what the event asks for; whether it asked for anything."""
+        field = self.focused if isinstance(self.focused, Input) else None
+        if isinstance(event, Paste):
+            if field:
+                field.replace(one_line(event.text.partition("\n")[0].rstrip("\r")), *field.selection)
+            return field is not None
+        if field and event.is_printable and event.character:
+            field.replace(event.character, *field.selection)
+            return True
+        assert self.front
+        active = self.front.active_bindings.get(event.key)
+        return active is not None and active.enabled and await self.run_action(active.binding.action, active.node)
 
     async def action_go(self, mode: str) -> None:
         """One of the four screens."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from presets import load_presets
 from surgvqa.config.options import BUDGET_GB
 from surgvqa.runs.history import RunSummary
@@ -24,6 +26,8 @@ class Session:
         self.listed_here: list[RunSummary] = []
         self.edited: dict[str, dict[str, str]] = {}
         """What was typed on each screen and is nowhere else, by command."""
+        self.checkpoint: Path | None = None
+        """Merged here, and not the one that surgvqa.toml names."""
         self.job_starts = False
         """While a job is being started."""
         names = [p.name for p in load_presets(here.workspace.root)]
@@ -35,6 +39,19 @@ class Session:
     def host(self) -> HostTarget | None:
         """The host that is chosen; None while this machine is."""
         return self.target if isinstance(self.target, HostTarget) else None
+
+    def merged(self, output: Path) -> None:
+        """Train, its prediction and Upload take the checkpoint that was just merged, if it is another than theirs."""
+        workspace = self.here.workspace
+        known = workspace.value("model_name_or_path", "train")
+        if known is None or Path(known).resolve() != output.resolve():
+            self.checkpoint = output
+            self.edited.setdefault("train", {})["model_name_or_path"] = str(
+                output.relative_to(workspace.root) if output.is_relative_to(workspace.root) else output
+            )
+        elif self.checkpoint is not None:
+            self.checkpoint = None
+            self.edited.get("train", {}).pop("model_name_or_path", None)
 
     @property
     def budget_gb(self) -> float:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from textual.app import App
+from textual.widgets._footer import FooterKey
+
+__all__ = ["FooterKey", "crash_of"]
 
 
 def crash_of(app: App[Any]) -> Exception | None:

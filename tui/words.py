@@ -29,7 +29,7 @@ STATE_MARKS = {
     "running": "●",
     "finished": "✓",
     "failed": "✗",
-    "died": "✗",
+    "died": "†",
     "stopped": "■",
     "unknown": "?",
 }

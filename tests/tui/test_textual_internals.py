@@ -3,7 +3,7 @@
 import pytest
 from textual.app import App
 
-from tui.textual_internals import crash_of
+from tui.textual_internals import FooterKey, crash_of
 
 
 async def test_the_exception_that_ended_an_app_is_known():
@@ -17,3 +17,7 @@ async def test_the_exception_that_ended_an_app_is_known():
             pass
     assert isinstance(crash_of(app), ValueError)
     assert crash_of(App()) is None
+
+
+def test_a_key_of_the_footer_says_what_it_does():
+    assert FooterKey("q", "q", "quit", "quit").action == "quit"

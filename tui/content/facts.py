@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from textual.content import Content
@@ -12,6 +13,7 @@ from tui import words
 from tui.content import report
 from tui.content.report import MUTED
 from tui.follow.follower import Follower
+from tui.follow.run_model import RunModel
 
 SPARKS = "▁▂▃▄▅▆▇█"
 PERCENT_WIDTH = 8
@@ -37,7 +39,9 @@ def facts(follower: Follower, width: int, resumable: bool) -> Content:
     rows += joined(figures, width)
     if lr:
         rows.append(Content.assemble(f"{lr}  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary")))
-    if model.preset:
+    for name, text in judged(model):
+        rows.append(Content.assemble((f"{name} ", MUTED), words.clip(text, width - len(name) - 1)))
+    if model.preset and model.command == "train":
         rows.append(Content.assemble(("preset ", MUTED), model.preset))
     if best:
         rows.append(Content.assemble(("best eval ", MUTED), f"{best[1]:.4g}", (f" at step {best[0]:,}", MUTED)))
@@ -57,6 +61,7 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     rate = model.learning_rate.last()
     last = waiting(follower, least=STARVED) or ("" if rate is None else f"lr {rate:.2e}")
     figures = [count, pace(follower), time_left(follower), last]
+    figures += [f"{name} {text}" for name, text in judged(model)]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
     trouble = ending(follower, resumable)
     if follower.state not in ("failed", "died"):
@@ -75,6 +80,20 @@ def run_row(run: RunSummary, attached: bool) -> Content:
         f"{run.command:<9}",
         (words.clip(name, 18), "bold" if attached else MUTED),
     )
+
+
+def judged(model: RunModel) -> list[tuple[str, str]]:
+    """Of an evaluation: the run, the checkpoint and the data that it judges."""
+    if model.command != "evaluate":
+        return []
+    parts = PurePath(str(model.option("checkpoint") or "")).parts
+    run = parts[parts.index("runs") + 1] if "runs" in parts[:-1] else ""
+    named = {
+        "of run": run,
+        "checkpoint": "/".join(parts[parts.index(run) + 1 :] if run else parts[-2:]),
+        "data": PurePath(str(model.option("eval_data_path") or "")).name,
+    }
+    return [(name, text) for name, text in named.items() if text]
 
 
 def standing(follower: Follower) -> Content:
@@ -135,6 +154,8 @@ def pace(follower: Follower) -> str:
     model, progress = follower.model, follower.model.current
     if follower.silent_s is not None:
         return ""
+    if not follower.active and model.mean_samples_per_s:
+        return f"{model.mean_samples_per_s:.3g} samples/s on average"
     if model.samples_per_s:
         return f"{model.samples_per_s:.3g} samples/s"
     if progress and progress.rate and follower.active:
@@ -162,17 +183,19 @@ def ending(follower: Follower, resumable: bool) -> list[Content]:
     """Why it ended badly and what to do, why it cannot be followed, or what it warned of."""
     if follower.problem:
         return [Content.assemble((follower.problem, "$error"))]
+    damage = [f"{follower.damage}; the rest is shown"] if follower.damage else []
     if follower.state in ("failed", "died"):
         said = follower.model.errors or [line for line in follower.log if line.strip()]
-        why = said[-1] if said else "no word in its log"
-        text = why if follower.state == "failed" else f"its process is gone; last words: {why}"
+        why = said[-1] if said else "none"
+        killed = f"its process ended without a message (killed?); its last line: {why}"
+        text = why if follower.state == "failed" else killed
         then = ("c", "continues from the last checkpoint") if resumable else ("3", "starts anew; the log says more")
         way_on = follower.model.way_on
         if way_on:
             text = text.partition("; go on with ")[0]  # the key does what this would have one type
             then = ("o", f"goes on from the last checkpoint {way_on[0]}")
-        return [Content.assemble((text, "$error")), report.key_hints(then)]
-    return report.warnings(out_of_memory(follower.model.oom) + follower.model.warnings[-2:])
+        return [Content.assemble((text, "$error")), report.key_hints(then), *report.warnings(damage)]
+    return report.warnings(damage + out_of_memory(follower.model.oom) + follower.model.warnings[-2:])
 
 
 def out_of_memory(oom: dict[str, Any] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ class Part:
 
 LEAST = 0.005
 """Share of the whole from which a part has a row of its own."""
+FILLS = "█▓▒░▚▞▙▜" if "NO_COLOR" in os.environ else "████████"
+"""What the parts of a bar are drawn with: shapes tell them apart where no colour does."""
 PART_STYLES = ("#4f9dde", "#57c7b6", "#c49ae8", "#e8b85c", "#7fbf6a", "#e07f7f", "#8aa0b8", "#d88fc0")
 
 
@@ -41,11 +44,11 @@ def memory_bar(
     """`parts` (bytes, style) stacked on a track of `scale` bytes; a tick at the peak and a line at the budget."""
     cells: list[tuple[str, str]] = [("━", "$panel-lighten-2")] * width
     at = 0.0
-    for amount, style in parts:
+    for number, (amount, style) in enumerate(parts):
         first, at = round(at / scale * width), at + amount
         for cell in range(max(0, first), min(width, round(at / scale * width))):
-            cells[cell] = ("█", style)
-    if parts and at > 0 and cells[0][0] != "█":  # something is never nothing
+            cells[cell] = (FILLS[number % len(FILLS)], style)
+    if parts and at > 0 and cells[0][0] == "━":  # something is never nothing
         cells[0] = ("▌", parts[0][1])
     peak_cell = min(width - 1, int(peak / scale * width))
     if peak > at and cells[peak_cell][0] == "━":
@@ -109,6 +112,7 @@ def predicted_legend(parts: list[Part], width: int) -> Content:
         name = words.clip(part.name, column - len(figure) - 5)
         room = column - 4 - len(figure)
         style = PART_STYLES[i % len(PART_STYLES)]
-        cells.append(Content.assemble(("█ ", style), f"{name:<{room}}", (figure, "$muted"), "  "))
+        fill = FILLS[i % len(FILLS)]
+        cells.append(Content.assemble((f"{fill} ", style), f"{name:<{room}}", (figure, "$muted"), "  "))
     height = -(-len(cells) // columns)
     return Content("\n").join(Content("").join(cells[row::height]) for row in range(height))

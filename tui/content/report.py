@@ -104,11 +104,11 @@ def job_end(follower: Follower) -> Content:
     parts += [problem(text) for text in model.errors[-3:]]
     if follower.state in ("died", "failed") and not model.errors:
         said = [line for line in follower.log if line.strip()]
-        parts += [Content.assemble(("last words  ", MUTED), line) for line in said[-3:]]
+        parts += [Content.assemble(("last line  ", MUTED), line) for line in said[-3:]]
     parts += warnings(model.warnings)
     if follower.state == "died":
         parts.append(
-            Content.assemble(("The process is gone without a word: killed, or the machine went down.", "$warning"))
+            Content.assemble(("The process ended without a message: killed, or the machine went down.", "$warning"))
         )
     parts += facts([(k, v) for k, v in model.result.items() if isinstance(v, (int, float, str, bool)) and k != "state"])
     return lines(*parts)
@@ -294,7 +294,7 @@ def evaluation(result: dict[str, Any], width: int) -> Content:
         rows += [
             "",
             Content.assemble(
-                ("! ", "bold $warning"), (f"one answer for nearly all: {', '.join(sorted(collapsed))}", "$warning")
+                ("! ", "bold $warning"), (f"almost always the same answer: {', '.join(sorted(collapsed))}", "$warning")
             ),
         ]
     return lines(*rows)

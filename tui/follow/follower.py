@@ -24,6 +24,8 @@ class Follower:
         self.state = "starting"
         self.problem = ""
         """Why the run cannot be followed at the moment."""
+        self.damage = ""
+        """What could not be read of its files; the rest was."""
         self.log: list[str] = []
         """The end of the log, as far as it was read."""
         self._newest_line = 0.0
@@ -51,16 +53,20 @@ class Follower:
             return None
         self._reading = None
         news = reading.result()
-        before = (self.state, self.problem, self.model.events)
+        before = self._told()
         self.model.info = news.info or self.model.info
         self.model.preset = self.model.preset or self.model.info.get("preset")
         if news.earlier:
             self.model.feed_earlier(news.earlier)
         self.model.feed(news.events)
         self.state, self.problem = news.state, news.problem
+        self.damage = news.damage or self.model.damage or self.damage
         self.model.ended = not self.active
         if news.lines and self.log:  # the first lines may be old
             self._newest_line = time.time()
         self.log += news.lines
         del self.log[:-LOG_LINES]
-        return news.lines if news.lines or (self.state, self.problem, self.model.events) != before else None
+        return news.lines if news.lines or self._told() != before else None
+
+    def _told(self) -> tuple[object, ...]:
+        return (self.state, self.problem, self.damage, self.model.events)

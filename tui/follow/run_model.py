@@ -101,6 +101,8 @@ class RunModel:
         self.metric: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
         self.samples_per_s: float | None = None
+        self._speeds: list[float] = [0.0, 0.0]
+        """Sum and number of the steps' samples a second."""
         self.train = Series("train", "chart--train", noisy=True)
         self.eval = Series("eval", "chart--eval", dots=True)
         self.learning_rate = Series("learning rate", "chart--train")
@@ -118,6 +120,8 @@ class RunModel:
         self.oom_survived = True
         """Whether steps were done after the last out-of-memory error."""
         self.finished: dict[str, Any] | None = None
+        self.damage = ""
+        """The first event that could not be read; the rest was."""
         self.events = 0
         self.newest_t = 0.0
         """Time of the newest event, unix seconds."""
@@ -156,8 +160,9 @@ class RunModel:
         more = self.total_steps - self.step if self.total_steps else 0
         if more > 0 and self.first_step and self.last_step and self.last_step[0] > self.first_step[0]:
             pace = (self.last_step[1] - self.first_step[1]) / (self.last_step[0] - self.first_step[0])
-            return more * pace
-        return self.current.left_s if self.current else None
+            return _still_left(more * pace, self.last_step[1])
+        current = self.current
+        return _still_left(current.left_s, current.recent[-1][0]) if current and current.recent else None
 
     @property
     def elapsed_s(self) -> float | None:
@@ -167,6 +172,14 @@ class RunModel:
             return None
         end = self.finished.get("t", began) if self.finished else self.newest_t if self.ended else time.time()
         return max(0.0, end - began)
+
+    @property
+    def mean_samples_per_s(self) -> float | None:
+        """Of the whole run: as its result says, else the mean of its steps."""
+        said = self.result.get("samples_per_s")
+        if isinstance(said, (int, float)):
+            return float(said)
+        return self._speeds[0] / self._speeds[1] if self._speeds[1] else None
 
     def best_eval(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest evaluation loss."""
@@ -193,7 +206,10 @@ class RunModel:
             self.newest_t = max(self.newest_t, event.get("t") or 0.0)
             handler = getattr(self, f"_on_{event['kind']}", None)
             if handler:
-                handler(event)
+                try:
+                    handler(event)
+                except (TypeError, ValueError, AttributeError, KeyError) as error:  # as another version may write it
+                    self.damage = self.damage or f"an event {event['kind']!r} cannot be read: {error}"
 
     def feed_earlier(self, events: list[dict[str, Any]]) -> None:
         """What the run that this one goes on from said of its steps: the curve is one, the pace begins anew."""
@@ -238,7 +254,9 @@ class RunModel:
         self.step = step
         self.metric.update({k: v for k, v in event.items() if v is not None})
         self.total_steps = event.get("total_steps") or self.total_steps
-        self.samples_per_s = event.get("samples_per_s") or self.samples_per_s
+        if event.get("samples_per_s"):
+            self.samples_per_s = float(event["samples_per_s"])
+            self._speeds = [self._speeds[0] + self.samples_per_s, self._speeds[1] + 1]
         self.first_step = self.first_step or (step, event.get("t", 0.0))
         self.last_step = (step, event.get("t", 0.0))
         if "loss" in event:
@@ -280,6 +298,12 @@ class RunModel:
 
     def _on_finished(self, event: dict[str, Any]) -> None:
         self.finished = event
+
+
+def _still_left(seconds: float | None, since: float) -> float | None:
+    """What is left now of an estimate made at `since`; None when its time is up and the work is not done."""
+    left = None if seconds is None else seconds - max(0.0, time.time() - since)
+    return left if left is not None and left > 0 else None
 
 
 def _number(value: Any) -> float:

@@ -15,7 +15,6 @@ from textual.containers import Container
 from textual.content import Content
 from textual.message import Message
 from textual.screen import Screen
-from textual.widgets import Footer
 from textual.worker import Worker, WorkerState
 
 from remote.jobs.launch import EXCLUSIVE
@@ -28,6 +27,7 @@ from tui.targets.target import Target, newest_running
 from tui.targets.threads import in_thread
 from tui.widgets.form import Field
 from tui.widgets.head import Head, Notice, Where
+from tui.widgets.keys import Keys
 from tui.widgets.pane import Pane
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class PanelScreen(Screen[None]):
         with Container(id="body"):
             yield from self.body()
         yield Notice()
-        yield Footer(show_command_palette=False)
+        yield Keys(show_command_palette=False)
 
     def body(self) -> ComposeResult:
         """The widgets between head and footer."""
@@ -131,13 +131,17 @@ class PanelScreen(Screen[None]):
             return
         host = self.session.host
         place = Content(self.session.here.name) if host is None else words.connection(host.name, host.connection)
-        self.query_one(Where).show_place(place, self.workspace_root, self.session.preset, self.session.budget_gb)
+        self.query_one(Where).show_place(place, self.workspace_root, self.next_launch())
         heard = host is None or host.connection.kind == "connected"
         running = [r for r in self.session.listed if r.state == "running" and heard]
         text = f"● {running[0].command} running" if running else ""
         if len(running) > 1:
             text = f"● {len(running)} jobs running"
         self.query_one("#busy", Pane).show(Content(text))
+
+    def next_launch(self) -> list[tuple[str, str]]:
+        """What the head says of the settings with which the next training would start."""
+        return [("preset", self.session.preset or "none"), ("budget", f"{self.session.budget_gb:g} GB")]
 
     def action_set_up(self) -> None:
         self.post_message(SetUpHost())

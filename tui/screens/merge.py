@@ -37,6 +37,20 @@ FIELDS = {
 }
 
 
+def target_problems(output: Path) -> list[str]:
+    """What the merge would say of its output folder, before it starts; [] for a new or an empty one."""
+    try:
+        if output.is_dir() and not any(output.iterdir()):
+            return []
+    except OSError as error:
+        return [f"{output}: {error.strerror}"]
+    if (output / "merge_report.json").is_file():
+        return [f"{output.name} holds a merged checkpoint: verified if it is of these inputs, otherwise m is refused"]
+    if output.is_dir():
+        return [f"{output.name} is not empty and holds something else: m is refused; name another folder"]
+    return [f"{output.name} is a file: m is refused; name a folder"] if output.exists() else []
+
+
 class MergeScreen(PanelScreen):
     """Fields above; below them the plan, then the progress, then the report."""
 
@@ -125,13 +139,15 @@ class MergeScreen(PanelScreen):
             return
         finally:
             self.planning = False
-        self.show("plan", partial(report.merge_plan, answer.data) if answer.data else report.problem(answer.error))
+        data = {**answer.data, "warnings": [*target_problems(self.output()), *(answer.data.get("warnings") or [])]}
+        self.show("plan", partial(report.merge_plan, data) if answer.data else report.problem(answer.error))
 
     def show_finished(self) -> bool:
         """Shows the report of the checkpoint that stands at the output path, when one does."""
         document = self.session.here.document(str(self.output() / "merge_report.json"))
         if document:
-            self.show("merged", partial(report.merge_report, document))
+            here = words.short_path(self.output(), self.workspace_root)  # the report may come from another machine
+            self.show("merged", partial(report.merge_report, {**document, "output": here}))
         return bool(document)
 
     def output(self) -> Path:
@@ -183,6 +199,7 @@ class MergeScreen(PanelScreen):
         if follower.active:
             self.show("merging", partial(report.job_progress, follower))
         elif follower.state == "finished":
+            self.session.merged(self.output())
             if not self.show_finished():
                 self.show("merged", report.job_end(follower))
         else:

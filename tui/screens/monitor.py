@@ -91,6 +91,10 @@ class MonitorScreen(PanelScreen):
                         yield Pane(id="text")
                 yield LogPanel(id="log-panel", classes="panel")
 
+    def next_launch(self) -> list[tuple[str, str]]:
+        """Nothing: here the run's own preset and budget count."""
+        return []
+
     async def on_mount(self) -> None:
         titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "facts": "run"}
         for id, title in titles.items():
@@ -187,6 +191,8 @@ class MonitorScreen(PanelScreen):
             if follower.active:
                 self.show_facts()  # the clock goes on
                 self.show_memory()
+            elif self.query_one("#picture", ContentSwitcher).current == "text-panel":
+                self.show_picture()  # at the width that the panel has by now
             return
         chart = self.query_one(Chart)
         chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks

@@ -100,12 +100,15 @@ class TrainScreen(PanelScreen):
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self.settings = Settings("train", self.session.here.workspace)
+        self.settings.edited.update(self.session.edited.get("train", {}))  # a checkpoint merged before this was opened
         self.session.edited["train"] = self.settings.edited
         self.presets: list[Preset] = []
         self.previewed: str | None = None
         self.predictions: dict[str, Prediction] = {}
-        self.shown_for: tuple[str | None, str] | None = None
-        """Preset and machine for which this is drawn."""
+        self.shown_for: tuple[object, ...] | None = None
+        """Preset, machine and merged checkpoint for which this is drawn."""
+        self.widths: tuple[int, ...] = ()
+        """Of the panels beside the form, for which they are drawn."""
 
     def body(self) -> ComposeResult:
         known = settings_of(TrainOptions)
@@ -138,19 +141,28 @@ class TrainScreen(PanelScreen):
 
     async def tick(self) -> None:
         """Nothing on this screen moves by itself; a preset or a host chosen elsewhere is the exception."""
-        if self.shown_for != (self.session.preset, self.session.target.name):
+        if not self.query(Form):  # not composed yet
+            return
+        if self.shown_for != self._shown():
             self.show_all()
+        widths = tuple(self.query_one(panel).size.width for panel in ("#presets", "#memory"))
+        if widths != self.widths:
+            self.widths = widths
+            self._preview_changed()
 
     def on_resize(self) -> None:
         super().on_resize()
         if self.presets:
             self.call_after_refresh(self._preview_changed)  # when the panels have their new widths
 
+    def _shown(self) -> tuple[object, ...]:
+        return (self.session.preset, self.session.target.name, self.session.checkpoint)
+
     # --- drawing -----------------------------------------------------------------------------------------------------
 
     def show_all(self) -> None:
         """Fields, presets and memory anew."""
-        self.shown_for = (self.session.preset, self.session.target.name)
+        self.shown_for = self._shown()
         try:
             self.query_one(Form).fill(self.settings, self.session.preset)
         except SurgvqaError as error:

@@ -168,7 +168,7 @@ class UploadScreen(PanelScreen):
         panel.update(report.waiting("reading the files …"))
         try:
             if host is None or not asked:
-                items = await in_thread(file_plan, self.session.here.workspace)
+                items = await in_thread(file_plan, self.session.here.workspace, self.session.checkpoint)
                 panel.update(self.table(items) if items else Content(NOTHING))
                 return
             await self._plan_for(host, panel)
@@ -180,7 +180,8 @@ class UploadScreen(PanelScreen):
             self.keys_changed()
 
     async def _plan_for(self, host: HostTarget, panel: Static) -> None:
-        plan = await watched(partial(host.plan, self.what), lambda line: panel.update(report.waiting(line)))
+        ask = partial(host.plan, self.what, self.session.checkpoint)
+        plan = await watched(ask, lambda line: panel.update(report.waiting(line)))
         if self.host is host:
             self.plan = plan
             self.show_plan()
@@ -261,7 +262,10 @@ class UploadScreen(PanelScreen):
     def action_upload(self) -> None:
         host = self.host
         assert host
-        self._start(partial(self.session.here.launch, "upload", host.name, "--what", self.marked, module="remote"))
+        checkpoint = self.session.checkpoint
+        named = [f"--model_name_or_path={checkpoint}"] if checkpoint else []
+        argv = ("upload", host.name, "--what", self.marked, *named)
+        self._start(partial(self.session.here.launch, *argv, module="remote"))
 
     def set_up_host(self) -> None:
         """Installs this version of us on the host; pip's output is shown here."""

@@ -24,10 +24,12 @@ class Item:
     """Why it cannot be sent as it is."""
 
 
-def file_plan(workspace: Workspace) -> list[Item]:
-    """The merged checkpoint, the adapter, and the data: JSONL files and only the frames and audio that they name."""
+def file_plan(workspace: Workspace, checkpoint: Path | None = None) -> list[Item]:
+    """The merged checkpoint, the adapter, and the data: JSONL files and only the frames and audio that they name.
+
+    `checkpoint`: one that was just merged, in place of the one that surgvqa.toml names."""
     items = []
-    merged = workspace.value("model_name_or_path", "train") or workspace.value("output_path", "merge")
+    merged = checkpoint or workspace.value("model_name_or_path", "train") or workspace.value("output_path", "merge")
     if merged:
         items.append(_folder("merged checkpoint", Path(merged), "merge first (key 1)"))
     adapter = workspace.value("stage2_adapter_path", "merge")

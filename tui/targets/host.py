@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from remote.jobs import launch as launch_module
@@ -12,6 +13,7 @@ from remote.upload.command import check
 from remote.upload.hashes import Hashes, Item
 from remote.upload.options import UploadOptions
 from remote.upload.plan import checkpoint_ways, compare, data_sources
+from surgvqa.config.settings import Path_
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.history import RunSummary
@@ -87,10 +89,10 @@ class HostTarget:
         """Brings a run home into runs/ of the workspace here, verified; goes on where it was broken off."""
         return fetch_run(self.link, run_id, self.workspace.runs_dir, progress)  # type: ignore[arg-type]  # a Link asks as a Remote does
 
-    def plan(self, what: str, progress: LineReporter) -> dict[str, Any]:
+    def plan(self, what: str, checkpoint: Path | None, progress: LineReporter) -> dict[str, Any]:
         """What `surgvqa-remote upload --dry-run` would say: each way, its bytes and time, and what is there."""
         self.link.probe()
-        options = UploadOptions(what=what)
+        options = UploadOptions(what=what, model_name_or_path=Path_(checkpoint) if checkpoint else None)
         check(options, self.workspace)
         hashes = Hashes()
         ways = checkpoint_ways(options, self.workspace, hashes, progress)

@@ -17,7 +17,7 @@ from surgvqa.runs import history
 from surgvqa.runs import launch as launch_module
 from surgvqa.runs.events import EventTail
 from surgvqa.runs.history import RunSummary
-from surgvqa.runs.state import STARTING_GRACE_S, read_run_json, state_of
+from surgvqa.runs.state import STARTING_GRACE_S, check_run_json, read_run_json, state_of
 from tui.targets.run_files import LOG_TAIL_BYTES, LogLines, curve_events, resumed_from
 from tui.targets.target import ACTIVE, RunUpdate
 
@@ -50,13 +50,20 @@ class LocalFeed:
 
     def read(self) -> RunUpdate:
         # The state first: whatever an ended job said is then surely in what is read after it.
-        info, state = read_run_json(self.folder), state_of(self.folder)
+        (info, run_json_problem), state = check_run_json(self.folder), state_of(self.folder)
         if not info and self.folder.is_dir():  # a detached upload makes its folder first
             state = "starting" if time.time() - self.folder.stat().st_mtime < STARTING_GRACE_S else "died"
+        problem = "" if self.folder.is_dir() else self._gone(state)
         earlier: list[dict[str, Any]] = []
         if not self._earlier_read and info.get("pid"):
             self._earlier_read, earlier = True, self._read_earlier(info)
-        return RunUpdate(info, state, earlier, self.events.read(), self._read_log())
+        events = self.events.read()
+        damage = f"events.jsonl: {self.events.problems[0]}" if self.events.problems else run_json_problem
+        return RunUpdate(info, state, earlier, events, self._read_log(), problem, damage)
+
+    def _gone(self, state: str) -> str:
+        then = "its job runs on without it" if state in ACTIVE else "what was read of it is still shown"
+        return f"{self.folder}: the run folder is gone; {then}"
 
     def close(self) -> None:
         """Nothing is held open."""

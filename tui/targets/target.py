@@ -33,6 +33,8 @@ class RunUpdate:
     """Of the log."""
     problem: str = ""
     """Why the run cannot be followed at the moment."""
+    damage: str = ""
+    """What could not be read of its files; the rest was."""
 
 
 class Feed(Protocol):

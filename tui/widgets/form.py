@@ -44,9 +44,9 @@ class Editor(Input):
     """The input of a field that is being edited; its keys stand in the footer. Moving on keeps what was typed."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "submit", "keep"),
+        Binding("enter", "submit", "save"),
         Binding("tab", "complete", "complete", tooltip="Complete the path as it is shown"),
-        Binding("escape", "leave", "leave it"),
+        Binding("escape", "leave", "cancel"),
     ]
 
     def __init__(self, text: str, suggester: Suggester | None) -> None:
@@ -59,6 +59,11 @@ class Editor(Input):
         """Takes in what is proposed behind the cursor."""
         self.action_end()
         self.action_cursor_right()
+
+    async def action_submit(self) -> None:
+        """At once, and not by a message: the keys after Enter are for what has the focus then."""
+        assert isinstance(self.parent, Field)
+        await self.parent.keep(self.value)
 
     async def action_leave(self) -> None:
         assert isinstance(self.parent, Field)
@@ -160,11 +165,6 @@ class Field(Widget, can_focus=True):
 
     async def on_click(self) -> None:
         await self.action_edit()
-
-    @on(Input.Submitted)
-    async def _keep(self, event: Input.Submitted) -> None:
-        event.stop()
-        await self.keep(event.value)
 
     async def keep(self, text: str) -> None:
         """Ends editing and hands on what was typed."""

@@ -9,6 +9,7 @@ from textual.content import Content
 from tui import words
 from tui.content.memory import (
     BUDGET_STYLE,
+    FILLS,
     PART_STYLES,
     Part,
     device_title,
@@ -87,7 +88,10 @@ class Gauge(Pane):
         ]
         lines = [title, bar, now, rest]
         if len(held) > 1:
-            whose = [Content.assemble(("█", style), f"{who} {nbytes / 1e9:.1f}") for who, nbytes, style in held]
+            whose = [
+                Content.assemble((FILLS[i], style), f"{who} {nbytes / 1e9:.1f}")
+                for i, (who, nbytes, style) in enumerate(held)
+            ]
             lines.insert(2, Content(" ").join(whose))
         if facts:
             lines.insert(1, Content.assemble(("  ".join(facts), "$muted")))

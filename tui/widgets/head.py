@@ -43,12 +43,10 @@ class Head(Horizontal):
 
 
 class Where(Pane):
-    """Host, workspace, preset and budget in one line."""
+    """Host, workspace, and what the screen adds, in one line."""
 
-    def show_place(self, place: Content, workspace: Path, preset: str | None, budget_gb: float | None) -> None:
-        parts = [("workspace", words.short_path(workspace)), ("preset", preset or "none")]
-        if budget_gb:
-            parts.append(("budget", f"{budget_gb:g} GB"))
+    def show_place(self, place: Content, workspace: Path, settings: list[tuple[str, str]]) -> None:
+        parts = [("workspace", words.short_path(workspace)), *settings]
         room = self.app.size.width - 2
         if place.cell_length + 5 + sum(len(k) + len(v) + 3 for k, v in parts) <= room:
             spans: list[Content | str | tuple[str, str]] = [("host ", "$muted"), place]

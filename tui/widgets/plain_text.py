@@ -1,4 +1,4 @@
-"""The last door before the terminal: what a terminal would obey is never drawn, whichever widget holds it."""
+"""The last door before the terminal: what a terminal would obey is never drawn, and no colour where none is wanted."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ class PlainText(LineFilter):
             for segment in segments
             for text, style, control in (segment,)
         ]
+
+
+class WithoutColor(LineFilter):
+    """NO_COLOR (no-color.org): no colour at all. Bold, dim and reverse stay."""
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        return [Segment(text, style and style.without_color, control) for text, style, control in segments]

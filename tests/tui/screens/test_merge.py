@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 
 pytest.importorskip("textual")
+from surgvqa.config.workspace import load_workspace
 from tui.content import report
 from tui.follow.run_model import RunModel
+from tui.screens.merge import target_problems
+from tui.session import Session
+from tui.settings.settings import Settings
+from tui.settings.upload_plan import file_plan
+from tui.targets.local import LocalTarget
 
 GB = 10**9
 
@@ -77,3 +83,29 @@ def test_types_of_different_counts_stand_below_each_other() -> None:
     types = {name: {"n": n, "keyword_accuracy": 0.5, "majority_accuracy": 0.5} for name, n in (("a", 8), ("b", 120))}
     rows = report.evaluation({"by_type": types}, 100).plain.splitlines()[1:]
     assert len({row.index("majority") for row in rows}) == 1
+
+
+def test_an_occupied_target_is_known_before_the_merge(tmp_path):
+    assert target_problems(tmp_path / "new") == []
+    (tmp_path / "empty").mkdir()
+    assert target_problems(tmp_path / "empty") == []
+    (tmp_path / "file").touch()
+    assert "is a file" in target_problems(tmp_path / "file")[0]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    assert "holds something else" in target_problems(tmp_path / "other")[0]
+    (tmp_path / "other" / "merge_report.json").touch()
+    assert "holds a merged checkpoint" in target_problems(tmp_path / "other")[0]
+
+
+def test_the_checkpoint_just_merged_is_carried_on(root):
+    workspace = load_workspace(root)
+    session = Session(LocalTarget(workspace))
+    session.merged(root / "elsewhere")
+    settings = Settings("train", workspace, session.edited["train"])
+    assert settings.resolve(None)[0].options.model_name_or_path == "elsewhere"
+    assert file_plan(workspace, session.checkpoint)[0].path == str(root / "elsewhere")
+    (root / "surgvqa.toml").write_text('model_name_or_path = "merged"\n')
+    session.here.workspace = load_workspace(root)
+    session.merged(root / "merged")  # what surgvqa.toml names: nothing is edited
+    assert session.checkpoint is None and session.edited["train"] == {}

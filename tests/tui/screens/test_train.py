@@ -195,8 +195,7 @@ async def test_the_prediction_is_as_wide_as_its_panel(root, size):
         await pilot.press("3")
         await settle(pilot, lambda: "predicted of 28.5 GB" in text(app, "#memory"))
         for id in ("#memory", "#presets"):
-            width = app.screen.query_one(id).size.width
-            await settle(pilot, lambda id=id, width=width: len(text(app, id).splitlines()[1]) == width)
+            await settle(pilot, lambda id=id: len(text(app, id).splitlines()[1]) == app.screen.query_one(id).size.width)
 
 
 async def test_launch_is_refused_with_the_checks_own_line(root):

@@ -178,7 +178,8 @@ def test_rate_and_time_left_come_from_the_events():
     assert progress.fraction == pytest.approx(0.4)
 
 
-def test_the_model_of_a_run():
+def test_the_model_of_a_run(monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 3.0)
     model = RunModel({"command": "train", "started": 0, "options": {"budget_gb": {"value": 28.5, "from": "default"}}})
     model.feed(
         [

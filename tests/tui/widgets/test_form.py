@@ -1,7 +1,8 @@
 """Editing a setting: the text is selected, ranges and what is wrong stand beside it, and quitting asks."""
 
 import pytest
-from panels import panel, settle, text
+from panels import go, panel, settle, text
+from textual.events import Key, Paste
 from textual.widgets import Input
 
 from surgvqa.config.workspace import load_workspace
@@ -63,3 +64,40 @@ async def test_q_asks_when_edits_would_be_lost(root, answer):
             assert app.is_running
         else:
             await settle(pilot, lambda: app.return_code == 0)
+
+
+def press(app, *keys: str) -> None:
+    """Keys that arrive in one packet: none waits for what the one before it does."""
+    for key in keys:
+        app.post_message(Key(key, key if len(key) == 1 else None))
+
+
+async def test_keys_that_arrive_together_keep_their_order(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await go(app, pilot, "train")
+        for number in range(10, 20):
+            app.screen.query_one("#field-max_steps", Field).focus()
+            await settle(pilot, lambda: app.focused is app.screen.query_one("#field-max_steps", Field))
+            press(app, "enter", "end", "ctrl+u", *str(number), "enter")
+            await settle(pilot, lambda n=number: app.screen.settings.edited == {"max_steps": str(n)})
+
+
+async def test_several_fields_are_filled_by_one_packet(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await go(app, pilot, "train")
+        app.screen.query_one("#field-lora_r", Field).focus()
+        await settle(pilot, lambda: app.focused is app.screen.query_one("#field-lora_r", Field))
+        press(app, "enter", "8", "enter", "down", "enter", "2", "4", "enter", "down", "down")
+        await settle(pilot, lambda: app.screen.settings.edited == {"lora_r": "8", "lora_alpha": "24"})
+
+
+async def test_a_paste_and_enter_in_one_packet(root):
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await go(app, pilot, "train")
+        press(app, "enter")
+        app.post_message(Paste("a name\x1b[2J\nsecond line"))
+        press(app, "enter")
+        await settle(pilot, lambda: app.screen.settings.edited == {"run_name": "a name\\x1b[2J"})

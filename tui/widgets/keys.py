@@ -1,0 +1,26 @@
+"""The footer: the keys that work now. Help and quit stand at its right end, however many others there are."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal
+from textual.widgets import Footer
+
+from tui.textual_internals import FooterKey
+
+
+class Keys(Footer):
+    """Textual's footer with a right end that is never cut off."""
+
+    ALWAYS: ClassVar[tuple[str, ...]] = ("help", "quit")
+
+    def compose(self) -> ComposeResult:
+        last = []
+        for key in super().compose():
+            if isinstance(key, FooterKey) and key.action in self.ALWAYS:
+                last.append(key)
+            else:
+                yield key
+        yield Horizontal(*last, classes="always")
