@@ -64,8 +64,8 @@ def found_in(module: str, packages: tuple[str, ...]) -> set[str]:
         (ENGINE, (*NUMERIC, *SCREEN_AND_NETWORK)),
         (["tui"], (*NUMERIC, "fabric", "paramiko")),
         (
-            ["remote.cli", "remote.agent", "remote.paths", "remote.jobs", "remote.setup"],
-            (*NUMERIC, "textual", "fabric"),
+            ["remote.cli", "remote.agent", "remote.paths", "remote.jobs", "remote.setup", "remote.cloud"],
+            (*NUMERIC, "textual", "fabric", "httpx"),
         ),
     ],
     ids=["engine", "panel", "remote"],

@@ -1,0 +1,101 @@
+"""The ledger: one file for each machine that we meant to rent, written before the provider is asked.
+
+It lies in the user's state folder, not in a workspace: a machine costs money whatever becomes of the workspace.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.files import fsync_folder, read_json, write_json_atomic
+from surgvqa.untrusted import of_kinds
+
+NAME = re.compile("[a-z][a-z0-9-]{0,39}")
+KINDS = {"name": "text", "provider": "text", "label": "text", "type": "text", "region": "text", "state": "text",
+         "machine_id": "text", "price_per_hour": "a number", "asked": "a time", "ended": "a time"}  # fmt: skip
+
+
+@dataclass
+class Record:
+    """One intention to rent, and what became of it."""
+
+    name: str
+    """Ours, and the host's in hosts.toml."""
+    provider: str
+    label: str
+    """The machine's name at the provider: ours and a random part, by which a lost launch is found again."""
+    type: str
+    region: str
+    price_per_hour: float
+    asked: float
+    """When it was written, before the launch; Unix seconds by our clock."""
+    state: str = "asked"
+    """asked (a launch may be on its way), rented, ended, or refused (the provider said no)."""
+    machine_id: str = ""
+    ended: float | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether it may cost money."""
+        return self.state in ("asked", "rented")
+
+    def cost(self, now: float) -> float:
+        """US dollars from the launch until its end, or `now`: a guess by our clock; the provider's bill counts."""
+        return max(0.0, (self.ended or now) - self.asked) / 3600 * self.price_per_hour
+
+
+def ledger_folder() -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "surgvqa" / "rented"
+
+
+class Ledger:
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder or ledger_folder()
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Nobody else rents or ends `name` meanwhile. SurgvqaError when somebody does."""
+        if not NAME.fullmatch(name):
+            raise UsageError(f"name {name!r}: expected a to z, 0 to 9 and dashes, at most 40, a letter first")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(self.folder / f".{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SurgvqaError(f"{name}: another command is renting or ending it; wait for that one") from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def write(self, record: Record) -> None:
+        write_json_atomic(self._file(record.name), asdict(record))
+        fsync_folder(self.folder)
+
+    def read(self, name: str) -> Record | None:
+        file = self._file(name)
+        if not file.exists():
+            return None
+        document, wrong = of_kinds(read_json(file), KINDS)
+        try:
+            record = Record(**document)
+        except TypeError as error:
+            wrong = wrong or [str(error).partition(" ")[2]]
+        if wrong:
+            raise UsageError(f"{file}: {wrong[0]}; look at the provider's console, then mend or remove the file")
+        return record
+
+    def records(self) -> list[Record]:
+        found = [self.read(file.stem) for file in sorted(self.folder.glob("[a-z]*.json"))]
+        return [record for record in found if record]
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
