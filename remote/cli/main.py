@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from remote.cli import commands
+from remote.cli import cloud, commands
 from remote.cli.parser import build_parser, split_job
 from surgvqa.cli.main import answer, failed, forgive_encoding, say
 from surgvqa.cli.parser import normalise, take_debug
@@ -27,6 +27,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Workspace], Outcome]] = {
     "stop": commands.stop,
     "fetch": commands.fetch,
     "gpus": commands.gpus,
+    "offers": cloud.offers,
+    "rented": cloud.rented,
 }
 
 

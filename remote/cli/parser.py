@@ -21,6 +21,8 @@ EXAMPLES = {
     "stop": "surgvqa-remote stop gpuhost last",
     "fetch": "surgvqa-remote fetch gpuhost last",
     "gpus": "surgvqa-remote gpus gpuhost --watch 1",
+    "offers": "surgvqa-remote offers",
+    "rented": "surgvqa-remote rented --json",
 }
 HELP = {
     "hosts": "the hosts that ssh and hosts.toml know",
@@ -33,7 +35,10 @@ HELP = {
     "stop": "end a run there: checkpoint, then a clean end",
     "fetch": "bring a run's adapters, checkpoints, predictions and logs home, verified",
     "gpus": "memory, utilisation, power and processes of the host's GPUs",
+    "offers": "machines that can be rented now: price, memory, whether the training fits",
+    "rented": "what is rented and what it has cost; fails when a machine runs that nobody here knows",
 }
+WITHOUT_HOST = ("hosts", "offers", "rented")
 LAUNCH_FLAGS = ("--json", "--follow", "--wait", "--share", "--accept_new_host_key")
 
 
@@ -56,7 +61,7 @@ def build_parser() -> Parser:
         sub.add_argument(
             "--workspace", metavar="DIR", default=None, help="workspace folder here (default: the nearest one)"
         )
-        if name != "hosts":
+        if name not in WITHOUT_HOST:
             sub.add_argument(
                 "--accept_new_host_key",
                 action="store_true",
