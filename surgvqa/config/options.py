@@ -72,6 +72,9 @@ class CheckDataOptions:
     audio_dir: Path_ | None = option(None, "folder of spoken questions")
     eval_audio_dir: Path_ | None = option(None, "folder of the later files' spoken questions (default: audio_dir)")
     deep: bool = option(False, "also decode every frame and every spoken question")
+    as_trained: Path_ | None = option(
+        None, "what an old run heard and saw: its wandb-metadata.json, or its command line as a text file"
+    )
 
 
 @dataclass(kw_only=True)

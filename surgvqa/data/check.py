@@ -21,7 +21,8 @@ from rich.progress import track
 
 from surgvqa.config.options import CheckDataOptions
 from surgvqa.config.workspace import Workspace
-from surgvqa.data.check_view import show_file, show_notes, show_problems
+from surgvqa.data.as_trained import replay
+from surgvqa.data.check_view import show_file, show_notes, show_problems, show_replay
 from surgvqa.data.findings import (
     EXAMPLES,
     answers_without_label,
@@ -41,6 +42,8 @@ from surgvqa.outcome import Outcome
 
 WINDOW_S = 30.0
 """Whisper's window: what the audio encoder hears of a recording."""
+AUDIBLE = 0.001
+"""Of full scale (-60 dB). A recording that never reaches it is silence: noise of an open microphone or a codec."""
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Findings:
             ("bad lines, files or names", [str(e) for e in self.errors]),
             ("missing frames", list(self.missing_frames.values())),
             ("samples without a spoken question", self.missing_audio),
-            ("spoken questions of pure silence", self.silent),
+            ("silent spoken questions", self.silent),
             ("spoken questions longer than the audio encoder hears", self.long),
             ("recordings that are the same for different questions", self.same_sound),
         ]
@@ -112,6 +115,11 @@ def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
     asked = {kind: len(found) for kind, found in wordings(samples).items()}
     later = [sample for file in files[1:] for sample in file.samples]
     ok = not (findings.errors or findings.missing_frames or findings.missing_audio)
+    replayed = None
+    if options.as_trained:
+        groups = [(file.path, file.samples) for file in files]
+        replayed = replay(options.as_trained, groups, options.frames_dir, options.audio_dir)
+        ok = ok and replayed["ok"]
     data = {
         "ok": ok,
         "samples": len(samples),
@@ -136,6 +144,7 @@ def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
         "answers_without_label_list": answers_without_label(samples),
         "wordings": asked,
         "unseen_wordings": unseen_wordings(files[0].samples, later),
+        "as_trained": replayed,
         "files": [
             {
                 "file": file.path,
@@ -159,6 +168,8 @@ def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
         there = [name for name in ("frames", "audio") if name not in not_checked]
         good = f"all {' and '.join(there)} are there{' and decode' if options.deep else ''}" if there else ""
         show_problems(console, findings.kinds(), good or "every line is a sample")
+        if replayed:
+            show_replay(console, replayed)
 
     return Outcome(data, ok=ok, show=show)
 
@@ -206,7 +217,7 @@ def _look_up(
 
 
 def _decode(frame_files: dict[Path, Sample], audio_files: dict[Path, Sample], findings: Findings) -> None:
-    """Decodes every file: broken ones become errors, spoken questions of digital silence are noted."""
+    """Decodes every file: broken ones become errors, silent, long and repeated spoken questions are noted."""
     from surgvqa.data.audio import SAMPLE_RATE, load_audio
     from surgvqa.data.frames import load_frame
 
@@ -217,7 +228,7 @@ def _decode(frame_files: dict[Path, Sample], audio_files: dict[Path, Sample], fi
 
     def audio(path: Path) -> None:
         waveform = load_audio(path)
-        if not waveform.any():
+        if abs(waveform).max() < AUDIBLE:
             findings.silent.append(str(path))
         if len(waveform) > WINDOW_S * SAMPLE_RATE:
             findings.long.append(f"{path}: {len(waveform) / SAMPLE_RATE:.1f} s, heard are {WINDOW_S:g} s")

@@ -111,6 +111,32 @@ def show_notes(console: Console, files: Sequence[CheckedFile], data: dict[str, A
         note(f"not looked at: {' and '.join(data['not_checked'])}", True)
 
 
+def show_replay(console: Console, replayed: dict[str, Any]) -> None:
+    """What the samples of an old run heard and saw."""
+    console.print()
+    console.print(Text.assemble(("as trained", "bold"), printable(f"  by {replayed['file']}")))
+    for row in replayed["files"]:
+        n = row["samples"]
+        console.print(Text(printable(f"{row['file']}: {n:,} samples, sound of {row['audio_dir']}")))
+        for key, text in (
+            ("own", "heard their question"),
+            ("other_wording", "heard their question in the other template's words"),
+            ("another", "heard another sample's question"),
+            ("unclear", "share a recording with another question"),
+            ("silence", "heard two seconds of silence"),
+            ("with_black_frames", "saw black frames"),
+            ("all_black", "saw nothing but black frames"),
+        ):
+            if row[key] or key == "own":
+                share = f"{100 * row[key] / n:.1f} %" if n else ""
+                least = row["unclear_wrong_at_least"] if key == "unclear" else 0
+                more = f", of whom {least:,} or more heard another's" if least else ""
+                style = "green" if key == "own" else "red"
+                console.print(Text.assemble((f"  {row[key]:>6,}", style), f" {share:>7} {text}{more}"))
+        for text in row["examples"]:
+            console.print(Text(printable(f"    {text}"), "dim"), soft_wrap=True)
+
+
 def _name(path: str) -> str:
     return Path(path).name
 
