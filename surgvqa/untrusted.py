@@ -11,6 +11,7 @@ from typing import Any
 
 MAX_DEPTH = 50
 """Levels of lists and objects within each other that any document of ours stays well below."""
+MAX_DIGITS = 300
 LARGEST = 1e300
 """What is beyond it, infinite or no number at all cannot be reckoned with."""
 LAST_TIME = 253402300800.0
@@ -72,14 +73,23 @@ def parse_json(document: bytes | str) -> Any:
 
 
 def load_json(document: bytes | str) -> Any:
-    """As `json.loads`, of bytes with or without a byte order mark, and ValueError also for what is nested too deeply.
+    """As `json.loads`, of bytes with or without a byte order mark, and ValueError also for what is nested too deeply
+    and for whole numbers that no float can hold.
 
     For text that is cleaned later.
     """
     try:
-        return json.loads(document if isinstance(document, str) else document.decode("utf-8-sig"))
+        text = document if isinstance(document, str) else document.decode("utf-8-sig")
+        return json.loads(text, parse_int=_bounded)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _bounded(digits: str) -> int:
+    """A whole number that is also a float: arithmetic on a longer one raises OverflowError somewhere else."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def parse_object(document: bytes | str) -> dict[str, Any]:

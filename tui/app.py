@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,7 @@ class Panel(App[None]):
             return None
 
     async def on_mount(self) -> None:
+        self.at_terminal = not self.is_headless and sys.stdin.isatty()
         if not self.is_headless:
             for number in ENDING_SIGNALS:
                 asyncio.get_running_loop().add_signal_handler(number, self.exit, None, 128 + number)
@@ -120,9 +122,12 @@ class Panel(App[None]):
         self.run_worker(work, group="tick", exclusive=True, exit_on_error=False)
 
     async def _refresh(self) -> None:
+        if self.at_terminal and not sys.stdin.isatty():  # gone without SIGHUP; Textual would read its end for ever
+            self.exit(None, 128 + signal.SIGHUP)
+            return
         await self.refresh_runs()
         self.show_connection()
-        if self.front:
+        if self.front and self.front.is_mounted:  # composed
             await self.front.tick()
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:

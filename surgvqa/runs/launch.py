@@ -73,8 +73,9 @@ def stop(folder: Path, grace_s: float = STOP_GRACE_S) -> str:
     while state_of(folder) == "starting":
         time.sleep(0.05)
     info, lost = read_run_json(folder), None
-    if not info and (lost := job_processes().get(str(folder.absolute()))):  # its folder was deleted under it
-        info = {"pid": lost[0], "identity": process_identity(lost[0])}
+    while not info and (lost := job_processes().get(str(folder.absolute()))):  # its folder was deleted under it
+        if identity := process_identity(lost[0]):  # else it was a launcher that has ended since: look again
+            info = {"pid": lost[0], "identity": identity}
     pid, identity = info.get("pid"), info.get("identity")
     if not pid or not identity or process_identity(pid) != identity:
         return state_of(folder)

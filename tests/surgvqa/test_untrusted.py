@@ -54,3 +54,9 @@ def test_keys_and_values_are_printable_and_an_object_is_asked_for():
 @given(st.recursive(st.none() | st.booleans() | st.integers() | TEXT, lambda x: st.lists(x) | st.dictionaries(TEXT, x)))
 def test_clean_values_are_json_that_a_terminal_can_show(value):
     assert not any(map(obeyed, json.dumps(cleaned(value), ensure_ascii=False)))
+
+
+def test_a_whole_number_that_no_float_can_hold_is_refused():
+    assert parse_json("[-" + "9" * 290 + "]")[0] < 0
+    with pytest.raises(ValueError, match="a number of 400 digits"):
+        parse_json('{"a": ' + "1" * 400 + "}")

@@ -69,3 +69,16 @@ def test_a_crash_leaves_the_terminal_as_it_was_and_names_its_report(root, tmp_pa
     finally:
         process.kill()
         os.close(main)
+
+
+def test_a_terminal_that_is_gone_without_a_signal_ends_the_panel(root, tmp_path):
+    """As with nohup, or in a session that has no controlling terminal: it must not turn in circles for ever."""
+    process, main = started(root, tmp_path, "import sys; from tui.main import main; sys.exit(main())")
+    try:
+        assert b"Merge" in read_until(main, b"quit")
+    finally:
+        os.close(main)
+    try:
+        assert process.wait(20) != 0
+    finally:
+        process.kill()

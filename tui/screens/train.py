@@ -141,8 +141,6 @@ class TrainScreen(PanelScreen):
 
     async def tick(self) -> None:
         """Nothing on this screen moves by itself; a preset or a host chosen elsewhere is the exception."""
-        if not self.query(Form):  # not composed yet
-            return
         if self.shown_for != self._shown():
             self.show_all()
         widths = tuple(self.query_one(panel).size.width for panel in ("#presets", "#memory"))

@@ -170,7 +170,7 @@ def test_a_symlink_that_lies_here_leads_nowhere(tmp_path):
 
 # --- random agents ---------------------------------------------------------------------------------------------------
 
-HOST = SimpleNamespace(name="gpuhost", entry=SimpleNamespace(python="python3"))
+HOST = SimpleNamespace(name="gpuhost", entry=SimpleNamespace(python="python3", login_timeout_s=5.0))
 PATHS = st.sampled_from(["a", "b/c", "../x", "/etc/passwd", "", ".", "a/../../b", ".partial/a", "a\0", "é"])
 SCALARS = st.none() | st.booleans() | st.integers(-3, 1 << 70) | st.floats() | st.text(max_size=5) | PATHS
 JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(PATHS, x, max_size=3), max_leaves=6)

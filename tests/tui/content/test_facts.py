@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from tui.content.facts import how_far, out_of_memory, time_left, waiting
+from tui.follow import run_model
 from tui.follow.run_model import RunModel
 
 
@@ -22,8 +23,10 @@ def test_what_was_done_about_a_lack_of_memory_comes_first():
     assert out_of_memory(None) == []
 
 
-def test_what_a_phase_has_done_is_not_what_the_training_has():
+def test_what_a_phase_has_done_is_not_what_the_training_has(monkeypatch):
     """Before the first step: the time left is the phase's, and a phase that is over is no bar at 100 %."""
+    now = 3.0
+    monkeypatch.setattr(run_model.time, "time", lambda: now)
     model = RunModel({"command": "train"})
     follower = SimpleNamespace(model=model, active=True, silent_s=None)
     model.feed([{"kind": "phase", "name": "encode", "text": "frames"}])
@@ -32,11 +35,15 @@ def test_what_a_phase_has_done_is_not_what_the_training_has():
     model.feed([{"kind": "phase", "name": "train", "text": "100 steps"}])
     assert how_far(follower) == (None, "") and time_left(follower) == ""
     model.feed([{"kind": "metric", "t": 9.0 + step, "step": step, "total_steps": 100, "loss": 2.0} for step in (1, 2)])
+    now = 11.0
     assert how_far(follower)[0] == 0.02 and time_left(follower) == "1 min 38 s left"
     model.feed([{"kind": "metric", "t": 99.0, "step": 100, "total_steps": 100}, {"kind": "phase", "name": "evaluate"}])
     assert time_left(follower) == ""  # the last evaluation is still to come
     model.feed([{"kind": "progress", "phase": "evaluate", "t": t, "done": t, "total": 120} for t in (100.0, 110.0)])
+    now = 110.0
     assert time_left(follower) == "10 s left"
+    now = 121.0
+    assert time_left(follower) == ""  # its time is up, and it is not done
     ended = RunModel({"command": "evaluate"})
     ended.feed([{"kind": "progress", "phase": "generate", "done": 9, "total": 9}, {"kind": "phase", "name": "score"}])
     ended.feed([{"kind": "finished", "state": "finished"}])
