@@ -342,8 +342,8 @@ def test_a_launch_of_another_time_is_not_starting(tmp_path, skew_s):
 
 
 def test_a_launched_job_is_found_without_its_folder(tmp_path):
-    """timeit stands in for our command line: it sleeps, then trips over --run_id."""
-    folder = launch.launch("import time; time.sleep(60)", [], tmp_path, module="timeit")
+    (tmp_path / "sleeper.py").write_text("import time; time.sleep(60)")  # stands in for our command line
+    folder = launch.launch("train", [], tmp_path, module="sleeper")
     wait_for(lambda: str(folder) in process.job_processes(), 10)
     shutil.rmtree(folder)
     (row,) = history.list_runs(tmp_path / "runs")
