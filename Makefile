@@ -4,8 +4,10 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 # On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares several GB of CUDA packages.
 TORCH_INDEX ?=
-# A test file a process; more threads than cores would only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# A test file a process; more threads than cores would only wait for each other. In the order of the folders: by its
+# own choice xdist would begin the longest test, alone in its file, last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+          --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-fast lint coverage install wheel house screenshot constraints clean

@@ -11,7 +11,6 @@ from typing import Any
 
 MAX_DEPTH = 50
 """Levels of lists and objects within each other that any document of ours stays well below."""
-MAX_DIGITS = 300
 LARGEST = 1e300
 """What is beyond it, infinite or no number at all cannot be reckoned with."""
 LAST_TIME = 253402300800.0
@@ -73,23 +72,14 @@ def parse_json(document: bytes | str) -> Any:
 
 
 def load_json(document: bytes | str) -> Any:
-    """As `json.loads`, of bytes with or without a byte order mark, and ValueError also for what is nested too deeply
-    and for whole numbers that no float can hold.
+    """As `json.loads`, of bytes with or without a byte order mark, and ValueError also for what is nested too deeply.
 
     For text that is cleaned later.
     """
     try:
-        text = document if isinstance(document, str) else document.decode("utf-8-sig")
-        return json.loads(text, parse_int=_bounded)
+        return json.loads(document if isinstance(document, str) else document.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def _bounded(digits: str) -> int:
-    """A whole number that is also a float: arithmetic on a longer one raises OverflowError somewhere else."""
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits")
-    return int(digits)
 
 
 def parse_object(document: bytes | str) -> dict[str, Any]:
@@ -101,16 +91,26 @@ def parse_object(document: bytes | str) -> dict[str, Any]:
 
 
 def cleaned(value: Any, depth: int = 0) -> Any:
-    """A value made of JSON's types with all its text printable. ValueError when it is nested too deeply."""
+    """A value made of JSON's types with all its text printable. ValueError for what is nested too deeply, and for a
+    whole number that no float can hold: arithmetic on it would raise OverflowError somewhere else."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(value, str):
         return printable(value) if OBEYED.search(value) else value
     if isinstance(value, dict):
+        for key, item in value.items():
+            if _too_large(item):
+                raise ValueError(f"{one_line(str(key))} is a number of over 300 digits")
         return {cleaned(key, depth): cleaned(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [cleaned(item, depth + 1) for item in value]
+    if _too_large(value):
+        raise ValueError("a number of over 300 digits")
     return value
+
+
+def _too_large(value: Any) -> bool:
+    return isinstance(value, int) and not -LARGEST <= value <= LARGEST
 
 
 def json_kind(value: Any) -> str:
