@@ -4,13 +4,13 @@ BIN    := $(VENV)/bin
 PYTHON ?= python3
 # On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu spares several GB of CUDA packages.
 TORCH_INDEX ?=
-# A test file a process; more threads than cores would only wait for each other. In the order of the folders: by its
-# own choice xdist would begin the longest test, alone in its file, last.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-          --no-loadscope-reorder
+# A test file a process, three at a time: many tests wait, for an sshd or a process. One thread each; more would only wait
+# for each other. In the order of the folders: by its own choice xdist would begin the longest test, alone in its file,
+# last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-fast lint coverage install wheel house screenshot constraints clean
+.PHONY: demo test test-fast lint coverage install wheel house screenshots constraints clean
 
 demo: $(VENV)/.installed ## the embedded workspace: in the panel, or headless without a terminal (HEADLESS=1)
 	@if [ -t 0 ] && [ -t 1 ] && [ -z "$(HEADLESS)" ]; then \
@@ -45,8 +45,8 @@ wheel: ## the wheel, installed into an environment of its own outside the checko
 house: $(VENV)/.installed ## docs/house.svg, the rooms and floors as the imports have them
 	$(BIN)/python docs/house.py
 
-screenshot: $(VENV)/.installed ## docs/panel.svg, drawn by the program
-	$(BIN)/python docs/screenshot.py
+screenshots: $(VENV)/.installed ## docs/panel*.svg and docs/keys.md, drawn by the program over ./demo
+	$(BIN)/python docs/screenshot.py --all
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; use PYTHON=python3.12"; exit 1; }
@@ -55,7 +55,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@# torch first and by itself: whatever build is taken here, nothing later replaces it.
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	@$(PIP) --editable '.[train,dev]'
+	@$(PIP) --editable '.[train,text-scores,hub,dev]'
 	@touch $@
 
 # The remote tests talk to a real sshd. Root installs it; anyone else sees those tests skip with the reason.
@@ -67,7 +67,7 @@ $(VENV)/.sshd:
 
 constraints: ## renew constraints.txt from a fresh resolution
 	rm -rf build/fresh && $(PYTHON) -m venv build/fresh
-	build/fresh/bin/pip install --quiet torch==2.13.0 && build/fresh/bin/pip install --quiet '.[train,dev]'
+	build/fresh/bin/pip install --quiet torch==2.13.0 && build/fresh/bin/pip install --quiet '.[train,text-scores,hub,dev]'
 	(head -1 constraints.txt; build/fresh/bin/pip freeze --exclude surgvqa | sed 's/+cpu//; / @ /d') > build/constraints.txt
 	mv build/constraints.txt constraints.txt && rm -rf build/fresh
 

@@ -1,10 +1,10 @@
-"""The data path on the CPU: what decoding a sample costs by part, how it grows with worker processes, and what the
-feature cache makes of it.
+"""Measures the data path on the CPU: the cost of each part of decoding a sample, the effect of worker processes, and
+that of the feature cache.
 
     python benchmarks/data_path.py --data demo [--samples 24] [--workers 1,2]
 
-Frames of 1240x1080 (the demo's, enlarged, with noise) shown at 512 px, 8 a sample; the demo's spoken questions, 30 s
-spectrograms. One thread a process. Prints samples/s a core.
+Uses frames of 1240x1080 (the demo's, enlarged, with noise) at 512 px, 8 per sample, and the demo's spoken questions
+with 30 s spectrograms. One thread per process. Prints samples/s per core.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from surgvqa.data.samples import read_samples
 from surgvqa.machine.process import usable_cores
 
 HIDDEN, AUDIO_HIDDEN = 3584, 1280
-"""Of the real model: the width of cached image and audio features."""
+"""Widths of cached image and audio features of the real model."""
 
 
 def seconds(work: Callable[[Any], Any], items: Iterable[Any], rounds: int = 2) -> float:
-    """Of the fastest round over all the items."""
+    """Seconds of the fastest round over all the items."""
     items, taken = list(items), []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -51,7 +51,7 @@ def seconds(work: Callable[[Any], Any], items: Iterable[Any], rounds: int = 2) -
 
 
 def real_audio(processors: Any) -> Any:
-    """The processors with spectrograms as the real encoder takes them: 128 mels, 1500 positions."""
+    """The processors with the real encoder's spectrograms: 128 mels, 1500 positions."""
     from transformers import WhisperFeatureExtractor
 
     processors.feature_extractor = WhisperFeatureExtractor(feature_size=128)
@@ -60,7 +60,7 @@ def real_audio(processors: Any) -> Any:
 
 
 def filled(data: ClipDataset, folder: Path) -> FeatureStore:
-    """A cache with features of the real model's sizes for the samples."""
+    """A cache for the samples with features of the real model's sizes."""
     store = FeatureStore(folder, "benchmark", {})
     for clip, sound in zip(data.frame_paths, data.audio_paths):
         for path in clip:
@@ -68,7 +68,7 @@ def filled(data: ClipDataset, folder: Path) -> FeatureStore:
             features = torch.randn(int(grid.prod()) // 4, HIDDEN).bfloat16()
             store.put(store.frame_key(path, data.image_size), features, grid=" ".join(str(int(n)) for n in grid))
         store.put(store.audio_key(sound), torch.randn(1500, AUDIO_HIDDEN).bfloat16())
-    store.ram_bytes = 0  # from the disk, as in a run whose features do not fit into memory
+    store.ram_bytes = 0  # reads from the disk, as in a run whose features do not fit into memory
     return store
 
 
@@ -105,7 +105,7 @@ def main() -> None:
             "question: decode": seconds(load_audio, data.audio_paths),
             "question: mel": seconds(lambda sound: audio_features(sound, extractor, 1500), sounds),
             "prompt and labels": seconds(lambda grid: ids_and_labels(processors, grid, **words), grids),
-            "all, as training without a cache": seconds(data.__getitem__, range(count)),
+            "all, as in training without a cache": seconds(data.__getitem__, range(count)),
         }
         data.store = store = filled(data, work / "cache")
         parts["all, from the feature cache on disk"] = seconds(data.__getitem__, range(count))

@@ -1,20 +1,21 @@
-"""The engine from files to results beside the old way: three epochs of training, and answers to every sample.
+"""Compares the engine with the old way, from files to results: three epochs of training, and answers to every sample.
 
     python benchmarks/engine.py --data demo --work /tmp/engine            # real size; a GPU with 80 GB, 25 GB of disk
     python benchmarks/engine.py --data demo --work /tmp/engine --toy      # the demo's own small model, anywhere
     python benchmarks/engine.py … --only "train;old train" [-- --checkpointed_layers 14 …]   # and options of train
 
-`--data` is a demo workspace: its clips (enlarged to 1240x1080, other noise in every frame of every sample), spoken
-questions and tokenizer are used. The weights are random at real size, so losses and answers mean nothing. What is done:
+`--data` is a demo workspace, whose clips (enlarged to 1240x1080, with different noise in every frame), spoken
+questions and tokenizer are used. The weights are random at real size, so losses and answers are meaningless. Parts:
 
     checkpoint   written once, then audited
-    warm         2 steps of training: what compiling costs; the compiler's cache is filled
+    warm         2 steps of training, for the cost of compiling; fills the compiler's cache
     train        ours, 3 epochs, from an empty feature cache
-    old train    benchmarks/old_way.py train, some samples; its time is reckoned up: nothing is cached
+    old train    benchmarks/old_way.py train on some samples; its time is extrapolated, because nothing is cached
     answer       `surgvqa evaluate`, from an empty feature cache
-    old answer   benchmarks/old_way.py answer, one sample at a time, some of them; its time is reckoned up
+    old answer   benchmarks/old_way.py answer, some samples, one at a time; its time is extrapolated
 
-Times are from files to results without loading the model. Prints one JSON line for each, then the ratios.
+Times are from files to results, without loading the model. Prints one JSON line for each part, then the ratios. Exit
+code 1 if a ratio is below its goal (`--train_goal`, `--answer_goal`).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 3
 OLD_TRAINED, OLD_ANSWERED = 20, 8
-"""Samples that the old way is measured with: it takes as long for each of them."""
+"""Number of samples to measure the old way with; it takes equally long for each."""
 PARTS = ("checkpoint", "warm", "train", "old train", "answer", "old answer")
 
 
 def write_data(folder: Path, like: Path, count: int, size: tuple[int, int]) -> None:
-    """The first `count` samples of the demo `like`, each with frames of its own of `size` pixels."""
+    """Writes the first `count` samples of the demo `like`, each with its own frames of `size` pixels."""
     import numpy as np
     from PIL import Image
 
@@ -65,7 +66,7 @@ def write_data(folder: Path, like: Path, count: int, size: tuple[int, int]) -> N
 
 
 def surgvqa(*arguments: str, cwd: Path) -> dict[str, Any]:
-    """Runs a command; its JSON, its wall time, when each phase began and the fullest moment of it."""
+    """Runs a command. Returns its JSON, its wall time, and the start and peak memory of each phase."""
     start = time.perf_counter()
     program = [sys.executable, "-m", "surgvqa", *arguments, "--json"]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -81,7 +82,7 @@ def surgvqa(*arguments: str, cwd: Path) -> dict[str, Any]:
 
 
 def from_events(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """encode_s (until the work begins), work_s (training or generating), first_step_s, each phase's peak in GB."""
+    """encode_s (until the work begins), work_s (training or generating), first_step_s, and each phase's peak in GB."""
     began, peaks, phase, steps, worked = {}, {}, "", [], 0.0
     for event in events:
         if event["kind"] == "phase":
@@ -100,26 +101,33 @@ def from_events(events: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: round(value, 2) for name, value in found.items()} | {"peak_gb_by_phase": peaks}
 
 
-def reckoned(found: dict[str, Any], samples: int) -> float:
-    """Seconds that the old way would take for so many samples."""
+def extrapolated_seconds(found: dict[str, Any], samples: int) -> float:
+    """Seconds that the old way would take for `samples` samples."""
     return found["first_s"] + found["s_per_sample"] * (samples - found["first"])
 
 
 def old(part: str, options: dict[str, Any]) -> dict[str, Any]:
-    """benchmarks/old_way.py in a process of its own."""
+    """Runs benchmarks/old_way.py in a separate process."""
     program = [sys.executable, str(ROOT / "benchmarks" / "old_way.py"), part, json.dumps(options)]
     done = subprocess.run(program, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
-    """Does the parts in turn."""
+    """Runs the parts one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--toy", action="store_true", help="the demo's own model, 8 small samples")
     parser.add_argument("--samples", type=int, help="default: 64, toy 8")
-    parser.add_argument("--answers", type=int, default=64, help="of the samples, at most (64)")
+    parser.add_argument("--answers", type=int, default=64, help="maximum number of samples to answer (64)")
+    parser.add_argument(
+        "--audio_span", default="full", choices=("full", "spoken"), help="of ours; the old way uses full"
+    )
+    parser.add_argument(
+        "--train_goal", type=float, default=0.0, help="required speed in training, as a multiple of the old way's"
+    )
+    parser.add_argument("--answer_goal", type=float, default=0.0, help="the same for answering")
     parser.add_argument("--only", help=f"parts, separated by ; ({'; '.join(PARTS)})")
     parser.add_argument("train_options", nargs="*", help="further options of surgvqa train, after --")
     given = parser.parse_args()
@@ -150,6 +158,7 @@ def main() -> None:
     }
     answers = min(count, given.answers)
     answering = {"checkpoint": str(checkpoint), **paths}
+    shown = {"audio_span": given.audio_span}
     if given.toy:
         training |= {"image_size": 112}
         answering |= {"image_size": 112, "max_new_tokens": 8}
@@ -174,23 +183,30 @@ def main() -> None:
         audit = surgvqa("audit", str(checkpoint), cwd=work)
         say("checkpoint", {k: audit.get(k) for k in ("ok", "tensors", "dtypes", "wall_s")})
     if "warm" in parts:
-        changed = named(training | {"train_data_path": first(8)})
+        changed = named(training | shown | {"train_data_path": first(8)})
         say("warm", surgvqa("train", *changed, "--max_steps", "2", *fresh("warm"), *quiet, cwd=work))
     if "train" in parts:
-        say("train", surgvqa("train", *named(training), *fresh("cache"), *quiet, cwd=work))
+        say("train", surgvqa("train", *named(training | shown), *fresh("cache"), *quiet, cwd=work))
     if "old train" in parts:
         found = old("train", training | {"train_data_path": first(OLD_TRAINED), "num_train_epochs": 1})
-        say("old train", found | {"seconds": reckoned(found, count * EPOCHS)})
+        say("old train", found | {"seconds": extrapolated_seconds(found, count * EPOCHS)})
     if "answer" in parts:
-        changed = named(answering | {"eval_data_path": first(answers)})
+        changed = named(answering | shown | {"eval_data_path": first(answers)})
         say("answer", surgvqa("evaluate", *changed, *fresh("eval"), cwd=work))
     if "old answer" in parts:
         found = old("answer", answering | {"eval_data_path": first(OLD_ANSWERED)})
-        say("old answer", found | {"seconds": reckoned(found, answers)})
-    for part in ("train", "answer"):
+        say("old answer", found | {"seconds": extrapolated_seconds(found, answers)})
+    missed = False
+    for part, goal in (("train", given.train_goal), ("answer", given.answer_goal)):
         if part in results and f"old {part}" in results:
             ours, before = results[part]["encode_s"] + results[part]["work_s"], results[f"old {part}"]["seconds"]
-            print(f"{part}: old {before:.1f} s, ours {ours:.1f} s, ratio {before / ours:.2f}", flush=True)
+            verdict = f", goal {goal:g} {'missed' if before / ours < goal else 'met'}" if goal else ""
+            print(f"{part}: old {before:.1f} s, ours {ours:.1f} s, ratio {before / ours:.2f}{verdict}", flush=True)
+            missed |= before / ours < goal
+        elif goal:
+            print(f"{part}: goal {goal:g} not looked at: --only leaves a part of it out", flush=True)
+            missed = True
+    sys.exit(1 if missed else 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Predicted against measured GPU memory at real size: many configurations in one process on one GPU of 80 GB.
+"""Compares predicted with measured GPU memory at real size: many configurations in one process on one GPU with 80 GB.
 
     python benchmarks/memory.py                    # all, about six minutes; exit code 1 when a promise is broken
     python benchmarks/memory.py --only "batch;r=16"  # those whose name contains one of the texts
     python benchmarks/memory.py --dry              # a tiny model on the CPU, no figures: does the script work?
 
-The weights are random, the model, its adapter, its loss and its layer options are the ones that ship. Each
-configuration runs two optimiser steps, the second one is measured: peak allocated (forward, backward, optimiser),
-reserved, and what the driver shows. A configuration that fails is a row with its error, and the next one starts from a
-fresh model. Prints a markdown table; --out (default: $OUT) gets memory.md and memory.json, written after each row.
+The weights are random; model, adapter, loss and layer options are those of the program. Each configuration runs two
+optimiser steps, of which the second is measured: peak allocated (forward, backward, optimiser), reserved, and the
+driver's figure. A configuration that fails gives a row with its error, and the next one starts with a new model. This
+file has over 450 lines, because the fields of one Case describe, build and predict a configuration, and all of that
+changes together. Prints a markdown table. Writes memory.md and memory.json to --out (default: $OUT) after each row.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from surgvqa.memory.clip import Clip, patch_grid, thumbnail_size
 from surgvqa.model.sizes import Sizes
 
 WITHIN, UNDER = 0.03, 0.02
-"""The promise: within 3 % of the measured allocated peak, never more than 2 % too low."""
+"""The promised accuracy: within 3 % of the measured allocated peak, and never more than 2 % too low."""
 TEXT, ANSWER = 64, 12
 NEW_TOKENS = 4
 TINY = {
@@ -50,11 +51,13 @@ TINY = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row: the fields that the prediction and the run both follow."""
+    """One row: the fields that both the prediction and the run use."""
 
     name: str
     frames: int = 8
     px: int = 512
+    audio: int | None = None
+    """Audio tokens; None: all of the encoder's."""
     batch: int = 1
     accumulation: int = 2
     rank: int = 64
@@ -76,7 +79,7 @@ class Case:
 
 BASE = Case("8 frames, 512 px")
 SHIPPED = Case("", cached=True, casts=False, compiled=True)
-CASES = [  # what the promise names comes first; cases with the same adapter stand together, for they share a model
+CASES = [  # promised ones first; cases with the same adapter are adjacent, because they share a model
     BASE,
     Case("6 frames, 512 px", frames=6),
     Case("4 frames, 512 px", frames=4),
@@ -96,6 +99,8 @@ CASES = [  # what the promise names comes first; cases with the same adapter sta
     replace(SHIPPED, name="as shipped, 18 checkpointed", checkpointed=18),
     replace(SHIPPED, name="as shipped, 0 checkpointed", checkpointed=0),
     replace(SHIPPED, name="as shipped, 6 frames, 0 checkpointed", frames=6, checkpointed=0),
+    replace(SHIPPED, name="as shipped, spoken, 0 checkpointed", audio=160, checkpointed=0),
+    replace(SHIPPED, name="as shipped, spoken, 12 frames, 0 checkpointed", audio=160, frames=12, checkpointed=0),
     Case("LoRA r=16", rank=16),
     Case("LoRA r=16, 14 checkpointed", rank=16, checkpointed=14),
     Case("bf16 adapter", adapter="bfloat16"),
@@ -120,11 +125,11 @@ CASES = [  # what the promise names comes first; cases with the same adapter sta
 
 
 def configuration(case: Case, sizes: Sizes, kernel: str = "flash") -> predict.Configuration:
-    """What the prediction is asked for; `kernel` computes attention (device.attention_kernel)."""
+    """What the prediction is asked for; `kernel` computes attention (attention.attention_kernel)."""
     grid = patch_grid(*thumbnail_size(1240, 1080, case.px), sizes)
     image = case.frames * grid[0] * grid[1] // sizes.spatial_merge_size**2
     answer = 0 if case.generates else ANSWER
-    clip = Clip(case.frames, grid, image, sizes.max_source_positions, TEXT, answer)
+    clip = Clip(case.frames, grid, image, case.audio or sizes.max_source_positions, TEXT, answer)
     return predict.Configuration(
         clip=clip,
         batch=case.batch,
@@ -144,7 +149,7 @@ def configuration(case: Case, sizes: Sizes, kernel: str = "flash") -> predict.Co
     )
 
 
-def predicted(case: Case, sizes: Sizes, kernel: str) -> predict.Prediction:
+def predicted(case: Case, sizes: Sizes, kernel: str) -> predict.MemoryPrediction:
     """The prediction of a case."""
     return (predict.predict_generation if case.generates else predict.predict)(
         sizes, configuration(case, sizes, kernel)
@@ -155,13 +160,13 @@ def predicted(case: Case, sizes: Sizes, kernel: str) -> predict.Prediction:
 
 
 class Bench:
-    """The model on one device; rebuilt only when the adapter changes."""
+    """The model on one device, which is rebuilt only when the adapter changes."""
 
     def __init__(self, device: str):
         import real_size
         import torch
 
-        from surgvqa.model.device import attention_kernel
+        from surgvqa.model.attention import attention_kernel
 
         self.device, self.torch = device, torch
         config = SimpleNamespace(**real_size.CONFIG)
@@ -171,7 +176,7 @@ class Bench:
         self.peft_model: Any = None
 
     def prepare(self, case: Case) -> None:
-        """A model with the adapter, the layer options and the encoders that the case wants."""
+        """Sets up the case's adapter, layer options and encoders."""
         import real_size
 
         from surgvqa.model import layers
@@ -193,36 +198,38 @@ class Bench:
                 module.cast_input_dtype_enabled = True
         if not case.casts:
             without_input_casts(self.peft_model)
-        if case.compiled:  # each case anew: what layers keep is decided when they are compiled
+        if case.compiled:  # recompile for each case, because compilation decides what layers keep
             self.torch._dynamo.reset()
             layers.compile_layers(self.peft_model, case.keep)
         self.move_encoders("cpu" if case.cached else self.device)
 
     def forget(self) -> None:
-        """Nothing of an earlier case is left, not even after an error in the middle of it."""
+        """Frees everything of an earlier case, even after an error in it."""
         self.model = self.peft_model = self.key = None
         self.torch._dynamo.reset()
         self.tidy()
 
     def tidy(self) -> None:
         gc.collect()
-        if self.device != "cpu":  # those of the backward thread, which a process that only generates has not
+        if (
+            self.device != "cpu"
+        ):  # the workspaces of the backward thread, which a process that only generates does not have
             self.torch._C._cuda_clearCublasWorkspaces()
         self.torch.cuda.empty_cache()
 
     def data(self, case: Case, sizes: Sizes) -> dict[str, Any]:
-        """One batch; without labels for generation, with labels everywhere for `full_logits`."""
+        """A batch; without labels for generation, with labels at all positions for `full_logits`."""
         import real_size
 
         clip = configuration(replace(case, generates=False), sizes).clip
-        data = real_size.batch(case.frames, clip.grid, ANSWER, case.batch, TEXT, self.device)
-        if case.compiled:  # as the collator pads
+        data = real_size.batch(case.frames, clip.grid, ANSWER, case.batch, TEXT, clip.audio_tokens, self.device)
+        if case.compiled:  # like the collator's padding
             missing = -data["input_ids"].shape[1] % activations.LENGTH_BUCKET
             for name, value in (("input_ids", 0), ("labels", -100)):
                 data[name] = self.torch.nn.functional.pad(data[name], (0, missing), value=value)
         if case.full_logits:
             data["labels"] = data["input_ids"].clone()
-        if case.generates:  # training shows no mask (EventTrainer), generation does, padded on the left
+        if case.generates:  # generation uses a mask, with padding on the left; training (EventTrainer) does not
             del data["labels"]
             data["input_ids"] = data["input_ids"][:, :-ANSWER].contiguous()
             data["attention_mask"] = self.torch.ones_like(data["input_ids"])
@@ -235,7 +242,8 @@ class Bench:
         with self.torch.no_grad():
             pixels = data.pop("pixel_values").to(self.torch.bfloat16)
             data["image_features"] = self.model.encode_images(pixels, data["image_grid_thw"]).clone()
-            data["audio_features"] = self.model.encode_audio(data.pop("input_features")).clone()
+            heard = self.model.encode_audio(data.pop("input_features"))
+            data["audio_features"] = heard[:, : data["audio_tokens"][0]].flatten(0, 1).clone()
         self.move_encoders("cpu")
         return data
 
@@ -251,7 +259,7 @@ class Bench:
         return self.torch.cuda.max_memory_allocated()
 
     def measure(self, case: Case, sizes: Sizes) -> dict[str, Any]:
-        """Peaks in bytes of the second step, by part, and the time of it."""
+        """Peaks of the second step in bytes, by part, and its time."""
         self.prepare(case)
         self.tidy()
         data = self.data(case, sizes)
@@ -265,7 +273,7 @@ class Bench:
             "phases": peaks,
             "allocated": max(peaks.values()),
             "tokens": data["input_ids"].shape[1],
-            "reserved": self.torch.cuda.memory_reserved(),  # from an empty cache on
+            "reserved": self.torch.cuda.memory_reserved(),  # since the cache was emptied
             "driver": total - free,
         }
 
@@ -274,7 +282,13 @@ class Bench:
         self.peft_model.train()
         trained = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimiser = self.optimiser(case, trained)
-        window = [data, *({k: t.clone() for k, t in data.items()} for _ in range(case.accumulation - 1))]
+        window = [
+            data,
+            *(
+                {k: t.clone() if hasattr(t, "clone") else t for k, t in data.items()}
+                for _ in range(case.accumulation - 1)
+            ),
+        ]
         peaks: dict[str, int] = {"forward": 0, "backward": 0, "optimiser": 0}
         for step in range(2):
             for inputs in window:
@@ -313,7 +327,7 @@ class Bench:
 
 
 def run_case(bench: Bench, case: Case, sizes: Sizes) -> dict[str, Any]:
-    """One row of the report; an error is a row too, and the next case goes on."""
+    """One row of the report. An error is a row too, and the next case still runs."""
     prediction = predicted(case, sizes, bench.kernel)
     row: dict[str, Any] = {
         "name": case.name,
@@ -330,7 +344,7 @@ def run_case(bench: Bench, case: Case, sizes: Sizes) -> dict[str, Any]:
     except Exception as error:
         text = " ".join(str(error).split())
         row["error"] = f"{type(error).__name__}: {text[:300]}"
-        traceback.clear_frames(error.__traceback__)  # they hold what filled the GPU
+        traceback.clear_frames(error.__traceback__)  # frees what filled the GPU
     else:
         row["tokens"] = found["tokens"]
         row |= {f"measured_{key}_gb": found[key] / 1e9 for key in ("allocated", "reserved", "driver")}
@@ -382,14 +396,14 @@ def report(rows: list[dict[str, Any]], machine: dict[str, str]) -> str:
 
 
 def sampling_cost() -> str:
-    """What one GPU sample costs; at one a second it must stay under 1 % of a core (10 ms)."""
+    """The cost of one GPU sample. At one per second, it must be below 1 % of a core (10 ms)."""
     from surgvqa.machine import gpu
 
     gpu.sample_process(0)
     began, count = time.process_time(), 50
     for _ in range(count):
         sample = gpu.sample_process(0)
-    return f"gpu.sample_process: {(time.process_time() - began) / count * 1e3:.2f} ms CPU a sample; {sample}"
+    return f"gpu.sample_process: {(time.process_time() - began) / count * 1e3:.2f} ms CPU per sample; {sample}"
 
 
 def main() -> int:
@@ -401,7 +415,7 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All cases, one after another; the exit code."""
+    """Runs all cases one after another and returns the exit code."""
     import peft
     import real_size
     import torch
@@ -429,7 +443,7 @@ def run(arguments: argparse.Namespace) -> int:
         phases = {name: round(gb, 2) for name, gb in row.get("measured_phases_gb", {}).items()}
         print(f"{case.name:42s} predicted {row['predicted_peak_gb']:7.2f}  measured {measured}  "
               f"{row['seconds']:.1f} s  {phases}", flush=True)  # fmt: skip
-        if arguments.out:  # after each case: a run that is cut short leaves what it has
+        if arguments.out:  # after each case, so that an interrupted run keeps its rows
             out = Path(arguments.out)
             out.mkdir(parents=True, exist_ok=True)
             (out / "memory.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
@@ -441,7 +455,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def pretend(torch: Any) -> None:
-    """The calls of a dry run that need a GPU answer something."""
+    """Replaces calls that need a GPU, for a dry run."""
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         setattr(torch.cuda, name, lambda *_: None)
     torch.cuda.max_memory_allocated = torch.cuda.memory_reserved = lambda *_: 1_000_000_000

@@ -1,13 +1,15 @@
-"""Times the merge against `cp -r` and PEFT on a synthetic checkpoint, interleaved; prints a table with ratios.
+"""Compares the merge with `cp -r` and PEFT on a synthetic checkpoint, in interleaved rounds. Prints a table with
+ratios.
 
     python benchmarks/merge.py                          # 3 GB base, r=64 on all seven projections; cp, ours, PEFT
     python benchmarks/merge.py --size 15GB --methods cp,ours --repeats 1     # peak memory on a large checkpoint
-    python benchmarks/merge.py --device cuda --size 3GB --repeats 3     # ours on CPU and GPU; are the bits PEFT's?
+    python benchmarks/merge.py --device cuda --size 3GB --repeats 3     # ours on CPU and GPU; bits equal to PEFT's?
 
-Everything is made in a temporary folder (under --dir) and removed at the end: about 3× the base's size. The weights are
-one random block over and over: the bytes are really read and written. Times are in-process (interpreter start and
-imports left out); "process" is the whole. Peak RSS is of the whole; "of it imports" is what stood before the merge
-began: torch itself, and the CUDA context. Ours ends with everything fsynced, `cp` does not: `cp + fsync` does.
+Everything is written to a temporary folder (under --dir), about 3× the base's size, and deleted at the end. The
+weights repeat one random block, and the bytes are really read and written. Times are in-process (without interpreter
+start and imports); "process" is the whole process. Peak RSS is that of the whole process; "of it imports" is the part
+before the merge: torch itself and the CUDA context. Ours ends with everything fsynced. `cp` does not; `cp + fsync`
+does.
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=1, help="unmeasured rounds first")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--max_shard_size", default="5GB")
-    parser.add_argument("--dir", default=None, help="where to make the temporary folder")
+    parser.add_argument("--dir", default=None, help="parent of the temporary folder")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--out", default=None, help="also writes what --json prints to this file")
+    parser.add_argument("--out", default=None, help="also write the output of --json to this file")
     parser.add_argument("--child", nargs=4, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -54,7 +56,7 @@ def main() -> int:
     on_gpu = arguments.device == "cuda"
     default = "cp,ours,ours-cuda,peft,peft-cuda" if on_gpu else "cp,cp+fsync,ours,peft"
     methods = (arguments.methods or default).split(",")
-    once_only = {"peft", "peft-cuda"} if on_gpu else set()  # there for their bits: GPU time is dear
+    once_only = {"peft", "peft-cuda"} if on_gpu else set()  # only needed for comparing bits; GPU time is expensive
     with tempfile.TemporaryDirectory(prefix="surgvqa-merge-", dir=arguments.dir) as folder:
         result = measure(Path(folder), arguments.size, methods, once_only, arguments)
     if arguments.out:
@@ -63,7 +65,7 @@ def main() -> int:
         print(json.dumps(result, indent=1))
     else:
         print_table(result)
-    # A GPU may add a product's terms in another order: that is told, not failed.
+    # A GPU may add a product's terms in another order, which is reported but is not a failure.
     must = [c for c in result["compared"] if not any("cuda" in method for method in c["of"])]
     return 0 if all(c["equal"] for c in must) else 1
 
@@ -72,7 +74,7 @@ def main() -> int:
 
 
 def make_inputs(folder: Path, size: str) -> tuple[Path, Path, int]:
-    """A base checkpoint in shards of at most 1 GB and an adapter for it; returns both and the base's bytes."""
+    """Writes a base checkpoint in shards of at most 1 GB and an adapter for it. Returns both and the base's bytes."""
     import torch
     from safetensors.torch import save_file
 
@@ -149,7 +151,7 @@ def make_inputs(folder: Path, size: str) -> tuple[Path, Path, int]:
 
 
 def child(method: str, base: str, adapter: str, output: str, max_shard_size: str) -> int:
-    """Merges once and prints what it took as JSON."""
+    """Merges once and prints time and memory as JSON."""
     import torch
 
     if method.startswith("peft"):
@@ -161,7 +163,7 @@ def child(method: str, base: str, adapter: str, output: str, max_shard_size: str
         from surgvqa.merge import command
         from surgvqa.runs.folder import Run
     if method.endswith("-cuda"):
-        torch.zeros(1, device="cuda")  # the context is part of starting up
+        torch.zeros(1, device="cuda")  # creates the context, which is part of starting up
     imports = resident("VmRSS")
     before, began = time.process_time(), time.perf_counter()
     told: dict[str, Any] = {}
@@ -188,13 +190,13 @@ def child(method: str, base: str, adapter: str, output: str, max_shard_size: str
 
 
 def resident(which: str) -> int:
-    """Bytes resident now (VmRSS), or the most since exec (VmHWM; ru_maxrss would carry over the parent's)."""
+    """Resident bytes now (VmRSS) or at most since exec (VmHWM; ru_maxrss would include the parent's)."""
     text = Path("/proc/self/status").read_text()
     return int(text.split(f"{which}:")[1].split()[0]) * 1024
 
 
 def copy(base: Path, output: Path, fsync: bool) -> dict[str, Any]:
-    """`cp -r`, and the files' fsync when asked."""
+    """Runs `cp -r` and, if `fsync`, syncs the files."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     subprocess.run(["cp", "-r", base, output], check=True)
@@ -209,7 +211,7 @@ def copy(base: Path, output: Path, fsync: bool) -> dict[str, Any]:
 
 
 def once(method: str, base: Path, adapter: Path, output: Path, max_shard_size: str) -> dict[str, Any]:
-    """One run of one method into `output`."""
+    """Runs a method once, into `output`."""
     if method in ("cp", "cp+fsync"):
         return copy(base, output, method == "cp+fsync")
     command = [sys.executable, str(Path(__file__).resolve()), "--max_shard_size", max_shard_size, "--child", method]
@@ -223,7 +225,7 @@ def once(method: str, base: Path, adapter: Path, output: Path, max_shard_size: s
 def measure(
     folder: Path, size: str, methods: list[str], once_only: set[str], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rounds of all methods in turn, after an unmeasured one; methods of `once_only` run in the last round alone."""
+    """Runs all methods in turn in each round, after an unmeasured one. Methods of `once_only` run only in the last."""
     repeats, warmup, max_shard_size = arguments.repeats, arguments.warmup, arguments.max_shard_size
     base, adapter, total = make_inputs(folder, size)
     rows: dict[str, list[dict[str, Any]]] = {m: [] for m in methods}
@@ -234,7 +236,9 @@ def measure(
             for file in (*base.iterdir(), *adapter.iterdir()):
                 warm(file)
             output = folder / f"out-{method}"
-            copy(base, output, fsync=False)  # unmeasured: a guest has its free memory in hand then, for every method
+            copy(
+                base, output, fsync=False
+            )  # unmeasured; afterwards a virtual machine has its free memory, for every method
             shutil.rmtree(output)
             load = os.getloadavg()[0]
             row = once(method, base, adapter, output, max_shard_size)
@@ -268,7 +272,7 @@ def warm(file: Path) -> None:
 
 
 def compare(one: str, other: str, outputs: dict[str, Path]) -> dict[str, Any]:
-    """Tensor by tensor, bit by bit; for what differs, how many elements and by how many bf16 steps at most."""
+    """Compares outputs bit by bit: the number of differing elements, and their largest difference in bf16 steps."""
     import torch
     from safetensors import safe_open
 
@@ -286,9 +290,9 @@ def compare(one: str, other: str, outputs: dict[str, Path]) -> dict[str, Any]:
             x, y = a.get_tensor(name), b.get_tensor(name)
         elements += x.numel()
         if not torch.equal(x.view(torch.int16), y.view(torch.int16)):
-            apart = (x.view(torch.int16).int() - y.view(torch.int16).int()).abs()
-            differing += int((apart > 0).sum())
-            steps = max(steps, int(apart.max()))
+            gap = (x.view(torch.int16).int() - y.view(torch.int16).int()).abs()
+            differing += int((gap > 0).sum())
+            steps = max(steps, int(gap.max()))
     same_names = left.keys() == right.keys()
     return {
         "of": [one, other],
@@ -302,7 +306,7 @@ def compare(one: str, other: str, outputs: dict[str, Path]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine and versions of the measurement."""
     import peft
     import torch
     import transformers
@@ -324,7 +328,7 @@ def machine() -> dict[str, Any]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """A Markdown table: medians, and the median of the ratios within each round."""
+    """Prints a Markdown table of medians, and of the median of the ratios within each round."""
     rows, machine_ = result["rows"], result["machine"]
     print(
         f"{result['base_bytes'] / 1e9:.2f} GB bf16 base, r={RANK} on all seven projections, "
@@ -359,8 +363,8 @@ def print_table(result: dict[str, Any]) -> None:
         cells += [ratio(method, to) for to in ("cp", "cp+fsync", "peft")]
         print(f"| {' | '.join(cells)} | {median(method, 'load'):.1f} |")
     for c in result["compared"]:
-        apart = f"{c['differing_elements']} of {c['elements']} differ, by {c['most_bf16_steps']} bf16 steps at most"
-        verdict = "bit-identical" if c["equal"] else apart
+        differing = f"{c['differing_elements']} of {c['elements']} differ by {c['most_bf16_steps']} bf16 steps at most"
+        verdict = "bit-identical" if c["equal"] else differing
         print(f"\n{c['of'][0]} and {c['of'][1]}: {verdict} ({c['tensors']} tensors)")
 
 

@@ -1,10 +1,11 @@
-"""The old way of training and answering, as a measure: each sample is decoded in the training process and goes through
-the encoders in every step, all positions get logits, PEFT and the layers are as they come, answers come one at a time.
+"""The old way of training and answering, for comparison: each sample is decoded in the training process and goes
+through the encoders in every step, all positions have logits, PEFT and the layers are unchanged, answers come one at a
+time.
 
     python benchmarks/old_way.py train '{"model_name_or_path": "…", "train_data_path": "…", …}'
     python benchmarks/old_way.py answer '{"checkpoint": "…", "eval_data_path": "…", …}'
 
-The JSON holds options of `surgvqa train` or `surgvqa evaluate`. Prints one JSON line. Loading the model is not timed.
+The JSON has options of `surgvqa train` or `surgvqa evaluate`. Prints one JSON line. Loading the model is not timed.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ from surgvqa.data.prompt import IGNORED
 from surgvqa.data.samples import read_samples
 from surgvqa.model import layers
 from surgvqa.model.adapter import add_lora
-from surgvqa.model.device import choose_attention, choose_device, choose_dtype
+from surgvqa.model.attention import choose_attention
+from surgvqa.model.device import choose_device, choose_dtype
 from surgvqa.model.loading import load_model
 from surgvqa.training.arguments import choose_optimiser
 
 Batch = dict[str, torch.Tensor]
-OURS = ("position_ids", "host_ids", "supervised", "tokens")
-"""What our collator prepares for our model."""
+OURS = ("audio_tokens", "position_ids", "host_ids", "supervised", "tokens")
+"""Keys that our collator adds for our model."""
 
 
-def load(options: TrainOptions | EvaluateOptions, checkpoint: str, samples: str) -> tuple[Any, ClipDataset]:
-    """The frozen model on its device, and the samples, each of which is decoded when it is taken."""
+def load(
+    options: TrainOptions | EvaluateOptions, checkpoint: str, samples: str, dtype: torch.dtype | None = None
+) -> tuple[Any, ClipDataset]:
+    """The frozen model on its device, in `dtype` (None: bfloat16 on a GPU), and the samples, each of which is decoded
+    when it is taken."""
     device = choose_device(options.device)
     attention, _ = choose_attention(options.attn_implementation, device)
     data = ClipDataset(
@@ -51,7 +56,7 @@ def load(options: TrainOptions | EvaluateOptions, checkpoint: str, samples: str)
         options,
         with_answer=isinstance(options, TrainOptions),
     )
-    model = load_model(checkpoint, dtype=choose_dtype(device), device=device, attn_implementation=attention)
+    model = load_model(checkpoint, dtype=dtype or choose_dtype(device), device=device, attn_implementation=attention)
     model.get_input_embeddings().to(device)
     return model, data
 
@@ -65,7 +70,7 @@ def window(data: ClipDataset, indices: list[list[int]], device: torch.device) ->
 
 
 def backward(model: Any, batches: list[Batch], tokens: int) -> float:
-    """Gradients of the mean loss over the supervised tokens of the window, which is returned."""
+    """Computes gradients of the mean loss over the window's supervised tokens. Returns the loss."""
     total = 0.0
     for batch in batches:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -79,7 +84,7 @@ def backward(model: Any, batches: list[Batch], tokens: int) -> float:
 
 
 def optimiser_of(options: TrainOptions, model: Any, steps: int) -> tuple[Any, Any]:
-    """(optimiser, scheduler) as Trainer makes them by default: AdamW without weight decay, the rate falls to 0."""
+    """(optimiser, scheduler) with Trainer's defaults: AdamW without weight decay, and a rate that falls to 0."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if choose_optimiser(options.optim, model.device) == "adamw_bnb_8bit":
         import bitsandbytes
@@ -91,7 +96,7 @@ def optimiser_of(options: TrainOptions, model: Any, steps: int) -> tuple[Any, An
 
 
 def step(model: Any, optimiser: Any, scheduler: Any, batches: list[Batch], tokens: int) -> float:
-    """One optimiser step; its loss."""
+    """Runs one optimiser step and returns its loss."""
     loss = backward(model, batches, tokens)
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
     optimiser.step()
@@ -101,7 +106,7 @@ def step(model: Any, optimiser: Any, scheduler: Any, batches: list[Batch], token
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
-    """`num_train_epochs` over the samples."""
+    """Trains for `num_train_epochs`."""
     base, data = load(options, options.model_name_or_path, options.train_data_path)
     model = add_lora(base, options).train()
     layers.checkpoint_layers(base, None if options.gradient_checkpointing else 0)
@@ -143,7 +148,8 @@ def answer(options: EvaluateOptions) -> dict[str, Any]:
         pad_token_id=processors.pad_token_id,
     )
     for index in range(len(data)):
-        batch = {name: tensor.to(base.device) for name, tensor in collate([data[index]]).items() if name != "labels"}
+        row = collate([data[index]])
+        batch = {name: row[name].to(base.device) for name in row if name not in ("labels", *OURS)}
         ids = base.generate(**batch, generation_config=greedy)[0, batch["input_ids"].shape[1] :]
         answers.append(processors.tokenizer.decode(ids, skip_special_tokens=True).strip())
         times.append(time.perf_counter())
@@ -151,14 +157,14 @@ def answer(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def seconds_of(times: list[float], first: int, samples: int) -> dict[str, float]:
-    """Of the first step (`first` samples), in which the GPU's libraries are loaded, and of a sample after it."""
+    """Seconds of the first step (`first` samples), which loads the GPU's libraries, and of each later sample."""
     rest = (times[-1] - times[1]) / (samples - first) if samples > first else math.nan
     return {"seconds": round(times[-1] - times[0], 2), "first_s": round(times[1] - times[0], 2), "first": first,
             "s_per_sample": round(rest, 4)}  # fmt: skip
 
 
 def peak(device: torch.device) -> dict[str, float]:
-    """Of what torch has allocated on the GPU, GB."""
+    """The peak of torch's allocated memory on the GPU in GB."""
     return {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)} if device.type == "cuda" else {}
 
 

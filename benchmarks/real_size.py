@@ -1,10 +1,10 @@
-"""The model at its real size, 8.93 B random bf16 parameters, built on the GPU in seconds; one batch for it; and it as a
-checkpoint on disk:
+"""Builds the model at its real size, 8.93 B random bf16 parameters, on the GPU in seconds, or as a checkpoint on disk,
+and a batch for it:
 
     python benchmarks/real_size.py FOLDER --like demo/merged [--layers 4 | --two_b]
 
-With 4 of its 28 layers it has 3.3 B parameters. `--two_b`: what a CPU can train, the language model of Qwen2-VL-2B
-without its vocabulary, 1.3 B, on encoders as small as the demo's.
+With 4 of its 28 layers it has 3.3 B parameters. `--two_b` is small enough to train on a CPU: the language model of
+Qwen2-VL-2B without its vocabulary, 1.3 B, with encoders as small as the demo's.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ TWO_B = {
 
 
 def build(attention: str = "sdpa", device: str = "cuda", changes: dict[str, Any] | None = None) -> Any:
-    """Random weights, N(0, 0.02) for matrices, frozen, in eval mode. `changes` of CONFIG make it smaller."""
+    """A frozen model in eval mode with random weights, N(0, 0.02) for matrices. `changes` to CONFIG make it smaller."""
     config = Qwen2VLConfig.from_dict({**CONFIG, **(changes or {})})
     torch.manual_seed(0)
     with torch.device(device):
@@ -88,8 +88,10 @@ def build(attention: str = "sdpa", device: str = "cuda", changes: dict[str, Any]
 
 
 def batch(frames: int = 8, grid: tuple[int, int] = (32, 36), answer: int = 12, rows: int = 1, text: int = 64,
-          device: str = "cuda") -> dict[str, torch.Tensor]:  # fmt: skip
-    """`rows` samples: `frames` frames of `grid` patches, 1,500 audio tokens, `text` words, `answer` supervised tokens.
+          audio: int = AUDIO_TOKENS, device: str = "cuda") -> dict[str, Any]:  # fmt: skip
+    """A batch of `rows` samples with `frames` frames of `grid` patches and `audio`, `text` and `answer` tokens.
+
+    Only the answer's tokens are supervised.
 
     8 frames of 1240×1080 at 512 px are grids of 32×36: 288 tokens each, 3,880 tokens in all.
     """
@@ -103,7 +105,7 @@ def batch(frames: int = 8, grid: tuple[int, int] = (32, 36), answer: int = 12, r
 
     image = [repeated(CONFIG["vision_start_token_id"], 1), repeated(CONFIG["image_token_id"], grid[0] * grid[1] // 4),
              repeated(CONFIG["vision_end_token_id"], 1)]  # fmt: skip
-    parts = [words(8), repeated(CONFIG["audio_token_id"], AUDIO_TOKENS), words(text - 8 - 2 * frames), *image * frames]
+    parts = [words(8), repeated(CONFIG["audio_token_id"], audio), words(text - 8 - 2 * frames), *image * frames]
     ids = torch.cat([*parts, words(answer)], 1)
     labels = ids.clone()
     labels[:, :-answer] = -100
@@ -113,11 +115,12 @@ def batch(frames: int = 8, grid: tuple[int, int] = (32, 36), answer: int = 12, r
         "pixel_values": torch.randn(rows * frames * grid[0] * grid[1], 1176, generator=generator).to(device),
         "image_grid_thw": torch.tensor([[1, *grid]] * (rows * frames)).to(device),
         "input_features": torch.randn(rows, 128, 2 * AUDIO_TOKENS, generator=generator).to(device, torch.bfloat16),
+        "audio_tokens": [audio] * rows,
     }
 
 
-def packed(data: dict[str, torch.Tensor], model: Any) -> dict[str, Any]:
-    """`batch`'s rows in one row (see the model's forward)."""
+def packed(data: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The rows of a `batch` packed into one row (see the model's forward)."""
     rows, length = data["input_ids"].shape
     positions = model._positions(data["input_ids"], None, data["image_grid_thw"], None, 0)
     borders = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=positions.device)
@@ -126,8 +129,10 @@ def packed(data: dict[str, torch.Tensor], model: Any) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, like: Path, layers: int | None = None, two_b: bool = False) -> int:
-    """Random weights under the old key names, with the tokenizer and the token ids of the small checkpoint `like`;
-    returns the number of parameters. 17.9 GB with all layers."""
+    """Writes random weights with the old key names, and the tokenizer and token ids of the small checkpoint `like`.
+
+    Returns the number of parameters. 17.9 GB with all layers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for file in like.iterdir():
         if file.suffix != ".safetensors" and "index" not in file.name and file.name != REPORT_FILE:
@@ -151,7 +156,9 @@ def write_checkpoint(folder: Path, like: Path, layers: int | None = None, two_b:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--like", type=Path, required=True, help="a small checkpoint: tokenizer and token ids")
+    parser.add_argument(
+        "--like", type=Path, required=True, help="small checkpoint that provides tokenizer and token ids"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers of the language model")
     parser.add_argument("--two_b", action="store_true", help="the language model of Qwen2-VL-2B, small encoders")
     given = parser.parse_args()

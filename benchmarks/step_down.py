@@ -1,13 +1,13 @@
-"""Every way down from an out-of-memory error, forced for real by a cap on the process, on one GPU.
+"""Tests every step down after a real out-of-memory error, forced by a memory cap on the process, on one GPU.
 
-    python benchmarks/step_down.py          # under four minutes on an H100; exit code 1 when something did not go on
+    python benchmarks/step_down.py          # under four minutes on an H100; exit code 1 when a run did not continue
     python benchmarks/step_down.py --dry    # a tiny model on the CPU, whose "memory" is counted in tokens
 
-A model of 3.3 B random parameters (the real one with 4 of its layers) trains on made-up clips of 8 frames of
-1240×1080. First a tour: at each step the cap is drawn so tight that nothing fits until the run has given up one rung
-more, all of them in turn; it tells what each rung takes. Then a run for each rung whose cap leaves room for this rung
-and not for the one above: nobody helps. Then the optimiser's first step, an evaluation, and a save.
-Prints a row for each; --out (default: $OUT) gets step_down.json.
+A model of 3.3 B random parameters (the real one with 4 of its layers) trains on synthetic clips of 8 frames of
+1240×1080. The first run takes all steps down in turn: at each optimiser step the cap is lowered so far that nothing
+fits until the run has taken one more. This measures the memory after each of them. Then there is one run for each step
+down, with a cap that fits its settings but not those before it. Then come the optimiser's first step, an evaluation,
+and a save. Prints a row for each. Writes step_down.json to --out (default: $OUT).
 """
 
 # ruff: noqa: E402  (torch reads its allocator's setting when it is imported)
@@ -45,31 +45,32 @@ from PIL import Image
 
 from presets import step_down_presets
 from surgvqa.errors import SurgvqaError
+from surgvqa.memory.reductions import SHOWN
 from surgvqa.model.layers import forwards
 from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, command
 from surgvqa.training.trainer import EventTrainer
 
 LAYERS, BATCH, ACCUMULATION = 4, 4, 2
-LITTLE = 200e6
-"""Bytes that a drawn-tight cap leaves above what is allocated: less than a layer takes for a moment."""
+CAP_MARGIN = 200e6
+"""Bytes that a tightened cap leaves above the allocated ones: less than a layer's temporary tensors."""
 
 
 class Card:
-    """The GPU's memory: what a step took, and a cap."""
+    """The GPU's memory: the peak of a step, and a cap."""
 
     def __init__(self) -> None:
         self.total = torch.cuda.get_device_properties(0).total_memory
         held = torch.empty(1, device="cuda")
         if not all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()):
             raise SystemExit(
-                "the allocator's segments do not grow; unset PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF"
+                "the allocator's segments cannot grow; unset PYTORCH_ALLOC_CONF and PYTORCH_CUDA_ALLOC_CONF"
             )
         del held
         self.ballast: list[torch.Tensor] = []
 
-    def tighten(self, leave: float = LITTLE) -> None:
-        """The cap counts what is reserved: the holes in its segments are filled first, or something may fit there."""
+    def tighten(self, leave: float = CAP_MARGIN) -> None:
+        """Lowers the cap. Fills the holes in reserved segments first, because the cap counts reserved bytes."""
         torch.cuda.empty_cache()
         self.cap(torch.cuda.memory_reserved())
         for size in (2**k for k in range(32, 20, -1)):
@@ -84,27 +85,27 @@ class Card:
         torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / self.total))
 
     def peak(self) -> float:
-        """Since the last call."""
+        """The peak since the last call."""
         torch.cuda.synchronize()
         found = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return found
 
     def touch(self, trainer: EventTrainer, inputs: dict[str, Any]) -> None:
-        """Nothing: the work itself takes the memory."""
+        """Does nothing, because the work itself takes the memory."""
 
     def run_out(self) -> None:
-        """A real out-of-memory error."""
+        """Causes a real out-of-memory error."""
         torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
 
-class Pretended(Card):
-    """Of the dry run: a batch takes a byte for each token and layer that keeps its activations, and one more."""
+class DryRunCard(Card):
+    """The dry run's memory: a batch takes a byte per token and layer that keeps its activations, and one more."""
 
     def __init__(self) -> None:
         self.limit, self.most = math.inf, 0.0
 
-    def tighten(self, leave: float = LITTLE) -> None:
+    def tighten(self, leave: float = CAP_MARGIN) -> None:
         self.limit = 0.0
 
     def cap(self, nbytes: float | None) -> None:
@@ -126,7 +127,7 @@ class Pretended(Card):
 
 
 class Trial:
-    """One training under watch; `hooks` are called before a step, before an evaluation, and with each event."""
+    """One observed training. The functions are called before a step, before an evaluation, and with each event."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class Trial:
         self.peaks: dict[int, float] = {}
         self.error, self.result = "", {}
         card.cap(None)
-        gc.collect()  # the model of the trial before is part of a cycle
+        gc.collect()  # the previous trial's model is part of a reference cycle
 
         def observe(event: dict[str, Any]) -> None:
             self.events.append(event)
@@ -175,7 +176,7 @@ class Trial:
                 self.result = command.run(options, run).data
             except SurgvqaError as error:
                 self.error = str(error)
-            except Exception as error:  # the other trials go on
+            except Exception as error:  # the other trials still run
                 self.error = f"{type(error).__name__}: {error}"
                 traceback.print_exc()
                 traceback.clear_frames(error.__traceback__)
@@ -187,11 +188,11 @@ class Trial:
         return [event for event in self.events if event["kind"] == kind]
 
     def reductions(self) -> list[str]:
-        """What was given up, in order: "recompute" or a preset."""
+        """The steps down, in order: "recompute" or a preset."""
         return [e.get("name", "recompute") for e in self.events if e["kind"] in ("retreat", "preset")]
 
-    def went_on(self, steps: int) -> list[str]:
-        """What is wrong with it; nothing when it did all its steps, each once, with losses that are numbers."""
+    def faults(self, steps: int) -> list[str]:
+        """What is wrong with the run; [] if it did all its steps once, with finite losses."""
         losses = {event["step"]: event["loss"] for event in self.of("metric")}
         wrong = [self.error] if self.error else []
         if sorted(losses) != list(range(1, steps + 1)) or len(self.of("metric")) != steps:
@@ -205,7 +206,7 @@ class Trial:
 
 @contextmanager
 def hooked(owner: Any, name: str, hook: Callable[..., Any]):
-    """`hook(original, self, …)` in place of a method."""
+    """Replaces a method by `hook(original, self, …)`."""
     original = getattr(owner, name)
 
     @wraps(original)
@@ -217,7 +218,7 @@ def hooked(owner: Any, name: str, hook: Callable[..., Any]):
 
 
 def build(folder: Path, dry: bool) -> Callable[..., Any]:
-    """Checkpoint, clips of 8 frames and questions; returns the function that makes the options of a training."""
+    """Writes a checkpoint, clips of 8 frames, and questions. Returns a function that makes a training's options."""
     world = small.build(folder / "small", samples=2 * BATCH)
     noise = np.random.default_rng(0)
     width, height = (560, 420) if dry else (1240, 1080)
@@ -254,17 +255,17 @@ def build(folder: Path, dry: bool) -> Callable[..., Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All trials, the table, the exit code."""
+    """Runs all trials, prints the table, and returns the exit code."""
     if arguments.work:
         arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as temporary:
         folder = Path(temporary)
         options = build(folder, arguments.dry)
-        card = Pretended() if arguments.dry else Card()
+        card = DryRunCard() if arguments.dry else Card()
         rows: list[dict[str, Any]] = []
 
-        def told(name: str, trial: Trial, steps: int, **expected: Any) -> None:
-            wrong = trial.went_on(steps)
+        def record(name: str, trial: Trial, steps: int, **expected: Any) -> None:
+            wrong = trial.faults(steps)
             done = {"reductions": trial.reductions(), "actions": [event["action"] for event in trial.of("oom")]}
             wrong += [f"{key} {done[key]}, expected {value}" for key, value in expected.items() if done[key] != value]
             first = next((e for e in trial.of("oom")), {})
@@ -283,47 +284,50 @@ def run(arguments: argparse.Namespace) -> int:
                 found = {"machine": machine, "rows": rows}
                 (arguments.out / "step_down.json").write_text(json.dumps(found, indent=1))
 
-        presets = {p.name: {k: p.settings[k] for k in ("num_frames", "image_size")} for p in step_down_presets()[1:]}
+        presets, shown = {}, {}
+        for preset in step_down_presets()[1:]:  # each keeps what the earlier ones have given up
+            shown = shown | {name: preset.settings[name] for name in SHOWN if name in preset.settings}
+            presets[preset.name] = shown
         rungs = ["recompute", *presets]
-        steps = 2 + len(rungs) + 1  # in the second one all is there that a step takes
+        steps = 2 + len(rungs) + 1  # from the second one on, a step uses all its memory
         tour = Trial(
             card,
             options(max_steps=steps),
             folder,
             before_step=lambda step: card.tighten() if 2 < step < steps else None,
-            on_event=lambda event: relieve(card) if event["kind"] in ("retreat", "preset") else None,
+            on_event=lambda event: lift_cap(card) if event["kind"] in ("retreat", "preset") else None,
         )
-        told("all rungs, one a step", tour, steps, reductions=rungs)
+        record("all rungs, one a step", tour, steps, reductions=rungs)
         takes = {name: tour.peaks.get(step, math.nan) for step, name in enumerate(["nothing", *rungs], start=2)}
         print("  takes: " + ", ".join(f"{name} {peak / 1e9:.2f} GB" for name, peak in takes.items()))
 
         settings: dict[str, Any] = {}
         for above, rung in zip(takes, rungs):
-            room = takes[rung] + 0.95 * (takes[above] - takes[rung])
+            room = takes[rung] + 0.7 * (takes[above] - takes[rung])
             trial = Trial(
                 card,
                 options(**settings, max_steps=3),
                 folder,
                 before_step=lambda step, room=room: card.cap(room) if step == 2 else None,
             )
-            told(f"capped at {room / 1e9:.2f} GB: {rung}", trial, 3, reductions=[rung])
+            record(f"capped at {room / 1e9:.2f} GB: {rung}", trial, 3, reductions=[rung])
             settings = {"checkpointed_layers": 2 if arguments.dry else LAYERS, **presets.get(rung, {})}
 
-        for name, trial, actions in others(card, options, folder):
-            told(name, trial, 2, actions=actions, reductions=[])
+        for name, trial, actions in other_errors(card, options, folder):
+            record(name, trial, 2, actions=actions, reductions=[])
     failed = [row["name"] for row in rows if row["wrong"]]
-    print(f"{len(rows) - len(failed)} of {len(rows)} went on" + (f"; not: {', '.join(failed)}" if failed else ""))
+    print(f"{len(rows) - len(failed)} of {len(rows)} continued" + (f"; not: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 
-def relieve(card: Card) -> None:
-    """There is room again; what the step takes is counted from here."""
+def lift_cap(card: Card) -> None:
+    """Removes the cap and restarts the measurement of the peak."""
     card.cap(None)
     card.peak()
 
 
-def others(card: Card, options: Callable[..., Any], folder: Path):
-    """(name, trial, expected actions): where stepping down is not the answer."""
+def other_errors(card: Card, options: Callable[..., Any], folder: Path):
+    """Yields (name, trial, expected actions) of errors for which stepping down is not the solution."""
     again = "trying again with an emptied cache"
 
     def first_step(original: Any, trainer: EventTrainer, optimizer: Any, step: Any) -> Any:
@@ -331,7 +335,7 @@ def others(card: Card, options: Callable[..., Any], folder: Path):
             if not tried:
                 tried.append(True)
                 card.tighten(leave=1e6)
-                step()  # should it fit all the same, it must be undone
+                step()  # if it fits nevertheless, it must be undone
                 card.run_out()
             return step()
 

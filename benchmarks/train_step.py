@@ -1,11 +1,12 @@
-"""One training step at real size on one GPU: the old way, then each lever added in turn.
+"""Measures one training step at real size on one GPU: the old way, then with each optimisation added in turn.
 
     python benchmarks/train_step.py                         # all variants, one after another on one model
     python benchmarks/train_step.py --only "old;+ compiled" # some of them
-    python benchmarks/train_step.py --only "+ products kept, none" --profile FILE  # and where a step's time goes
+    python benchmarks/train_step.py --only "+ products kept, none" --profile FILE  # and a profile of a step
 
 Prints a table: s/sample, ratio to the old way, peak memory (GB = 1e9 bytes), share of the card's measured matmul rate.
-Needs a CUDA GPU with 80 GB, bitsandbytes for the 8-bit optimiser, and no checkpoint: the weights are random.
+Needs a CUDA GPU with 80 GB and bitsandbytes for the 8-bit optimiser, but no checkpoint, because the weights are
+random.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 OLD = dict(logits="full", cached=False, casts=True, compiled=False, keep="all", checkpointed=28, attention="sdpa",
-           host=False, positions=False, frames=8, grid=(32, 36), rows=1, packed=False)  # fmt: skip
+           host=False, positions=False, frames=8, audio=1500, grid=(32, 36), rows=1,
+           packed=False)  # fmt: skip
 CACHED = dict(logits="answer", cached=True)
 COMPILED = CACHED | dict(casts=False, compiled=True)
 OURS = COMPILED | dict(host=True, positions=True)
+SPOKEN = dict(audio=160, checkpointed=0, keep="products")
+"""Audio tokens with audio_span spoken: a question of 2.7 s and the margin."""
 FLASH = dict(attention="flash_attention_2")
 VARIANTS: dict[str, dict[str, Any]] = {
     "old": {},
@@ -38,6 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "+ embeddings on host, positions": OURS,
     "+ 17 checkpointed": OURS | dict(checkpointed=17),
     "+ products kept, none": OURS | dict(checkpointed=0, keep="products"),
+    "spoken, products kept, none": OURS | SPOKEN,
+    "spoken, all recompute": OURS | SPOKEN | dict(checkpointed=28),
+    "spoken, 12 frames": OURS | SPOKEN | dict(frames=12),
     "flash-attn 2, 17 checkpointed": OURS | FLASH | dict(checkpointed=17),
     "flash-attn 2, products kept, none": OURS | FLASH | dict(checkpointed=0, keep="products"),
     "encoders in the step, sdpa": dict(logits="answer", casts=False, compiled=True),
@@ -46,12 +53,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2 packed, sdpa": OURS | dict(rows=2, packed=True),
     "2 packed, flash-attn 2": OURS | FLASH | dict(rows=2, packed=True),
 }
-"""What each variant changes of OLD."""
+"""{variant: its changes to OLD}."""
 ACCUMULATION = 4
 
 
 def matmul_rate() -> float:
-    """FLOP/s of an 8192³ bf16 product on random data: the ceiling that MFU is a share of."""
+    """FLOP/s of an 8192³ bf16 product on random data, the reference for MFU."""
     import torch
 
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -66,8 +73,11 @@ def matmul_rate() -> float:
 
 
 def useful_flops(model: Any, tokens: int, trained: int) -> float:
-    """FLOP of a sample without any recomputation: forward and input gradients of the frozen matrices (4 per weight and
-    token), all three products of the trained ones (6), causal attention forward and backward (7·L²·hidden a layer)."""
+    """FLOP of a sample without recomputation.
+
+    Forward and input gradients of the frozen matrices (4 per weight and token), all three products of the trained ones
+    (6), and causal attention forward and backward (7·L²·hidden per layer).
+    """
     from torch import nn
 
     from surgvqa.model.layers import decoder_layers
@@ -78,7 +88,7 @@ def useful_flops(model: Any, tokens: int, trained: int) -> float:
 
 
 class Bench:
-    """One model with its adapter; each variant sets it up anew."""
+    """One model with its adapter, which each variant configures again."""
 
     def __init__(self) -> None:
         import bitsandbytes
@@ -95,7 +105,7 @@ class Bench:
         self.rate = matmul_rate()
 
     def prepare(self, v: dict[str, Any]) -> dict[str, Any]:
-        """Sets the model up, its adapter as at first, and returns a batch."""
+        """Configures the model, resets its adapter, and returns a batch."""
         import real_size
         import torch
 
@@ -120,22 +130,23 @@ class Bench:
         encoders = (self.model.model.visual, self.model.audio_encoder)
         for encoder in encoders:
             encoder.to("cuda")
-        data = real_size.batch(v["frames"], tuple(v["grid"]), rows=v["rows"])
+        data = real_size.batch(v["frames"], tuple(v["grid"]), rows=v["rows"], audio=v["audio"])
         if v["cached"]:
             with torch.no_grad():
                 pixels = data.pop("pixel_values").to(torch.bfloat16)
                 data["image_features"] = self.model.encode_images(pixels, data["image_grid_thw"]).clone()
-                data["audio_features"] = self.model.encode_audio(data.pop("input_features")).clone()
+                heard = self.model.encode_audio(data.pop("input_features"))
+                data["audio_features"] = heard[:, : v["audio"]].flatten(0, 1).clone()
             for encoder in encoders:
                 encoder.to("cpu")
         if v["packed"]:
             data = real_size.packed(data, self.model)
-        elif v["positions"]:  # the collator gives them
+        elif v["positions"]:  # from the collator
             data["position_ids"] = self.model._positions(data["input_ids"], None, data["image_grid_thw"], None, 0)
         return data
 
     def measure(self, variant: dict[str, Any], steps: int = 4, profile: Path | None = None) -> dict[str, Any]:
-        """Time and memory of a step. `profile`: file for the kernels of one step, the longest first."""
+        """Time and memory of a step. `profile`: file for the kernels of one step, longest first."""
         import torch
         import torch.nn.functional as F
 
@@ -150,7 +161,7 @@ class Bench:
             with torch.autocast("cuda", torch.bfloat16):
                 if v["logits"] == "answer":
                     loss = self.peft_model(**data).loss
-                else:  # as transformers computes it: logits of every position, in float32
+                else:  # as in transformers: logits of every position, in float32
                     labels = data["labels"]
                     logits = self.peft_model(**{k: t for k, t in data.items() if k != "labels"}).logits.float()
                     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -204,7 +215,7 @@ class Bench:
 
 
 def profiled(step: Any) -> str:
-    """The kernels of one step, the longest first, and the gaps between them: what the GPU waited for."""
+    """The kernels of one step, longest first, and the gaps between them, in which the GPU waited."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
@@ -237,7 +248,7 @@ def main() -> None:
     """Runs the variants one after another and prints the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of variants, separated by ;")
-    parser.add_argument("--profile", type=Path, help="folder: the kernels of a step of each variant, the longest first")
+    parser.add_argument("--profile", type=Path, help="folder for the kernels of a step of each variant, longest first")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     import torch
@@ -258,7 +269,7 @@ def main() -> None:
         except Exception as error:
             print(f"{name:34} failed: {type(error).__name__} {str(error)[:200]}", flush=True)
             results[name] = {"error": str(error)[:1500]}
-            traceback.clear_frames(error.__traceback__)  # they hold what filled the GPU
+            traceback.clear_frames(error.__traceback__)  # frees what filled the GPU
             bench.peft_model.zero_grad(set_to_none=True)
             continue
         ratio = results["old"]["s_per_sample"] / r["s_per_sample"] if "s_per_sample" in results.get("old", {}) else 0

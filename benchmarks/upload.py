@@ -1,12 +1,12 @@
-"""Upload beside `scp -r`, interleaved in one run: loopback and three links between network namespaces.
+"""Compares the upload with `scp -r`, alternately in one run, over loopback and three links between network namespaces.
 
     python benchmarks/upload.py [--rounds 3] [--links loopback,lan,wan,lossy] [--out FILE.json]
 
-Needs root, openssh-server, iproute2 and a C compiler. The links are made by benchmarks/link.c over TUN devices (kernels
-without netem have no other way), with the kernel's own TCP and cubic. Both sides run on this one machine, so that on
-fast links the processor is the limit. Every time is the wall time of the whole command: `scp -r`, and `surgvqa-remote
-upload` with its start, connection, plan, transfer, hashing on the host and publication. The source's hashes are known
-from the merge report, as after `surgvqa merge`; the column "sending" leaves out start and plan.
+Needs root, openssh-server, iproute2 and a C compiler. benchmarks/link.c makes the links over TUN devices (the only way
+on kernels without netem), with the kernel's own TCP and cubic. Both sides run on this machine, so the processor is the
+limit on fast links. Times are wall times of the whole command: `scp -r`, and `surgvqa-remote upload` with start,
+connection, plan, transfer, hashing on the host and publication. The source's hashes are known from the merge report,
+as after `surgvqa merge`. The column "sending" excludes start and plan.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def ip(*words: str) -> None:
 
 @contextlib.contextmanager
 def link(binary: Path, round_trip_ms: float, mbit: float, loss: float):
-    """Two namespaces with that link between them."""
+    """Two namespaces with this link between them."""
     for space in SPACES:
         ip("netns", "add", space)
     words = [str(binary), *SPACES, str(round_trip_ms), str(mbit), str(loss)]
@@ -72,7 +72,7 @@ def link(binary: Path, round_trip_ms: float, mbit: float, loss: float):
 
 
 def make_source(folder: Path, megabytes: int) -> None:
-    """A checkpoint's shape: shards of random bytes and a merge report that knows their hashes."""
+    """Writes shards of random bytes and a merge report with their hashes."""
     folder.mkdir(parents=True)
     shards = 4
     for number in range(shards):
@@ -168,7 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.getuid() != 0:
         sys.exit("benchmarks/upload.py: needs root for network namespaces")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # no disk in the way
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:  # avoids the disk
         root = Path(folder)
         binary = root / "link"
         subprocess.run(["cc", "-O2", "-o", str(binary), str(ROOT / "benchmarks" / "link.c")], check=True)

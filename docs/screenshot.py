@@ -1,21 +1,38 @@
-"""Draws the panel over a workspace into an SVG, without a terminal: `make screenshot`, after a `make demo`."""
+"""Draws the panel over a workspace into SVGs, without a terminal, and writes the table of its keys: `make screenshots`,
+after a `make demo`. Monitor shows the recorded GPU run of the demo, unless --run names another."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from textual.pilot import Pilot
 
 from surgvqa.config.workspace import load_workspace
 from surgvqa.errors import SurgvqaError
+from tui import keys
 from tui.app import Panel
 from tui.screens.monitor import MonitorScreen
 from tui.targets.local import LocalTarget
+from tui.targets.recording import RUN_ID, DemoTarget
 from tui.widgets.head import TITLES
 
-OUT = Path(__file__).with_name("panel.svg")
+DOCS = Path(__file__).parent
+OUT = DOCS / "panel.svg"
+INTO_RECORDING_S = 10.0
+KEYS_HEAD = """# The keys of the panel
+
+Made by `make screenshots` from the panel's one table (`tui/keys.py`), which its footer, help and palette are made from
+too. A key is remapped in `~/.config/surgvqa/keys.toml`, by its name:
+
+```toml
+[monitor]
+stop = "ctrl+s"
+```
+
+"""
 
 
 def screenshot(
@@ -23,7 +40,10 @@ def screenshot(
 ) -> None:
     """Opens the panel on `workspace`, waits until its figures are read, and saves what it shows. In Monitor that is
     `run`, else the newest training."""
-    target = LocalTarget(load_workspace(workspace))
+    target: LocalTarget = LocalTarget(load_workspace(workspace))
+    if run == RUN_ID:
+        target = DemoTarget(target.workspace)
+        target.began = time.time() - INTO_RECORDING_S
     run = run or next((found.id for found in target.runs() if found.command == "train"), None)
     panel = Panel(target)
 
@@ -51,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         "workspace", type=Path, nargs="?", default=Path("demo"), help="workspace folder (default: demo)"
     )
     parser.add_argument("out", type=Path, nargs="?", default=OUT, help="SVG file to write (default: docs/panel.svg)")
+    parser.add_argument("--all", action="store_true", help="every screen, into docs/, and docs/keys.md")
     parser.add_argument("--screen", choices=tuple(TITLES), default="monitor")
     parser.add_argument("--run", help="run that Monitor shows (default: the newest training)")
     parser.add_argument("--size", default="120x36", help="columns x rows (default: 120x36)")
@@ -61,7 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     columns, _, rows = arguments.size.partition("x")
     try:
         size = int(columns), int(rows)
-        screenshot(arguments.workspace, arguments.out, arguments.screen, size, arguments.wait, arguments.run)
+        if arguments.all:
+            (DOCS / "keys.md").write_text(KEYS_HEAD + keys.markdown(), encoding="utf-8")
+            for mode in TITLES:
+                out = OUT if mode == "monitor" else DOCS / f"panel-{mode}.svg"
+                screenshot(arguments.workspace, out, mode, size, arguments.wait, arguments.run or RUN_ID)
+        else:
+            screenshot(arguments.workspace, arguments.out, arguments.screen, size, arguments.wait, arguments.run)
     except (SurgvqaError, OSError) as error:
         print(f"screenshot: {error}", file=sys.stderr)
         return 1

@@ -1,8 +1,8 @@
 """Presets: named overrides as TOML files, and the order in which a run steps down through them.
 
-A file holds `reason` (why one would choose it), `gives_up` (what it costs), `rung` (its place in the order of stepping
-down, 0 first; without one no run steps down to it) and `[settings]`, keys of the training options. A workspace may
-bring its own in `<workspace>/presets/`: they are listed first, and when any of them has a rung, they replace the order.
+A file contains `reason` (why to choose it), `gives_up` (what it costs), `rung` (its position in the order, 0 first; no
+run steps down to a preset without one) and `[settings]` (keys of the training options). A workspace may have presets of
+its own in `<workspace>/presets/`. They are listed first, and if any has a rung, they replace the built-in order.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Preset:
 
 
 class PresetError(ValueError):
-    """A preset file that cannot be used; the text names the file and the key."""
+    """A preset file cannot be used. The text names the file and the key."""
 
 
 def load_presets(workspace: Path | None = None) -> list[Preset]:
-    """All presets, the workspace's own first, each group by rung and then by name."""
+    """All presets, with the workspace's own first. Both groups are sorted by rung and then by name."""
     own = _read_folder(workspace / "presets") if workspace else []
     names = {p.name for p in own}
     return own + [p for p in _read_folder(BUILT_IN) if p.name not in names]
 
 
 def step_down_presets(workspace: Path | None = None) -> list[Preset]:
-    """The presets that a run steps down through, from the first choice to the last resort."""
+    """The presets with a rung, in the order in which a run steps down through them."""
     presets = load_presets(workspace)
     own = [p for p in presets if p.rung is not None and p.file.parent != BUILT_IN]
     return own or [p for p in presets if p.rung is not None]
@@ -63,7 +63,7 @@ def _read(file: Path) -> Preset:
         document = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise PresetError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # no TOML, or no UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
         raise PresetError(f"{file}: not valid TOML: {error}") from None
     if unknown := sorted(set(document) - set(KEYS)):
         raise PresetError(f"{file}: unknown key {unknown[0]}, expected {', '.join(KEYS)}")

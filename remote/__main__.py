@@ -1,7 +1,7 @@
-"""`python -m remote`: the same as surgvqa-remote; a detached upload is started this way."""
+"""`python -m remote` runs surgvqa-remote. A detached upload starts this way."""
 
 import sys
 
-from remote.cli.main import main
+from remote.start import main
 
 sys.exit(main())

@@ -1,7 +1,7 @@
-"""What may become a remote path: only what stays inside the workspace.
+"""Turns local paths into paths on the host, which must stay inside the workspace.
 
-Parameters never travel on a command line at all: they are JSON on the agent's standard input (see agent/). The only
-words that a remote shell sees are the host's Python and the constant bootstrap.
+No parameter is on a command line: parameters are JSON on the agent's standard input (see agent/). A remote shell sees
+only the name of the host's Python and the constant bootstrap.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from surgvqa.errors import UsageError
 
 
 def inside(path: str, what: str = "path") -> str:
-    """`path` as a relative POSIX path that cannot leave its root; UsageError otherwise."""
+    """`path` as a relative POSIX path. Raises UsageError if it could leave its root."""
     pure = PurePosixPath(path)
     if not path or "\0" in path or pure.is_absolute() or ".." in pure.parts or not pure.parts:
         raise UsageError(f"{what} {path!r}: expected a path inside the workspace, without ..")
@@ -22,9 +22,10 @@ def inside(path: str, what: str = "path") -> str:
 
 
 def remote_name(path: str | os.PathLike[str], workspace: Workspace, made_there: bool = False) -> str:
-    """The name on the host of a local path: as it is inside the workspace; its last part when it lies elsewhere.
+    """The path on the host of a local path, relative to the workspace.
 
-    `made_there`: it may lie below runs/, which belongs to the host's own jobs.
+    It is the same as here for a path inside the workspace, and the last part of any other path. `made_there`: a job on
+    the host makes it, so it may be below runs/. Raises UsageError for reserved names.
     """
     absolute = Path(os.path.abspath(os.path.expanduser(path)))
     root = Path(os.path.abspath(workspace.root))

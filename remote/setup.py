@@ -1,4 +1,4 @@
-"""`surgvqa-remote setup HOST`: workspace, virtual environment and our own wheel on the host; idempotent."""
+"""`surgvqa-remote setup HOST`: installs workspace, virtual environment and our wheel on the host. Idempotent."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from remote.ssh.connection import Remote
 from surgvqa import __version__
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.reporter import Reporter
+from surgvqa.terminal.figures import human_seconds
 
 PACKAGES = ("surgvqa", "remote", "tui", "presets")
 MINIMUM = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_BYTES = 7e9  # of [train] on the disk, measured 6.3 GB: torch with its CUDA libraries
 FULL_BYTES = 20e6
+CLOCK_S = 10.0
+"""Difference in seconds between two clocks from which `setup` warns."""
 FLASH_ATTN_BUILD = "flash-attn has no ready build: building takes about 2.5 min on 16 cores, 20 min on 2"
 
 
 @functools.cache
 def code_digest() -> str:
-    """Tells two states of our sources apart, also when the version number is the same."""
+    """A digest of our sources, which differs between two states with the same version number."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*")):
@@ -41,7 +44,7 @@ def code_digest() -> str:
 
 
 def skew(installed: dict[str, Any] | None) -> str | None:
-    """One line when the host has another version of us than this side, None when they are the same."""
+    """One line if the host's version of surgvqa differs from ours, otherwise None."""
     if installed is None:
         return "surgvqa is not installed there; run surgvqa-remote setup"
     if installed.get("code") != code_digest():
@@ -51,8 +54,24 @@ def skew(installed: dict[str, Any] | None) -> str | None:
     return None
 
 
+def wrong_clock(theirs: object, before: float, after: float) -> str | None:
+    """One line if the host's clock and ours differ by CLOCK_S or more, otherwise None.
+
+    `theirs`: the host's Unix time, requested between `before` and `after`.
+    """
+    if not isinstance(theirs, (int, float)):
+        return None
+    off = theirs - after if theirs > after else min(0.0, theirs - before)
+    if abs(off) < CLOCK_S:
+        return None
+    return (
+        f"its clock is {human_seconds(abs(off))} {'ahead of' if off > 0 else 'behind'} this one, and the times of its "
+        "runs look wrong here; on the one that is wrong: sudo timedatectl set-ntp true"
+    )
+
+
 def build_wheel(folder: Path) -> Path:
-    """Our own wheel: built from the checkout, or put together again from what is installed."""
+    """Our own wheel, built from the checkout or assembled from the installed files."""
     if (ROOT / "pyproject.toml").is_file():
         words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
         if importlib.util.find_spec("hatchling"):
@@ -65,8 +84,18 @@ def build_wheel(folder: Path) -> Path:
     return next(folder.glob("surgvqa-*.whl"))
 
 
+def constraints(with_torch: bool) -> str:
+    """The versions that we are tested with, as `make` installs them.
+
+    `with_torch`: includes torch's version; without it, the host's own torch stays.
+    """
+    file = ROOT / "constraints.txt"
+    lines = (file if file.is_file() else ROOT / "surgvqa/constraints.txt").read_text(encoding="utf-8").splitlines(True)
+    return "".join(line for line in lines if with_torch or not line.startswith("torch=="))
+
+
 def _wheel_from_installation(folder: Path) -> None:
-    """A wheel is a zip of the files that its RECORD lists; pip left all of them in site-packages."""
+    """Writes a wheel, a zip of the files that its RECORD lists. pip keeps all of them in site-packages."""
     distribution = importlib.metadata.distribution("surgvqa")
     name = f"surgvqa-{distribution.version}-py3-none-any.whl"
     with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -88,7 +117,7 @@ def setup(
     flash_attn: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Everything that a job needs there. Doing it again changes nothing and takes a second."""
+    """Installs everything that a job needs on the host. A second call changes nothing and takes a second."""
     began = time.monotonic()
     entry, name = remote.host.entry, remote.host.name
     facts = remote.call("probe", venv=entry.venv)
@@ -113,14 +142,17 @@ def setup(
         with tempfile.TemporaryDirectory() as folder:
             wheel = build_wheel(Path(folder))
             content = base64.b64encode(wheel.read_bytes()).decode()
-            path = remote.call("prepare", wheel_name=wheel.name, wheel=content)["wheel"]
+            versions = constraints(with_torch=not (system_site_packages or facts["has_venv"]))
+            stored = remote.call("prepare", wheel_name=wheel.name, wheel=content, constraints=versions)
+            path = stored["wheel"]
         run.phase("venv", facts["venv"])
-        # One that stands keeps its settings: made again, it would lose --system-site-packages, and the host's torch.
+        # An existing one is kept: made again, it would lose --system-site-packages, and with it the host's torch.
         if system_site_packages or not facts["has_venv"] or not _has_pip(remote, python):
             options = ["--system-site-packages"] if system_site_packages else []
             execute(remote, [facts["python"], "-m", "venv", *options, facts["venv"]], "making the virtual environment")
         run.phase("install", f"surgvqa[{extra}] and what it needs" if extra else "surgvqa")
         words = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+        words += ["--constraint", stored["constraints"]]
         target = f"surgvqa[{extra}] @ {PurePosixPath(path).as_uri()}" if extra else path
         execute(remote, [*words, target], "pip install", run)
         # the same version number may be another state of the code
@@ -128,7 +160,8 @@ def setup(
         if flash_attn:
             run.phase("flash-attn", FLASH_ATTN_BUILD)
             execute(remote, [*words, "--no-build-isolation", "flash-attn>=2.8"], "installing flash-attn", run)
-        record = {"version": __version__, "code": code_digest(), "at": time.time(), **asked}
+        made = not facts["has_venv"] or installed.get("made_venv") is True  # otherwise somebody else made it
+        record = {"version": __version__, "code": code_digest(), "at": time.time(), "made_venv": made, **asked}
         remote.call("installed", record=record)
     run.phase("doctor", f"on {name}")
     doctor = ask_json(remote, [python, "-m", "surgvqa", "doctor", "--json"])
@@ -149,24 +182,33 @@ def setup(
 
 
 def _has_pip(remote: Remote, python: str) -> bool:
-    """Whether the environment was made to its end."""
-    return list(remote.stream("execute", argv=[python, "-m", "pip", "--version"]))[-1].get("exit_code") == 0
+    """Whether the environment was made completely."""
+    return remote.call("execute", argv=[python, "-m", "pip", "--version"]).get("exit_code") == 0
 
 
 def execute(remote: Remote, argv: list[str], what: str, run: Reporter | None = None) -> list[str]:
-    """Runs a program there; raises with its last line when it fails."""
+    """Runs a program on the host and returns its lines of output.
+
+    Raises SurgvqaError with its last line if it fails. If the connection is lost, the host ends the program, and it is
+    run again.
+    """
     lines: list[str] = []
-    code = -1
-    for message in remote.stream("execute", argv=argv):
-        if "line" in message:
-            lines.append(message["line"])
-            if run is not None and message["line"].strip():
-                run.emit("output", text=message["line"])
-        else:
-            code = message["exit_code"]
-    if code:
+
+    def attempt() -> int:
+        lines.clear()
+        code = -1
+        for message in remote.stream("execute", argv=argv):
+            if "line" in message:
+                lines.append(message["line"])
+                if run is not None and message["line"].strip():
+                    run.emit("output", text=message["line"])
+            else:
+                code = message.get("exit_code", code)
+        return code
+
+    if remote.patiently(attempt):
         last = ([line for line in lines if line.startswith("ERROR")] or lines or ["no output"])[-1]
-        facts = remote.call("probe", venv=remote.host.entry.venv)  # programs on a full disk say all sorts of things
+        facts = remote.call("probe", venv=remote.host.entry.venv)  # programs report a full disk in many different ways
         if facts["free"] < FULL_BYTES or "No space left" in " ".join(lines):
             last = f"disk full, {facts['free'] / 1e6:.0f} MB free in {facts['workspace']}; free some space there"
         elif "ensurepip is not available" in " ".join(lines):
@@ -176,8 +218,9 @@ def execute(remote: Remote, argv: list[str], what: str, run: Reporter | None = N
 
 
 def ask_json(remote: Remote, argv: list[str]) -> Any:
-    """The JSON document that a program there prints; None when it prints none."""
-    lines = [m["line"] for m in remote.stream("execute", argv=argv) if "line" in m]
+    """The JSON document that a program on the host prints, or None if it prints none."""
+    messages = remote.patiently(lambda: list(remote.stream("execute", argv=argv)))
+    lines = [m["line"] for m in messages if "line" in m]
     try:
         return json.loads("\n".join(lines))
     except ValueError:

@@ -1,4 +1,4 @@
-"""`python -m surgvqa` is `surgvqa`; detached jobs are started this way."""
+"""`python -m surgvqa` runs `surgvqa`. Detached jobs start this way."""
 
 import sys
 

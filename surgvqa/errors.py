@@ -1,15 +1,17 @@
-"""The two errors that users read: one line each, never a traceback."""
+"""The two errors that users see, each as one line without a traceback."""
 
 
 class SurgvqaError(Exception):
-    """The command ran and failed (exit code 1). The text names the file or field, what was found,
-    what was expected and what to do."""
+    """The command ran and failed (exit code 1).
+
+    The text names the file or field, and says what was found, what was expected and what to do.
+    """
 
     exit_code = 1
 
 
 class UsageError(SurgvqaError):
-    """The command could not be asked: bad options, missing or malformed input (exit code 2)."""
+    """The command could not start, because of bad options or missing or malformed input (exit code 2)."""
 
     exit_code = 2
 
@@ -22,5 +24,5 @@ def of_worker(error: SurgvqaError) -> SurgvqaError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says anything: libraries begin their texts with blank lines, or have none."""
+    """The first line of an error that is not blank. Libraries begin messages with blank lines or give none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Outcome:
-    """`data` for --json, `show` for people, `ok` for the exit code."""
+    """`data` is printed with --json, `show` prints the same for people, and `ok` decides the exit code."""
 
     data: dict[str, Any]
     ok: bool = True

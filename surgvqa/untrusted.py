@@ -1,6 +1,6 @@
-"""Text and JSON from outside (a host, a log, somebody's files), made safe to read and to show.
+"""Makes text and JSON from outside (a host, a log, somebody's files) safe to read and to show.
 
-Standard library, Python 3.8: it travels to GPU hosts with the agent.
+Standard library and Python 3.8 only, because the agent uses this module on GPU hosts.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import re
 from typing import Any
 
 MAX_DEPTH = 50
-"""Levels of lists and objects within each other that any document of ours stays well below."""
+"""Largest accepted depth of nested lists and objects. Our own documents stay well below it."""
 LARGEST = 1e300
-"""What is beyond it, infinite or no number at all cannot be reckoned with."""
+"""Largest accepted absolute value of a number. Beyond it, arithmetic could overflow."""
 LAST_TIME = 253402300800.0
-"""The year 10000: a time beyond it has no date."""
+"""The year 10000 in Unix seconds. Python has no date for later times."""
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-"""What a terminal obeys instead of showing it: control characters but newline and tab, changes of direction; and lone
-surrogates, which no terminal can be sent."""
+"""Characters that a terminal obeys instead of showing: control characters except newline and tab, and changes of text
+direction. Also lone surrogates, which cannot be encoded."""
 SEQUENCE = re.compile("\x1b(?:\\[[0-9:;<=>?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[ -/]*[0-~])")
-"""One escape sequence: CSI, OSC or a plain one (ECMA-48)."""
+"""One escape sequence: CSI, OSC or a simple one (ECMA-48)."""
 
 
 def printable(text: str) -> str:
-    r"""`text` with whatever a terminal would obey written out: an escape character becomes the four letters `\x1b`."""
+    r"""`text` with each character in OBEYED written as an escape: ESC becomes the four characters `\x1b`."""
 
     def written_out(found: re.Match[str]) -> str:
         code = ord(found.group())
@@ -33,30 +33,33 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` printable and in one line."""
+    """`text` in one line and printable."""
     return printable(" ".join(text.splitlines()))
 
 
 def log_text(text: str) -> str:
-    """Output of a program without colours and cursor movements; what it redrew (a progress bar) is one line each."""
+    """A program's output without colours and cursor movements. Each state of a progress bar becomes a line."""
     return printable(SEQUENCE.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """Why a file is no UTF-8 text, for people."""
+    """Says in words why a file is not UTF-8 text."""
     if error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "it is UTF-16 text, expected UTF-8: save it as UTF-8"
     return f"byte {error.start + 1} is not UTF-8, expected UTF-8 text"
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of `text`, which end with LF or CRLF: str.splitlines also cuts at U+2028 and U+0085, inside strings."""
+    """The lines of `text`, split at LF or CRLF only. str.splitlines also splits at U+2028 and U+0085."""
     return [line[:-1] if line.endswith("\r") else line for line in text.split("\n")]
 
 
 def json_line(document: Any) -> bytes:
-    """`document` as one line of a JSONL file: readable UTF-8, or ASCII where a string has no UTF-8 (a lone surrogate,
-    from a file name in another encoding or from somebody's JSON)."""
+    """`document` as one line of a JSONL file, in readable UTF-8.
+
+    The line is ASCII if a string cannot be encoded as UTF-8, because it contains a lone surrogate (from a file name in
+    another encoding or from somebody's JSON).
+    """
     try:
         return (json.dumps(document, ensure_ascii=False, default=str) + "\n").encode()
     except UnicodeEncodeError:
@@ -64,17 +67,18 @@ def json_line(document: Any) -> bytes:
 
 
 def parse_json(document: bytes | str) -> Any:
-    """The JSON of `document`, its strings and keys printable.
+    """The JSON value in `document`, with printable strings and keys.
 
-    Raises ValueError for what is not JSON, is not UTF-8 or is nested deeper than MAX_DEPTH.
+    Raises ValueError if `document` is not JSON, is not UTF-8, is nested deeper than MAX_DEPTH or has an integer
+    beyond LARGEST.
     """
     return cleaned(load_json(document))
 
 
 def load_json(document: bytes | str) -> Any:
-    """As `json.loads`, of bytes with or without a byte order mark, and ValueError also for what is nested too deeply.
+    """Like `json.loads`, but accepts bytes with a byte order mark and raises ValueError if nested too deeply.
 
-    For text that is cleaned later.
+    The strings are not printable yet: the caller passes the value to `cleaned`.
     """
     try:
         return json.loads(document if isinstance(document, str) else document.decode("utf-8-sig"))
@@ -83,7 +87,7 @@ def load_json(document: bytes | str) -> Any:
 
 
 def parse_object(document: bytes | str) -> dict[str, Any]:
-    """As `parse_json`, of what has to be an object."""
+    """Like `parse_json`, and raises ValueError if the value is not an object."""
     found = parse_json(document)
     if not isinstance(found, dict):
         raise ValueError(f"expected an object, found {type(found).__name__}")
@@ -91,8 +95,11 @@ def parse_object(document: bytes | str) -> dict[str, Any]:
 
 
 def cleaned(value: Any, depth: int = 0) -> Any:
-    """A value made of JSON's types with all its text printable. ValueError for what is nested too deeply, and for a
-    whole number that no float can hold: arithmetic on it would raise OverflowError somewhere else."""
+    """A JSON value with all its text made printable.
+
+    Raises ValueError if it is nested too deeply, or has an integer too large for a float, with which arithmetic would
+    raise OverflowError elsewhere.
+    """
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     if isinstance(value, str):
@@ -114,7 +121,7 @@ def _too_large(value: Any) -> bool:
 
 
 def json_kind(value: Any) -> str:
-    """What a JSON value is, for people: "a number", "an object"."""
+    """Names the kind of a JSON value for a message: "a number", "an object"."""
     if value is None:
         return "null"
     if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
@@ -133,9 +140,9 @@ def is_kind(value: Any, kind: str) -> bool:
 
 
 def of_kinds(document: dict[str, Any], kinds: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """`document` without the fields that are of another kind than `kinds` asks for, and what is wrong with each.
+    """`document` without the fields whose kind differs from that in `kinds`, and a message about each of those.
 
-    Fields that `kinds` does not name, and null, are left alone.
+    Fields that `kinds` does not name, and null, stay.
     """
     wrong = {
         name: f"{name} is {json_kind(document[name])}, expected {kind}"

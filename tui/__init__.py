@@ -1,1 +1,1 @@
-"""The panel: four screens over run folders. It owns no work and never imports torch."""
+"""The panel: five screens over run folders. It owns no work and never imports torch."""

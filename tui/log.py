@@ -12,6 +12,8 @@ from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from surgvqa.files import user_folder
+
 LARGEST_BYTES = 500_000
 """Of the log; one older file of that size is kept beside it."""
 SECRET_NAME = re.compile("TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
@@ -25,9 +27,8 @@ path: Path | None = None
 
 
 def default_path() -> Path:
-    """`panel.log` in the user's state folder (XDG Base Directory Specification)."""
-    state = os.environ.get("XDG_STATE_HOME") or ""
-    return Path(state if os.path.isabs(state) else Path.home() / ".local" / "state", "surgvqa", "panel.log")
+    """`panel.log` in the user's state folder."""
+    return user_folder("state") / "panel.log"
 
 
 class WithoutSecrets(logging.Formatter):

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 from presets import PresetError
 from surgvqa import __version__
+from surgvqa.cli.completion import add_completion
 from surgvqa.cli.parser import Parser
 from surgvqa.config.workspace import WORKSPACE_FILE, Workspace, find_workspace, load_workspace
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.files import user_folder
 from tui import log
-from tui.app import Panel
+from tui.app import OPEN_DEMO, Panel
+from tui.keys import keys_file, read_keymap
+from tui.preferences import GIVE_TITLE_BACK, preferences_file, read_preferences
 from tui.targets.local import LocalTarget
-from tui.textual_internals import crash_of
+from tui.targets.recording import DemoTarget
+from tui.textual_internals import crash_of, survive_lost_terminal
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workspace", metavar="DIR", help="workspace folder (default: the nearest one with a surgvqa.toml)"
     )
+    add_completion(parser)
     parser.add_argument("--host", metavar="NAME", help="GPU host: a name of ~/.ssh/config or hosts.toml")
     return parser
 
@@ -57,9 +62,8 @@ def open_workspace(arguments: argparse.Namespace) -> Workspace:
 
 
 def theme_file() -> Path:
-    """Where the chosen theme is kept (XDG Base Directory Specification)."""
-    config = os.environ.get("XDG_CONFIG_HOME") or ""
-    return Path(config if os.path.isabs(config) else Path.home() / ".config", "surgvqa", "theme")
+    """Where the chosen theme is kept."""
+    return user_folder("config") / "theme"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         workspace = open_workspace(arguments)
-        panel = Panel(LocalTarget(workspace), arguments.host or workspace.value("host"), theme_file())
+        panel = Panel(
+            DemoTarget(workspace) if arguments.demo else LocalTarget(workspace),
+            arguments.host or workspace.value("host"),
+            theme_file(),
+            read_preferences(preferences_file()),
+            read_keymap(keys_file()),
+        )
     except (SurgvqaError, PresetError) as error:
         print(f"surgvqa-tui: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
@@ -76,7 +86,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     with contextlib.suppress(OSError):  # the panel works without its log
         log.write_to(log.default_path())
+    survive_lost_terminal()
     panel.run()
+    if panel.preferences.title:
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(GIVE_TITLE_BACK, end="", file=sys.stderr, flush=True)
+    if panel.return_code == OPEN_DEMO:
+        return main(["--demo", "--workspace", str(workspace.root / "demo")])
     crash = crash_of(panel)
     if crash is not None:
         logging.getLogger("tui").error("the panel crashed", exc_info=crash)

@@ -18,6 +18,7 @@ GB = 1e9
 STATE_STYLES = {
     "starting": "$secondary",
     "running": "bold $success",
+    "silent": "bold $warning",
     "finished": "$primary",
     "failed": "$error",
     "died": "$error",
@@ -27,6 +28,7 @@ STATE_STYLES = {
 STATE_MARKS = {
     "starting": "◌",
     "running": "●",
+    "silent": "◌",
     "finished": "✓",
     "failed": "✗",
     "died": "†",
@@ -82,6 +84,11 @@ def ago(then: float, now: float | None = None) -> str:
 def seconds(value: float | None) -> str:
     """`4 min 05 s`, or a dash when it is not known."""
     return "–" if value is None else human_seconds(value)
+
+
+def price(value: float, per: str = "") -> str:
+    """`$1.29`, `$1.29/h`: the providers' prices are in US dollars."""
+    return f"${value:.2f}{per}"
 
 
 def rate(value: float | None, unit: str) -> str:

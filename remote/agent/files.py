@@ -1,27 +1,29 @@
-"""Files on the host: what was published under which name, what of an upload is here already; and files sent back.
+"""Files on the host: paths inside the workspace, the records of what was published and merged; and files sent back.
 
-    <workspace>/.surgvqa/ready/<name>.json   what was published under <name>: digest, files with size, sha256, mtime
+    <workspace>/.surgvqa/ready/<name>.json   what was published under <name>
     <workspace>/.surgvqa/merges/<name>.json  what was merged here for an upload, and from what
 
-An *item* is {"name", "kind": "folder" | "files", "digest", "files": [[path, size, sha256, mtime_ns], …]}. A folder is
-published by one rename; files (JSONL, frames, audio) one by one into the workspace (staging.py does both). Only what a
-ready record lists as made here is ever replaced or removed.
+A ready record is {"name", "kind", "digest", "state": "ready" | "publishing", "files", "stale", "adopted", "old_files"}.
+"files" and "stale" (published once, and no longer part of the upload) map paths to [size, sha256, mtime_ns, mode];
+"adopted" lists files that were put here by hand. Only what a record lists as made here is ever replaced or removed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import shutil
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import quote, unquote
 
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.files import open_regular
 
-STALE_NAMED = 100
-"""Names of stale files in one answer."""
+LONGEST_NAME = 200
+"""Characters of a record's file name at most: file systems take 255 bytes with its ending."""
 BLOCK = 256 << 10  # stays in the processor's cache between reading and hashing
 
 
@@ -43,7 +45,15 @@ def own(workspace: str, *parts: str) -> str:
 
 def _record_path(workspace: str, name: str, kind: str) -> str:
     """A folder may have the name of a set of files: ":" keeps the two apart, and quote() escapes it in names."""
-    return own(workspace, "ready", ("" if kind == "folder" else kind + ":") + quote(name, safe="") + ".json")
+    return own(workspace, "ready", ("" if kind == "folder" else kind + ":") + file_name(name) + ".json")
+
+
+def file_name(name: str) -> str:
+    """A file name of its own for every name of the workspace, however long, in any alphabet."""
+    quoted = quote(name, safe="", errors="surrogateescape")
+    if len(quoted) <= LONGEST_NAME:
+        return quoted
+    return quoted[: LONGEST_NAME - 34] + "--" + hashlib.sha256(quoted.encode()).hexdigest()[:32]
 
 
 def read_record(workspace: str, name: str, kind: str = "folder") -> dict[str, Any]:
@@ -58,20 +68,72 @@ def read_record(workspace: str, name: str, kind: str = "folder") -> dict[str, An
 def write_record(workspace: str, name: str, record: dict[str, Any]) -> None:
     """What was published under `name`."""
     kind = record.get("kind", "folder")
-    _write(_record_path(workspace, name, kind), {"name": name, **record})
+    write_whole(_record_path(workspace, name, kind), {"name": name, **record})
     older = _record_path(workspace, name, "folder")
     if kind != "folder" and _read(older).get("kind") == kind:
         os.unlink(older)
 
 
-def _read(path: str) -> dict[str, Any]:
-    """A record; {} for what is none."""
+def forget_record(workspace: str, name: str, kind: str = "folder") -> None:
+    """What was published under `name` is here no more."""
+    for path in (_record_path(workspace, name, kind), _record_path(workspace, name, "folder")):
+        if _read(path).get("kind", "folder") == kind:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+@contextlib.contextmanager
+def locked(workspace: str, how: int) -> Iterator[None]:
+    """Keeps those who launch and publish (fcntl.LOCK_SH) and those who remove (LOCK_EX) apart, where the file system
+    has locks. Ends with this process."""
+    if not os.path.isdir(own(workspace)):
+        yield
+        return
+    descriptor = os.open(own(workspace, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A record; {} for anything else. A malformed entry is left out."""
+    try:
+        with open_regular(path) as file:
+            found = json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
+        return {}
+    if not isinstance(found.get("name", ""), str) or found.get("kind", "folder") not in ("folder", "files"):
+        return {}
+    if not can_be_names([found.get("name", ""), *found["files"]]):
+        return {}
+    for key in ("files", "stale", "old_files"):
+        entries = found.get(key, {})
+        entries = entries.items() if isinstance(entries, dict) else ()
+        good = {path: entry for path, entry in entries if _is_entry(entry)}
+        good = good if key == "files" or can_be_names(good) else {}
+        found[key] = {path: entry if len(entry) == 4 else [*entry, None] for path, entry in good.items()}
+    return found
+
+
+def can_be_names(names: Iterable[str]) -> bool:
+    """Whether this system could have files of all these names: half of a surrogate pair is in none."""
+    try:
+        os.fsencode("".join(names))
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_entry(entry: Any) -> bool:
+    """Older records have no mode."""
+    if not isinstance(entry, list) or len(entry) not in (3, 4):
+        return False
+    return isinstance(entry[0], int) and isinstance(entry[1], str) and isinstance(entry[2], int)
 
 
 def unfinished(workspace: str, paths: list[str]) -> str | None:
@@ -79,19 +141,19 @@ def unfinished(workspace: str, paths: list[str]) -> str | None:
     for record in records(workspace):
         if record.get("state") != "publishing":
             continue
-        published = [record.get("name", "")] if record.get("kind", "folder") == "folder" else record["files"]
+        published = [record["name"]] if record["kind"] == "folder" else record["files"]
         for path in paths:
             if any((there + "/").startswith(path + "/") or path.startswith(there + "/") for there in published):
                 return path
     return None
 
 
-def _write(path: str, record: dict[str, Any]) -> None:
+def write_whole(path: str, record: dict[str, Any]) -> None:
     """Whole or not at all."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(record, file)
+        file.write(json.dumps(record))  # which is three times as fast as json.dump
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -103,8 +165,9 @@ def records(workspace: str) -> list[dict[str, Any]]:
     with contextlib.suppress(OSError):
         for entry in sorted(os.listdir(own(workspace, "ready"))):
             record = _read(own(workspace, "ready", entry))
-            if isinstance(record.get("files"), dict):
-                found.append({"name": unquote(entry[: -len(".json")]), **record})
+            if record:
+                name = unquote(entry[: -len(".json")], errors="surrogateescape")
+                found.append({"kind": "folder", "name": name, **record})
     return found
 
 
@@ -120,7 +183,7 @@ def sha256_of(path: str) -> str:
             digest.update(buffer[:got])
 
 
-def unchanged(path: str, size: int, mtime_ns: int) -> bool:
+def unchanged(path: str | os.PathLike[str], size: int, mtime_ns: int) -> bool:
     try:
         stat = os.stat(path)
     except OSError:
@@ -128,143 +191,18 @@ def unchanged(path: str, size: int, mtime_ns: int) -> bool:
     return stat.st_size == size and stat.st_mtime_ns == mtime_ns
 
 
-def final_path(workspace: str, item: dict[str, Any], path: str) -> str:
-    return within(workspace, path if item["kind"] == "files" else item["name"] + "/" + path)
-
-
-def standing(workspace: str, item: dict[str, Any], checksum: bool = False) -> dict[str, Any]:
-    """What of `item` is here already. `checksum`: a published file counts only after it was read again.
-
-    state: complete (published and untouched, or found by hash), partial (some files here), absent, or foreign
-    (something else lies under the final name that we did not make). `sources`: index -> path with the same content.
-    """
-    entries = item["files"]
-    finals = [final_path(workspace, item, path) for path, *_ in entries]
-    record = read_record(workspace, item["name"], item["kind"])
-    adopted = bool(record.get("adopted"))
-    ours = set() if adopted else set(record.get("files", {})) | set(record.get("old_files", {}))
-    if checksum:
-        forget_changed(workspace, {sha256 for _, _, sha256, _ in entries})
-    published: dict[str, str] = {}  # sha256 -> path
-    for other in records(workspace):
-        for path, (size, sha256, mtime_ns) in other["files"].items():
-            full = final_path(workspace, other, path)
-            if other.get("state") == "ready" and unchanged(full, size, mtime_ns):
-                published[sha256] = full
-    sources: dict[int, str] = {}
-    in_place, foreign = set(), []
-    for i, (path, size, sha256, _) in enumerate(entries):
-        final, source = finals[i], published.get(sha256)
-        if source and os.path.getsize(source) == size:
-            sources[i] = source
-        if source and os.path.exists(final) and os.path.samefile(source, final):
-            in_place.add(i)
-        elif os.path.isfile(final) and os.path.getsize(final) == size and sha256_of(final) == sha256:
-            sources[i] = final  # put here by hand, or by an attempt that broke while it published
-            in_place.add(i)
-        elif os.path.lexists(final) and path not in ours:
-            foreign.append(path)
-    whole = len(in_place) == len(entries)
-    if item["kind"] == "folder":
-        root = os.path.join(workspace, item["name"])
-        extra = set(walk(root)) - ours - {e[0] for e in entries}
-        whole = whole and not set(walk(root)) - {e[0] for e in entries}
-        foreign += sorted(extra) if not whole else []
-    if whole and (record.get("digest") != item["digest"] or record["state"] != "ready"):
-        kept = record.get("files", {}) if item["kind"] == "files" else {}
-        listed = {e[0]: [e[1], e[2], os.stat(f).st_mtime_ns] for e, f in zip(entries, finals)}
-        by_hand = adopted or not {e[0] for e in entries} <= ours
-        record = {"kind": item["kind"], "digest": item["digest"], "state": "ready", "adopted": by_hand}
-        write_record(workspace, item["name"], {**record, "files": {**kept, **listed}})
-    state = "complete" if whole else "foreign" if foreign else "partial" if sources else "absent"
-    return {"state": state, "sources": sources, "foreign": foreign[:5]}
-
-
-def forget_changed(workspace: str, hashes: set[str]) -> None:
-    """Reads every published file with one of these hashes; a record of other content no longer counts as untouched."""
-    for record in records(workspace):
-        for path, entry in record["files"].items():
-            size, sha256, mtime_ns = entry
-            full = final_path(workspace, record, path)
-            if sha256 in hashes and unchanged(full, size, mtime_ns) and sha256_of(full) != sha256:
-                entry[2] = -1  # a time that no file has
-                record.setdefault("changed", True)
-        if record.pop("changed", False):
-            write_record(workspace, record["name"], record)
-
-
 def walk(root: str) -> list[str]:
-    found = []
-    for folder, _, names in os.walk(root):
-        found += [os.path.relpath(os.path.join(folder, n), root) for n in names]
+    """Every file below a folder, relative to it; folders that are links, or not for us to read, are passed over."""
+    found, waiting = [], [""]
+    while waiting:
+        below = waiting.pop()
+        with contextlib.suppress(OSError), os.scandir(f"{root}/{below}") as entries:
+            for entry in entries:
+                if not entry.is_dir():
+                    found.append(below + entry.name)
+                elif not entry.is_symlink():
+                    waiting.append(f"{below}{entry.name}/")
     return found
-
-
-def known(channel: Any, workspace: str, items: list[dict[str, Any]], checksum: bool = False) -> dict[str, Any]:
-    """For each item: its state here and the indices of the files that need not be sent."""
-    answers = []
-    for item in items:
-        stands = standing(workspace, item, checksum)
-        answer: dict[str, Any] = {
-            "state": stands["state"],
-            "have": sorted(stands["sources"]),
-            "foreign": stands["foreign"],
-        }
-        stale = sorted(_stale(workspace, item))
-        answer.update(stale=stale[:STALE_NAMED], stale_files=len(stale), replaced=_replaced(item, stale))
-        answers.append(answer)
-    return {"items": answers, "free": shutil.disk_usage(existing(workspace)).free}
-
-
-def _stale(workspace: str, item: dict[str, Any]) -> list[str]:
-    """Files that an upload of this set of files once published and that it holds no more."""
-    if item["kind"] != "files":
-        return []  # a folder is replaced as a whole
-    kept = {path for path, *_ in item["files"]}
-    return [path for path in read_record(workspace, item["name"], "files").get("files", {}) if path not in kept]
-
-
-def _replaced(item: dict[str, Any], stale: list[str]) -> bool:
-    """Whether one of the stale files has the name of a new one but for its extension: a frame would be found twice."""
-    stems = {os.path.splitext(path)[0] for path, *_ in item["files"]}
-    return any(os.path.splitext(path)[0] in stems for path in stale)
-
-
-def retire(channel: Any, workspace: str, item: dict[str, Any], everything: bool) -> dict[str, Any]:
-    """Removes stale files of a set: those that a file of another extension has replaced, or `everything` stale.
-
-    Only what the record says that we published, and only while it has the size and the time that we gave it.
-    """
-    record = read_record(workspace, item["name"], "files")
-    stems = {os.path.splitext(path)[0] for path, *_ in item["files"]}
-    removed, kept = [], []
-    for path in _stale(workspace, item):
-        if not everything and os.path.splitext(path)[0] not in stems:
-            continue
-        full = final_path(workspace, item, path)
-        size, _, mtime_ns = record["files"][path]
-        if os.path.lexists(full):
-            if os.path.islink(full) or not unchanged(full, size, mtime_ns):
-                kept.append(path)
-                continue
-            os.unlink(full)
-            removed.append(path)
-        del record["files"][path]
-        record.get("old_files", {}).pop(path, None)
-        folder = os.path.dirname(full)
-        with contextlib.suppress(OSError):
-            while folder != workspace:
-                os.rmdir(folder)
-                folder = os.path.dirname(folder)
-    if record:
-        write_record(workspace, item["name"], record)
-    return {"removed": removed[:STALE_NAMED], "removed_files": len(removed), "changed": kept[:STALE_NAMED]}
-
-
-def existing(path: str) -> str:
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
 
 
 # --- merges ----------------------------------------------------------------------------------------------------------
@@ -277,8 +215,8 @@ def _merge_inputs(workspace: str, stage1: str, adapter: str) -> list[Any] | None
         record = read_record(workspace, name)
         if record.get("state") != "ready" or record.get("kind") != "folder":
             return None
-        for path, (size, sha256, mtime_ns) in sorted(record["files"].items()):
-            if not unchanged(final_path(workspace, record, path), size, mtime_ns):
+        for path, (size, sha256, mtime_ns, _) in sorted(record["files"].items()):
+            if not unchanged(within(workspace, name + "/" + path), size, mtime_ns):
                 return None
             found.append([name, path, sha256])
     return found
@@ -292,7 +230,7 @@ def _sizes_and_times(folder: str) -> dict[str, Any]:
 def merged(channel: Any, workspace: str, stage1: str, adapter: str, output: str) -> dict[str, Any]:
     """Whether `output` is, untouched, what `note_merge` noted for the same content of both folders."""
     try:
-        with open(own(workspace, "merges", quote(output, safe="") + ".json"), encoding="utf-8") as file:
+        with open(own(workspace, "merges", file_name(output) + ".json"), encoding="utf-8") as file:
             noted = json.load(file)
         now = _sizes_and_times(within(workspace, output))
     except (OSError, ValueError):
@@ -306,7 +244,7 @@ def note_merge(channel: Any, workspace: str, stage1: str, adapter: str, output: 
     inputs = _merge_inputs(workspace, stage1, adapter)
     if inputs is not None:  # else somebody changes them: merged anew the next time
         noted = {"inputs": inputs, "files": _sizes_and_times(within(workspace, output))}
-        _write(own(workspace, "merges", quote(output, safe="") + ".json"), noted)
+        write_whole(own(workspace, "merges", file_name(output) + ".json"), noted)
     return {}
 
 
@@ -338,7 +276,7 @@ def send(channel: Any, workspace: str, folder: str, wanted: list[Any]) -> dict[s
     for path, offset, listed in wanted:
         digest = hashlib.sha256()
         try:
-            source = open(within(root, path), "rb", buffering=0)  # noqa: SIM115
+            source = open_regular(within(root, path))
         except FileNotFoundError:
             channel.say({"path": path, "gone": True})
             continue

@@ -1,4 +1,4 @@
-"""Jobs on the host: what this machine is, launching, listing, following and stopping runs, GPUs."""
+"""Launching jobs on the host."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from remote.agent.files import unfinished, within
+from remote.agent.files import locked, unfinished, within
 from remote.agent.machine import nvidia_smi
 from surgvqa import files
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.folder import new_run_id
-from surgvqa.runs.process import RUN_VARIABLE
+from surgvqa.runs.process import RUN_VARIABLE, machine_id
+from surgvqa.runs.ranks import node_run
 
 UTF8 = ("-X", "utf8")  # names are what they were where they came from, whatever the locale here
 OF_A_JOB = {"SURGVQA_DETACHED": "1", "PYTHONUNBUFFERED": "1"}
+KILLS = "this host ends your processes at logout (KillUserProcesses): run loginctl enable-linger there"
 SYSTEMD_RUN = [
     *("systemd-run", "--user", "--quiet", "--collect", "--same-dir"),
     # The supervisor ends its job itself, and notes a job that was killed for memory: nothing is to end it for that.
@@ -31,7 +33,13 @@ SYSTEMD_RUN = [
 ]
 
 
-def launch(
+def launch(channel: Any, workspace: str, *args: Any, **asked: Any) -> dict[str, Any]:
+    """As `_launch`, while nothing is removed from the workspace (remote/agent/disk.py)."""
+    with locked(workspace, fcntl.LOCK_SH):
+        return _launch(channel, workspace, *args, **asked)
+
+
+def _launch(
     channel: Any,
     workspace: str,
     venv: str,
@@ -41,11 +49,21 @@ def launch(
     env: dict[str, str],
     secrets: dict[str, str],
     exclusive: bool,
+    token: str,
+    node: int = 0,
+    run: str = "",
 ) -> dict[str, Any]:
     """Starts `surgvqa COMMAND ARGV…` under a supervisor, detached from this connection. Returns the run's id.
 
     `needs` must exist in the workspace and be published whole. `exclusive`: refuse while another job has the GPU.
+    `token`, hexadecimal, is this launch's own: asked for again, the run that it started is returned. `node`: of several
+    hosts that train together, a further one; then `run` is the id that the run has on the first one.
     """
+    if "/" in run or "\0" in run:
+        raise UsageError(f"run {run!r}: expected an id")
+    earlier = _launched_before(workspace, command, node_run(token, node))
+    if earlier is not None:
+        return {"run": earlier.name, "folder": str(earlier), "warning": ""}
     python = os.path.join(workspace, os.path.expanduser(venv), "bin", "python")
     if not os.path.exists(python):
         raise SurgvqaError(f"no {python}; run surgvqa-remote setup first")
@@ -56,9 +74,10 @@ def launch(
     if torn is not None:
         raise SurgvqaError(f"the upload of {torn} did not come to its end; run surgvqa-remote upload again")
     locks = _gpu_locks(env.get("CUDA_VISIBLE_DEVICES")) if exclusive else []
-    run_id = new_run_id(command)
+    run_id = node_run(run or new_run_id(command, token), node)
     folder = Path(workspace, "runs", run_id)
     folder.mkdir(parents=True)
+    _lock(folder)
     full = [command, *argv, "--workspace", workspace]
     info = {
         "v": 1,
@@ -67,6 +86,7 @@ def launch(
         "argv": [command, *argv],
         "cwd": workspace,
         "host": platform.node(),
+        "machine": machine_id(),
         "pid": None,
         "started": time.time(),
     }
@@ -94,14 +114,14 @@ def launch(
         raise
     words = [python, *UTF8, "-m", "surgvqa.runs.supervisor", str(folder)]
     said, warning = None, ""
-    if _lingers() and shutil.which("systemd-run"):
+    if lingers() and shutil.which("systemd-run"):
         # A lingering user manager outlives every logout, whatever logind.conf says.
         escaped = [w.replace("$", "$$") for w in words]
         said = _supervised(workspace, folder, [*SYSTEMD_RUN, "--unit=surgvqa-" + run_id, "--", *escaped])
     if said is None:
         said = _supervised(workspace, folder, words) or {"state": "failed"}
-        if _logout_kills():
-            warning = "this host ends your processes at logout (KillUserProcesses): run loginctl enable-linger there"
+        if logout_kills():
+            warning = KILLS
     if said.get("state") != "running":
         reason = said.get("error") or _last_line(folder / "log.txt")
         _discard(folder)
@@ -113,6 +133,29 @@ def launch(
             reason += "; the host has another version of surgvqa: run surgvqa-remote setup"
         raise SurgvqaError(f"the job did not start: {reason}")
     return {"run": run_id, "folder": str(folder), "warning": warning}
+
+
+def _lock(folder: Path) -> None:
+    """Waits for whoever launches a job in this folder, and keeps the others waiting until this process ends."""
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+
+
+def _launched_before(workspace: str, command: str, token: str) -> Path | None:
+    """The folder of the run that this launch started before its connection was lost. One that it began and did not
+    start is discarded."""
+    for folder in Path(workspace, "runs").glob(f"*-{command}-{token}"):
+        with contextlib.suppress(FileNotFoundError):
+            _lock(folder)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline and not (folder / "supervisor.json").exists():
+                if (folder / "start.json").exists():  # no supervisor has taken it, and none will
+                    break
+                time.sleep(0.02)
+            with contextlib.suppress(OSError, ValueError):
+                if json.loads((folder / "supervisor.json").read_text())["state"] == "running":
+                    return folder
+            _discard(folder)
+    return None
 
 
 def _bytecode_environment(python: str) -> dict[str, str]:
@@ -210,7 +253,7 @@ def _ours(pid: int) -> bool:
     return False
 
 
-def _logout_kills() -> bool:
+def logout_kills() -> bool:
     """logind.conf(5): KillUserProcesses=yes ends even processes with sessions of their own."""
     answer = False
     for file in ["/etc/systemd/logind.conf", *sorted(glob.glob("/etc/systemd/logind.conf.d/*.conf"))]:
@@ -222,5 +265,5 @@ def _logout_kills() -> bool:
     return answer
 
 
-def _lingers() -> bool:
+def lingers() -> bool:
     return os.path.exists("/var/lib/systemd/linger/" + pwd.getpwuid(os.getuid()).pw_name)

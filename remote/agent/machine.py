@@ -17,6 +17,7 @@ from typing import Any
 from remote.agent.files import within
 from surgvqa.errors import SurgvqaError
 from surgvqa.files import write_json_atomic
+from surgvqa.runs.process import machine_id
 
 
 def probe(channel: Any, workspace: str, venv: str) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def _machine(workspace: str, existing: str, venv: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "aes": " aes" in cpu or platform.machine() in ("arm64", "aarch64"),
         "node": platform.node(),
+        "machine": machine_id(),
         "time": time.time(),
         "nvidia_smi": shutil.which("nvidia-smi") is not None,
     }
@@ -55,15 +57,17 @@ def _installed(workspace: str) -> str:
     return os.path.join(workspace, ".surgvqa", "installed.json")
 
 
-def prepare(channel: Any, workspace: str, wheel_name: str, wheel: str) -> dict[str, Any]:
-    """Makes the workspace and stores our wheel (base64) in it."""
+def prepare(channel: Any, workspace: str, wheel_name: str, wheel: str, constraints: str) -> dict[str, Any]:
+    """Makes the workspace and stores our wheel (base64) in it, and the versions that it is installed with."""
     folder = Path(workspace, ".surgvqa", "wheels")
     folder.mkdir(parents=True, exist_ok=True)
+    versions = folder / "constraints.txt"
+    versions.write_text(constraints, encoding="utf-8")
     file = Path(within(str(folder), wheel_name))
     temporary = file.with_suffix(".tmp")
     temporary.write_bytes(base64.b64decode(wheel))
     os.replace(temporary, file)
-    return {"wheel": str(file)}
+    return {"wheel": str(file), "constraints": str(versions)}
 
 
 def installed(channel: Any, workspace: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import signal
@@ -19,39 +20,53 @@ import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from remote.agent import files, jobs, machine, runs, staging
+from remote.agent.manifest import Wanted
 from remote.agent.protocol import BEAT_S, MARK
 from surgvqa.errors import SurgvqaError
+
+OPERATIONS = {
+    "ready": "main",
+    "probe": "machine",
+    "prepare": "machine",
+    "installed": "machine",
+    "settings": "machine",
+    "execute": "machine",
+    "launch": "jobs",
+    "contents": "nodes",
+    "listen": "nodes",
+    "reach": "nodes",
+    "runs": "runs",
+    "follow": "runs",
+    "stop": "runs",
+    "gpus": "machine",
+    "end_from_here": "ending",
+    "ending": "ending",
+    "begin": "staging",
+    "receive": "receiving",
+    "verify": "receiving",
+    "publish": "staging",
+    "known": "standing",
+    "retire": "standing",
+    "disk": "disk",
+    "clean": "disk",
+    "abandoned": "disk",
+    "merged": "files",
+    "note_merge": "files",
+    "listing": "files",
+    "send": "files",
+}
+"""Each is a function of its name, in a module beside this one: loaded when it is asked for."""
+
+
+def operation(name: str) -> Callable[..., Any]:
+    """The function of an operation."""
+    found: Callable[..., Any] = getattr(importlib.import_module(f"remote.agent.{OPERATIONS[name]}"), name)
+    return found
 
 
 def ready(channel: Channel, workspace: str) -> dict[str, Any]:
     """Answers at once: from now on the agent beats, so that one which waits for a request does not outlive its ssh."""
     return {}
-
-
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "ready": ready,
-    "probe": machine.probe,
-    "prepare": machine.prepare,
-    "installed": machine.installed,
-    "settings": machine.settings,
-    "execute": machine.execute,
-    "launch": jobs.launch,
-    "runs": runs.runs,
-    "follow": runs.follow,
-    "stop": runs.stop,
-    "gpus": machine.gpus,
-    "begin": staging.begin,
-    "receive": staging.receive,
-    "verify": staging.verify,
-    "publish": staging.publish,
-    "known": files.known,
-    "retire": files.retire,
-    "merged": files.merged,
-    "note_merge": files.note_merge,
-    "listing": files.listing,
-    "send": files.send,
-}
 
 
 class Channel:
@@ -103,10 +118,13 @@ def main(stdin: BinaryIO) -> None:
 
 def _answer(channel: Channel, request: dict[str, Any]) -> int:
     """Does what is asked for; the exit code."""
-    operation = OPERATIONS[request.pop("op")]
+    asked_for = operation(request.pop("op"))
     request["workspace"] = os.path.realpath(os.path.expanduser(request["workspace"]))
     try:
-        channel.say({"done": operation(channel, **request) or {}})
+        channel.say({"done": asked_for(channel, **request) or {}})
+        return 0
+    except Wanted as missing:
+        channel.say({"done": {"want": missing.of}})
         return 0
     except SurgvqaError as error:
         channel.say({"error": str(error), "usage": error.exit_code == 2})

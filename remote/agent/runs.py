@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.errors import UsageError
-from surgvqa.files import write_json_atomic
+from surgvqa.files import open_regular, write_json_atomic
 from surgvqa.runs import events, history
 from surgvqa.runs.process import descendants, end_all, job_processes, process_identity, signal_exactly
 from surgvqa.runs.state import read_run_json, state_of
@@ -31,8 +31,8 @@ def _find(workspace: str, run: str, command: str | None = None) -> Path:
 
 def _noted(file: Path, kinds: dict[str, str]) -> dict[str, Any]:
     """A JSON object that the supervisor wrote, without fields of another kind; {} when it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        return of_kinds(parse_object(file.read_bytes()), kinds)[0]
+    with contextlib.suppress(OSError, ValueError), open_regular(file) as stream:
+        return of_kinds(parse_object(stream.read()), kinds)[0]
     return {}
 
 
@@ -51,9 +51,10 @@ def _folders_of(workspace: str, folder: Path, info: dict[str, Any]) -> list[str]
     noted = info.get("options", {}).get("output_dir")
     output = noted.get("value") if isinstance(noted, dict) else None
     if isinstance(output, str) and output:
-        path = Path(os.path.realpath(os.path.join(info.get("cwd") or workspace, output)))
-        inside = path.is_dir() and Path(workspace) in path.parents and folder not in (path, *path.parents)
-        found += [path.relative_to(workspace).as_posix()] if inside else []
+        with contextlib.suppress(OSError, ValueError):  # what cannot be a path, or not here
+            path = Path(os.path.realpath(os.path.join(info.get("cwd") or workspace, output)))
+            inside = path.is_dir() and Path(workspace) in path.parents and folder not in (path, *path.parents)
+            found += [path.relative_to(workspace).as_posix()] if inside else []
     return found
 
 
@@ -98,7 +99,7 @@ def follow(channel: Any, workspace: str, run: str, offsets: dict[str, int]) -> d
         ended = state not in ("starting", "running")
         news = False
         for name in FOLLOWED:
-            with contextlib.suppress(FileNotFoundError), open(folder / name, "rb") as file:
+            with contextlib.suppress(FileNotFoundError), open_regular(folder / name) as file:
                 stat = os.fstat(file.fileno())
                 if stat.st_size < at[name] or inodes.get(name, stat.st_ino) != stat.st_ino:
                     at[name] = 0

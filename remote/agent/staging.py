@@ -1,91 +1,117 @@
-"""The receiving side of an upload, on the host: chunks into a staging folder, verified there, published by rename.
+"""The staging folder of an upload: begun, published by rename, and removed when nothing goes on with it.
 
-    <workspace>/.surgvqa/staging/<digest>/   manifest.json, journal (chunks that arrived), files/<index>,
-                                             receivers/<pid>
+    <workspace>/.surgvqa/staging/<digest>/   manifest.json, journal (chunks that arrived), tree/<path>, receivers/<pid>,
+                                             old (the folder that is being replaced)
 
-An item is as in files.py.
+An item is as in manifest.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
-import json
 import os
 import shutil
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from remote.agent.files import BLOCK, own, read_record, standing, within, write_record
-from remote.agent.protocol import FRAME
-from surgvqa.errors import SurgvqaError, UsageError
+from remote.agent.files import locked, read_record, sha256_of, walk, write_record, write_whole
+from remote.agent.protocol import SMALL
+from remote.agent.standing import (
+    Places,
+    in_place_time,
+    item_of,
+    ours_of,
+    permissions,
+    remove_empty,
+    settle,
+    staged_item,
+    staging_of,
+    stagings,
+    standing,
+)
+from surgvqa.errors import SurgvqaError
 from surgvqa.runs.process import process_identity, signal_exactly
-
-PIPE = 1 << 20  # the largest pipe that an ordinary user may have
-F_SETPIPE_SZ = 1031  # fcntl has the name since Python 3.10
-PROGRESS_S = 0.25
-SILENT_RECEIVER_S = 120
-
-
-def _staging(workspace: str, digest: str) -> str:
-    if not digest.isalnum():
-        raise UsageError(f"digest {digest!r} is none")
-    return own(workspace, "staging", digest)
 
 
 def begin(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
-    """Prepares the staging folder of `item` and says which chunks it holds already."""
+    """Prepares the staging folder of `item` and says what it holds already.
+
+    "whole": the indices of files that need not be sent; "done": index -> [[offset, length], …] of those begun;
+    "removed": what lay here of an upload that this one replaces, in bytes.
+    """
+    item = item_of(workspace, item)
+    rows, digest = item["files"], item["digest"]
     stands = standing(workspace, item)
+    staging = staging_of(workspace, digest)
     if stands["state"] == "complete":
-        return {"complete": True}
+        _end(workspace, item, read_record(workspace, item["name"], item["kind"]).get("old_files", {}))
+        settle(workspace, item)
+        return {"complete": True, "removed": _supersede(workspace, item)}
     if stands["state"] == "foreign":
         raise SurgvqaError(
             "{} exists in {} and was not made by upload; move it away or choose another name".format(
                 ", ".join(stands["foreign"]), workspace
             )
         )
-    staging = _staging(workspace, item["digest"])
-    os.makedirs(staging, exist_ok=True)
+    for folder in ("", "tree", "receivers"):
+        os.makedirs(os.path.join(staging, folder), exist_ok=True)
     os.chmod(staging, 0o700)  # until it is published with its own mode, nobody else reads what arrives
-    os.makedirs(os.path.join(staging, "files"), exist_ok=True)
-    os.makedirs(os.path.join(staging, "receivers"), exist_ok=True)
     _end_receivers(staging)
-    for i, (path, *_) in enumerate(item["files"]):  # an attempt that broke while it published
-        with contextlib.suppress(OSError):
-            os.rename(os.path.join(staging, "tree", path), os.path.join(staging, "files", str(i)))
-    with open(os.path.join(staging, "manifest.json"), "w", encoding="utf-8") as file:
-        json.dump(item, file)
-    done = _journal(staging, item)
+    removed = _supersede(workspace, item, staging)
+    write_whole(os.path.join(staging, "manifest.json"), item)
+    done = _journal(staging, rows)
+    linked = []
+    needed = set(range(len(rows))) - (stands["in_place"] if item["kind"] == "files" else set())
     for i, source in stands["sources"].items():
-        size, target = item["files"][i][1], os.path.join(staging, "files", str(i))
-        if sum(n for _, n in done.get(i, [])) == size and os.path.exists(target):
+        size, target = rows[i][1], staged(staging, rows[i][0])
+        if i not in needed or (_is_whole(done.get(i, []), size) and os.path.exists(target)):
             continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(target)
         try:
+            if os.stat(source).st_mode & 0o777 != permissions(rows[i][4]):
+                raise PermissionError  # two links of a file have one mode
             os.link(source, target)
         except OSError:
             shutil.copyfile(source, target)
         done[i] = [(0, size)]
-        _note(staging, [(i, 0, size)])
-    missing = sum(e[1] for e in item["files"]) - sum(n for ranges in done.values() for _, n in ranges)
+        linked.append((i, 0, size))
+    note(staging, linked)
+    whole = {i for i in range(len(rows)) if i not in needed or _is_whole(done.get(i, []), rows[i][1])}
+    partly = {i: ranges for i, ranges in done.items() if i not in whole}
+    missing = sum(rows[i][1] for i in needed - whole) - sum(n for ranges in partly.values() for _, n in ranges)
     free = shutil.disk_usage(staging).free
     if missing > free:
         raise SurgvqaError(
             f"disk full: {missing / 1e9:.2f} GB to come, {free / 1e9:.2f} GB free in {workspace}; "
             "free some space there or choose another workspace"
         )
-    return {"complete": False, "done": {str(i): ranges for i, ranges in done.items()}, "free": free}
+    return {"complete": False, "whole": sorted(whole), "done": partly, "free": free, "removed": removed}
+
+
+def begun(workspace: str, digest: str) -> tuple[str, list[list[Any]]]:
+    """The staging folder that `begin` made, and the rows of its item."""
+    item = staged_item(workspace, digest)
+    if item is None:
+        raise SurgvqaError("the staging folder of this upload is gone; upload again")
+    return staging_of(workspace, digest), item["files"]
+
+
+def staged(staging: str, path: str) -> str:
+    """Where a file waits to be published."""
+    return f"{staging}/tree/{path}"
+
+
+def _is_whole(ranges: list[tuple[int, int]], size: int) -> bool:
+    return bool(ranges) and sum(length for _, length in ranges) == size
 
 
 def _end_receivers(staging: str) -> None:
     """Receivers of a connection that broke may still write: end these very processes."""
     folder = os.path.join(staging, "receivers")
-    for entry in os.listdir(folder):
+    for entry in os.listdir(folder) if os.path.isdir(folder) else []:
         path = os.path.join(folder, entry)
         with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
             signal_exactly(int(entry), file.read(), 9)
@@ -93,31 +119,37 @@ def _end_receivers(staging: str) -> None:
             os.unlink(path)
 
 
-def _journal(staging: str, item: dict[str, Any]) -> dict[int, list[tuple[int, int]]]:
-    """Chunks that arrived, by file: only whole journal lines, only files that are as long as they say."""
+def _journal(staging: str, rows: list[list[Any]]) -> dict[int, list[tuple[int, int]]]:
+    """Chunks that arrived, by file: only whole journal lines, only files that are as long as they say. A small file is
+    read again: nobody else will."""
     done: dict[int, dict[int, int]] = {}
     try:
-        with open(os.path.join(staging, "journal"), encoding="ascii") as file:
+        with open(os.path.join(staging, "journal"), encoding="ascii", errors="replace") as file:
             for line in file:
                 words = line.split()
                 if line.endswith("\n") and len(words) == 3:
-                    i, offset, length = map(int, words)
-                    if length < 0:
-                        done.pop(i, None)
-                    else:
-                        done.setdefault(i, {})[offset] = length
+                    with contextlib.suppress(ValueError):
+                        i, offset, length = map(int, words)
+                        if length < 0:
+                            done.pop(i, None)
+                        else:
+                            done.setdefault(i, {})[offset] = length
     except FileNotFoundError:
         return {}
     kept = {}
     for i, ranges in done.items():
-        with contextlib.suppress(OSError):
-            size = os.path.getsize(os.path.join(staging, "files", str(i)))
-            if i < len(item["files"]) and all(offset + length <= size for offset, length in ranges.items()):
+        with contextlib.suppress(OSError, IndexError):
+            path, size, sha256, *_ = rows[i]
+            file_here = staged(staging, path)
+            there = os.path.getsize(file_here)
+            if all(offset + length <= min(there, size) for offset, length in ranges.items()) and (
+                size > SMALL or sha256_of(file_here) == sha256
+            ):
                 kept[i] = sorted(ranges.items())
     return kept
 
 
-def _note(staging: str, chunks: list[tuple[int, int, int]]) -> None:
+def note(staging: str, chunks: list[tuple[int, int, int]]) -> None:
     """Adds chunks to the journal with one write; length -1 forgets the file."""
     descriptor = os.open(os.path.join(staging, "journal"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
@@ -126,197 +158,164 @@ def _note(staging: str, chunks: list[tuple[int, int, int]]) -> None:
         os.close(descriptor)
 
 
-class Input:
-    """Standard input that goes into files without a copy in this process, where the kernel can."""
-
-    def __init__(self, stdin: Any):
-        with contextlib.suppress(OSError):  # then sshd writes larger pieces
-            fcntl.fcntl(0, F_SETPIPE_SZ, PIPE)
-        self._ahead = stdin.read(len(stdin.peek(1)))  # came together with the request
-        self._splice = getattr(os, "splice", None)  # Linux, Python 3.10
-
-    def read(self, count: int) -> bytes:
-        """So many bytes; fewer at the end."""
-        data, self._ahead = self._ahead[:count], self._ahead[count:]
-        while len(data) < count:
-            more = os.read(0, count - len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-    def copy(self, target: int, offset: int, count: int) -> int:
-        """Up to `count` bytes into an open file at `offset`; how many, 0 at the end."""
-        if self._splice and not self._ahead:
-            try:
-                return self._splice(0, target, count, offset_dst=offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # no pipe, or a file system without
-                    raise
-                self._splice = None
-        count = min(count, BLOCK)
-        view = memoryview(self.read(min(count, len(self._ahead))) or os.read(0, count))
-        written = 0
-        while written < len(view):
-            written += os.pwrite(target, view[written:], offset + written)
-        return written
-
-
-def receive(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
-    """Takes chunks from standard input until it ends. A chunk is in the journal only when it is whole."""
-    staging = _staging(workspace, digest)
-    with open(os.path.join(staging, "manifest.json"), encoding="utf-8") as file:
-        sizes = [entry[1] for entry in json.load(file)["files"]]
-    mine = os.path.join(staging, "receivers", str(os.getpid()))
-    with open(mine, "w", encoding="utf-8") as file:
-        file.write(process_identity(os.getpid()) or "")
-    heard = [time.monotonic()]
-    threading.Thread(target=_end_when_silent, args=(heard,), daemon=True).start()
-    pipe = Input(channel.stdin)
-    got, said = 0, time.monotonic()
-    opened, target = -1, -1
-    try:
-        while True:
-            header = pipe.read(FRAME.size)
-            if len(header) < FRAME.size:
-                return {"received": got}
-            index, offset, length = FRAME.unpack(header)
-            if index >= len(sizes) or offset + length > sizes[index]:
-                raise SurgvqaError("a chunk lies outside its file; the stream is damaged")
-            if index != opened:
-                if target >= 0:
-                    os.close(target)
-                path = os.path.join(staging, "files", str(index))
-                target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-                opened = index
-                if os.fstat(target).st_nlink > 1:
-                    raise SurgvqaError(f"staged file {index} is shared with a published one; upload again")
-            left, at = length, offset
-            while left:
-                count = pipe.copy(target, at, left)
-                if not count:
-                    return {"received": got}
-                left, at, got = left - count, at + count, got + count
-                now = heard[0] = time.monotonic()
-                if now - said > PROGRESS_S:
-                    said = now
-                    channel.say({"got": got})
-            _note(staging, [(index, offset, length)])
-            channel.say({"ack": [index, offset], "got": got})
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(mine)
-
-
-def _end_when_silent(heard: list[float]) -> None:
-    while time.monotonic() - heard[0] < SILENT_RECEIVER_S:
-        time.sleep(5)
-    os._exit(1)
-
-
-def verify(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
-    """Hashes staged files as they grow: reads [index, upto] lines, answers {"file", "sha256"} for each whole file."""
-    staging = _staging(workspace, digest)
-    with open(os.path.join(staging, "manifest.json"), encoding="utf-8") as file:
-        sizes = [entry[1] for entry in json.load(file)["files"]]
-    states: dict[int, tuple[Any, int]] = {}  # running hash, bytes that it has seen
-    arrived: dict[int, int] = {}
-    busy: set[int] = set()
-    lock = threading.Lock()
-
-    def advance(index: int) -> None:
-        running, at = states.setdefault(index, (hashlib.sha256(), 0))
-        buffer = memoryview(bytearray(BLOCK))
-        while True:
-            upto = arrived[index]
-            if at < upto:
-                with open(os.path.join(staging, "files", str(index)), "rb", buffering=0) as file:
-                    file.seek(at)
-                    while at < upto:
-                        count = file.readinto(buffer[: upto - at])
-                        if not count:
-                            channel.say({"error": f"staged file {index} became shorter; upload again"})
-                            os._exit(1)
-                        running.update(buffer[:count])
-                        at += count
-            with lock:
-                if at >= arrived[index]:
-                    states[index] = (running, at)
-                    busy.discard(index)
-                    break
-        if at == sizes[index]:
-            channel.say({"file": index, "sha256": running.hexdigest()})
-
-    jobs = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for line in channel.stdin:
-            index, upto = json.loads(line)
-            if upto < 0:  # the file is sent again
-                states.pop(index, None)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(staging, "files", str(index)))
-                _note(staging, [(index, 0, -1)])
-                channel.say({"reset": index})
-                continue
-            with lock:
-                arrived[index] = upto
-                idle = index not in busy
-                busy.add(index)
-            if idle:
-                jobs.append(pool.submit(advance, index))
-    for job in jobs:
-        job.result()
-    return {}
-
-
 def publish(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
     """Renames what was verified to its final names and writes the ready record."""
-    name, kind, entries = item["name"], item["kind"], item["files"]
+    with locked(workspace, fcntl.LOCK_SH):
+        return _publish(workspace, item_of(workspace, item))
+
+
+def _publish(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
+    name, kind, rows = item["name"], item["kind"], item["files"]
     folder = kind == "folder"
-    staging = _staging(workspace, item["digest"])
+    staging = staging_of(workspace, item["digest"])
     tree, old = os.path.join(staging, "tree"), os.path.join(staging, "old")
-    staged = [os.path.join(staging, "files", str(i)) for i in range(len(entries))]
-    for path, (name_in, size, _, _) in zip(staged, entries):
-        if size == 0:
-            open(path, "ab").close()
-        if not os.path.exists(path) or os.path.getsize(path) != size:
-            raise SurgvqaError(f"{name_in} did not arrive whole; upload again")
-    if standing(workspace, item)["state"] == "foreign":
+    stands = standing(workspace, item)
+    if stands["state"] == "foreign":
         raise SurgvqaError(f"{name} was changed by somebody else during the upload; nothing was published")
+    here = set() if folder else stands["in_place"]
+    files = {path: [size, sha256, mtime_ns, mode] for path, size, sha256, mtime_ns, mode in rows}
     before = read_record(workspace, name, kind)
-    old_files = {**before.get("old_files", {}), **before.get("files", {})}
-    files = {path: [size, sha256, mtime_ns] for path, size, sha256, mtime_ns in entries}
-    record = {"kind": kind, "digest": item["digest"], "files": files if folder else {**old_files, **files}}
-    write_record(workspace, name, {**record, "old_files": old_files, "state": "publishing"})
-    modes = item.get("modes") or [0o644] * len(entries)
-    for path, (final_path, _, _, mtime_ns), mode in zip(staged, entries, modes):
-        place = os.path.join(tree, final_path) if folder else within(workspace, final_path)
-        os.makedirs(os.path.dirname(place), exist_ok=True)
-        if os.stat(path).st_nlink == 1:  # a link to a published file keeps that file's time
-            os.utime(path, ns=(mtime_ns, mtime_ns))
-            os.chmod(path, (mode & 0o777) | 0o400)
-        if os.path.exists(place) and os.path.samefile(path, place):
-            os.unlink(path)  # rename(2) does nothing between two links of one file
+    ours, place = ours_of(before, kind), Places(workspace, item)
+    for i, (path, size, _, mtime_ns, mode) in enumerate(rows):
+        if i in here:
+            files[path][2] = in_place_time(place(path), mode if path in ours else None)
         else:
-            os.replace(path, place)
-        files[final_path][2] = os.stat(place).st_mtime_ns
+            files[path][2] = _finish(staged(staging, path), path, size, mtime_ns, permissions(mode))
+    old_files = {**before.get("old_files", {}), **before.get("stale", {}), **before.get("files", {})}
+    record = {
+        "kind": kind,
+        "digest": item["digest"],
+        "files": files,
+        "adopted": sorted({rows[i][0] for i in here} - ours),
+    }
+    record["stale"] = {} if folder else {path: entry for path, entry in old_files.items() if path not in files}
+    write_record(workspace, name, {**record, "old_files": old_files, "state": "publishing"})
+    for path in stands["in_the_way"]:
+        if not folder:
+            os.unlink(place(path))
+            remove_empty(workspace, os.path.dirname(place(path)))
+            record["stale"].pop(path, None)
     if folder:
-        final = within(workspace, name)
-        os.makedirs(os.path.dirname(final), exist_ok=True)
-        if os.path.lexists(final):
-            os.rename(final, old)
-        os.rename(tree, final)
-    record["files"].update(files)
+        os.makedirs(os.path.dirname(place.root), exist_ok=True)
+        if os.path.lexists(place.root):
+            os.rename(place.root, old)
+        os.rename(tree, place.root)
+    else:
+        _move_into(tree, workspace)
     write_record(workspace, name, {**record, "state": "ready"})
-    if folder:
-        _remove(old, old_files)
-    for leftover in ("journal", "manifest.json"):
+    _end(workspace, item, old_files)
+    return {"name": name, "files": len(rows)}
+
+
+def _finish(staged: str, path: str, size: int, mtime_ns: int, mode: int) -> int:
+    """Gives a staged file its time and permissions; the time that it has then. Raises for one that is not whole."""
+    try:
+        status = os.stat(staged)
+    except FileNotFoundError:
+        status = None
+    if status is None or status.st_size != size:
+        raise SurgvqaError(f"{path} did not arrive whole; upload again")
+    if status.st_mode & 0o777 != mode:
+        os.chmod(staged, mode)
+    if status.st_mtime_ns == mtime_ns or status.st_nlink > 1:  # a link to a published file keeps that file's time
+        return status.st_mtime_ns
+    os.utime(staged, ns=(mtime_ns, mtime_ns))
+    return os.stat(staged).st_mtime_ns
+
+
+def _move_into(source: str, target: str) -> None:
+    """What lies in folder `source` into folder `target`: a folder that is not there yet by one rename."""
+    with os.scandir(source) as entries:
+        names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in names:
+        here, there = os.path.join(source, name), os.path.join(target, name)
+        if not is_folder:
+            if os.path.exists(there) and os.path.samefile(here, there):
+                os.unlink(here)  # rename(2) does nothing between two links of one file
+            else:
+                os.replace(here, there)
+        elif os.path.lexists(there):
+            _move_into(here, there)
+            os.rmdir(here)
+        else:
+            os.rename(here, there)
+
+
+# --- what is left over -----------------------------------------------------------------------------------------------
+
+
+def _end(workspace: str, item: dict[str, Any], old_files: Any) -> None:
+    """Removes the staging folder of what is published, and the files that it has replaced."""
+    staging = staging_of(workspace, item["digest"])
+    if os.path.isdir(staging):
+        discard(staging, old_files)
+
+
+def discard(staging: str, old_files: Any = ()) -> None:
+    """Removes a staging folder. Of the folder that was replaced (`old`) only these files: others are not ours."""
+    _end_receivers(staging)
+    _remove(os.path.join(staging, "old"), old_files)
+    for name in os.listdir(staging):
+        path = os.path.join(staging, name)
+        if name == "old":
+            continue
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.rmdir(staging)
+
+
+def is_alive(staging: str) -> bool:
+    """Whether a receiver writes into this staging folder."""
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(os.path.join(staging, "receivers")):
+            with contextlib.suppress(OSError, ValueError):
+                identity = Path(staging, "receivers", entry).read_text(encoding="utf-8")
+                if identity and process_identity(int(entry)) == identity:
+                    return True
+    return False
+
+
+def _supersede(workspace: str, item: dict[str, Any], staging: str | None = None) -> int:
+    """Removes the staging folders of other contents of the same name, whose source has changed since; their bytes.
+
+    Files that arrived whole there are moved over into `staging`, where one is given.
+    """
+    removed = 0
+    for digest in stagings(workspace):
+        other, folder = staged_item(workspace, digest), staging_of(workspace, digest)
+        if digest == item["digest"] or other is None or is_alive(folder):
+            continue
+        if (other["name"], other["kind"]) == (item["name"], item["kind"]):
+            if staging:
+                _inherit(staging, item["files"], folder, other["files"])
+            removed += size_of(folder)
+            discard(folder, read_record(workspace, item["name"], item["kind"]).get("old_files", {}))
+    return removed
+
+
+def _inherit(staging: str, rows: list[list[Any]], other: str, other_rows: list[list[Any]]) -> None:
+    done = _journal(other, other_rows)
+    whole = {row[2]: row[0] for i, row in enumerate(other_rows) if _is_whole(done.get(i, []), row[1])}
+    for i, (path, size, sha256, *_) in enumerate(rows):
+        target = staged(staging, path)
+        if sha256 in whole and not os.path.lexists(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # one of two with the same content
+                os.rename(staged(other, whole[sha256]), target)
+                note(staging, [(i, 0, size)])
+
+
+def size_of(folder: str) -> int:
+    """Bytes of all files below."""
+    total = 0
+    for path in walk(folder):
         with contextlib.suppress(OSError):
-            os.unlink(os.path.join(staging, leftover))
-    for empty in ("files", "receivers", ""):
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.join(staging, empty))
-    return {"name": name, "files": len(entries)}
+            total += os.lstat(os.path.join(folder, path)).st_size
+    return total
 
 
 def _remove(root: str, files: Any) -> None:

@@ -7,21 +7,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from remote.ssh.errors import not_understood
+from remote.ssh.patience import Patience
 from remote.upload.options import UploadOptions
 from surgvqa.cli.jobs import run_job
 from surgvqa.cli.main import say
 from surgvqa.cli.parser import normalise
-from surgvqa.config.settings import convert, settings_of
+from surgvqa.config.settings import convert, require_bounds, settings_of
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
@@ -33,20 +33,52 @@ from surgvqa.terminal.job_view import JobView
 from surgvqa.terminal.reporter import TerminalReporter
 from surgvqa.untrusted import log_text
 
+if TYPE_CHECKING:
+    from remote.ssh.connection import Remote
 
-def _connect(arguments: argparse.Namespace, workspace: Workspace) -> Any:
+
+COST_EVERY_S = 60.0
+"""Between two lines of what a run costs."""
+
+
+def connect_to(
+    arguments: argparse.Namespace,
+    workspace: Workspace,
+    tell: Callable[[str], None] = lambda text: say(f"surgvqa-remote: {text}"),
+) -> Remote:
+    """A connection to the host that the command names. `tell` is given what `Patience` tells."""
     from remote.ssh.connection import connect
 
-    return connect(arguments.host, workspace.root, arguments.accept_new_host_key)
+    patience = Patience(arguments.patience_s, tell)
+    return connect(arguments.host, workspace.root, arguments.accept_new_host_key, patience)
+
+
+@contextmanager
+def connect_to_all(arguments: argparse.Namespace, workspace: Workspace) -> Iterator[list[Remote]]:
+    """Connections to the hosts that the command names, HOST or HOST1,HOST2,…; UsageError for one named twice."""
+    names = arguments.host.split(",")
+    if len(set(names)) < len(names) or not all(names):
+        raise UsageError(f"{arguments.host}: expected each host once, HOST1,HOST2")
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(connect_to(argparse.Namespace(**{**vars(arguments), "host": name}), workspace))
+            for name in names
+        ]
 
 
 def hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """The hosts that ~/.ssh/config and hosts.toml name."""
-    from remote.setup import skew
+    from remote.setup import skew, wrong_clock
     from remote.ssh.connection import Remote
-    from remote.ssh.hosts import read_hosts_files, resolve, ssh_config_names
+    from remote.ssh.hosts import HOSTS_FILE, read_hosts_files, resolve, ssh_config_names
+
+    wrong: dict[str, UsageError] = {}
+    named = [*read_hosts_files(workspace.root, wrong), *wrong, *ssh_config_names()]
 
     def look(name: str) -> dict[str, Any]:
+        if name in wrong:
+            unknown = dict.fromkeys(("hostname", "user", "port", "workspace", "price_per_hour", "gpus"))
+            return {"name": name, **unknown, "source": HOSTS_FILE, "state": "wrong", "error": str(wrong[name])}
         host = resolve(name, workspace.root)
         row: dict[str, Any] = {
             "name": name,
@@ -62,14 +94,16 @@ def hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
             began = time.monotonic()
             try:
                 with Remote(host) as remote:
+                    before = time.time()
                     facts = remote.call("probe", venv=host.entry.venv)
                 row |= {"state": "reachable", "seconds": round(time.monotonic() - began, 3)}
                 row |= {"free_bytes": facts["free"], "skew": skew(facts["installed"])}
+                row["clock"] = wrong_clock(facts.get("time"), before, time.time())
             except SurgvqaError as error:
                 row |= {"state": "unreachable", "error": str(error)}
         return row
 
-    names = list(dict.fromkeys([*read_hosts_files(workspace.root), *ssh_config_names()]))
+    names = list(dict.fromkeys(named))
     with ThreadPoolExecutor(max(1, min(8, len(names)))) as pool:  # one that is down holds nobody up
         listed = list(pool.map(look, names))
 
@@ -78,16 +112,19 @@ def hosts(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         table.columns[0].no_wrap = True  # it is there to be typed
         for row in listed:
             price = "" if row["price_per_hour"] is None else f"{row['price_per_hour']:.2f}"
-            reached = f"{row['user']}@{row['hostname']}:{row['port']}"
+            reached = "" if row.get("state") == "wrong" else f"{row['user']}@{row['hostname']}:{row['port']}"
             table.add_row(*map(plain, (row["name"], reached, row["source"], price, row["gpus"] or "")))
         console.print(table if listed else "no hosts: neither ~/.ssh/config nor hosts.toml names one")
-        for row in listed if arguments.check else []:
-            console.print(plain(f"{row['name']}: {row.get('error') or row.get('skew') or 'ready'}"))
+        for row in [row for row in listed if arguments.check or row.get("state") == "wrong"]:
+            said = [row.get("error") or row.get("skew"), row.get("clock")]
+            console.print(plain(f"{row['name']}: {'; '.join(filter(None, said)) or 'ready'}"))
 
     return Outcome({"hosts": listed}, show=show)
 
 
-def _job(command: str, arguments: argparse.Namespace, workspace: Workspace, work: Callable[[Run], Outcome]) -> Outcome:
+def job_of(
+    command: str, arguments: argparse.Namespace, workspace: Workspace, work: Callable[[Run], Outcome]
+) -> Outcome:
     """Does `work` with a run folder here; with --detach in a process of its own."""
     if arguments.detach:
         words = normalise(sys.argv[1:])
@@ -107,7 +144,7 @@ def set_up(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
     def work(run: Run) -> Outcome:
         run.phase("connect", arguments.host)
-        with _connect(arguments, workspace) as remote:
+        with connect_to(arguments, workspace, run.warning) as remote:
             data = setup(
                 remote,
                 run,
@@ -120,7 +157,7 @@ def set_up(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
         text = f"{arguments.host}: surgvqa {data['version']} {what}, {human_seconds(data['seconds'])}"
         return Outcome(data, show=lambda console: console.print(plain(text)))
 
-    return _job("setup", arguments, workspace, work)
+    return job_of("setup", arguments, workspace, work)
 
 
 def upload(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
@@ -130,8 +167,9 @@ def upload(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     known = settings_of(UploadOptions)
     given = {k: convert(known[k], v, "command line") for k, v in vars(arguments).items() if k in known}
     options = UploadOptions(**given)
+    require_bounds(options)
     command.check(options, workspace)
-    return _job(
+    return job_of(
         "upload",
         arguments,
         workspace,
@@ -141,36 +179,53 @@ def upload(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
 def launch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """Starts a job on the host."""
+    from remote.cli import then
     from remote.jobs import launch as jobs
 
-    if not arguments.job:
-        raise UsageError("name the command to launch: surgvqa-remote launch HOST train …")
+    if arguments.then or not arguments.job:
+        return then.launch(arguments, workspace)
+    then.refuse_without_then(arguments)
     command, *argv = arguments.job
     jobs.check_command(command)
     argv, needs = jobs.paths_for_host(command, argv, workspace)
-    with _connect(arguments, workspace) as remote:
-        _same_version(remote)
-        launched = jobs.launch(remote, command, argv, needs=needs, share=arguments.share)
-        return _after_launch(remote, launched, arguments)
+    with connect_to_all(arguments, workspace) as remotes:
+        for remote in remotes:
+            same_version(remote)
+        launched = _launch(remotes, command, argv, needs, arguments.share, workspace)
+        return _after_launch(remotes[0], launched, arguments)
+
+
+def _launch(
+    remotes: list[Remote], command: str, argv: list[str], needs: list[str], share: bool, workspace: Workspace
+) -> dict[str, Any]:
+    from remote.jobs import launch as jobs
+    from remote.jobs import nodes
+
+    if len(remotes) > 1:
+        return nodes.launch(remotes, command, argv, workspace, needs=needs, share=share)
+    return jobs.launch(remotes[0], command, argv, needs=needs, share=share)
 
 
 def resume(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """Goes on with a training on the host from its last checkpoint."""
     from remote.jobs import launch as jobs
 
-    with _connect(arguments, workspace) as remote:
-        _same_version(remote)
+    with connect_to_all(arguments, workspace) as remotes:
+        for remote in remotes:
+            same_version(remote)
+        remote = remotes[0]
         found = remote.call("runs", run=arguments.run, command="train")
         if found["state"] in ("running", "starting"):
-            raise SurgvqaError(f"{arguments.host}: {found['id']} is {found['state']}; nothing to resume")
+            raise SurgvqaError(f"{remote.host.name}: {found['id']} is {found['state']}; nothing to resume")
         command, *argv = found["run"].get("argv") or ["?"]
         if command != "train":
             raise UsageError(f"{found['id']}: a {command} run cannot be resumed, only train")
-        launched = jobs.launch(remote, "train", jobs.resume_argv(argv, found["id"]), needs=[], share=arguments.share)
+        argv = jobs.resume_argv(argv, found["id"])
+        launched = _launch(remotes, "train", argv, [], arguments.share, workspace)
         return _after_launch(remote, launched, arguments)
 
 
-def _same_version(remote: Any) -> None:
+def same_version(remote: Remote) -> None:
     """Refuses to start jobs with another version of us than this side."""
     from remote.setup import skew
 
@@ -180,7 +235,7 @@ def _same_version(remote: Any) -> None:
         raise SurgvqaError(f"{remote.host.name}: {problem} {remote.host.name}")
 
 
-def _after_launch(remote: Any, launched: dict[str, Any], arguments: argparse.Namespace) -> Outcome:
+def _after_launch(remote: Remote, launched: dict[str, Any], arguments: argparse.Namespace) -> Outcome:
     if launched["warning"]:
         say(f"surgvqa-remote: warning: {launched['warning']}")
     if arguments.follow or arguments.wait:
@@ -188,14 +243,21 @@ def _after_launch(remote: Any, launched: dict[str, Any], arguments: argparse.Nam
     return Outcome(launched, show=lambda console: console.print(plain(launched["run"])))
 
 
-def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
+def _watch(remote: Remote, run: str, quiet: bool, log: bool) -> Outcome:
     """Draws a run's events until it ends; Ctrl-C leaves the run alone."""
-    from remote.jobs.follower import Follower
+    from remote.cloud.meter import Meter, record_of
+    from remote.jobs.run_events import RunEvents
 
-    view, follower = JobView(), Follower(remote, run)
+    view, events = JobView(), RunEvents(remote, run, patience=remote.patience)
+    record = record_of(remote.host.name, remote.host.entry)
+    meter, said = Meter(remote.host.entry.price_per_hour, record.asked if record else None), time.monotonic()
     try:
-        for event in follower:
+        for event in events:
             kind = event["kind"]
+            meter.see(event)
+            if meter.price_per_hour and not quiet and time.monotonic() - said > COST_EVERY_S:
+                said = time.monotonic()
+                view.console.print(f"  {meter.line(time.time())}", markup=False)
             if kind == "connection" and event["state"] == "unreachable":
                 since = time.strftime("%H:%M:%S", time.localtime(event["since"]))
                 view.console.print(f"unreachable since {since}: {event['text']}", markup=False)
@@ -211,18 +273,17 @@ def _watch(remote: Any, run: str, quiet: bool, log: bool) -> Outcome:
                 view.show(event)
     finally:
         view.close()
-    finished = follower.outcome.get("finished") or {}
-    data = {"run": follower.run, "state": follower.state, **(finished.get("result") or {})}
-    good = follower.state in ("finished", "stopped") and not finished.get("exit_code")
-    return Outcome(data, ok=good, show=lambda console: console.print(plain(f"{follower.run}: {follower.state}")))
+    finished = events.outcome.get("finished") or {}
+    data = {"run": events.run, "state": events.state, **(finished.get("result") or {})}
+    data |= {"cost": meter.figures(time.time())["cost"]} if meter.price_per_hour else {}
+    good = events.state in ("finished", "stopped") and not finished.get("exit_code")
+    return Outcome(data, ok=good, show=lambda console: console.print(plain(f"{events.run}: {events.state}")))
 
 
 def runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """The runs on the host."""
-    with _connect(arguments, workspace) as remote:
+    with connect_to(arguments, workspace) as remote:
         data = remote.call("runs")
-    if not _is_run_list(data):
-        raise not_understood(remote.host, "a list of runs that is none")
 
     def show(console: Console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)
@@ -235,35 +296,22 @@ def runs(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     return Outcome({"runs": data["runs"]}, show=show)
 
 
-def _is_run_list(data: dict[str, Any]) -> bool:
-    types: dict[str, Any] = {
-        "id": str,
-        "command": str,
-        "state": str,
-        "started": (int, float),
-        "steps": int,
-        "name": str,
-    }
-    rows = data.get("runs")
-    return (
-        isinstance(rows, list)
-        and isinstance(data.get("time"), (int, float))
-        and all(isinstance(row, dict) and all(isinstance(row.get(k), t) for k, t in types.items()) for row in rows)
-    )
-
-
 def follow(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
-    """Follows a run on the host until it ends."""
-    with _connect(arguments, workspace) as remote:
-        return _watch(remote, arguments.run, quiet=arguments.json, log=arguments.log)
+    """Follows a run on the host until it ends; of several hosts, the first one has all of it."""
+    with connect_to_all(arguments, workspace) as remotes:
+        return _watch(remotes[0], arguments.run, quiet=arguments.json, log=arguments.log)
 
 
 def stop(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """Ends a run on the host."""
     from remote.jobs import launch as jobs
+    from remote.jobs import nodes
 
-    with _connect(arguments, workspace) as remote:
-        data = jobs.stop(remote, arguments.run, arguments.grace)
+    with connect_to_all(arguments, workspace) as remotes:
+        if len(remotes) > 1:
+            data = nodes.stop(remotes, arguments.run, arguments.grace)
+        else:
+            data = jobs.stop(remotes[0], arguments.run, arguments.grace)
     was = "" if data["before"] in ("running", "starting") else " (it was not running)"
     text = f"{data['run']}: {data['state']}{was or ' after ' + human_seconds(data['seconds'])}"
     return Outcome(data, show=lambda console: console.print(plain(text)))
@@ -271,11 +319,15 @@ def stop(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
 def fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """Brings a run's files here."""
+    from remote.jobs import nodes
     from remote.jobs.fetch import fetch_run
 
     root = Path(arguments.to or workspace.runs_dir)
-    with _connect(arguments, workspace) as remote, TerminalReporter() as terminal:
-        data = fetch_run(remote, arguments.run, root, terminal, arguments.all)  # that folder is the run's own
+    with connect_to_all(arguments, workspace) as remotes, TerminalReporter() as terminal:
+        if len(remotes) > 1:
+            data = nodes.fetch(remotes, arguments.run, root, terminal, arguments.all, arguments.patience_s)
+        else:
+            data = fetch_run(remotes[0], arguments.run, root, terminal, arguments.all, arguments.patience_s)
     text = f"{', '.join(data['folders'])}: {data['files']} files, verified"
     return Outcome(data, show=lambda console: console.print(plain(text)))
 
@@ -287,16 +339,43 @@ def gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     watch = arguments.watch
     if watch is not None and not 0.05 <= watch <= 3600:
         raise UsageError(f"--watch {watch:g}: expected seconds between 0.05 and 3600")
-    with _connect(arguments, workspace) as remote:
+    with connect_to_all(arguments, workspace) as remotes:
+        if len(remotes) > 1:
+            return _gpus_of_all(remotes, watch)
+        remote = remotes[0]
         venv = remote.host.entry.venv
         if watch is None:
             data = remote.call("gpus", venv=venv, watch=None)
             return Outcome(data, show=lambda console: console.print(draw(data["gpus"], data.get("note"))))
         console = terminal()
-        with suppress(KeyboardInterrupt):
+
+        def watch_them() -> None:
             for sample in remote.stream("gpus", venv=venv, watch=watch):
+                remote.patience.answered()
                 if arguments.json:
                     print(json.dumps(sample), flush=True)
                 else:
                     console.print(draw(sample["gpus"], sample.get("note")))
+
+        with suppress(KeyboardInterrupt):
+            remote.patiently(watch_them)
         return Outcome({"gpus": []})
+
+
+def _gpus_of_all(remotes: list[Remote], watch: float | None) -> Outcome:
+    """The GPUs of several hosts, each with the name of its host."""
+    from surgvqa.machine.gpu import draw
+
+    if watch is not None:
+        raise UsageError("--watch: of one host")
+    with ThreadPoolExecutor(len(remotes)) as pool:
+        answers = list(pool.map(lambda r: r.call("gpus", venv=r.host.entry.venv, watch=None), remotes))
+    named = [(remote.host.name, answer) for remote, answer in zip(remotes, answers)]
+
+    def show(console: Console) -> None:
+        for name, answer in named:
+            console.print(plain(name))
+            console.print(draw(answer["gpus"], answer.get("note")))
+
+    return Outcome({"gpus": [{**gpu, "host": name} for name, answer in named for gpu in answer["gpus"]],
+                    "notes": {name: answer.get("note") for name, answer in named}}, show=show)  # fmt: skip

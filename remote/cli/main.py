@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from remote.cli import cloud, commands
 from remote.cli.parser import build_parser, split_job
 from surgvqa.cli.main import answer, failed, forgive_encoding, say
 from surgvqa.cli.parser import normalise, take_debug
 from surgvqa.config.workspace import Workspace, find_workspace, load_workspace
-from surgvqa.errors import UsageError
+from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
 
-COMMANDS: dict[str, Callable[[argparse.Namespace, Workspace], Outcome]] = {
-    "hosts": commands.hosts,
-    "setup": commands.set_up,
-    "upload": commands.upload,
-    "launch": commands.launch,
-    "resume": commands.resume,
-    "runs": commands.runs,
-    "follow": commands.follow,
-    "stop": commands.stop,
-    "fetch": commands.fetch,
-    "gpus": commands.gpus,
-    "offers": cloud.offers,
-    "rented": cloud.rented,
+COMMANDS = {
+    "hosts": "commands.hosts",
+    "setup": "commands.set_up",
+    "upload": "commands.upload",
+    "launch": "commands.launch",
+    "resume": "commands.resume",
+    "runs": "commands.runs",
+    "follow": "commands.follow",
+    "stop": "commands.stop",
+    "fetch": "commands.fetch",
+    "gpus": "commands.gpus",
+    "disk": "disk.disk",
+    "offers": "cloud.offers",
+    "rented": "cloud.rented",
+    "rent": "rent.rent",
+    "end": "rent.end",
+    "export": "export.export",
 }
+"""The function of each command, in a module beside this one: only one of them is loaded."""
+
+
+def _command(name: str) -> Callable[[argparse.Namespace, Workspace], Outcome]:
+    module, function = COMMANDS[name].split(".")
+    found: Callable[[argparse.Namespace, Workspace], Outcome] = getattr(
+        importlib.import_module(f"remote.cli.{module}"), function
+    )
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,10 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         if root and not Path(root).is_dir():
             raise UsageError(f"--workspace {root}: no such folder")
         workspace = load_workspace(Path(root) if root else find_workspace())
-        outcome = COMMANDS[name](arguments, workspace)
+        outcome = _command(name)(arguments, workspace)
         answer(outcome, arguments.json)
+        say_money()
     except KeyboardInterrupt:
-        after = "run it again to go on from here" if name in ("setup", "upload", "fetch") else "the host's jobs go on"
+        goes_on = name in ("setup", "upload", "fetch", "rent", "launch", "end")
+        after = "run it again to go on from here" if goes_on else "the host's jobs go on"
         say(f"surgvqa-remote {name}: stopped; {after}")
         return 1
     except BrokenPipeError:
@@ -60,3 +76,22 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         return failed(f"surgvqa-remote {name}".rstrip(), argv, error, debug)
     return 0 if outcome.ok else 1
+
+
+def say_money() -> None:
+    """One line for each machine that costs money now, by the ledger alone: no network, and nothing fails by it."""
+    from remote.cloud.ledger import Ledger
+
+    try:
+        records = Ledger().records()
+    except (SurgvqaError, OSError) as error:
+        say(f"surgvqa-remote: the ledger of rented machines cannot be read: {error}")
+        return
+    now = time.time()
+    for record in records:
+        if record.open and record.price_per_hour > 0:
+            price = f"${record.price_per_hour:.2f} an hour, ${record.cost(now):.2f} so far"
+            how = "is rented"
+            if record.end_asked:
+                how = f"was to end at {time.strftime('%H:%M', time.localtime(record.end_asked))} and has NOT ENDED"
+            say(f"surgvqa-remote: {record.name} {how}: {price}; its end: surgvqa-remote end {record.name}")

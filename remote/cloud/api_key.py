@@ -1,4 +1,4 @@
-"""The key of the provider's account: read from the environment or a private file, shown nowhere."""
+"""The API key of the provider's account, read from the environment or a private file and never shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ApiKey:
         raise TypeError("an API key is not written anywhere")
 
     def header(self) -> str:
-        """For Authorization; made for each request and kept nowhere."""
+        """The value of the Authorization header, made for each request and not stored."""
         return f"Bearer {self._text}"
 
 

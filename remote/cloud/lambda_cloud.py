@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from remote.cloud.api_key import ApiKey
+from remote.cloud.pace import Pace
 from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, SystemClock
 from surgvqa.errors import UsageError
 from surgvqa.untrusted import is_kind, json_kind, one_line, parse_object
@@ -24,6 +26,8 @@ URL_VARIABLE = "SURGVQA_LAMBDA_URL"
 """Another address of the API, for tests."""
 REQUEST_EVERY_S = 1.0
 LAUNCH_EVERY_S = 12.0
+SETTLES_S = 900.0
+"""Far longer than a machine that was asked for takes to be listed; a guess."""
 TRIES = 6
 LONGEST_WAIT_S = 60.0
 TIMEOUT_S = 30.0
@@ -40,8 +44,16 @@ class LambdaCloud:
 
     name = "lambda"
     user = "ubuntu"
+    settles_s = SETTLES_S
 
-    def __init__(self, key: ApiKey, clock: Clock | None = None, transport: httpx.BaseTransport | None = None):
+    def __init__(
+        self,
+        key: ApiKey,
+        clock: Clock | None = None,
+        transport: httpx.BaseTransport | None = None,
+        pace_file: Path | None = None,
+    ):
+        """`pace_file` is where processes that share the account agree on the pace; without one this object does."""
         import httpx
 
         self._key, self._clock = key, clock or SystemClock()
@@ -52,13 +64,17 @@ class LambdaCloud:
             headers={"Accept-Encoding": "identity", "User-Agent": "surgvqa-remote"},
         )
         self._url = base_url()
-        self._next = self._next_launch = 0.0
+        self._pace = Pace(self._clock, pace_file)
 
     def __enter__(self) -> LambdaCloud:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def for_the_machine(self) -> dict[str, str]:
+        """What a machine needs to end itself: the API's address, and the key as a header. It is a secret."""
+        return {"url": self._url, "authorization": self._key.header()}
 
     def close(self) -> None:
         self._client.close()
@@ -116,7 +132,8 @@ class LambdaCloud:
         launches = path == LAUNCH
         problem, code, wait = "", "", 0.0
         for attempt in range(TRIES):
-            self._pace(launches, wait if attempt else 0.0)
+            every = {"request": REQUEST_EVERY_S} | ({"launch": LAUNCH_EVERY_S} if launches else {})
+            self._pace.wait(every, min(wait, LONGEST_WAIT_S))
             try:
                 status, header, content = self._send(method, path, body)
             except httpx.ConnectError as error:  # nothing was sent
@@ -153,15 +170,6 @@ class LambdaCloud:
                 if len(content) > LARGEST_ANSWER:
                     raise OSError(f"an answer of more than {LARGEST_ANSWER >> 20} MiB")
             return answer.status_code, answer.headers.get("retry-after", ""), bytes(content)
-
-    def _pace(self, launches: bool, wait: float) -> None:
-        now = self._clock.time()
-        pause = max(wait, self._next - now, (self._next_launch - now) if launches else 0.0)
-        if pause > 0:
-            self._clock.sleep(min(pause, LONGEST_WAIT_S))
-        self._next = self._clock.time() + REQUEST_EVERY_S
-        if launches:
-            self._next_launch = self._clock.time() + LAUNCH_EVERY_S
 
 
 def base_url() -> str:

@@ -6,25 +6,29 @@ It lies in the user's state folder, not in a workspace: a machine costs money wh
 from __future__ import annotations
 
 import fcntl
+import getpass
+import hashlib
 import os
 import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.files import fsync_folder, read_json, write_json_atomic
+from surgvqa.files import fsync_folder, read_json, user_folder, write_json_atomic
 from surgvqa.untrusted import of_kinds
 
 NAME = re.compile("[a-z][a-z0-9-]{0,39}")
 KINDS = {"name": "text", "provider": "text", "label": "text", "type": "text", "region": "text", "state": "text",
-         "machine_id": "text", "price_per_hour": "a number", "asked": "a time", "ended": "a time"}  # fmt: skip
+         "machine_id": "text", "price_per_hour": "a number", "asked": "a time", "end_asked": "a time",
+         "ended": "a time"}  # fmt: skip
 
 
 @dataclass
 class Record:
-    """One intention to rent, and what became of it."""
+    """One intention to rent, and its outcome."""
 
     name: str
     """Ours, and the host's in hosts.toml."""
@@ -37,23 +41,37 @@ class Record:
     asked: float
     """When it was written, before the launch; Unix seconds by our clock."""
     state: str = "asked"
-    """asked (a launch may be on its way), rented, ended, or refused (the provider said no)."""
+    """asked (a launch may be on its way), rented, ended, refused (the provider said no), or lost (the launch got no
+    answer, and long after no machine of its label was there)."""
     machine_id: str = ""
+    end_asked: float | None = None
+    """When it was first asked to terminate the machine, which it knew then."""
     ended: float | None = None
 
     @property
     def open(self) -> bool:
-        """Whether it may cost money."""
+        """Whether the machine may cost money."""
         return self.state in ("asked", "rented")
 
     def cost(self, now: float) -> float:
         """US dollars from the launch until its end, or `now`: a guess by our clock; the provider's bill counts."""
+        if self.state in ("refused", "lost"):
+            return 0.0
         return max(0.0, (self.ended or now) - self.asked) / 3600 * self.price_per_hour
 
 
 def ledger_folder() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "surgvqa" / "rented"
+    return user_folder("state") / "rented"
+
+
+def this_laptop() -> str:
+    """Six hexadecimal digits for this user of this computer. They outlive the ledger, so that a machine whose record
+    was removed is still known as ours, and not as one of another laptop on the same account."""
+    try:
+        computer = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        computer = ""
+    return hashlib.sha256(f"{computer or socket.gethostname()} {getpass.getuser()}".encode()).hexdigest()[:6]
 
 
 class Ledger:
@@ -62,7 +80,7 @@ class Ledger:
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Nobody else rents or ends `name` meanwhile. SurgvqaError when somebody does."""
+        """Keeps other processes from renting or ending `name`. Raises SurgvqaError if one already does."""
         if not NAME.fullmatch(name):
             raise UsageError(f"name {name!r}: expected a to z, 0 to 9 and dashes, at most 40, a letter first")
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""What a provider of machines is to us: a price list, a list of our machines, launch and terminate."""
+"""The interface of a provider of machines: a price list, a list of our machines, launch and terminate."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Protocol
 from surgvqa.errors import SurgvqaError
 
 ALIVE = ("booting", "active", "unhealthy", "terminating", "unknown")
-"""States of a machine that may cost money: all but terminated, and those that we do not know."""
+"""States of a machine that may cost money: all except terminated, including unknown ones."""
 
 
 class CloudError(SurgvqaError):
-    """The provider refused or failed. `code` is its own word for why, "" when it gave none."""
+    """The provider refused or failed. `code` is the provider's error code, or ""."""
 
     def __init__(self, text: str, code: str = ""):
         self.code = code
@@ -21,11 +21,11 @@ class CloudError(SurgvqaError):
 
 
 class NoCapacity(CloudError):
-    """The provider has no such machine free there now."""
+    """The provider has no free machine of this type in this region now."""
 
 
 class AnswerLost(CloudError):
-    """A launch was sent and its answer never came: a machine may have started."""
+    """A launch was sent but not answered, so a machine may have started."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Offer:
     gpu: str
     gpus: int
     gpu_memory_gb: float | None
-    """Of one card; None when the provider does not say."""
+    """Memory of one card, or None if the provider does not say."""
     price_per_hour: float
-    """US dollars, of the whole machine."""
+    """US dollars for the complete machine."""
     regions: tuple[str, ...]
-    """Where one is free now."""
+    """Regions in which one is free now."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One rented machine, as the provider sees it."""
+    """One rented machine, as reported by the provider."""
 
     id: str
     name: str
@@ -56,27 +56,32 @@ class Machine:
     type: str
     region: str
     price_per_hour: float | None
+    port: int = 22
+    host_key: str = ""
+    """The public key of its sshd, if the provider publishes it."""
 
 
 class Provider(Protocol):
-    """Each method raises CloudError when the provider cannot be asked or refuses."""
+    """Each method raises CloudError if the provider does not answer or refuses."""
 
     name: str
     user: str
-    """Who logs in to its machines."""
+    """The user name for logging in to its machines."""
+    settles_s: float
+    """Seconds after which an unanswered launch without a machine of its name counts as failed."""
 
     def offers(self) -> list[Offer]: ...
 
     def machines(self) -> list[Machine]:
-        """Those of the account, ours or not, that are not terminated."""
+        """All machines of the account that are not terminated, including those that are not ours."""
         ...
 
     def machine(self, machine_id: str) -> Machine | None:
-        """None when the provider knows no such machine (any more)."""
+        """The machine, or None if the provider does not list it (any more)."""
         ...
 
     def add_key(self, name: str, public_key: str) -> str:
-        """Makes `public_key` known; returns the name under which the account has it."""
+        """Adds `public_key` to the account and returns its name there."""
         ...
 
     def launch(self, offer: str, region: str, name: str, key: str) -> str:
@@ -84,12 +89,12 @@ class Provider(Protocol):
         ...
 
     def terminate(self, machine_id: str) -> None:
-        """Asks for its end. Only `machine` tells whether it has ended."""
+        """Requests termination. Only `machine` tells whether the machine has ended."""
         ...
 
 
 class Clock(Protocol):
-    """Time, so that tests need not wait."""
+    """A clock that tests can replace, so that they need not wait."""
 
     def time(self) -> float: ...
 

@@ -6,17 +6,19 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from remote.cloud.ledger import Ledger, Record
+from remote.cloud.ledger import Ledger, Record, this_laptop
 from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, Provider
 from surgvqa.errors import SurgvqaError
 
 PREFIX = "surgvqa-"
 LOOK_EVERY_S = 10.0
 LOST_S = 120.0
-"""Seconds in which a launch without an answer is looked for by its name."""
+"""Seconds during which an unanswered launch is looked up by its name."""
 END_TRIES = 5
 END_WITHIN_S = 300.0
-"""Seconds for the provider to say terminated, after each time it was asked."""
+"""Seconds to wait for the state terminated after each request."""
+ENDING = ("terminating", "terminated", "unknown here")
+"""Nothing can be fetched from such a machine."""
 
 
 def rent(provider: Provider, ledger: Ledger, clock: Clock, offer: Offer, region: str, name: str, key: str) -> Record:
@@ -29,8 +31,10 @@ def rent(provider: Provider, ledger: Ledger, clock: Clock, offer: Offer, region:
         if record and record.state == "rented":
             return record
         if record and record.state == "asked":
-            return _found_again(provider, ledger, clock, record)
-        label = f"{PREFIX}{name}-{secrets.token_hex(4)}"
+            record = _found_again(provider, ledger, clock, record)
+            if record.open:
+                return record
+        label = f"{PREFIX}{this_laptop()}-{name}-{secrets.token_hex(4)}"
         record = Record(name, provider.name, label, offer.type, region, offer.price_per_hour, clock.time())
         ledger.write(record)
         try:
@@ -47,6 +51,7 @@ def rent(provider: Provider, ledger: Ledger, clock: Clock, offer: Offer, region:
 
 
 def _found_again(provider: Provider, ledger: Ledger, clock: Clock, record: Record) -> Record:
+    """`record` with its machine, or closed as lost once `settles_s` have passed; AnswerLost before that."""
     until = clock.time() + LOST_S
     while True:
         for machine in provider.machines():
@@ -54,10 +59,14 @@ def _found_again(provider: Provider, ledger: Ledger, clock: Clock, record: Recor
                 record.machine_id, record.state = machine.id, "rented"
                 ledger.write(record)
                 return record
+        if clock.time() - record.asked >= provider.settles_s:
+            record.state, record.ended = "lost", clock.time()
+            ledger.write(record)
+            return record
         if clock.time() >= until:
             raise AnswerLost(
                 f"{record.name}: the launch got no answer and no machine {record.label} is there; it may still come. "
-                "Rent under another name, and look at the provider's console"
+                f"Ask again in {provider.settles_s / 60:g} minutes, or rent under another name"
             )
         clock.sleep(LOOK_EVERY_S)
 
@@ -77,10 +86,18 @@ def wait_active(provider: Provider, clock: Clock, record: Record, within_s: floa
         clock.sleep(LOOK_EVERY_S)
 
 
-def end(provider: Provider, ledger: Ledger, clock: Clock, name: str, unfetched: Callable[[], list[str]]) -> Record:
+def end(
+    provider: Provider,
+    ledger: Ledger,
+    clock: Clock,
+    name: str,
+    unfetched: Callable[[], list[str]],
+    forget: bool = False,
+) -> Record:
     """Terminates `name` and returns only when the provider says terminated, with the record closed.
 
     `unfetched`: results that are on the machine alone. SurgvqaError when there are any, before anything is asked.
+    `forget`: the caller's word that a machine which the provider does not know has ended.
     Raises CloudError when the provider does not end the machine: it goes on costing money.
     """
     with ledger.locked(name):
@@ -91,18 +108,30 @@ def end(provider: Provider, ledger: Ledger, clock: Clock, name: str, unfetched: 
             return record
         if record.state == "asked":
             record = _found_again(provider, ledger, clock, record)
-        if left := unfetched():
+            if not record.open:
+                return record
+        state = machine_state(provider, record)
+        if state == "unknown here" and record.end_asked is None:
+            if not forget:
+                raise CloudError(
+                    f"{name}: {provider.name} knows no machine {record.machine_id}, and was never asked to end it; is "
+                    "this the key of the account that rented it? If it has ended, close its record with --forget"
+                )
+            record.state, record.ended = "ended", clock.time()
+            ledger.write(record)
+            return record
+        if state not in ENDING and (left := unfetched()):
             raise SurgvqaError(f"{name}: results are not fetched yet: {', '.join(left)}; fetch them, or discard them")
         problem = "the provider does not say terminated"
         for _ in range(END_TRIES):
             try:
-                if _gone(provider, record):
+                if record.end_asked is None:
+                    record.end_asked = clock.time()
+                    ledger.write(record)
+                elif _has_ended(provider, clock, record, within_s=0.0):
                     break
                 provider.terminate(record.machine_id)
-                until = clock.time() + END_WITHIN_S
-                while not (gone := _gone(provider, record)) and clock.time() < until:
-                    clock.sleep(LOOK_EVERY_S)
-                if gone:
+                if _has_ended(provider, clock, record):
                     break
             except CloudError as error:
                 problem = str(error)
@@ -114,19 +143,38 @@ def end(provider: Provider, ledger: Ledger, clock: Clock, name: str, unfetched: 
         return record
 
 
-def _gone(provider: Provider, record: Record) -> bool:
+def _has_ended(provider: Provider, clock: Clock, record: Record, within_s: float = END_WITHIN_S) -> bool:
+    """Waits for it. A machine that we asked to end and that the provider then knows no more, looked at twice, ended."""
+    until, unknown = clock.time() + within_s, 0
+    while True:
+        state = machine_state(provider, record)
+        unknown = unknown + 1 if state == "unknown here" else 0
+        if state == "terminated" or unknown == 2:
+            return True
+        if clock.time() >= until and not unknown:
+            return False
+        clock.sleep(LOOK_EVERY_S)
+
+
+def machine_state(provider: Provider, record: Record) -> str:
+    """The machine's state; "unknown here" when neither its id nor its label is one of this account."""
     machine = provider.machine(record.machine_id)
-    return machine is None or machine.state == "terminated"
+    if machine:
+        return machine.state
+    listed = [m for m in provider.machines() if record.machine_id == m.id or record.label == m.name]
+    return listed[0].state if listed else "unknown here"
 
 
 @dataclass
 class Reconciled:
-    """The ledger beside the provider's list."""
+    """The ledger compared with the provider's list."""
 
     rented: list[tuple[Record, Machine | None]]
     """Open records; None where the provider lists no such machine."""
     orphans: list[Machine]
-    """Machines of ours that no open record knows: they cost money and nothing here will end them."""
+    """Machines of this laptop without an open record. They cost money, and no plan of this laptop will end them."""
+    others: list[Machine]
+    """Machines that another laptop rented with us on the same account: listed, never touched."""
 
 
 def reconcile(provider: Provider, ledger: Ledger) -> Reconciled:
@@ -140,5 +188,6 @@ def reconcile(provider: Provider, ledger: Ledger) -> Reconciled:
                 known[machine.id] = machine
     by_label = {machine.name: machine for machine in machines}
     rented = [(record, known.get(record.machine_id) or by_label.get(record.label)) for record in opened]
-    orphans = [m for m in machines if m.id not in known and m.name.startswith(PREFIX)]
-    return Reconciled(rented, orphans)
+    ours = [m for m in machines if m.id not in known and m.name.startswith(PREFIX)]
+    mine = [m for m in ours if m.name.startswith(f"{PREFIX}{this_laptop()}-")]
+    return Reconciled(rented, mine, [m for m in ours if m not in mine])

@@ -1,4 +1,4 @@
-"""`surgvqa-remote fetch HOST RUN`: a run's folder from the host, verified, going on where it was broken off."""
+"""`surgvqa-remote fetch HOST RUN`: copies a run's folder from the host, verifies it, and resumes after a failure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from remote.ssh.bundle import bootstrap, payload
 from remote.ssh.connection import Remote
 from remote.ssh.errors import Unreachable, explain_ssh, not_understood
 from remote.ssh.hosts import Host
+from remote.ssh.patience import PATIENCE_S, Patience
 from remote.ssh.process import ssh_command
 from remote.ssh.replies import Replies, parse_message
 from surgvqa.errors import SurgvqaError, UsageError
@@ -25,19 +26,20 @@ from surgvqa.runs.reporter import Reporter
 
 BLOCK = 1 << 18
 LINE = 1 << 20
-"""Bytes of the longest line between the files."""
+"""Bytes of the longest header line between two files."""
 MAX_FILE = 1 << 40
 MAX_MTIME_NS = 1 << 62
 PARTIAL = ".partial"
-"""Folder of files that are not whole yet."""
-ATTEMPTS = 8
+"""Folder of incomplete files."""
+ROUNDS = 8
+"""How often a damaged file is requested."""
 OPTIMISER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
-"""Needed to resume, not to evaluate: left on the host unless asked for. start.json, which may hold secrets, always."""
+"""Needed to resume, not to evaluate: stay on the host unless requested. start.json (may hold secrets) always stays."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file of a run as the host listed it: the bounds of all that it may send of it."""
+    """A file of a run as listed by the host. It limits what the host may send for this file."""
 
     path: str
     size: int
@@ -45,7 +47,7 @@ class Listed:
 
 
 def wanted_files(host: Host, listed: Any, everything: bool) -> list[Listed]:
-    """The files that are worth bringing home. Raises for a listing that is none, or names a path outside."""
+    """The listed files to fetch. Raises for a malformed listing or a path outside the folder."""
     files = []
     for entry in listed if isinstance(listed, list) else [None]:
         match entry:
@@ -60,7 +62,7 @@ def wanted_files(host: Host, listed: Any, everything: bool) -> list[Listed]:
 
 
 def named(host: Host, path: str) -> str:
-    """A relative path that the host names. Raises for one that would leave the folder that it is relative to."""
+    """A relative path named by the host. Raises if it would leave the folder that it is relative to."""
     try:
         return inside(path)
     except UsageError as error:
@@ -68,12 +70,12 @@ def named(host: Host, path: str) -> str:
 
 
 def folder_here(host: Host, folder: str, root: Path) -> Path:
-    """Where a folder of the host's workspace goes below `root`: runs/ID as ID. Raises for one that leaves `root`."""
+    """The place below `root` for a folder of the host's workspace (runs/ID becomes ID). Raises if it leaves `root`."""
     return landing(root, named(host, named(host, folder).removeprefix("runs/")))
 
 
 def landing(root: Path, path: str) -> Path:
-    """`path` below `root`, its folders made. Raises where a symlink that lies here already leads outside."""
+    """`path` below `root`, with its folders created. Raises if an existing local symlink leads outside."""
     place = root / path
     place.parent.mkdir(parents=True, exist_ok=True)
     if not place.parent.resolve().is_relative_to(root.resolve()):
@@ -81,7 +83,15 @@ def landing(root: Path, path: str) -> Path:
     return place
 
 
-def fetch_run(remote: Remote, run: str, root: Path, reporter: Reporter, everything: bool = False) -> dict[str, Any]:
+def fetch_run(
+    remote: Remote,
+    run: str,
+    root: Path,
+    reporter: Reporter,
+    everything: bool = False,
+    patience_s: float = PATIENCE_S,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Brings all folders of a run (its id, the beginning of one, a name, or "last") into `root`, one below another."""
     found = remote.call("runs", run=run)
     match found:
@@ -93,15 +103,23 @@ def fetch_run(remote: Remote, run: str, root: Path, reporter: Reporter, everythi
     for folder in folders:
         target = folder_here(remote.host, folder, root)
         target.mkdir(parents=True, exist_ok=True)
-        parts.append(fetch(remote, folder, target, reporter, everything))
+        parts.append(fetch(remote, folder, target, reporter, everything, patience_s, tell))
     sums = {key: sum(part[key] for part in parts) for key in ("files", "bytes", "received_bytes", "seconds")}
     return {"run": run_id, "folder": parts[0]["folder"], "folders": [part["folder"] for part in parts], **sums}
 
 
-def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: bool = False) -> dict[str, Any]:
-    """Brings the files below `folder` of the host's workspace into `target`.
+def fetch(
+    remote: Remote,
+    folder: str,
+    target: Path,
+    run: Reporter,
+    everything: bool = False,
+    patience_s: float = PATIENCE_S,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Brings the files below `folder` of the host's workspace into `target`; waits `patience_s` for a lost host.
 
-    A file appears under its name only when its hash is right.
+    Each wait is told by `tell` (default: a warning). A file appears under its name only when its hash is right.
     """
     listing = remote.call("listing", folder=folder)
     files = wanted_files(remote.host, listing.get("files"), everything)
@@ -111,9 +129,8 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
     here = sum(file.size for file in files if file.path in present)
     began, received = time.monotonic(), 0
     run.phase("fetch", f"{folder}: {len(todo) - len(present)} of {len(files)} files")
-    for attempt in range(ATTEMPTS):
-        if not todo:
-            break
+    patience, rounds = Patience(patience_s, tell or run.warning), 0
+    while todo:
         asked = {
             file.path: Asked(file, file.size, True)
             if file.path in present
@@ -136,6 +153,7 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
                 process.stdin.write(payload({"workspace": remote.host.entry.workspace, **request}))
                 process.stdin.close()
             for path, count in _receive(remote, process.stdout, target, asked):
+                patience.answered()
                 if count == DIFFERS:
                     present.discard(path)
                     run.warning(f"{path}: here with another content than there; fetched again")
@@ -156,13 +174,14 @@ def fetch(remote: Remote, folder: str, target: Path, run: Reporter, everything: 
                 process.kill()
             process.wait()
         todo = [file for file in todo if file.path not in done]
-        if todo and failure:
-            if not isinstance(failure, Unreachable) or attempt == ATTEMPTS - 1:
-                raise failure
-            run.warning(f"{failure}; trying again")
-            time.sleep(min(2**attempt, 15))
-    if todo:
-        raise SurgvqaError(f"{todo[0].path}: arrived damaged {ATTEMPTS} times; is the disk well?")
+        if isinstance(failure, Unreachable):
+            patience.wait(failure)
+        elif failure:
+            raise failure
+        else:
+            rounds += 1
+        if todo and rounds == ROUNDS:
+            raise SurgvqaError(f"{todo[0].path}: arrived damaged {ROUNDS} times; is the disk well?")
     return {
         "folder": str(target),
         "files": len(files),
@@ -178,16 +197,16 @@ class _Broken(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What the host was asked for: a file, from an offset on."""
+    """A request to the host for a file, from an offset on."""
 
     file: Listed
     offset: int
     here: bool = False
-    """It was fetched before: only its hash is asked for."""
+    """The file was fetched before, so only its hash is requested."""
 
 
 DIFFERS = -1
-"""In place of a count of bytes: the file that is here is not the host's."""
+"""Replaces a count of bytes when the local file differs from the host's."""
 
 
 def _part(target: Path, path: str) -> Path:
@@ -195,7 +214,7 @@ def _part(target: Path, path: str) -> Path:
 
 
 def _begun(part: Path, size: int) -> int:
-    """Bytes that an earlier attempt left; what cannot be the beginning of the file is removed."""
+    """Bytes that an earlier attempt left. Removes a partial file that cannot be the beginning of the file."""
     if part.is_symlink() or (part.is_file() and part.stat().st_size > size):
         part.unlink()
     return part.stat().st_size if part.is_file() else 0

@@ -1,8 +1,9 @@
-"""Jobs on a host: launch, wait, follow across lost connections, stop, list."""
+"""Starts and stops jobs on a host."""
 
 from __future__ import annotations
 
 import os
+import secrets
 from typing import Any
 
 from remote.paths import remote_name
@@ -12,18 +13,18 @@ from surgvqa.config.options import COMMAND_OPTIONS
 from surgvqa.config.settings import NONE, Path_, Setting, nearest, settings_of
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import UsageError
-from surgvqa.runs.launch import STOP_GRACE_S
+from surgvqa.runs.process import STOP_GRACE_S
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
-"""Taken from our environment; they travel on standard input and are on no command line, in no log, in no run.json."""
+"""Variables of our environment that go to the host through standard input: never in a command line, log or run.json."""
 EXCLUSIVE = ("train", "evaluate")
-"""Commands that want the GPU for themselves."""
+"""Commands that need exclusive use of the GPU."""
 MADE_THERE = ("output_path", "output_dir", "feature_cache_dir")
-"""Paths that a job makes itself; the others are its input."""
+"""Paths that a job creates. All others are inputs."""
 
 
 def check_command(command: str) -> None:
-    """UsageError for what has no run folder, by which a job on the host is known."""
+    """Raises UsageError for a command without a run folder, because the host identifies a job by that folder."""
     known = [name for name, row in COMMANDS.items() if row.job]
     if command not in known:
         hint = nearest(command, known)
@@ -31,7 +32,7 @@ def check_command(command: str) -> None:
 
 
 def paths_for_host(command: str, argv: list[str], workspace: Workspace) -> tuple[list[str], list[str]]:
-    """`argv` with local paths turned into their names on the host, and the inputs that must be there."""
+    """`argv` with local paths replaced by paths on the host, and the inputs that must exist there."""
     settings = settings_of(COMMAND_OPTIONS[command])
     turned: list[str] = []
     needs: list[str] = []
@@ -58,7 +59,7 @@ def paths_for_host(command: str, argv: list[str], workspace: Workspace) -> tuple
 
 
 def resume_argv(argv: list[str], run_id: str) -> list[str]:
-    """The arguments of a run, to go on with it: --resume names the run; what was meant for that alone is dropped."""
+    """The arguments that resume a run: adds --resume and drops those that applied only to the first start."""
     kept, skip = [], False
     for word in argv:
         name, equals, _ = word.partition("=")
@@ -79,21 +80,33 @@ def launch(
     needs: list[str],
     exclusive: bool | None = None,
     share: bool = False,
+    token: str = "",
+    env: dict[str, str] | None = None,
+    node: int = 0,
+    run: str = "",
 ) -> dict[str, Any]:
-    """Starts the job; it lives on without us. Returns its run id and folder there."""
+    """Starts a job, which does not depend on this process, and returns its run id and folder on the host.
+
+    The job starts once even if a lost connection makes us send the request again, because the host recognises the
+    launch by its hexadecimal `token`. A caller that may be killed and repeat the launch must store the token. Variables
+    in hosts.toml override `env`. `node` and `run` are for training on several hosts (nodes.py).
+    """
     check_command(command)
     return remote.call(
         "launch",
+        token=token or secrets.token_hex(4),
         venv=remote.host.entry.venv,
         command=command,
         argv=argv,
         needs=needs,
-        env=remote.host.entry.environment,
+        env={**(env or {}), **remote.host.entry.environment},
         secrets={name: os.environ[name] for name in SECRETS if os.environ.get(name)},
         exclusive=(command in EXCLUSIVE if exclusive is None else exclusive) and not share,
+        node=node,
+        run=run,
     )
 
 
 def stop(remote: Remote, run: str, grace_s: float = STOP_GRACE_S) -> dict[str, Any]:
-    """Asks the run to end, by force after `grace_s` seconds; returns its state."""
+    """Asks the run to end, kills it after `grace_s` seconds, and returns its state."""
     return remote.call("stop", run=run, grace_s=grace_s)

@@ -13,8 +13,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from surgvqa import __version__
+
 MODULES = (
-    "surgvqa",
     "surgvqa.errors",
     "surgvqa.untrusted",
     "surgvqa.files",
@@ -22,23 +23,31 @@ MODULES = (
     "surgvqa.runs.events",
     "surgvqa.runs.supervisor",
     "surgvqa.runs.state",
+    "surgvqa.runs.ranks",
     "surgvqa.runs.folder",
     "surgvqa.runs.history",
     "remote.agent.protocol",
+    "remote.agent.manifest",
     "remote.agent.files",
+    "remote.agent.standing",
     "remote.agent.staging",
+    "remote.agent.receiving",
+    "remote.agent.disk",
     "remote.agent.machine",
     "remote.agent.runs",
     "remote.agent.jobs",
+    "remote.agent.nodes",
+    "remote.agent.ending",
     "remote.agent.main",
 )
-"""Standard library only, Python 3.8; in the order in which they import each other; the last one has main()."""
+"""Beside __version__; standard library only, Python 3.8. The last one has main()."""
 
 TOO_OLD = "is too old for surgvqa"
+READS_OURS = "the login shell here reads the standard input that is ours; mend its ~/.bashrc"
 BOOTSTRAP = (
     f"import sys,zlib;sys.version_info<(3,8)and sys.exit('Python '+sys.version.split()[0]+' {TOO_OLD}');"
-    "i=sys.stdin.buffer;n=int(i.readline());"
-    "exec(compile(zlib.decompress(i.read(n)),'surgvqa-agent','exec'))"
+    f"i=sys.stdin.buffer;n=i.readline();n.strip().isdigit()or sys.exit('{READS_OURS}');"
+    "exec(compile(zlib.decompress(i.read(int(n))),'surgvqa-agent','exec'))"
 )
 
 
@@ -51,19 +60,20 @@ def bootstrap(python: str) -> str:
 @functools.cache
 def _agent() -> bytes:
     root = Path(__file__).parents[2]
-    sources = {}
-    for name in MODULES:
-        path = root.joinpath(*name.split("."))
-        sources[name] = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
     packages = {name.rsplit(".", depth)[0] for name in MODULES for depth in (1, 2)} - {*MODULES}
+    sources = {**dict.fromkeys(sorted(packages), ""), "surgvqa": f"__version__ = {__version__!r}"}
+    for name in MODULES:
+        sources[name] = root.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
     lines = [
-        "import sys,types",
+        "import sys",
         f"S={sources!r}",
-        f"for p in (*{sorted(packages)!r},*S):",
-        " m=types.ModuleType(p); m.__path__=[]; sys.modules[p]=m",
-        "for p in S:",
-        " exec(compile(S[p],p,'exec'),sys.modules[p].__dict__)",
-        f"sys.modules[{MODULES[-1]!r}].main(i)",
+        "class Sent:",  # finds what was sent; a module that no request needs is not even compiled
+        " def find_spec(self,name,*_): return type(sys.__spec__)(name,self,is_package=True) if name in S else None",
+        " def create_module(self,spec): return None",
+        " def exec_module(self,m): exec(compile(S[m.__name__],m.__name__,'exec'),m.__dict__)",
+        "sys.meta_path.insert(0,Sent())",
+        f"import {MODULES[-1]}",
+        f"{MODULES[-1]}.main(i)",
     ]
     return zlib.compress("\n".join(lines).encode(), 6)
 

@@ -9,34 +9,61 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from remote.ssh import timeouts
+from remote.ssh.answers import checked
 from remote.ssh.bundle import bootstrap, payload, request_line
 from remote.ssh.errors import Unreachable, explain
 from remote.ssh.fabric_connection import chain_to
 from remote.ssh.host_keys import UnknownHostKey
 from remote.ssh.hosts import Host, resolve
+from remote.ssh.patience import Patience
 from remote.ssh.replies import Replies
 from surgvqa.errors import SurgvqaError
+from surgvqa.untrusted import one_line
 
 if TYPE_CHECKING:
     from fabric import Connection
 
+    from remote.ssh.process import AgentProcess
+
+T = TypeVar("T")
 TCPI_RTT, TCPI_MIN_RTT = 68, 148  # offsets in struct tcp_info (linux/tcp.h), microseconds
 
 
-class Remote:
-    """An open connection. Use as a context manager; `call` and `stream` ask the agent on the host."""
+FURTHER_CONNECTIONS = 8
 
-    def __init__(self, host: Host):
+
+def _close(connection: Connection | None) -> None:
+    """Closes it and the jumps that it goes through."""
+    while connection is not None:
+        with contextlib.suppress(Exception):
+            connection.close()
+        connection = connection.gateway if not isinstance(connection.gateway, (str, bool)) else None
+
+
+class Remote:
+    """An open connection. Use as a context manager; `call`, `ask` and `stream` ask the agent on the host.
+
+    What asks a question and waits for its answer (`call`, `ask`) asks again after a lost connection, as long as
+    `patience` says: an operation may be asked for twice. `stream` makes one attempt.
+    """
+
+    def __init__(self, host: Host, patience: Patience | None = None):
         self.host = host
+        self.patience = patience or Patience()
+        self.on_beat: Callable[[], None] = lambda: None
+        """Called every 2 s while an answer is waited for. What it raises ends the waiting."""
         self._fabric: Connection | None = None
-        self._waiting_agent: tuple[Any, Iterator[dict[str, Any]]] | None = None
-        """The agent of `ask`: its channel and its answers."""
+        self._further: list[Connection] = []
+        """For a host that lets one connection have few sessions (sshd's MaxSessions)."""
+        self._waiting_agent: tuple[Callable[[bytes], object], Iterator[dict[str, Any]]] | None = None
+        """The agent of `ask`: what writes to it, and its answers."""
 
     def __enter__(self) -> Remote:
         self.open()
@@ -45,47 +72,88 @@ class Remote:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def use(self, agent: AgentProcess, answers: Iterator[dict[str, Any]]) -> None:
+        """Has `ask` ask this one, as long as it answers; no connection is made before something else needs one."""
+        self._waiting_agent = agent.write, answers
+
+    def patiently(self, attempt: Callable[[], T], patience: Patience | None = None) -> T:
+        """What `attempt` returns. While the host cannot be reached it is made again, as long as `patience` says (the
+        connection's own, unless one is given)."""
+        patience = patience or self.patience
+        while True:
+            try:
+                result = attempt()
+            except Unreachable as error:
+                self.close()
+                patience.wait(error)
+            else:
+                patience.answered()
+                return result
+
     def open(self) -> None:
-        """Connects; raises one of this module's errors."""
+        """Connects, in one attempt; raises one of remote.ssh.errors."""
         if self._fabric is not None:
             return
+        self._fabric = self._connected()
+
+    def _connected(self) -> Connection:
+        """A further connection to the host; raises one of remote.ssh.errors."""
         connection = None
         at = self.host
         try:
             for at, connection in chain_to(self.host):  # noqa: B007
                 connection.open()
         except Exception as error:
-            self._fabric = connection
             transport = connection.client.get_transport() if connection else None
             goodbye = getattr(transport, "goodbye", "")
-            self.close()
-            raise explain(at, error, goodbye) from None
+            why = transport.sock.failed() if transport and hasattr(transport.sock, "failed") else ""  # a ProxyCommand
+            _close(connection)
+            explained = explain(at, error, goodbye)
+            if why and isinstance(explained, Unreachable):
+                explained = Unreachable(one_line(f"{explained}; {why}"))
+            raise explained from None
         assert connection  # a chain has at least one
         transport = connection.transport
         transport.set_keepalive(timeouts.KEEPALIVE_S)
         if isinstance(transport.sock, socket.socket) and hasattr(socket, "TCP_USER_TIMEOUT"):
             transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeouts.TCP_USER_TIMEOUT_MS)
-        self._fabric = connection
+        return connection
 
     def close(self) -> None:
         """Drops the connection; jobs on the host do not notice."""
-        connection, self._fabric, self._waiting_agent = self._fabric, None, None
-        while connection is not None:
-            with contextlib.suppress(Exception):
-                connection.close()
-            connection = connection.gateway if not isinstance(connection.gateway, (str, bool)) else None
+        connections = [self._fabric, *self._further]
+        self._fabric, self._further, self._waiting_agent = None, [], None
+        for connection in connections:
+            _close(connection)
 
-    def stream(self, op: str, silence_s: float = timeouts.SILENCE_S, **params: Any) -> Iterator[dict[str, Any]]:
+    def session(self) -> Any:
+        """A channel for a command. Where a connection may have no more of them, the next one is opened."""
+        import paramiko
+
+        self.open()
+        for connection in [self._open_fabric, *self._further]:
+            try:
+                return connection.create_session()
+            except paramiko.ChannelException as refused:
+                full = refused
+        if len(self._further) >= FURTHER_CONNECTIONS:
+            raise full
+        self._further.append(self._connected())
+        return self._further[-1].create_session()
+
+    def stream(self, op: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Runs the agent's `op` there and yields its messages as they come; raises what it answers as an error.
 
-        Closing the iterator ends the remote side. Once the agent has spoken, silence for `silence_s` seconds is a lost
-        connection; until then the login shell there has `login_timeout_s` of hosts.toml.
+        Closing the iterator ends the remote side. Once the agent has spoken, silence for `timeouts.SILENCE_S` seconds
+        is a lost connection; until then the login shell there has `login_timeout_s` of hosts.toml.
         """
         self.open()
         channel = None
         try:
-            channel, replies = self._agent({"op": op, "workspace": self.host.entry.workspace, **params}, silence_s)
-            yield from replies
+            channel, replies = self._agent({"op": op, "workspace": self.host.entry.workspace, **params})
+            for message in replies:
+                self.patience.answered()
+                yield checked(self.host, op, params, message)
         except SurgvqaError:
             raise
         except Exception as error:
@@ -102,20 +170,29 @@ class Remote:
             raise EOFError("the connection is closed")
         return self._fabric
 
-    def _agent(self, request: dict[str, Any], silence_s: float) -> tuple[Any, Iterator[dict[str, Any]]]:
+    def _agent(self, request: dict[str, Any]) -> tuple[Any, Iterator[dict[str, Any]]]:
         """Starts one with that request: its channel and its answers."""
-        channel = self._open_fabric.create_session()
-        channel.settimeout(max(self.host.entry.login_timeout_s, silence_s))
+        channel = self.session()
+        channel.settimeout(min(timeouts.SILENCE_S, self.host.entry.login_timeout_s))
         channel.exec_command(bootstrap(self.host.entry.python))
         try:
             channel.sendall(payload(request))
         except OSError:
             if not channel.closed:
                 raise  # else it ended before it had read us: its exit status and its words say why
-        return channel, iter(Replies(self.host, self._chunks(channel), lambda: channel.settimeout(silence_s)))
+        speaks = threading.Event()
+
+        def on_start() -> None:
+            speaks.set()
+            channel.settimeout(timeouts.SILENCE_S)
+
+        return channel, iter(Replies(self.host, self._chunks(channel, speaks), on_start, self.on_beat))
 
     def call(self, op: str, **params: Any) -> dict[str, Any]:
         """The agent's answer to one question."""
+        return self.patiently(lambda: self._last(op, params))
+
+    def _last(self, op: str, params: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {}
         for message in self.stream(op, **params):
             answer = message
@@ -126,15 +203,21 @@ class Remote:
 
         Only for operations that give one answer and leave no process behind.
         """
+        return self.patiently(lambda: self.ask_once(op, **params))
+
+    def ask_once(self, op: str, **params: Any) -> dict[str, Any]:
+        """As `ask`, in one attempt."""
         request = {"op": op, "workspace": self.host.entry.workspace, "more": True, **params}
-        self.open()
+        if not self._waiting_agent:
+            self.open()
         try:
             if self._waiting_agent:
-                self._waiting_agent[0].sendall(request_line(request))
+                self._waiting_agent[0](request_line(request))
             else:
-                self._waiting_agent = self._agent(request, timeouts.SILENCE_S)
+                channel, answers = self._agent(request)
+                self._waiting_agent = channel.sendall, answers
             for answer in self._waiting_agent[1]:
-                return answer
+                return checked(self.host, op, params, answer)
             raise Unreachable(f"{self.host.name}: connection lost before the host had answered")
         except Exception as error:
             self.close()
@@ -142,6 +225,9 @@ class Remote:
 
     def round_trip(self) -> float:
         """Seconds of one round trip: the smallest that TCP has seen (tcpi_min_rtt, Linux), or of opening a channel."""
+        return self.patiently(self._round_trip)
+
+    def _round_trip(self) -> float:
         self.open()
         with contextlib.suppress(OSError, AttributeError, struct.error):
             return self._tcp_us(TCPI_MIN_RTT) / 1e6
@@ -149,7 +235,7 @@ class Remote:
         try:
             for _ in range(3):
                 began = time.monotonic()
-                self._open_fabric.create_session().close()
+                self._exchange_with_sshd()
                 times.append(time.monotonic() - began)
         except Exception as error:
             self.close()
@@ -174,11 +260,20 @@ class Remote:
         except (OSError, AttributeError, struct.error, EOFError):
             return None
 
-    @staticmethod
-    def _chunks(channel: Any) -> Iterator[tuple[bytes, bytes, int | None]]:
-        """(stdout, stderr, exit status) as they come."""
+    def _chunks(self, channel: Any, speaks: threading.Event) -> Iterator[tuple[bytes, bytes, int | None]]:
+        """(stdout, stderr, exit status) as they come; TimeoutError after a silence of the agent that `speaks`.
+
+        A login shell may be silent, so as long as it is sshd that is asked whether the connection still stands.
+        """
         while True:
-            data = channel.recv(1 << 18)
+            try:
+                data = channel.recv(1 << 18)
+            except TimeoutError:
+                if speaks.is_set():
+                    raise
+                self._exchange_with_sshd()
+                yield b"", b"", None
+                continue
             noise = b""
             while channel.recv_stderr_ready():
                 noise += channel.recv_stderr(1 << 16)
@@ -188,13 +283,22 @@ class Remote:
                 return
             yield data, noise, None
 
+    def _exchange_with_sshd(self) -> None:
+        """One round trip to sshd itself; raises when none comes back."""
+        import paramiko
 
-def connect(host: str | Host, workspace: Path, accept_new_host_key: bool = False) -> Remote:
+        with contextlib.suppress(paramiko.ChannelException):  # a refusal is an answer
+            self._open_fabric.create_session().close()
+
+
+def connect(
+    host: str | Host, workspace: Path, accept_new_host_key: bool = False, patience: Patience | None = None
+) -> Remote:
     """An open connection to a host, or to that of a name. An unknown key is accepted only when asked to."""
-    remote = Remote(resolve(host, workspace) if isinstance(host, str) else host)
+    remote = Remote(resolve(host, workspace) if isinstance(host, str) else host, patience)
     for _ in range(4):  # every hop may be new
         try:
-            remote.open()
+            remote.patiently(remote.open)
             return remote
         except UnknownHostKey as unknown:
             if not accept_new_host_key:

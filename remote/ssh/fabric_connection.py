@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from remote.ssh import timeouts
 from remote.ssh.errors import ChangedHostKey
-from remote.ssh.host_keys import UnknownHostKey, known_keys
+from remote.ssh.host_keys import UnknownHostKey, known_keys, known_without_port
 from remote.ssh.hosts import Host, ssh_settings
 from surgvqa.errors import UsageError
 
@@ -50,8 +50,8 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     from fabric import Config
 
     from remote.ssh.keys import SshKeys
+    from remote.ssh.paramiko_internals import Transport, host_key_kinds
     from remote.ssh.proxy import Connection
-    from remote.ssh.transport import Transport
 
     log = logging.getLogger("paramiko")  # its tracebacks would land on the panel's screen
     log.setLevel(logging.CRITICAL)
@@ -60,6 +60,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
     if gateway is None:
         gateway = host.proxy_command or False
     accepted, revoked = known_keys(host)
+    accepted = [key for key in accepted if key not in revoked]
     kinds = {key.get_name() for key in accepted}
     kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
     connect: dict[str, Any] = {
@@ -70,8 +71,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
         "channel_timeout": timeouts.CHANNEL_TIMEOUT_S,
     }
     if kinds:  # let the host show a key of a kind that we know
-        preferred = paramiko.Transport._preferred_keys  # type: ignore[attr-defined]  # not in the stubs
-        connect["disabled_algorithms"] = {"keys": [k for k in preferred if k not in kinds]}
+        connect["disabled_algorithms"] = {"keys": [k for k in host_key_kinds() if k not in kinds]}
     connection = Connection(
         host.hostname,
         user=host.user,
@@ -87,9 +87,11 @@ def _fabric(host: Host, gateway: Any) -> Connection:
 
     class Strict(paramiko.MissingHostKeyPolicy):
         def missing_host_key(self, client: Any, hostname: str, key: paramiko.PKey) -> None:
-            if any(key == bad for bad in revoked):
+            known, bad = known_keys(host, key)
+            if key in bad:
                 raise ChangedHostKey(f"{host.name}: this host key is marked @revoked in known_hosts; refused")
-            raise UnknownHostKey(host, key)
+            if key not in known and not known_without_port(host, key):
+                raise UnknownHostKey(host, key)
 
     connection.client.set_missing_host_key_policy(Strict())
     return connection

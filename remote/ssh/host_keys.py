@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import os
 import subprocess
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remote.ssh.hosts import Host
@@ -14,6 +16,10 @@ from surgvqa.errors import SurgvqaError, UsageError
 
 if TYPE_CHECKING:
     import paramiko
+
+
+SEARCH_S = 20
+LARGEST_ANSWER = 4 << 20
 
 
 class UnknownHostKey(SurgvqaError):
@@ -49,29 +55,60 @@ def fingerprint(key: paramiko.PKey) -> str:
     return "SHA256:" + base64.b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
 
 
-def known_keys(host: Host) -> tuple[list[paramiko.PKey], list[paramiko.PKey]]:
-    """The accepted and the revoked keys of `host`; OpenSSH itself searches (hashed names, wildcards, several files)."""
+def known_keys(host: Host, shown: paramiko.PKey | None = None) -> tuple[list[paramiko.PKey], list[paramiko.PKey]]:
+    """The accepted and the revoked keys of `host`: of the files, and of KnownHostsCommand, which may want to know the
+    key that was `shown`. OpenSSH itself searches (hashed names, wildcards, several files)."""
+    accepted, revoked = [], []
+    for file in host.known_hosts_files:
+        if file.is_file():
+            found = _search(file, host.key_name)
+            accepted += found[0]
+            revoked += found[1]
+    if said := _known_hosts_command(host, shown):
+        with tempfile.NamedTemporaryFile(suffix=".known_hosts") as listed:
+            listed.write(said)
+            listed.flush()
+            found = _search(Path(listed.name), host.key_name)
+        accepted += found[0]
+        revoked += found[1]
+    return accepted, revoked
+
+
+def known_without_port(host: Host, key: paramiko.PKey) -> bool:
+    """Whether `key` is known under the host's name alone: so OpenSSH looks too, once [host]:port is not found."""
+    if host.setting("hostkeyalias") or host.port == 22:
+        return False
+    return any(key in _search(file, host.hostname)[0] for file in host.known_hosts_files if file.is_file())
+
+
+def _known_hosts_command(host: Host, shown: paramiko.PKey | None) -> bytes:
+    """What KnownHostsCommand prints: lines of a known_hosts file."""
+    of_key = {"I": "HOSTNAME", "f": fingerprint(shown), "K": shown.get_base64(), "t": shown.get_name()} if shown else {}
+    words = host.known_hosts_command(**of_key)
+    if not words:
+        return b""
+    try:
+        done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL, timeout=SEARCH_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"{host.name}: KnownHostsCommand {words[0]} failed: {error}") from None
+    return done.stdout[:LARGEST_ANSWER] if done.returncode == 0 else b""
+
+
+def _search(file: Path, name: str) -> tuple[list[paramiko.PKey], list[paramiko.PKey]]:
+    """The accepted and the revoked keys of `name` in a known_hosts file."""
     from paramiko.hostkeys import HostKeyEntry
 
     accepted: list[paramiko.PKey] = []
     revoked: list[paramiko.PKey] = []
-    for file in host.known_hosts_files:
-        if not file.is_file():
+    words = ["ssh-keygen", "-F", name, "-f", str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SEARCH_S)
+    for line in done.stdout.splitlines():
+        fields = line.split()
+        marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
+        if line.startswith("#") or len(fields) < 3 or marker == "@cert-authority":
             continue
-        done = subprocess.run(
-            ["ssh-keygen", "-F", host.key_name, "-f", str(file)],
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=20,
-        )
-        for line in done.stdout.splitlines():
-            words = line.split()
-            marker = words.pop(0) if words and words[0].startswith("@") else ""
-            if line.startswith("#") or len(words) < 3 or marker == "@cert-authority":
-                continue
-            with contextlib.suppress(Exception):  # a kind of key that paramiko does not know
-                entry = HostKeyEntry.from_line(f"{host.key_name} {words[1]} {words[2]}")
-                if entry and entry.key:
-                    (revoked if marker == "@revoked" else accepted).append(entry.key)
+        with contextlib.suppress(Exception):  # a kind of key that paramiko does not know
+            entry = HostKeyEntry.from_line(f"{name} {fields[1]} {fields[2]}")
+            if entry and entry.key:
+                (revoked if marker == "@revoked" else accepted).append(entry.key)
     return accepted, revoked

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import getpass
 import glob
+import math
 import os
 import re
 import shlex
@@ -43,6 +44,8 @@ class HostEntry:
     """[user@]name-or-address, for a host that ~/.ssh/config does not name."""
     port: int | None = None
     identity_file: str | None = None
+    host_key_alias: str | None = None
+    """The name under which known_hosts has its key: a rented address is another machine's next."""
     workspace: str = "~/surgvqa"
     """Folder on the host; ~ is the home there."""
     venv: str = "venv"
@@ -51,6 +54,8 @@ class HostEntry:
     """Interpreter on the host for the agent, and for making the venv (3.11 or newer)."""
     login_timeout_s: float = timeouts.LOGIN_S
     """Seconds that the login shell there may take to start the agent (conda init, module load)."""
+    node_address: str | None = None
+    """Where other hosts reach this one when they train together; default: whichever of its addresses they do."""
     price_per_hour: float | None = None
     gpus: str | None = None
     """For people: "1x A100 40 GB"."""
@@ -114,11 +119,33 @@ class Host:
     @property
     def identity_files(self) -> list[str]:
         """The keys that are there, private or (for one that the agent holds) public."""
-        files = [os.path.expanduser(self._with_tokens(file)) for file in self.ssh.get("identityfile", [])]
-        files = [re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), file) for file in files]
+        files = [self._path(file) for file in self.ssh.get("identityfile", [])]
         return [file for file in files if os.path.isfile(file) or os.path.isfile(f"{file}.pub")]
 
-    def _with_tokens(self, text: str) -> str:
+    @property
+    def certificate_files(self) -> list[str]:
+        return [self._path(file) for file in self.ssh.get("certificatefile", [])]
+
+    @property
+    def identity_agent(self) -> str:
+        """The socket of the ssh-agent; '' where there is none."""
+        named = (self.ssh.get("identityagent") or ["SSH_AUTH_SOCK"])[0]
+        if named.startswith("$") and "{" not in named:  # the name of a variable
+            named = os.environ.get(named[1:], "")
+        return "" if named == "none" else os.environ.get(named, "") if named == "SSH_AUTH_SOCK" else self._path(named)
+
+    def known_hosts_command(self, **of_key: str) -> list[str]:
+        """KnownHostsCommand, for what `of_key` says of a host key (tokens f, I, K, t); [] when there is none."""
+        words = shlex.split(self.setting("knownhostscommand"))
+        tokens = {"H": self.key_name, "f": "NONE", "K": "NONE", "t": "NONE", "I": "ORDER", **of_key}
+        return [self._with_tokens(word, tokens) for word in words]
+
+    def _path(self, text: str) -> str:
+        """A path of ssh_config: its tokens, ~ and ${NAME} filled in."""
+        path = os.path.expanduser(self._with_tokens(text))
+        return re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), path)
+
+    def _with_tokens(self, text: str, more: dict[str, str] | None = None) -> str:
         """`text` with its % tokens filled in, which `ssh -G` leaves to do in these values (ssh_config(5), TOKENS)."""
         given = self.setting("host") or self.target.rpartition("@")[2]
         tokens = {
@@ -133,6 +160,7 @@ class Host:
             "p": str(self.port),
             "r": self.user,
             "u": getpass.getuser(),
+            **(more or {}),
         }
         return re.sub("%(.)", lambda token: tokens.get(token[1], token[0]), text)
 
@@ -143,8 +171,12 @@ def ssh_config_option() -> list[str]:
     return ["-F", file] if file else []
 
 
-def read_hosts_files(workspace: Path) -> dict[str, HostEntry]:
-    """The tables of ~/.config/surgvqa/hosts.toml and of the workspace's (which wins). Unknown keys are UsageErrors."""
+def read_hosts_files(workspace: Path, wrong: dict[str, UsageError] | None = None) -> dict[str, HostEntry]:
+    """The tables of ~/.config/surgvqa/hosts.toml and of the workspace's (which wins). Unknown keys are UsageErrors.
+
+    With `wrong` a table that is not as it should be is left out, and its error is put there under its name: one bad
+    table does not take the other hosts away.
+    """
     found: dict[str, HostEntry] = {}
     for file in (USER_HOSTS_FILE.expanduser(), Path(workspace) / HOSTS_FILE):
         if not file.is_file():
@@ -154,13 +186,21 @@ def read_hosts_files(workspace: Path) -> dict[str, HostEntry]:
         except (ValueError, RecursionError) as error:  # no TOML, or a number of thousands of digits
             raise UsageError(f"{file}: not valid TOML: {error}") from None
         for name, table in document.items():
-            if not isinstance(table, dict):
-                raise UsageError(f"{file}: {name} is {table!r}, expected a table: [{name}]")
-            found[name] = _entry(file, name, table)
+            try:
+                found[name] = _entry(file, name, table)
+            except UsageError as error:
+                if wrong is None:
+                    raise
+                found.pop(name, None)
+                wrong[name] = error
+            else:
+                (wrong or {}).pop(name, None)
     return found
 
 
-def _entry(file: Path, name: str, table: dict[str, Any]) -> HostEntry:
+def _entry(file: Path, name: str, table: Any) -> HostEntry:
+    if not isinstance(table, dict):
+        raise UsageError(f"{file}: {name} is {table!r}, expected a table: [{name}]")
     kinds = {f.name: (float if "float" in f.type else int if "int" in f.type else str) for f in fields(HostEntry)}
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -170,10 +210,18 @@ def _entry(file: Path, name: str, table: dict[str, Any]) -> HostEntry:
             if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
                 raise UsageError(f"{file}: [{name}] environment is {value!r}, expected a table of texts")
             values[key] = {k: str(v) for k, v in value.items()}
+            if wrong := next((k for k, v in values[key].items() if not k or "=" in k or "\0" in k + v), None):
+                raise UsageError(f"{file}: [{name}] environment: {wrong!r} cannot be a variable of a process")
             continue
         accepted = (int, float) if kinds[key] is float else kinds[key]
         if isinstance(value, bool) or not isinstance(value, accepted):
             raise UsageError(f"{file}: [{name}] {key} is {value!r}, expected {kinds[key].__name__}")
+        if isinstance(value, str) and (not value or "\0" in value):
+            raise UsageError(f"{file}: [{name}] {key} is {value!r}, expected text")
+        if key == "port" and not 1 <= int(value) <= 65535:
+            raise UsageError(f"{file}: [{name}] port is {value}, expected 1 to 65535")
+        if key == "price_per_hour" and not 0 <= float(value) < math.inf:
+            raise UsageError(f"{file}: [{name}] price_per_hour is {value}, expected a price")
         if key == "login_timeout_s" and not 1 <= float(value) <= 3600:
             raise UsageError(f"{file}: [{name}] {key} is {value!r}, expected seconds between 1 and 3600")
         values[key] = value
@@ -204,13 +252,18 @@ def ssh_settings(target: str, options: list[str]) -> dict[str, list[str]]:
 
 def resolve(name: str, workspace: Path) -> Host:
     """The host that `name` means: a table of hosts.toml, a name of ~/.ssh/config, or [user@]address."""
-    entries = read_hosts_files(workspace)
+    wrong: dict[str, UsageError] = {}
+    entries = read_hosts_files(workspace, wrong)
+    if name in wrong:
+        raise wrong[name]
     entry = entries.get(name, HostEntry())
     options = ssh_config_option()
     if entry.port:
         options += ["-p", str(entry.port)]
     if entry.identity_file:
         options += ["-i", os.path.expanduser(entry.identity_file)]
+    if entry.host_key_alias:
+        options += ["-o", f"HostKeyAlias={entry.host_key_alias}"]
     target = entry.address or name
     source = HOSTS_FILE if name in entries else "ssh config" if name in ssh_config_names() else "command line"
     return Host(name, entry, target, tuple(options), ssh_settings(target, options), source)

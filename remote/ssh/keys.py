@@ -1,91 +1,208 @@
-"""Logging in with the keys that ssh would try: of the agent and of IdentityFile, in ssh's order."""
+"""Logging in with the keys that ssh would try: certificates, then the agent's keys, then those of IdentityFile."""
 
 from __future__ import annotations
 
+import base64
+import copy
 import io
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import paramiko
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization as pem
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from paramiko.pkey import PublicBlob
 
+from remote.ssh.errors import AuthenticationFailed, Unreachable, address
 from remote.ssh.hosts import Host
-from remote.ssh.transport import AgentAt
+from remote.ssh.paramiko_internals import AgentAt, Transport
+from surgvqa.untrusted import one_line
+
+LARGEST_KEY_FILE = 1 << 20
+OPENSSH_MAGIC = b"openssh-key-v1\0"
+CERTIFICATE = "-cert-v01@openssh.com"
+"""The end of a certificate's type (PROTOCOL.certkeys of OpenSSH)."""
 
 
-def agent_keys(host: Host) -> list[paramiko.PKey]:
-    """What the ssh-agent of IdentityAgent or SSH_AUTH_SOCK holds; none where there is no agent."""
-    named = (host.ssh.get("identityagent") or ["SSH_AUTH_SOCK"])[0]
-    if named == "none":
-        return []
-    path = os.environ.get("SSH_AUTH_SOCK", "") if named == "SSH_AUTH_SOCK" else os.path.expandvars(named)
+class UnusableKey(ValueError):
+    """A key file that cannot be used, in one line: which, why, what to do."""
+
+
+def agent_keys(host: Host) -> tuple[list[paramiko.PKey], str]:
+    """What the ssh-agent of IdentityAgent or SSH_AUTH_SOCK holds, and why it cannot be asked ('' when it can)."""
+    path = host.identity_agent
+    if not path:
+        return [], ""
     try:
-        return list(AgentAt(os.path.expanduser(path)).get_keys()) if path else []
-    except (OSError, paramiko.SSHException):
-        return []
+        keys: list[Any] = list(AgentAt(path).get_keys())
+    except (OSError, paramiko.SSHException) as error:
+        return [], f"the ssh-agent at {path} does not answer ({error})"
+    for key in keys:
+        if key.get_name().endswith(CERTIFICATE):
+            key.public_blob = PublicBlob(key.get_name(), key.blob)
+    return keys, ""
+
+
+def _read(file: str) -> bytes:
+    """A key file. Raises UnusableKey."""
+    try:
+        with open(file, "rb") as stream:
+            data = stream.read(LARGEST_KEY_FILE + 1)
+    except OSError as error:
+        raise UnusableKey(f"{file}: {error.strerror}") from None
+    if len(data) > LARGEST_KEY_FILE:
+        raise UnusableKey(f"{file}: larger than {LARGEST_KEY_FILE >> 20} MiB, so no key")
+    return data
+
+
+def public_line(file: str) -> PublicBlob | None:
+    """The public key or certificate of a .pub file; None where there is none."""
+    try:
+        kind, blob = _read(file).decode(errors="replace").split()[:2]
+        return PublicBlob.from_string(f"{kind} {blob}") if kind.startswith(("ssh-", "ecdsa-", "sk-")) else None
+    except ValueError:  # UnusableKey too
+        return None
 
 
 def public_blob(file: str) -> bytes | None:
-    """The public key beside a private one, or in `file` itself (IdentityFile x.pub)."""
+    """The public half of IdentityFile `file`: of the file itself (x.pub, or OpenSSH's own format, where it is never
+    encrypted), or of the .pub beside it. None where nothing tells it."""
     for path in (file, f"{file}.pub"):
-        try:
-            kind, blob = Path(path).read_text(encoding="utf-8", errors="replace").split()[:2]
-            if kind.startswith(("ssh-", "ecdsa-", "sk-")):
-                return paramiko.pkey.PublicBlob.from_string(f"{kind} {blob}").key_blob
-        except (OSError, ValueError):
-            continue
-    return None
+        if found := public_line(path):
+            return bytes(found.key_blob)
+    try:
+        lines = _read(file).decode("ascii").split("-----")
+        data = base64.b64decode(lines[2])
+        message = paramiko.Message(data[len(OPENSSH_MAGIC) :])
+        for _ in ("cipher", "key derivation", "its options"):
+            message.get_binary()
+        return message.get_binary() if data.startswith(OPENSSH_MAGIC) and message.get_int() == 1 else None
+    except (ValueError, IndexError, paramiko.SSHException):
+        return None
 
 
 def load(file: str) -> paramiko.PKey:
-    """A private key of OpenSSH's, PEM or PKCS8 format. Raises PasswordRequiredException for an encrypted one."""
-    data = Path(file).read_bytes()
-    if b"BEGIN ENCRYPTED PRIVATE KEY" in data:
-        raise paramiko.PasswordRequiredException("Private key file is encrypted")
-    if b"BEGIN PRIVATE KEY" in data:
-        loaded = pem.load_pem_private_key(data, None)
-        data = loaded.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.OpenSSH, pem.NoEncryption())
-    failure: Exception = paramiko.SSHException(f"{file}: no private key")
-    for kind in (paramiko.Ed25519Key, paramiko.ECDSAKey, paramiko.RSAKey):
-        try:
-            key = kind.from_private_key(io.StringIO(data.decode()))
-        except paramiko.PasswordRequiredException:
-            raise
-        except (paramiko.SSHException, ValueError) as error:
-            failure = error
-            continue
-        if os.path.isfile(f"{file}-cert.pub"):
-            key.load_certificate(f"{file}-cert.pub")
-        return key
-    raise paramiko.SSHException(str(failure))
+    """A private key of OpenSSH's, PEM or PKCS8 format. Raises UnusableKey."""
+    data = _read(file)
+    read = pem.load_ssh_private_key if b"BEGIN OPENSSH PRIVATE KEY" in data else pem.load_pem_private_key
+    try:
+        loaded = read(data, None)
+    except TypeError:  # what cryptography raises where a passphrase is needed
+        raise UnusableKey(f"{file} is encrypted; load it first: ssh-add {file}") from None
+    except UnsupportedAlgorithm as error:
+        raise UnusableKey(
+            f"{file}: a kind of key that we cannot read ({error}); load it first: ssh-add {file}"
+        ) from None
+    except Exception as error:  # a damaged file may raise anything
+        raise UnusableKey(f"{file}: no private key, or a damaged one ({str(error).partition('.')[0]})") from None
+    kinds: dict[type, type[paramiko.PKey]] = {
+        ed25519.Ed25519PrivateKey: paramiko.Ed25519Key,
+        ec.EllipticCurvePrivateKey: paramiko.ECDSAKey,
+        rsa.RSAPrivateKey: paramiko.RSAKey,
+    }
+    kind = next((ours for theirs, ours in kinds.items() if isinstance(loaded, theirs)), None)
+    if kind is None or not hasattr(loaded, "private_bytes"):
+        raise UnusableKey(f"{file}: a kind of key that no ssh uses any more; make an ed25519 key: ssh-keygen")
+    try:
+        text = loaded.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.OpenSSH, pem.NoEncryption()).decode()
+        return kind.from_private_key(io.StringIO(text))
+    except (paramiko.SSHException, ValueError, UnsupportedAlgorithm) as error:
+        raise UnusableKey(f"{file}: a kind of key that we cannot use ({error})") from None
+
+
+def certifies(certificate: PublicBlob, key: bytes) -> bool:
+    """Whether `certificate` is one of the public key `key`: it repeats the key's fields behind its type and nonce."""
+    of_certificate, of_key = paramiko.Message(certificate.key_blob), paramiko.Message(key)
+    kind = of_certificate.get_text()
+    of_certificate.get_binary()  # the nonce
+    same_kind = kind == of_key.get_text() + CERTIFICATE
+    return same_kind and of_certificate.get_remainder().startswith(of_key.get_remainder())
+
+
+def certified(key: paramiko.PKey, certificate: PublicBlob) -> paramiko.PKey:
+    """The same key, to be shown with its certificate."""
+    one: Any = key
+    one = paramiko.agent.AgentKey(one.agent, one.blob) if isinstance(one, paramiko.agent.AgentKey) else copy.copy(one)
+    one.public_blob = certificate
+    return one
 
 
 class SshKeys:
-    """paramiko's strategy: the agent's keys of IdentityFile, its others unless IdentitiesOnly, then the files."""
+    """paramiko's strategy: certificates, the agent's keys of IdentityFile, its others unless IdentitiesOnly, files."""
 
     def __init__(self, host: Host):
         self.host = host
+        self.problems: list[str] = []
+        """Why keys could not be used, one line each."""
 
-    def authenticate(self, transport: paramiko.Transport) -> list[str]:
-        """Raises paramiko's error of the last key that was tried."""
-        files = self.host.identity_files
-        named = [blob for file in files if (blob := public_blob(file))]
-        held = agent_keys(self.host)
-        first = [key for key in held if key.asbytes() in named]
-        others = [key for key in held if key not in first] if self.host.setting("identitiesonly") != "yes" else []
-        failure: Exception = paramiko.SSHException("No authentication methods available")
-        tried: list[paramiko.PKey | str] = [*first, *others, *files]
-        for one in tried:
+    def authenticate(self, transport: Transport) -> list[str]:
+        """Logs in. Raises AuthenticationFailed when the host refuses what we have, Unreachable when it is lost."""
+        refused, wanted = False, ""
+        for key in self._keys():
             try:
-                if isinstance(one, str):
-                    if public_blob(one) in [key.asbytes() for key in held] or not os.path.isfile(one):
-                        continue  # tried already, or only its public half is here
-                    key = load(one)
-                else:
-                    key = one
-                if not transport.auth_publickey(self.host.user, key):
+                more = transport.auth_publickey(self.host.user, key)
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                self._only_a_refusal(transport, error)
+                refused = True
+            else:
+                if not more:
                     return []
-                failure = paramiko.AuthenticationException("the host wants more than a key")
-            except (paramiko.SSHException, OSError, ValueError) as error:
-                failure = error
-        raise failure
+                wanted = ", ".join(more)
+        at, why = address(self.host), "".join(f"; {problem}" for problem in self.problems)
+        if wanted:
+            raise AuthenticationFailed(f"{at}: the host takes our key and wants more ({wanted}), which we cannot give")
+        if refused:
+            raise AuthenticationFailed(
+                f"{at}: the host refused our keys; check IdentityFile, User and ssh-add -l, "
+                f"or install one: ssh-copy-id {self.host.target}{why}"
+            )
+        raise AuthenticationFailed(f"{at}: no key to log in with{why or '; check IdentityFile and ssh-add -l'}")
+
+    def _only_a_refusal(self, transport: Transport, error: Exception) -> None:
+        """Returns when the host has answered, with a no; all else is raised."""
+        at = address(self.host)
+        if "signing" in str(error):  # the transport ends with that
+            raise AuthenticationFailed(f"{at}: the ssh-agent does not sign with the key that it holds ({error})")
+        if "authentication" in transport.goodbye.lower():  # "Too many authentication failures"
+            said = one_line(transport.goodbye[:200])
+            raise AuthenticationFailed(f"{at}: the host refused our keys ({said}); set IdentityFile and IdentitiesOnly")
+        answered = isinstance(error, paramiko.AuthenticationException) and transport.is_active()
+        if not answered or str(error).startswith("Authentication timeout"):
+            raise Unreachable(f"{at}: connection lost while logging in; the host has not refused our keys")
+
+    def _keys(self) -> Iterator[paramiko.PKey]:
+        """In the order in which they are tried; a file is read when it is its turn."""
+        files = self.host.identity_files
+        blobs = {file: public_blob(file) for file in files}
+        held, problem = agent_keys(self.host)
+        self.problems += [problem] if problem else []
+        plain = [key for key in held if not key.public_blob]
+        named = [blob for blob in blobs.values() if blob]
+        loaded: dict[str, paramiko.PKey | None] = {}
+
+        def of_file(file: str) -> paramiko.PKey | None:
+            if file not in loaded:
+                try:
+                    loaded[file] = load(file)
+                except UnusableKey as unusable:
+                    loaded[file] = None
+                    self.problems.append(str(unusable))
+            return loaded[file]
+
+        for path in [*self.host.certificate_files, *(f"{file}-cert.pub" for file in files)]:
+            if (certificate := public_line(path)) and certificate.key_type.endswith(CERTIFICATE):
+                key = next((key for key in plain if certifies(certificate, key.asbytes())), None)
+                file = next((f for f, blob in blobs.items() if blob and certifies(certificate, blob)), None)
+                key = key or (of_file(file) if file else None)
+                if key:
+                    yield certified(key, certificate)
+        first = [key for key in held if key.asbytes() in named]
+        yield from first
+        if self.host.setting("identitiesonly") != "yes":
+            yield from (key for key in held if key not in first)
+        for file, blob in blobs.items():
+            tried = blob in [key.asbytes() for key in held]
+            if not tried and os.path.isfile(file) and not public_line(file) and (key := of_file(file)):
+                yield key

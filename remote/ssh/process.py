@@ -1,15 +1,18 @@
-"""The agent at the end of an OpenSSH process of its own: for bulk bytes, which paramiko is too slow for."""
+"""The agent at the end of an OpenSSH process of its own: for bulk bytes, which paramiko is too slow for, and for the
+first questions to a host that answered the last time, for which paramiko is too slow to load."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from remote.ssh import timeouts
@@ -21,6 +24,10 @@ from surgvqa.errors import SurgvqaError
 
 WHOLE_SESSION = {"SessionType": "default", "StdinNull": "no", "ForkAfterAuthentication": "no"}
 """Overridden where this ssh knows them (OpenSSH 8.7; an older one would refuse the option): a command, with input."""
+SSH_FAILED = 255
+"""ssh's exit status where it is not the command's."""
+GOODBYE_S = 5.0
+"""Seconds that an agent has to end after an error."""
 FAST_CIPHER = "aes128-gcm@openssh.com"
 
 
@@ -40,7 +47,8 @@ def best_ciphers(host: Host, host_has_aes: bool) -> str | None:
 class AgentProcess:
     """The agent at the end of an `ssh` subprocess. It waits there until `begin` says what is wanted."""
 
-    def __init__(self, host: Host, ciphers: str | None):
+    def __init__(self, host: Host, ciphers: str | None, questions: dict[str, dict[str, Any]] | None = None):
+        """`questions`: operations with what they are given, which it answers one after another (`answers`)."""
         self.host = host
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._input, theirs = socket.socketpair()  # a pipe would wake the writer at every read
@@ -56,7 +64,9 @@ class AgentProcess:
         assert self.process.stdout  # a pipe
         self._stdout = self.process.stdout
         self._lock = threading.Lock()
-        self._ask(payload({"op": "ready", "workspace": host.entry.workspace, "more": True}))
+        self._ask(payload(self._request("ready")))
+        for op, params in (questions or {}).items():
+            self._ask(request_line(self._request(op, **params)))
 
     def begin(
         self,
@@ -70,6 +80,29 @@ class AgentProcess:
         self._ask(request_line({"workspace": self.host.entry.workspace, **request}))
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _request(self, op: str, **params: Any) -> dict[str, Any]:
+        return {"op": op, "workspace": self.host.entry.workspace, "more": True, **params}
+
+    def answers(self, within_s: float) -> Iterator[dict[str, Any]]:
+        """The answers to its questions, and to those that are written from now on. Raises as `Replies` does, also where
+        the agent has not spoken in `within_s` seconds."""
+        deadline = time.monotonic() + within_s
+        spoken = threading.Event()
+
+        def heard() -> Iterator[tuple[bytes, bytes, int | None]]:
+            chunks, ended = self._chunks(), False
+            while not ended:
+                wait_s = timeouts.SILENCE_S if spoken.is_set() else max(0.0, deadline - time.monotonic())
+                if not select.select([self._stdout], [], [], wait_s)[0]:
+                    raise TimeoutError
+                chunk = next(chunks)
+                ended = chunk[2] is not None
+                yield chunk
+
+        found = iter(Replies(self.host, heard(), spoken.set))
+        next(found)  # to "ready"
+        return found
 
     def _ask(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # the reader will find out why
@@ -106,7 +139,8 @@ class AgentProcess:
     def join(self) -> None:
         self._reader.join()
 
-    def _chunks(self):
+    def _chunks(self) -> Iterator[tuple[bytes, bytes, int | None]]:
+        """(stdout, stderr, exit status) as they come."""
         while data := os.read(self._stdout.fileno(), 1 << 16):
             yield data, b"", None
         yield b"", self._said(), self.process.wait()
@@ -119,13 +153,20 @@ class AgentProcess:
 
     def _read(self) -> None:
         error: SurgvqaError | None = None
+        replies = Replies(self.host, self._chunks())
         try:
-            for message in Replies(self.host, self._chunks()):
+            for message in replies:
                 self._on_message(message)
+            if self.process.wait() == SSH_FAILED:  # behind the answer to "ready", which is not the last
+                error = explain_ssh(self.host, self._said().decode(errors="replace"), SSH_FAILED, replies.started)
         except SurgvqaError as failure:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GOODBYE_S)
+            if self.process.poll() is None:  # it goes on, after an answer that is none
+                self.kill()
             text, status = self._said().decode(errors="replace"), self.process.wait()
-            broken = isinstance(failure, Unreachable) or status == 255 or status < 0
-            error = explain_ssh(self.host, text, status) if broken else failure
+            broken = isinstance(failure, Unreachable) or status == SSH_FAILED
+            error = explain_ssh(self.host, text, status, replies.started) if broken else failure
         except (OSError, ValueError) as failure:
             error = Unreachable(f"{self.host.name}: the stream broke: {failure}")
         finally:

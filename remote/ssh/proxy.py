@@ -7,9 +7,14 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 
 import fabric
 import paramiko
+
+ENDS_IN_S = 0.2
+"""Seconds that a command has to end once its output has."""
+MOST_SAID = 1 << 16
 
 
 class Proxy(paramiko.ProxyCommand):
@@ -18,11 +23,12 @@ class Proxy(paramiko.ProxyCommand):
     def __init__(self, command: str):
         self.cmd = [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {command}"]
         self.timeout = None
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             self.cmd,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._said,
             bufsize=0,
             start_new_session=True,
         )
@@ -34,6 +40,15 @@ class Proxy(paramiko.ProxyCommand):
         if not ready:
             raise TimeoutError
         return os.read(self.process.stdout.fileno(), size)
+
+    def failed(self) -> str:
+        """Why the command has ended, by its last words; '' where it has not, or well."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if status := self.process.wait(ENDS_IN_S):
+                self._said.seek(0)
+                lines = self._said.read(MOST_SAID).decode(errors="replace").strip().splitlines() or ["no reason given"]
+                return f"ProxyCommand ended with {status}: {lines[-1][:200]}"
+        return ""
 
     def close(self) -> None:
         """Ends the command and what it started."""

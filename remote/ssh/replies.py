@@ -8,10 +8,13 @@ from typing import Any
 
 from remote.ssh import timeouts
 from remote.ssh.bundle import TOO_OLD
-from remote.ssh.errors import Unreachable, not_understood
+from remote.ssh.errors import SlowLogin, Unreachable, not_understood
 from remote.ssh.hosts import Host
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.untrusted import cleaned, load_json, one_line
+
+SIGNALLED = 128
+"""A shell's exit status for a program that a signal ended is this and the signal's number."""
 
 
 def parse_message(host: Host, line: bytes) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def silent(host: Host, started: bool, printed: bytes) -> Unreachable:
         return Unreachable(f"{host.name}: connection lost, no answer for {timeouts.SILENCE_S:.0f} s")
     lines = printed.decode(errors="replace").strip().splitlines()
     last = f" (it printed last: {lines[-1][:80]})" if lines else ""
-    return Unreachable(
+    return SlowLogin(
         one_line(
             f"{host.name}: logged in, but its login shell had not started {host.entry.python} after "
             f"{host.entry.login_timeout_s:g} s{last}; make its ~/.bashrc faster, or set login_timeout_s in hosts.toml"
@@ -61,17 +64,19 @@ class Replies:
         host: Host,
         chunks: Iterator[tuple[bytes, bytes, int | None]],
         on_start: Callable[[], None] = lambda: None,
+        on_beat: Callable[[], None] = lambda: None,
     ):
         """`chunks`: (stdout, stderr, exit status), TimeoutError after a silence. `on_start` is called when the agent
-        first speaks."""
-        self.host, self.chunks, self.on_start = host, chunks, on_start
-        self._started, self._printed = False, b""
+        first speaks, `on_beat` whenever it says that it lives."""
+        self.host, self.chunks, self.on_start, self.on_beat = host, chunks, on_start, on_beat
+        self.started, self._printed = False, b""
+        """Whether the agent has spoken."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self._messages()
         except TimeoutError:
-            raise silent(self.host, self._started, self._printed) from None
+            raise silent(self.host, self.started, self._printed) from None
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         buffer, noise, started, answered = b"", b"", False, False
@@ -93,7 +98,7 @@ class Replies:
                         raise TimeoutError
                     continue
                 buffer = buffer.split(self.MARK, 1)[1]
-                started = self._started = True
+                started = self.started = True
                 self.on_start()
             *lines, buffer = buffer.split(b"\n")
             if len(buffer) > self.MAX_MESSAGE:
@@ -101,6 +106,7 @@ class Replies:
             for line in lines:
                 message = parse_message(self.host, line)
                 if "beat" in message:
+                    self.on_beat()
                     continue
                 answered = answered or "done" in message
                 answer = message.get("done", message)
@@ -109,13 +115,22 @@ class Replies:
                 yield answer
             if status is not None and (not answered or 0 < status < 255):
                 text = noise.decode(errors="replace").strip().splitlines()
+                if SIGNALLED < status < 255:
+                    raise self._signalled(status)
                 if status in (-1, 255) or not text:
                     raise Unreachable(f"{self.host.name}: connection lost before the host had answered")
                 raise SurgvqaError(f"{self.host.name}: the agent failed there: {text[-1]}")
 
+    def _signalled(self, status: int) -> Unreachable:
+        """A host that shuts down ends every process so, and one that is short of memory some."""
+        why = f"{self.host.entry.python} there was ended by signal {status - SIGNALLED} before it had answered"
+        return Unreachable(f"{self.host.name}: {why}")
+
     def _no_agent(self, output: bytes, status: int) -> SurgvqaError:
         if status == -1:  # none came
             return Unreachable(f"{self.host.name}: connection lost before the host had answered")
+        if SIGNALLED < status < 255:
+            return self._signalled(status)
         text = output.decode(errors="replace").strip()
         last = text.splitlines()[-1] if text else "no output"
         python = self.host.entry.python

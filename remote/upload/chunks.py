@@ -1,34 +1,56 @@
-"""Files in chunks, and the queue that streams take them from."""
+"""Files in chunks and packs, and the queue that streams take them from."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from remote.agent.protocol import MAX_PACK_FILES, SMALL
 from remote.upload.hashes import Item
+
+PACK_BYTES = 1 << 20
+"""Bytes of a pack at most: less than a chunk, since the host holds it in memory."""
 
 
 @dataclass(eq=False)
 class Chunk:
-    """A piece of one file."""
+    """A piece of one file; or a pack of whole small files, the first of which is `index`."""
 
     index: int
     offset: int
     length: int
+    files: tuple[int, ...] = ()
+    """The files in a pack."""
+    hole: bool = False
+    """As it was sent last: no bytes, since a sparse file has none there."""
 
 
-def chunks_of(item: Item, done: dict[int, list[list[int]]], largest: int) -> list[Chunk]:
-    """What is still to be sent: every file's gaps, in chunks."""
-    found = []
+def chunks_of(item: Item, whole: Collection[int], done: dict[int, list[list[int]]], largest: int) -> list[Chunk]:
+    """What is still to be sent: small files in packs, of the others every gap between what is `done`, in chunks."""
+    packs, found = [], []
+    pack: list[int] = []
+    length = 0
     for index, entry in enumerate(item.entries):
+        if index in whole:
+            continue
+        if entry.size <= SMALL:
+            if pack and (length + entry.size > PACK_BYTES or len(pack) == MAX_PACK_FILES):
+                packs.append(Chunk(pack[0], 0, length, tuple(pack)))
+                pack, length = [], 0
+            pack.append(index)
+            length += entry.size
+            continue
         at = 0
-        for offset, length in [*sorted(done.get(index, [])), [entry.size, 0]]:
+        for offset, count in [*sorted(done.get(index, [])), [entry.size, 0]]:
             while at < offset:
                 length_now = min(largest, offset - at)
                 found.append(Chunk(index, at, length_now))
                 at += length_now
-            at = max(at, offset + length)
-    return found
+            at = max(at, offset + count)
+    if pack:
+        packs.append(Chunk(pack[0], 0, length, tuple(pack)))
+    return packs + found
 
 
 class Queue:
@@ -40,7 +62,7 @@ class Queue:
         self.put_back(chunks)
 
     def take(self, file: int, others: set[int]) -> Chunk:
-        """The next chunk of `file`, or else of a file that no other stream is at, or else of any."""
+        """The next chunk: of `file` if it has one, else of a file that no other stream sends, else of any."""
         if file not in self.files:
             file = next((f for f in self.files if f not in others), next(iter(self.files)))
         chunk = self.files[file].popleft()
@@ -51,7 +73,7 @@ class Queue:
         return chunk
 
     def put_back(self, chunks: list[Chunk]) -> None:
-        """These come first in their files."""
+        """Puts chunks back, to be sent next in their files."""
         for chunk in reversed(chunks):
             self.files.setdefault(chunk.index, deque()).appendleft(chunk)
             self.chunks += 1

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from typing import Any
 
 from rich.filesize import decimal as human_bytes
 
-from remote.jobs import follower, launch
+from remote.jobs import launch, run_events
 from remote.ssh.connection import Remote, connect
-from remote.ssh.hosts import resolve
+from remote.ssh.patience import Patience
 from remote.ssh.process import Reserve, best_ciphers
-from remote.upload import hub
+from remote.upload import ahead, hub
+from remote.upload.ahead import Ahead
 from remote.upload.hashes import Hashes, Item
 from remote.upload.host_settings import host_settings
+from remote.upload.offers import ask_of
 from remote.upload.options import UploadOptions
 from remote.upload.plan import (
+    Early,
     Way,
     checkpoint_ways,
     compare,
     data_sources,
-    known_rate,
     plan_table,
     public,
 )
+from remote.upload.remembered import known_offers, known_rate
 from remote.upload.send import send_item
 from surgvqa.config.settings import Path_, settings_of
 from surgvqa.config.workspace import Workspace
@@ -34,11 +40,9 @@ from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import human_seconds
 from surgvqa.untrusted import one_line
 
-AHEAD = 3  # connections that every upload needs: two streams, and one for the hashes
-
 
 def fill_in(options: UploadOptions, workspace: Workspace) -> None:
-    """What was not named comes from surgvqa.toml (any command's table)."""
+    """Fills in what was not named, from surgvqa.toml (any command's table)."""
     tables = (None, "train", "merge", "evaluate")
     for name, setting in settings_of(UploadOptions).items():
         if setting.type is Path_ and getattr(options, name) is None:
@@ -48,7 +52,7 @@ def fill_in(options: UploadOptions, workspace: Workspace) -> None:
 
 
 def check(options: UploadOptions, workspace: Workspace) -> None:
-    """Everything that can be seen from here, before the host is asked."""
+    """Checks all that can be checked here, before the host is asked."""
     fill_in(options, workspace)
     checkpoints = options.model_name_or_path, options.stage1_model_path, options.stage1_hub_id
     if not any((options.train_data_path, options.eval_data_path, *checkpoints)):
@@ -70,23 +74,36 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
     began = time.monotonic()
     settings = host_settings(workspace)
     run.phase("connect", host)
-    target = resolve(host, workspace.root)
-    # Most hosts have AES hardware: the streams' connections are made while ours is, and while the plan is made.
-    reserve = Reserve(target, best_ciphers(target, True), 0 if options.dry_run else AHEAD)
-    remote = None
-    try:
-        remote = connect(target, workspace.root, accept_new_host_key)
-        facts = remote.ask("probe", venv=remote.host.entry.venv)
-        if not facts["writable"]:
-            raise SurgvqaError(f"{host}: cannot write in {facts['workspace']}; set workspace in hosts.toml")
+    first = ahead.to(host, workspace.root, not options.checksum)
+    target = first.host
+    reserve = Reserve(target, None)
+    patience = Patience(options.patience_s, run.warning)
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool, closing(patience), closing(first):
+        reached = pool.submit(
+            _reach, first, workspace, accept_new_host_key, patience, stack
+        )  # while the files are looked at
+        hashes = Hashes(checksum=options.checksum, before_reading=lambda: reached.done() and reached.result())
+        gc.disable()  # tens of thousands of objects that stay: to look for cycles among them takes as long as the rest,
+        try:
+            ways = checkpoint_ways(options, workspace, hashes, run)
+            sources = data_sources(options, workspace)
+            data = [Item("data", "files", hashes.entries(sources))] if sources else []
+            items = [item for way in ways for item in way.items] + data
+            refuse_overlaps(items)
+            digests = [item.digest for item in items]
+        finally:
+            gc.freeze()  # and as long again when the process ends
+            gc.enable()
+        offers = [item.offer for item in items]
+        if not options.dry_run and first.offers != offers:
+            # Most hosts have AES hardware: the streams' connections are made while ours is, and while the plan is made.
+            reserve = Reserve(target, best_ciphers(target, True), 2 + any(item.large for item in items))
+        stack.callback(lambda: reserve.close())
+        remote, facts, early = reached.result()
         if not facts["aes"]:
             reserve.close()
             reserve = Reserve(target, best_ciphers(target, False))
-        hashes = Hashes(checksum=options.checksum)
-        ways = checkpoint_ways(options, workspace, hashes, run)
-        sources = data_sources(options, workspace)
-        data = [Item("data", "files", hashes.entries(sources))] if sources else []
-        plan = compare(remote, ways, data, options.checksum)
+        plan = compare(remote, ways, data, options.checksum, early)
         show = plan_table(host, plan)
         run.emit("plan", **{k: plan[k] for k in ("ways", "data", "chosen", "bytes_per_s", "free_bytes")})
         if options.dry_run:
@@ -95,18 +112,27 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
         if chosen and chosen.hub_id:
             hub.get(remote, chosen.hub_id, run, options.patience_s)
         sent = [
-            send_item(remote, item, run, hashes, facts, reserve, streams=options.streams, patience_s=options.patience_s)
+            send_item(
+                remote,
+                item,
+                run,
+                hashes,
+                facts,
+                reserve,
+                streams=options.streams,
+                patience_s=options.patience_s,
+                published=item.digest in plan["published"],
+            )
             for item in [*(chosen.items if chosen else []), *data]
         ]
         deleted = retire(remote, data, plan["data"], options.delete, run)
+        if plan["stagings"]:
+            name_abandoned(remote, digests, run)
         remote.ask("settings", text=settings)
         merged_there = None
         if chosen and chosen.output:
             merged_there = merge_there(remote, chosen, run)
-    finally:
-        reserve.close()
-        if remote:
-            remote.close()
+        known_offers(target.name, offers)
     total, seconds = sum(s["sent_bytes"] for s in sent), sum(s["seconds"] for s in sent)
     if total > 64e6:
         known_rate(host, total / seconds)
@@ -128,6 +154,49 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
     return Outcome(data_out, show=tell)
 
 
+def _reach(
+    first: Ahead, workspace: Workspace, accept_new_host_key: bool, patience: Patience, stack: ExitStack
+) -> tuple[Remote, dict[str, Any], Early | None]:
+    """The connection, which `stack` closes, what the host is, and what it says of the items of the last upload."""
+    target = first.host
+    if answered := first.answers():
+        agent, answers, facts, known = answered
+        remote = Remote(target, patience)
+        remote.use(agent, answers)
+    else:
+        remote = connect(target, workspace.root, accept_new_host_key, patience)
+    stack.callback(remote.close)
+    if not answered:
+        facts = remote.ask("probe", venv=target.entry.venv)
+    if not facts["writable"]:
+        raise SurgvqaError(f"{target.name}: cannot write in {facts['workspace']}; set workspace in hosts.toml")
+    return remote, facts, Early(first.offers, known) if answered else None
+
+
+def name_abandoned(remote: Remote, digests: list[str], run: Reporter) -> None:
+    """Warns of broken-off uploads of other names, which no upload will go on with by itself. Those of these names go as
+    soon as theirs begins."""
+    for one in remote.ask("abandoned", digests=digests)["uploads"][:NAMED]:
+        run.warning(
+            one_line(
+                f"{one['name'][:100]}: {human_bytes(one['bytes'])} of a broken-off {one['note'][:100]}; "
+                f"surgvqa-remote disk {remote.host.name} --clean staging removes it"
+            )
+        )
+
+
+def refuse_overlaps(items: list[Item]) -> None:
+    """UsageError where one item would lie in another on the host: a folder is replaced as a whole."""
+    for folder in [item for item in items if item.kind == "folder"]:
+        for other in items:
+            if (other.name, other.kind) == (folder.name, folder.kind):
+                continue
+            paths = [other.name] if other.kind == "folder" else [entry.path for entry in other.entries]
+            inside = next((path for path in paths if (path + "/").startswith(folder.name + "/")), None)
+            if inside:
+                raise UsageError(f"{inside} would lie in {folder.name} on the host, which is replaced as a whole")
+
+
 NAMED = 5  # stale files that a message spells out
 
 
@@ -139,7 +208,7 @@ def retire(remote: Remote, data: list[Item], there: dict[str, Any], delete: bool
     names: list[str] = []
     if there["stale_files"] and (delete or there["replaced"]):
         for item in data:
-            answer = remote.ask("retire", item=item.wire(), everything=delete)
+            answer = ask_of(remote, "retire", item, everything=delete)
             names += answer["removed"]
             if answer["changed"]:
                 run.warning(f"changed there since, so not removed: {_some(answer['changed'], len(answer['changed']))}")
@@ -165,6 +234,6 @@ def merge_there(remote: Remote, way: Way, run: Reporter) -> dict[str, Any]:
     run.phase("merge", f"on {host}")
     needs = [names["stage1"], names["adapter"]]
     launched = launch.launch(remote, "merge", [*argv, "--output_path", way.output], needs=needs, exclusive=False)
-    answer = follower.wait(remote, launched["run"], run)
+    answer = run_events.wait(remote, launched["run"], run)
     remote.ask("note_merge", **names)
     return answer

@@ -10,6 +10,9 @@ from surgvqa.config.options import COMMAND_OPTIONS
 from surgvqa.config.settings import NONE, Path_, settings_of
 from surgvqa.config.workspace import Workspace
 
+STAYS_HERE = ("host", "boxes")
+"""What names nothing on the host. Boxes are not sent: `evaluate --predictions` scores by what they show here."""
+
 
 def host_settings(workspace: Workspace) -> str:
     """The workspace's surgvqa.toml as the host needs it: the same values, with the paths that they have there."""
@@ -26,10 +29,10 @@ def host_settings(workspace: Workspace) -> str:
         return f"{key} = {text}"
 
     everything = {n: s for options in COMMAND_OPTIONS.values() for n, s in settings_of(options).items()}
-    lines += [value(key, raw, everything) for key, raw in workspace.values.items() if key != "host"]
+    lines += [value(key, raw, everything) for key, raw in workspace.values.items() if key not in STAYS_HERE]
     for table, values in workspace.by_command.items():
         if table in ("host", "demo"):
             continue
         lines += ["", f"[{table}]"]
-        lines += [value(k, v, settings_of(COMMAND_OPTIONS[table])) for k, v in values.items()]
+        lines += [value(k, v, settings_of(COMMAND_OPTIONS[table])) for k, v in values.items() if k not in STAYS_HERE]
     return "\n".join(lines) + "\n"

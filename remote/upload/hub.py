@@ -26,13 +26,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[A-Za-z0-9][\w./-]*
 
 
 def check_id(hub_id: str) -> None:
-    """UsageError for what cannot be USER/NAME or USER/NAME@REVISION."""
+    """Raises UsageError for anything but USER/NAME or USER/NAME@REVISION."""
     if not HUB_ID.fullmatch(hub_id) or ".." in hub_id:
         raise UsageError(f"--stage1_hub_id {hub_id!r}: expected USER/NAME or USER/NAME@REVISION")
 
 
 def folder_of(hub_id: str) -> str:
-    """Where it stands in the host's workspace."""
+    """Its folder in the host's workspace."""
     return "hub/" + hub_id.replace("/", "--")
 
 
@@ -87,7 +87,7 @@ class _NotThere(Exception):
 
 
 def _ask(remote: Remote, what: str, hub_id: str) -> Iterator[dict[str, Any]]:
-    """Runs this module on the host; yields its JSON lines."""
+    """Runs this module on the host and yields its JSON lines."""
     from remote.jobs.launch import SECRETS
 
     facts = remote.call("probe", venv=remote.host.entry.venv)

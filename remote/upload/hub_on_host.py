@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -104,7 +103,9 @@ def _listed(hub_id: str) -> dict[str, Any]:
 def _get(hub_id: str, found: dict[str, Any], workspace: str) -> None:
     """Into the cache, hashed, and linked into the workspace under `folder_of(hub_id)`."""
     from remote.agent import files as agent
-    from remote.agent.staging import publish
+    from remote.agent.manifest import digest_of
+    from remote.agent.staging import publish, staged
+    from remote.agent.standing import settle, staging_of, standing
 
     name = folder_of(hub_id)
     paths = sorted(found["files"])
@@ -116,26 +117,28 @@ def _get(hub_id: str, found: dict[str, Any], workspace: str) -> None:
     def entry(path: str) -> list[Any]:
         real, told = local[path], found["files"][path][1]
         stat = os.stat(real)
-        known = before.get(path, [None, None, None])
+        known = before.get(path, [None, None, None, None])
         same = (known[0], known[2]) == (stat.st_size, stat.st_mtime_ns)
         sha256 = known[1] if same else agent.sha256_of(real)
         if told not in (None, sha256):
             os.unlink(real)
             raise SurgvqaError(f"{hub_id}: {path} arrived damaged from the hub; run the upload again")
-        return [path, stat.st_size, sha256, stat.st_mtime_ns]
+        return [path, stat.st_size, sha256, stat.st_mtime_ns, stat.st_mode & 0o777]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         entries = list(pool.map(entry, paths))
-    digest = hashlib.sha256(json.dumps([name, entries]).encode()).hexdigest()[:40]
+    digest = digest_of(name, "folder", entries)
     item = {"name": name, "kind": "folder", "digest": digest, "files": entries}
-    state = agent.standing(workspace, item)["state"]
+    state = standing(workspace, item)["state"]
     if state == "foreign":
         raise SurgvqaError(f"{name} exists in {workspace} and was not made by upload; move it away")
-    if state != "complete":
-        staged = os.path.join(workspace, ".surgvqa", "staging", digest, "files")
-        os.makedirs(staged, exist_ok=True)
-        for i, path in enumerate(paths):
-            _link(local[path], os.path.join(staged, str(i)))
+    if state == "complete":
+        settle(workspace, item)
+    else:
+        for path in paths:
+            target = staged(staging_of(workspace, digest), path)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            _link(local[path], target)
         publish(None, workspace, item)
     _say({"revision": found["revision"], "folder": name})
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from remote.ssh.patience import PATIENCE_HELP, PATIENCE_S
 from surgvqa.config.settings import Path_, option
 
 
 @dataclass(kw_only=True)
 class UploadOptions:
-    """What goes to the host. Paths that are not named come from surgvqa.toml."""
+    """What to send to the host. Paths that are not given come from surgvqa.toml."""
 
     model_name_or_path: Path_ | None = option(None, "merged BF16 checkpoint folder")
     stage1_model_path: Path_ | None = option(None, "Stage-1 checkpoint folder")
@@ -33,4 +34,4 @@ class UploadOptions:
     checksum: bool = option(False, "read every file on both sides again, whatever sizes and times say")
     delete: bool = option(False, "remove data files there that were uploaded once and are not part of this upload")
     dry_run: bool = option(False, "show the plan: what, how large, how long; send nothing")
-    patience_s: float = option(300.0, "seconds without a connection before the upload gives up (it resumes when rerun)")
+    patience_s: float = option(PATIENCE_S, PATIENCE_HELP, least=0)

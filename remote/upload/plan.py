@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +13,12 @@ from rich.table import Table
 
 from remote.paths import remote_name
 from remote.ssh.connection import Remote
+from remote.ssh.errors import not_understood
 from remote.upload import hub
-from remote.upload.hashes import Hashes, Item
+from remote.upload.hashes import Hashes, Item, whole_file
+from remote.upload.offers import ask_of_all
 from remote.upload.options import UploadOptions
+from remote.upload.remembered import known_rate
 from surgvqa.checkpoint.names import INDEX_FILE
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError, UsageError
@@ -26,6 +28,7 @@ from surgvqa.terminal.figures import human_seconds
 from surgvqa.untrusted import one_line
 
 MERGE_BYTES_PER_S = 300e6  # reading, arithmetic and writing on a rented host; an estimate, shown as one
+USUAL_BYTES_PER_S = 30e6  # of a link that nothing is known of
 HUB_BYTES_PER_S = 100e6  # from the hub to a data centre; an estimate as well
 
 
@@ -48,10 +51,10 @@ def is_checkpoint_file(path: str) -> bool:
 
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
+WEIGHT_SUFFIXES = (".safetensors", ".bin")
 ADAPTER_BINARY = ("adapter_model.bin",)
 PLAIN_FILES = ("LICENSE", "NOTICE")
 TRAINING_FILES = ("trainer_state.json",)
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def folder_sources(folder: Path, left_out: list[str] | None = None) -> list[tuple[Path, str]]:
@@ -65,6 +68,7 @@ def folder_sources(folder: Path, left_out: list[str] | None = None) -> list[tupl
     found: list[tuple[Path, str]] = []
     skipped: list[str] = []
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        _require_end(entry)
         if entry.is_dir() and entry.name.endswith(CHECKPOINT_SUFFIXES):
             raise UsageError(f"{entry.path}: a folder, expected a file")
         if entry.is_dir() and entry.name != "additional_chat_templates":
@@ -76,8 +80,9 @@ def folder_sources(folder: Path, left_out: list[str] | None = None) -> list[tupl
             skipped.append(f"{entry.name} (no file that a checkpoint is loaded from)")
         else:
             found.append((Path(entry.path), entry.name))
-    for file, _ in found:
-        _require_whole(file)
+    for file, name in found:
+        if not whole_file(str(file)).st_size and name.endswith(WEIGHT_SUFFIXES):
+            raise UsageError(f"{file}: empty, expected weights; download it again")
     if left_out is not None:
         left_out += skipped
     if not found:
@@ -86,16 +91,12 @@ def folder_sources(folder: Path, left_out: list[str] | None = None) -> list[tupl
     return sorted(found, key=lambda s: s[0].suffix == ".safetensors")
 
 
-def _require_whole(file: Path) -> None:
-    """UsageError for what has a checkpoint file's name and is none."""
-    if not file.exists():
-        raise UsageError(f"{file}: a link to {os.readlink(file)}, which is not there; download it again")
-    if not file.is_file():
-        raise UsageError(f"{file}: no regular file")
-    if file.stat().st_size < 1024:
-        with open(file, "rb") as stream:
-            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UsageError(f"{file}: a git-LFS pointer, not the file itself; run git lfs pull in its folder")
+def _require_end(entry: os.DirEntry[str]) -> None:
+    """UsageError for a link that leads to itself."""
+    try:
+        entry.is_dir()
+    except OSError as error:
+        raise UsageError(f"{entry.path}: {error.strerror}") from None
 
 
 def _require_named_shards(folder: Path, paths: set[str]) -> None:
@@ -108,17 +109,18 @@ def _require_named_shards(folder: Path, paths: set[str]) -> None:
             raise UsageError(f"{folder / missing[0]}: named in {INDEX_FILE}, but missing")
 
 
-def data_sources(options: Any, workspace: Workspace) -> list[tuple[Path, str]]:
+def data_sources(options: Any, workspace: Workspace) -> list[tuple[str, str]]:
     """The JSONL files and only the frames and spoken questions that they name."""
     from surgvqa.data.lookup import AudioIndex, FrameIndex
     from surgvqa.data.samples import read_samples
 
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
 
-    def add(file: Path, name: str) -> None:
-        if found.setdefault(name, file) != file:
-            raise UsageError(f"{file} and {found[name]} would both be {name} on the host; rename one")
-        _require_whole(file)
+    def add(more: dict[str, str]) -> None:
+        """Name there -> file here."""
+        if name := next((name for name in found.keys() & more.keys() if found[name] != more[name]), None):
+            raise UsageError(f"{more[name]} and {found[name]} would both be {name} on the host; rename one")
+        found.update(more)
 
     pairs = [
         (options.train_data_path, options.audio_dir),
@@ -131,23 +133,24 @@ def data_sources(options: Any, workspace: Workspace) -> list[tuple[Path, str]]:
             if needed is None:
                 raise UsageError(f"missing --{name} for {jsonl} (or the key of that name in {workspace.file})")
         samples = read_samples(jsonl)
-        add(Path(jsonl), remote_name(jsonl, workspace))
+        add({remote_name(jsonl, workspace): os.fspath(jsonl)})
         frames, audio = FrameIndex(options.frames_dir), AudioIndex(audio_dir, samples)
         frames_name, audio_name = remote_name(options.frames_dir, workspace), remote_name(audio_dir, workspace)
-        for sample in samples:
-            for frame in sample.frames:
-                file = frames.find(frame)
-                add(file, f"{frames_name}/{file.relative_to(options.frames_dir).as_posix()}")
-            file = audio.find(sample)
-            add(file, f"{audio_name}/{file.relative_to(audio_dir).as_posix()}")
+        named = map(frames.name_of, {frame: None for sample in samples for frame in sample.frames})
+        root = str(frames.root)
+        add({f"{frames_name}/{name}": f"{root}/{name}" for name in named})
+        root = str(audio.root)
+        add({audio_name + file[len(root) :]: file for file in map(str, map(audio.find, samples))})
+        for video in dict.fromkeys(sample.video_id for sample in samples):
             for side in ("in", "out"):  # the question sets by which AudioIndex tells the two wordings apart
                 for place, below in ((Path(jsonl).parent, None), (Path(audio_dir), audio_name)):
-                    wording = place / f"{side}_{sample.video_id}.jsonl"
+                    wording = place / f"{side}_{video}.jsonl"
                     if wording.is_file() and wording != Path(jsonl):
-                        add(wording, f"{below}/{wording.name}" if below else remote_name(wording, workspace))
+                        name = f"{below}/{wording.name}" if below else remote_name(wording, workspace)
+                        add({name: str(wording)})
     if found:
-        for file in sorted((workspace.root / "presets").glob("*.toml")):
-            add(file, f"presets/{file.name}")
+        for preset in sorted((workspace.root / "presets").glob("*.toml")):
+            add({f"presets/{preset.name}": str(preset)})
     return [(file, name) for name, file in sorted(found.items())]
 
 
@@ -190,7 +193,6 @@ def cheapest(ways: list[Way], bytes_per_s: float) -> Way:
     return min(ways, key=lambda way: way.seconds(bytes_per_s))
 
 
-RATES = Path("~/.cache/surgvqa/rates.json")
 WAYS = {
     "merged": "merged checkpoint",
     "adapter": "Stage 1 + adapter, merged there",
@@ -231,80 +233,129 @@ def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes
     return ways
 
 
-def known_rate(host: str, rate: float | None = None) -> float | None:
-    """The rate of the last upload to `host` in bytes/s; given one, remembers it."""
-    file = RATES.expanduser()
-    try:
-        rates = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        rates = {}
-    if rate is not None:
-        rates[host] = rate
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rates), encoding="utf-8")
-        except OSError:
-            return rate
-    return rates.get(host)
+@dataclass(frozen=True)
+class Early:
+    """What the host was asked about the items of the last upload while ours were still being looked at: most often
+    nothing has changed, and then it has looked at its files meanwhile."""
+
+    offers: list[dict[str, str]]
+    answer: dict[str, Any]
 
 
-def compare(remote: Remote, ways: list[Way], data: list[Item], checksum: bool = False) -> dict[str, Any]:
-    """Asks the host what it has, and finds the way that is over first. `checksum`: the host reads its files again."""
-    items = [item for way in ways for item in way.items] + data
-    answer = remote.ask("known", items=[item.wire() for item in items], checksum=checksum)
-    stands = dict(zip((id(i) for i in items), answer["items"]))
-    foreign = [name for item in items for name in stands[id(item)]["foreign"] if stands[id(item)]["state"] == "foreign"]
-    open_ways = [way for way in ways if all(stands[id(item)]["state"] != "foreign" for item in way.items)]
-    if foreign and (len(open_ways) < min(1, len(ways)) or any(stands[id(i)]["state"] == "foreign" for i in data)):
-        raise SurgvqaError(
-            f"{remote.host.name}: {', '.join(foreign[:3])} exists in the workspace there and was not made by upload; "
-            "move it away or give yours another name"
-        )
-    ways = open_ways
+class Standing:
+    """How the items of an upload stand on the host, by its answer."""
 
-    def missing(item: Item) -> int:
-        state = stands[id(item)]
-        have = set(state["have"])
-        return 0 if state["state"] == "complete" else sum(e.size for i, e in enumerate(item.entries) if i not in have)
+    def __init__(self, remote: Remote, items: list[Item], answer: dict[str, Any]):
+        """Raises SurgvqaError for an answer about other items."""
+        if len(answer["items"]) != len(items):
+            raise not_understood(remote.host, f"it knows {len(answer['items'])} items of {len(items)}")
+        self.answer = answer
+        self.published = {i.digest for i, stand in zip(items, answer["items"]) if stand.get("published")}
+        """The digests of those that are there whole and recorded."""
+        self._of = dict(zip(map(id, items), answer["items"]))
 
+    def of(self, item: Item) -> dict[str, Any]:
+        """What the host says of one (`known` in remote/agent/standing.py)."""
+        stand: dict[str, Any] = self._of[id(item)]
+        return stand
+
+    def foreign(self, item: Item) -> list[str]:
+        """What lies in its way there and is not ours."""
+        stand = self.of(item)
+        return list(stand["foreign"]) if stand["state"] == "foreign" else []
+
+    def missing(self, item: Item) -> int:
+        """Bytes of it that the host lacks."""
+        stand = self.of(item)
+        if stand["state"] == "complete":
+            return 0
+        have = set(stand["have"])
+        return sum(entry.size for index, entry in enumerate(item.entries) if index not in have)
+
+
+def compare(
+    remote: Remote, ways: list[Way], data: list[Item], checksum: bool = False, early: Early | None = None
+) -> dict[str, Any]:
+    """Asks the host what it has, and finds the way that is over first. `checksum`: the host reads its files again.
+    `early`: what it was asked already."""
+    standing = ask_standing(remote, [item for way in ways for item in way.items] + data, checksum, early)
+    ways = open_ways(remote, ways, data, standing)
     for way in ways:
-        way.send_bytes = sum(missing(item) for item in way.items)
+        way.send_bytes = sum(map(standing.missing, way.items))
         if way.output and not way.send_bytes and remote.ask("merged", **way.merge())["same"]:
             way.merge_bytes = 0
-    hub_problem = ""
-    for way in [way for way in ways if way.hub_id]:
-        hub_problem = settle_hub(remote, way, missing)
-        if hub_problem:
-            ways.remove(way)
-    if hub_problem and not ways:
-        raise SurgvqaError(f"{remote.host.name}: {hub_problem}")
-    rate = known_rate(remote.host.name) or 30e6
+    hub_problem = drop_closed_hub(remote, ways, standing)
+    rate = known_rate(remote.host.name) or USUAL_BYTES_PER_S
     chosen = cheapest(ways, rate) if ways else None
     return {
         "way": chosen,
+        "published": standing.published,
         "chosen": chosen.name if chosen else None,
         "hub_problem": hub_problem,
         "bytes_per_s": rate,
-        "free_bytes": answer["free"],
-        "data": {
-            "files": sum(len(i.entries) for i in data),
-            "send_bytes": sum(missing(i) for i in data),
-            "stale_files": sum(stands[id(i)]["stale_files"] for i in data),
-            "stale": [path for i in data for path in stands[id(i)]["stale"]],
-            "replaced": any(stands[id(i)]["replaced"] for i in data),
-        },
-        "ways": [
-            {
-                "name": w.name,
-                "items": [i.name for i in w.items],
-                "total_bytes": sum(i.bytes for i in w.items),
-                "send_bytes": w.send_bytes,
-                "merge_bytes": w.merge_bytes,
-                "download_bytes": w.download_bytes,
-                "seconds": w.seconds(rate),
-            }
-            for w in ways
-        ],
+        "free_bytes": standing.answer["free"],
+        "stagings": standing.answer["stagings"],
+        "data": data_row(data, standing),
+        "ways": [way_row(way, rate) for way in ways],
+    }
+
+
+def ask_standing(remote: Remote, items: list[Item], checksum: bool, early: Early | None) -> Standing:
+    """How these items stand there: by what the host was asked early, if that was about them, else it is asked now."""
+    if early and early.offers == [item.offer for item in items] and "want" not in early.answer:
+        return Standing(remote, items, early.answer)
+    return Standing(remote, items, ask_of_all(remote, "known", items, checksum=checksum))
+
+
+def open_ways(remote: Remote, ways: list[Way], data: list[Item], standing: Standing) -> list[Way]:
+    """The ways that nothing of somebody else's lies in. Raises SurgvqaError where none is left, or the data's is
+    closed."""
+    found = [way for way in ways if not any(map(standing.foreign, way.items))]
+    blocked = [name for item in data for name in standing.foreign(item)]
+    if blocked or (ways and not found):
+        blocked = [name for way in ways for item in way.items for name in standing.foreign(item)] + blocked
+        raise SurgvqaError(
+            f"{remote.host.name}: {one_line(', '.join(blocked[:3]))} exists in the workspace there and was not made by "
+            "upload; move it away or give yours another name"
+        )
+    return found
+
+
+def drop_closed_hub(remote: Remote, ways: list[Way], standing: Standing) -> str:
+    """Fills in the ways over the hub, and takes out of `ways` one that is closed: why it is, or ''. Raises SurgvqaError
+    where that leaves none."""
+    problem = ""
+    for way in [way for way in ways if way.hub_id]:
+        problem = settle_hub(remote, way, standing.missing)
+        if problem:
+            ways.remove(way)
+    if problem and not ways:
+        raise SurgvqaError(f"{remote.host.name}: {problem}")
+    return problem
+
+
+def way_row(way: Way, rate: float) -> dict[str, Any]:
+    """A way as plans show it."""
+    return {
+        "name": way.name,
+        "items": [item.name for item in way.items],
+        "total_bytes": sum(item.bytes for item in way.items),
+        "send_bytes": way.send_bytes,
+        "merge_bytes": way.merge_bytes,
+        "download_bytes": way.download_bytes,
+        "seconds": way.seconds(rate),
+    }
+
+
+def data_row(data: list[Item], standing: Standing) -> dict[str, Any]:
+    """The data as plans show it."""
+    stands = [standing.of(item) for item in data]
+    return {
+        "files": sum(len(item.entries) for item in data),
+        "send_bytes": sum(map(standing.missing, data)),
+        "stale_files": sum(stand["stale_files"] for stand in stands),
+        "stale": [path for stand in stands for path in stand["stale"]],
+        "replaced": any(stand["replaced"] for stand in stands),
     }
 
 
@@ -323,7 +374,7 @@ def settle_hub(remote: Remote, way: Way, missing: Callable[[Item], int]) -> str:
     if stage1:
         wrong = hub.differing(stage1, found)
         if wrong:
-            folder = stage1.entries[0].source.parent
+            folder = os.path.dirname(stage1.entries[0].source)
             return f"{way.hub_id}: {wrong[0]} is another there than in {folder}; name its revision: USER/NAME@REVISION"
         own = sum(entry.size for entry in stage1.entries if entry.path not in found["files"])
         way.send_bytes = missing(way.items[1]) + own
@@ -334,7 +385,7 @@ def settle_hub(remote: Remote, way: Way, missing: Callable[[Item], int]) -> str:
 
 
 def public(plan: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in plan.items() if k != "way"}
+    return {k: v for k, v in plan.items() if k not in ("way", "published", "stagings")}
 
 
 def plan_table(host: str, plan: dict[str, Any]) -> Any:

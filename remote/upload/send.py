@@ -8,14 +8,34 @@ from typing import Any
 
 from rich.filesize import decimal as human_bytes
 
+from remote.agent.files import unchanged
 from remote.ssh.connection import Remote
-from remote.ssh.errors import Unreachable
+from remote.ssh.errors import not_understood
+from remote.ssh.patience import PATIENCE_S, Patience
 from remote.ssh.process import Reserve
 from remote.upload.hashes import Hashes, Item
+from remote.upload.offers import Once, ask_of
 from remote.upload.streams import Transfer, changed
 from remote.upload.verifier import Verifier
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs.reporter import Reporter
+
+
+def held(remote: Remote, item: Item, answer: dict[str, Any]) -> tuple[set[int], dict[int, list[list[int]]]]:
+    """What the host already holds of an item: whole files, and chunks of others. Raises for a malformed answer."""
+    whole, done = answer.get("whole"), answer.get("done")
+    if not (isinstance(whole, list) and isinstance(done, dict)) or not all(isinstance(i, int) for i in whole):
+        raise not_understood(remote.host, f"it holds {str(answer)[:80]}")
+    found: dict[int, list[list[int]]] = {}
+    for index, ranges in done.items():
+        size = item.entries[int(index)].size if index.isdecimal() and int(index) < len(item.entries) else -1
+        for one in ranges if isinstance(ranges, list) else [None]:
+            match one:
+                case [int(offset), int(length)] if offset >= 0 and length > 0 and offset + length <= size:
+                    found.setdefault(int(index), []).append([offset, length])
+                case _:
+                    raise not_understood(remote.host, f"it holds {str(one)[:40]} of file {str(index)[:20]}")
+    return {i for i in whole if 0 <= i < len(item.entries)}, found
 
 
 def send_item(
@@ -27,17 +47,21 @@ def send_item(
     reserve: Reserve,
     *,
     streams: int = 0,
-    patience_s: float = 300.0,
+    patience_s: float = PATIENCE_S,
+    published: bool = False,
 ) -> dict[str, Any]:
-    """Sends, verifies and publishes one item; goes on where an earlier attempt stopped."""
+    """Sends, verifies and publishes one item; goes on where an earlier attempt stopped. `published`: the host has just
+    said that it has it."""
     began = time.monotonic()
-    answer = remote.ask("begin", item=item.wire())
+    answer = {"complete": True} if published else ask_of(remote, "begin", item)
     result: dict[str, Any] = {"name": item.name, "bytes": item.bytes, "sent_bytes": 0, "streams": 0, "resent_bytes": 0}
-    if answer["complete"]:
+    if answer.get("removed"):
+        run.phase("upload", f"{item.name}: removed there: {human_bytes(answer['removed'])} of an older attempt")
+    if answer.get("complete"):
         run.phase("upload", f"{item.name}: already there")
         return {**result, "seconds": time.monotonic() - began}
     run.phase("upload", f"{item.name}: {human_bytes(item.bytes)} in {len(item.entries)} files")
-    done = {int(index): ranges for index, ranges in answer["done"].items()}
+    whole, done = held(remote, item, answer)
     rtt_s = remote.round_trip()
     verifier = Verifier(reserve, item)
 
@@ -59,6 +83,7 @@ def send_item(
                 item,
                 done,
                 rtt_s=rtt_s,
+                whole=whole,
                 cores=min(os.cpu_count() or 1, facts["cpus"] or 1),
                 streams=streams,
                 patience_s=patience_s,
@@ -73,13 +98,9 @@ def send_item(
             result["probed"] = transfer.history
             there = verifier.wait(patience_s)
             for entry in item.entries:
-                try:
-                    stat = os.stat(entry.source)
-                except OSError:
-                    raise changed(entry.source) from None
-                if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
+                if not unchanged(entry.source, entry.size, entry.mtime_ns):
                     raise changed(entry.source)
-            wrong = [i for i, entry in enumerate(item.entries) if there[i] != entry.sha256]
+            wrong = sorted(transfer.wrong | {i for i in item.large if there[i] != item.entries[i].sha256})
             if not wrong:
                 break
             for index in wrong:
@@ -88,22 +109,23 @@ def send_item(
                 if hashes.entries([(entry.source, entry.path)])[0].sha256 != entry.sha256:
                     raise changed(entry.source)
                 run.warning(f"{entry.path}: damaged on the way or on the host's disk; sent again")
-                verifier.reset(index)
-            done = {i: [[0, e.size]] for i, e in enumerate(item.entries) if i not in wrong and e.size}
+                if index not in transfer.wrong:
+                    verifier.reset(index)
+            whole, done = set(range(len(item.entries))) - set(wrong), {}
         else:
             raise SurgvqaError(
                 f"{item.entries[wrong[0]].path}: arrives damaged again and again; is the disk there well?"
             )
     finally:
         verifier.close()
-    for attempt in range(5):
-        try:
-            remote.ask("publish", item=item.wire())
-            break
-        except Unreachable:
-            if attempt == 4:
-                raise
-            time.sleep(2**attempt)
-            if remote.ask("begin", item=item.wire())["complete"]:  # it was published, only the answer was lost
-                break
+    asked, once = False, Once(remote)
+
+    def publish() -> None:
+        nonlocal asked
+        if asked and ask_of(once, "begin", item).get("complete"):
+            return  # it was published, only the answer was lost
+        asked = True
+        ask_of(once, "publish", item)
+
+    remote.patiently(publish, Patience(patience_s, run.warning))
     return {**result, "seconds": time.monotonic() - began}

@@ -10,17 +10,20 @@ spread one file over streams, and its resume modes either re-send everything or 
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from remote.agent.protocol import FRAME
-from remote.ssh.errors import Unreachable
+from remote.agent.protocol import FRAME, HOLE, INDEX, PACK
+from remote.ssh.errors import Unreachable, not_understood
+from remote.ssh.patience import PATIENCE_S
 from remote.ssh.process import Reserve
 from remote.upload.chunks import Chunk, Queue, chunks_of
-from remote.upload.hashes import Item
+from remote.upload.hashes import Item, read_small
 from surgvqa.errors import SurgvqaError
 
 CHUNK = 2 << 20
@@ -63,16 +66,25 @@ class Stream:
         file: BinaryIO | None = None
         try:
             while (chunk := transfer.take(self)) is not None:
+                if chunk.files:
+                    self.agent.write(self._pack(chunk))
+                    continue
                 source = transfer.item.entries[chunk.index].source
                 if chunk.index != opened:
                     if file:
                         file.close()
                     file, opened = open(source, "rb", buffering=0), chunk.index  # noqa: SIM115
                 assert file
+                chunk.hole = is_hole(file.fileno(), chunk.offset, chunk.length)
+                if chunk.hole:
+                    self.agent.write(FRAME.pack(chunk.index | HOLE, chunk.offset, chunk.length))
+                    continue
                 self.agent.write(FRAME.pack(chunk.index, chunk.offset, chunk.length))
                 if self.agent.copy(file, chunk.offset, chunk.length) < chunk.length:
-                    transfer.fail(changed(source))
-                    self.agent.kill()
+                    raise changed(source)
+        except SurgvqaError as error:
+            transfer.fail(error)
+            self.agent.kill()
         except OSError as error:
             if error.filename:  # the source, not the connection
                 transfer.fail(SurgvqaError(f"{error.filename}: {error.strerror}"))
@@ -81,22 +93,60 @@ class Stream:
                 file.close()
             self.agent.finish()
 
+    def _pack(self, chunk: Chunk) -> bytes:
+        """A pack as it is sent. Raises for a file that has another size than it had."""
+        parts = [FRAME.pack(PACK, len(chunk.files), chunk.length)]
+        parts += [INDEX.pack(index) for index in chunk.files]
+        for index in chunk.files:
+            entry = self.transfer.item.entries[index]
+            content = read_small(entry.source, entry.size)
+            if len(content) != entry.size:
+                raise changed(entry.source)
+            parts.append(content)
+        return b"".join(parts)
+
     def _heard(self, message: dict[str, Any]) -> None:
         with self.transfer.changed:
             self.speaking = True
-            if "got" in message:
-                self.transfer.received += message["got"] - self.got
-                self.got = message["got"]
-            if "ack" in message:
-                chunk = self.waiting.pop(tuple(message["ack"]))
-                self.transfer.acknowledge(chunk)
+            try:
+                self._count(message)
+            except SurgvqaError as error:
+                self.transfer.fail(error)
+                self.agent.kill()
             self.transfer.changed.notify_all()
+
+    def _count(self, message: dict[str, Any]) -> None:
+        """Raises for what answers nothing that was sent."""
+        got, ack, wrong = message.get("got", self.got), message.get("ack"), message.get("wrong", [])
+        if not (isinstance(got, int) and self.got <= got <= self.got + self.transfer.total):
+            raise not_understood(self.transfer.reserve.host, f"{str(got)[:20]} bytes received")
+        self.transfer.received += got - self.got
+        self.got = got
+        if ack is None:
+            return
+        key = (ack[0], ack[1]) if isinstance(ack, list) and [type(part) for part in ack] == [int, int] else (-1, -1)
+        chunk = self.waiting.pop(key, None)
+        if chunk is None or not isinstance(wrong, list) or not all(index in chunk.files for index in wrong):
+            raise not_understood(self.transfer.reserve.host, f"{str(ack)[:40]} acknowledged")
+        self.transfer.wrong.update(wrong)
+        self.transfer.total -= chunk.length if chunk.hole else 0
+        self.transfer.acknowledge(chunk)
 
     def _ended(self, error: SurgvqaError | None) -> None:
         with self.transfer.changed:
             self.live = False
             self.transfer.give_back(self, error)
             self.transfer.changed.notify_all()
+
+
+def is_hole(file: int, offset: int, length: int) -> bool:
+    """Whether an open file has no data there (lseek(2), SEEK_DATA); False where the system cannot tell."""
+    try:
+        return os.lseek(file, offset, os.SEEK_DATA) >= offset + length
+    except OSError as error:
+        return error.errno == errno.ENXIO  # none up to the end
+    except AttributeError:
+        return False
 
 
 def changed(source: object) -> SurgvqaError:
@@ -113,9 +163,10 @@ class Transfer:
         done: dict[int, list[list[int]]],
         *,
         rtt_s: float,
+        whole: Collection[int] = (),
         cores: int = 2,
         streams: int = 0,
-        patience_s: float = 300.0,
+        patience_s: float = PATIENCE_S,
         queueing: Callable[[], float | None] = lambda: None,
         on_progress: Callable[[Transfer], None] | None = None,
         on_file: Callable[[int, int], None] | None = None,
@@ -126,11 +177,13 @@ class Transfer:
         self.changed = threading.Condition(threading.RLock())
         short = rtt_s < SHORT_LINK_S
         self.chunk = SHORT_LINK_CHUNK if short else CHUNK
-        self.queue = Queue(chunks_of(item, done, self.chunk))
+        self.queue = Queue(chunks_of(item, whole, done, self.chunk))
         self.left, self.total = self.queue.chunks, self.queue.bytes
         self.received = 0
         """Bytes that reached the host, also of chunks that broke."""
         self.resent = 0
+        self.wrong: set[int] = set()
+        """Small files that arrived with another hash than they should have."""
         self.fatal: SurgvqaError | None = None
         self.over = threading.Event()
         self.last_error: SurgvqaError | None = None
@@ -141,10 +194,16 @@ class Transfer:
         self.wanted = streams or (2 if rtt_s < 0.04 else 8)
         self.history: list[tuple[int, float]] = []
         """(streams, bytes/s) as measured."""
-        self._prefix = [0] * len(item.entries)
-        self._arrived = [{at: length for at, length in done.get(i, [])} for i in range(len(item.entries))]
-        for index, entry in enumerate(item.entries):
-            if self._advance(index) or not entry.size:
+        self._prefix = dict.fromkeys(item.large, 0)
+        """Of each large file, how many bytes from its beginning are there."""
+        self._arrived: dict[int, dict[int, int]] = {
+            index: {0: item.entries[index].size}
+            if index in whole
+            else {offset: length for offset, length in done.get(index, [])}
+            for index in item.large
+        }
+        for index in item.large:
+            if self._advance(index):
                 self._tell(index)
 
     # --- called by the streams ---------------------------------------------------------------------------------------
@@ -167,9 +226,10 @@ class Transfer:
         self.left -= 1
         if not self.left:
             self.over.set()
-        self._arrived[chunk.index][chunk.offset] = chunk.length
-        if self._advance(chunk.index):
-            self._tell(chunk.index)
+        if not chunk.files:
+            self._arrived[chunk.index][chunk.offset] = chunk.length
+            if self._advance(chunk.index):
+                self._tell(chunk.index)
 
     def give_back(self, stream: Stream, error: SurgvqaError | None) -> None:
         """The chunks of a stream that ended go to the front of the queue."""

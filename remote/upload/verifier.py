@@ -8,38 +8,40 @@ import threading
 import time
 from typing import Any
 
-from remote.ssh.errors import Unreachable
+from remote.ssh.errors import Unreachable, not_understood
 from remote.ssh.process import Reserve
 from remote.upload.hashes import Item
 from surgvqa.errors import SurgvqaError
 
 
 class Verifier:
-    """Has the host hash what arrives, while the rest is still on its way."""
+    """Has the host hash the large files as they arrive, while the rest is still on its way."""
 
     def __init__(self, reserve: Reserve, item: Item):
         self.reserve, self.item = reserve, item
         self.hashes: dict[int, str] = {}
         self.error: SurgvqaError | None = None
         self.changed = threading.Condition()
-        self._upto: dict[int, int] = {}
+        self._large = set(item.large)
+        self._refused: SurgvqaError | None = None
         self._start()
 
     def _start(self) -> None:
         self.error, self.ended = None, False
+        if not self.item.large:
+            return
         self._agent = self.reserve.take()
         self._agent.begin({"op": "verify", "digest": self.item.digest}, self._heard, self._ended)
 
     def tell(self, index: int, upto: int) -> None:
         """The first `upto` bytes of the file are there."""
-        self._upto[index] = upto
         with contextlib.suppress(OSError):  # a broken verifier is started again in `wait`
             self._agent.write(json.dumps([index, upto]).encode() + b"\n")
 
     def wait(self, patience_s: float) -> dict[int, str]:
-        """File index -> sha256 on the host, for every file; starts again where the connection broke."""
+        """File index -> sha256 on the host, for every large file; starts again where the connection broke."""
         deadline, heard = time.monotonic() + patience_s, len(self.hashes)
-        while len(self.hashes) < len(self.item.entries):
+        while len(self.hashes) < len(self.item.large):
             with self.changed:
                 self.changed.wait(0.2)
                 ended, error = self.ended, self.error
@@ -51,14 +53,15 @@ class Verifier:
                 raise error or SurgvqaError(f"{self.reserve.host.name}: the host ended before every file was verified")
             time.sleep(1.0)
             self._start()
-            for index, entry in enumerate(self.item.entries):
+            for index in self.item.large:
                 if index not in self.hashes:
-                    self.tell(index, entry.size)
+                    self.tell(index, self.item.entries[index].size)
         return self.hashes
 
     def close(self) -> None:
-        self._agent.kill()
-        self._agent.finish()
+        if self.item.large:
+            self._agent.kill()
+            self._agent.finish()
 
     def reset(self, index: int) -> None:
         """Has the staged file thrown away, to be sent again."""
@@ -67,11 +70,15 @@ class Verifier:
 
     def _heard(self, message: dict[str, Any]) -> None:
         with self.changed:
-            if "sha256" in message:
-                self.hashes[message["file"]] = message["sha256"]
+            index, sha256 = message.get("file"), message.get("sha256")
+            if isinstance(index, int) and isinstance(sha256, str) and index in self._large:
+                self.hashes[index] = sha256
+            elif "sha256" in message:
+                self._refused = not_understood(self.reserve.host, f"the hash of file {str(index)[:20]}")
+                self._agent.kill()
             self.changed.notify_all()
 
     def _ended(self, error: SurgvqaError | None) -> None:
         with self.changed:
-            self.error, self.ended = error, True
+            self.error, self.ended = self._refused or error, True
             self.changed.notify_all()

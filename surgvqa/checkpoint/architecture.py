@@ -1,4 +1,4 @@
-"""The tensors of an audio-grafted Qwen2-VL: the one table of their names and shapes, and those of a config.json."""
+"""The names and shapes of the tensors of an audio-grafted Qwen2-VL, and those that a config.json calls for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def language_shapes(
     num_key_value_heads: int,
     vocab_size: int,
 ) -> dict[str, Shape]:
-    """{old name: shape} of the language model and its head; sizes by transformers' names."""
+    """{old name: shape} of the language model and its head. The arguments have transformers' names."""
     layer = layer_shapes(hidden_size, intermediate_size, hidden_size // num_attention_heads * num_key_value_heads)
     return {
         "model.embed_tokens.weight": (vocab_size, hidden_size),
@@ -36,7 +36,7 @@ def language_shapes(
 
 
 def layer_shapes(hidden: int, inner: int, key_value: int) -> dict[str, Shape]:
-    """{name inside a layer: shape} of Qwen2's decoder layer; `key_value`: width of its key and value projections."""
+    """{name inside a layer: shape} of Qwen2's decoder layer; `key_value` is the width of key and value projections."""
     return {
         **_linear("self_attn.q_proj", hidden, hidden),
         **_linear("self_attn.k_proj", key_value, hidden),
@@ -83,10 +83,10 @@ def vision_shapes(
 def audio_shapes(
     *, d_model: int, encoder_layers: int, encoder_ffn_dim: int, num_mel_bins: int, max_source_positions: int
 ) -> dict[str, Shape]:
-    """{old name: shape} of Whisper's encoder; sizes by transformers' names."""
+    """{old name: shape} of Whisper's encoder. The arguments have transformers' names."""
     layer = {
         **_linear("self_attn.q_proj", d_model, d_model),
-        **_linear("self_attn.k_proj", d_model, d_model, bias=False),  # Whisper's keys have none
+        **_linear("self_attn.k_proj", d_model, d_model, bias=False),  # Whisper's key projection has no bias
         **_linear("self_attn.v_proj", d_model, d_model),
         **_linear("self_attn.out_proj", d_model, d_model),
         **_norm("self_attn_layer_norm", d_model),
@@ -131,21 +131,21 @@ VISION_DEFAULTS: dict[str, Any] = {  # Qwen2VLVisionConfig's
 }  # fmt: skip
 AUDIO_SIZES = ("d_model", "encoder_layers", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
 MOST, MOST_LAYERS = 1 << 24, 1000
-"""No size of a model is larger; a config.json that says so would fill the memory with names."""
+"""No real size is larger. A config.json with a larger one would fill the memory with tensor names."""
 
 
 def expected_tensors(checkpoint: Checkpoint) -> dict[str, Shape]:
     """{old name: shape} of the audio-grafted Qwen2-VL that config.json describes; {} for another architecture.
 
-    The audio encoder's sizes are not in an old config.json: its width and depth are read off its own headers. Raises
-    UsageError that names the first size that is missing or cannot be one.
+    An old config.json lacks the audio encoder's sizes, so its width and depth are taken from its tensors. Raises
+    UsageError, which names the first size that is missing or invalid.
     """
     config, tensors = flat_config(checkpoint.config), checkpoint.tensors
     if not config:
         return {}
     file = checkpoint.folder / "config.json"
     if "model_type" not in config:
-        raise UsageError(f"{file}: model_type is missing, expected qwen2_vl (or what this checkpoint is)")
+        raise UsageError(f"{file}: model_type is missing, expected qwen2_vl (or this checkpoint's own type)")
     if config["model_type"] != "qwen2_vl":
         return {}
     sizes = {name: _size(config, name, f"{file}: ") for name in LANGUAGE_SIZES}
@@ -157,7 +157,7 @@ def expected_tensors(checkpoint: Checkpoint) -> dict[str, Shape]:
 
 
 def _size(values: Mapping[str, Any], name: str, where: str, fraction: bool = False) -> Any:
-    """A size out of config.json; UsageError when it is missing or no number from 1 to the most that can be."""
+    """A size from config.json. Raises UsageError when it is missing or not a number from 1 to its upper limit."""
     value = values.get(name)
     most = MOST_LAYERS if name in ("num_hidden_layers", "depth", "encoder_layers") else MOST
     kinds = (int, float) if fraction else (int,)
@@ -169,38 +169,40 @@ def _size(values: Mapping[str, Any], name: str, where: str, fraction: bool = Fal
 
 
 def _vision_shapes(checkpoint: Checkpoint, given: Mapping[str, Any], hidden_size: int) -> dict[str, Shape]:
-    """Sizes that vision_config does not name are Qwen2-VL's own, as transformers has it; UsageError when such a one
-    is not the tensors'."""
+    """{old name: shape} of the vision tower. Sizes missing from vision_config are transformers' defaults for Qwen2-VL.
+
+    Raises UsageError when such a default contradicts the tensors.
+    """
     file, tensors = checkpoint.folder / "config.json", checkpoint.tensors
     vision = {**VISION_DEFAULTS, **given}
     sizes = {name: _size(vision, name, f"{file}: vision_config.", name == "mlp_ratio") for name in VISION_DEFAULTS}
     patches = tensors.get("visual.patch_embed.proj.weight")
-    held = {
+    observed = {
         "embed_dim": patches.shape[0] if patches and patches.shape else None,
         "depth": len({m[1] for name in tensors if (m := re.match(r"visual\.blocks\.(\d+)\.", name))}) or None,
     }
-    for name, found in held.items():
+    for name, found in observed.items():
         if name not in given and found not in (None, sizes[name]):
             raise UsageError(
-                f"{file}: vision_config.{name} is missing: Qwen2-VL's own is {sizes[name]}, the tensors have {found}"
+                f"{file}: vision_config.{name} is missing: the default is {sizes[name]}, the tensors have {found}"
             )
     mlp_dim = int(sizes["embed_dim"] * sizes.pop("mlp_ratio"))
     return vision_shapes(**sizes, mlp_dim=mlp_dim, hidden_size=hidden_size)
 
 
 def _audio_shapes(checkpoint: Checkpoint, config: Mapping[str, Any], hidden_size: int) -> dict[str, Shape]:
-    """Whisper's encoder and the projector. Sizes from config.json where it has them, else from the tensors."""
+    """{old name: shape} of Whisper's encoder and the projector. Sizes come from config.json, else from the tensors."""
     file, tensors = checkpoint.folder / "config.json", checkpoint.tensors
-    held = {n: t.shape for n, t in tensors.items() if n.startswith(("audio_encoder.", "audio_projector."))}
-    if not held and not config.get("use_audio_encoder"):
+    found_shapes = {n: t.shape for n, t in tensors.items() if n.startswith(("audio_encoder.", "audio_projector."))}
+    if not found_shapes and not config.get("use_audio_encoder"):
         return {}
     given = {k: v for k, v in (config.get("audio_encoder_config") or {}).items() if v is not None}
     if "d_model" not in given and config.get("audio_hidden_size") is not None:
         given["d_model"] = _size(config, "audio_hidden_size", f"{file}: ")
-    conv1 = held.get("audio_encoder.conv1.weight", ())
-    positions = held.get("audio_encoder.embed_positions.weight", ())
-    layers = [int(m[1]) for name in held if (m := re.match(r"audio_encoder\.layers\.(\d{1,4})\.", name))]
-    inner = [shape[0] for name, shape in held.items() if name.endswith(".fc1.weight") and shape]
+    conv1 = found_shapes.get("audio_encoder.conv1.weight", ())
+    positions = found_shapes.get("audio_encoder.embed_positions.weight", ())
+    layers = [int(m[1]) for name in found_shapes if (m := re.match(r"audio_encoder\.layers\.(\d{1,4})\.", name))]
+    inner = [shape[0] for name, shape in found_shapes.items() if name.endswith(".fc1.weight") and shape]
     from_tensors = {
         "d_model": conv1[0] if conv1 else 1280,
         "encoder_layers": max(layers, default=0) + 1,
@@ -210,12 +212,12 @@ def _audio_shapes(checkpoint: Checkpoint, config: Mapping[str, Any], hidden_size
     sizes = {**from_tensors, **given}
     sizes = {"encoder_ffn_dim": inner[0] if inner else 4 * _size(sizes, "d_model", f"{file}: "), **sizes}
     sizes = {name: _size(sizes, name, f"{file}: audio_encoder_config.") for name in AUDIO_SIZES}
-    bias = "audio_projector.bias" in held
+    bias = "audio_projector.bias" in found_shapes
     return {**audio_shapes(**sizes), **projector_shapes(hidden_size=hidden_size, d_model=sizes["d_model"], bias=bias)}
 
 
 def compare(expected: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Missing, extra and wrongly shaped tensors, a line each; nothing when there is nothing to compare with."""
+    """One line for each missing, extra or wrongly shaped tensor; [] when `expected` is empty."""
     if not expected:
         return []
     lines = [

@@ -1,4 +1,4 @@
-"""What a checkpoint folder really holds: dtypes, shapes, completeness, from the headers alone (no torch, no weights).
+"""Checks dtypes, shapes and completeness of a checkpoint folder, from the headers alone (no torch, no weights).
 
 `--deep` also reads every weight and looks for NaN and infinity; `--fix` writes a BF16 copy.
 """
@@ -24,17 +24,17 @@ from surgvqa.machine.process import usable_cores
 from surgvqa.outcome import Outcome
 from surgvqa.terminal.reporter import TerminalReporter
 
-SHOWN = 20  # lines of each list on the terminal; --json has all
+SHOWN = 20  # lines of each list on the terminal; --json has all of them
 
 
 def check(options: AuditOptions) -> None:
-    """SurgvqaError where torch is needed and not here."""
+    """Raises SurgvqaError when torch is needed and not installed."""
     if options.deep or options.fix:
         require_installed("audit --deep or --fix", TORCH, "merge")
 
 
 def run(options: AuditOptions, workspace: Workspace) -> Outcome:
-    """Audits; exit 1 when a tensor is not BF16, anything is wrong, or --deep finds a NaN or an infinity."""
+    """Audits a checkpoint. Exit code 1 if a tensor is not BF16, anything is wrong, or --deep finds NaN or infinity."""
     checkpoint = open_checkpoint(options.checkpoint)
     data = audit(checkpoint)
     if options.deep:
@@ -65,7 +65,7 @@ def audit(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         expected = expected_tensors(checkpoint)
         problems += compare(expected, tensors)
-    except UsageError as error:  # a size that config.json lacks
+    except UsageError as error:  # config.json lacks a size
         problems.append(str(error))
     stale = stale_quantisation(checkpoint)
     return {
@@ -89,7 +89,7 @@ def audit(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def scan(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """[{name, nan, inf, shard}] of every float tensor with a value that is not finite; streams, with progress."""
+    """[{name, nan, inf, shard}] of every float tensor with a non-finite value. Streams the weights, shows progress."""
     import torch
 
     from surgvqa.checkpoint.shards import BLOCK_BYTES, Files
@@ -121,7 +121,7 @@ def scan(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         with ThreadPoolExecutor(usable_cores()) as pool, TerminalReporter() as terminal:
             done, total = 0, sum(length for *_, length in blocks)
             terminal.phase("scan", f"{total / 1e9:.2f} GB for NaN and infinity")
-            # A window at a time: map() would read everything ahead.
+            # One window at a time: map() over all blocks would read everything ahead.
             for window in _windows(blocks, 64):
                 for name, length, n, i in pool.map(count, window):
                     nan[name] += n
@@ -144,7 +144,7 @@ def _windows(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def show(console: Any, data: dict[str, Any]) -> None:
-    """A few lines: what it is, the dtypes, then everything that is wrong."""
+    """Prints the audit: architecture, dtypes, then everything that is wrong."""
     from rich.filesize import decimal as human_bytes
     from rich.text import Text
 
@@ -153,7 +153,7 @@ def show(console: Any, data: dict[str, Any]) -> None:
     console.print(
         f"{data['checkpoint']}: {counted(data['tensors'], 'tensor')}, {data['parameters'] / 1e9:.3f} B parameters, "
         f"{human_bytes(data['bytes'])} in {counted(data['shards'], 'shard')}"
-        + ("" if data["architecture"] else " (no audio-grafted Qwen2-VL: completeness not checked)")
+        + ("" if data["architecture"] else " (not an audio-grafted Qwen2-VL: completeness not checked)")
     )
     for dtype, count in data["dtypes"].items():
         colour = "green" if dtype == "BF16" else "red"

@@ -15,18 +15,18 @@ FIX_REPORT_FILE = "bf16_copy_report.json"
 
 
 def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> None:
-    """Writes every float tensor as BF16 to `output`, streamed and resumable as a merge is.
+    """Writes every float tensor as BF16 to `output`, streamed and resumable like a merge.
 
-    UsageError for a checkpoint that is damaged, incomplete in its index or quantised: rounding cannot mend that.
+    Raises UsageError for a checkpoint that is damaged, incomplete or quantised, because rounding cannot repair those.
     """
     from surgvqa.checkpoint.config_json import output_config, side_files
     from surgvqa.checkpoint.shards import Copy, Files, Source, plan_shards
     from surgvqa.checkpoint.torch_tensors import Cast
-    from surgvqa.checkpoint.writer import Job, Writer, file_identity
+    from surgvqa.checkpoint.writer import NewCheckpoint, Writer, file_identity
 
     quantised = quantisation(checkpoint)
     if quantised:
-        raise UsageError(f"{checkpoint.folder}: {quantised}; a BF16 copy of it is not the original")
+        raise UsageError(f"{checkpoint.folder}: {quantised}; a BF16 copy would not restore the original weights")
     checkpoint.require_sound()
     if output.resolve() == checkpoint.folder.resolve():
         raise UsageError(f"--fix {output}: is the checkpoint itself; name another folder")
@@ -35,7 +35,7 @@ def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> None:
         Cast(name, t, files) if t.dtype in FLOAT_DTYPES and t.dtype != "BF16" else Copy(name, t, files)
         for name, t in checkpoint.tensors.items()
     ]
-    job = Job(
+    new = NewCheckpoint(
         output=output,
         shards=plan_shards(sources, 5 * 10**9),
         inputs={f.name: file_identity(f) for f in [*checkpoint.files, checkpoint.folder / "config.json"]},
@@ -43,9 +43,9 @@ def write_bf16_copy(checkpoint: Checkpoint, output: Path) -> None:
         side_files=side_files(checkpoint, output_config(checkpoint)),
     )
     try:
-        with TerminalReporter() as terminal, Writer(job, terminal) as writer:
+        with TerminalReporter() as terminal, Writer(new, terminal) as writer:
             if not writer.finished:
-                terminal.phase("merge", f"{len(job.shards)} shards, {job.nbytes / 1e9:.2f} GB")
+                terminal.phase("merge", f"{len(new.shards)} shards, {new.nbytes / 1e9:.2f} GB")
                 writer.write_shards()
                 writer.publish({"dtypes_before": dict(Counter(t.dtype for t in checkpoint.tensors.values()))})
     finally:

@@ -1,4 +1,4 @@
-"""config.json: the sizes and the quantisation that it states, and the one that a new checkpoint gets."""
+"""config.json: the sizes and quantisation in it, and the config.json of a new checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from surgvqa.errors import UsageError
 
 
 def whisper_config(tensors: Mapping[str, TensorInfo], prefix: str = "audio_encoder.") -> dict[str, Any] | None:
-    """The audio encoder's sizes in WhisperConfig's field names, read off the tensor shapes; None without an encoder.
+    """The audio encoder's sizes under WhisperConfig's field names, from the tensor shapes; None without an encoder.
 
-    The number of heads is not in any shape: Whisper's heads are 64 wide in every size (Radford et al. 2022, table 1).
+    No shape shows the number of heads, but Whisper's heads are 64 wide in every size (Radford et al. 2022, table 1).
     """
 
     def shape(name: str) -> tuple[int, ...] | None:
@@ -42,11 +42,11 @@ def whisper_config(tensors: Mapping[str, TensorInfo], prefix: str = "audio_encod
 
 FOUR_BIT = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 PACKED = (".SCB", ".qweight", ".qzeros", ".g_idx", ".weight_scale", ".weight_packed")
-"""Ends of the names of tensors that only a quantised checkpoint has."""
+"""Suffixes of tensor names that only a quantised checkpoint has."""
 
 
 def quantisation(checkpoint: Checkpoint) -> str | None:
-    """How the weights are quantised, in words, from the tensors; None for plain weights, whatever config.json says."""
+    """How the weights are quantised, as a message, from the tensors alone; None for plain weights."""
     if marked := next((name for name in checkpoint.tensors if name.endswith(FOUR_BIT)), None):
         return f"this checkpoint is 4-bit ({marked})"
     stated = _stated_quantisation(checkpoint)
@@ -60,14 +60,14 @@ def quantisation(checkpoint: Checkpoint) -> str | None:
 
 
 def stale_quantisation(checkpoint: Checkpoint) -> str | None:
-    """A line about a quantization_config that no tensor bears out (left by a dequantised checkpoint); else None."""
+    """A line about a quantization_config that a dequantised checkpoint still has; None if there is none."""
     stated = _stated_quantisation(checkpoint)
     if not stated or quantisation(checkpoint):
         return None
     method = stated.get("quant_method") or ("4-bit" if stated.get("load_in_4bit") else "quantised")
     return (
-        f"{checkpoint.folder / 'config.json'}: quantization_config says {method}, but all tensors are plain: the "
-        "tensors count, and the key can go"
+        f"{checkpoint.folder / 'config.json'}: quantization_config says {method}, but no tensor is quantised: the "
+        "key has no effect and can be removed"
     )
 
 
@@ -79,7 +79,7 @@ def _stated_quantisation(checkpoint: Checkpoint) -> dict[str, Any]:
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as the old fork reads it: the language model's keys at the top level, under their old names.
 
-    transformers 5 nests them in `text_config` and folds rope_theta into `rope_parameters`.
+    transformers 5 nests them in `text_config` and moves rope_theta into `rope_parameters`.
     """
     flat = {k: v for k, v in config.items() if k != "text_config"}
     for key, value in (config.get("text_config") or {}).items():
@@ -96,7 +96,7 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def output_config(base: Checkpoint) -> dict[str, Any]:
-    """config.json of a BF16 copy: flat, for the old fork too; the audio encoder's sizes in a key that it ignores."""
+    """config.json of a BF16 copy: flat, so that the old fork can read it; the audio encoder's sizes have a new key."""
     config = flat_config(base.config)
     config["torch_dtype"] = "bfloat16"
     config.pop("quantization_config", None)
@@ -104,15 +104,15 @@ def output_config(base: Checkpoint) -> dict[str, Any]:
     if sizes:
         known = config.get("audio_encoder_config") or {}
         config["audio_encoder_config"] = {**known, **sizes}
-        if known.get("encoder_attention_heads"):  # the one size that no tensor shape tells
+        if known.get("encoder_attention_heads"):  # the only size that no tensor shape shows
             config["audio_encoder_config"]["encoder_attention_heads"] = known["encoder_attention_heads"]
     return config
 
 
 def side_files(base: Checkpoint, config: dict[str, Any], also: Path | None = None) -> dict[str, bytes]:
-    """config.json and the tokenizer, preprocessor, … files of the base, or of `also` where the base has none.
+    """{name: content} of config.json and the base's tokenizer, preprocessor, … files; those it lacks come from `also`.
 
-    UsageError for one that is there and cannot be read: a link that leads nowhere, a folder.
+    Raises UsageError for one that exists and cannot be read, such as a broken link or a folder.
     """
     found = {"config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
     for folder in [base.folder] + ([also] if also else []):
@@ -120,6 +120,6 @@ def side_files(base: Checkpoint, config: dict[str, Any], also: Path | None = Non
             if name in found or not os.path.lexists(folder / name):
                 continue
             if not (folder / name).is_file():
-                raise UsageError(f"{folder / name}: {no_file(folder / name)}; mend it, or move it away")
+                raise UsageError(f"{folder / name}: {no_file(folder / name)}; repair it, or move it away")
             found[name] = (folder / name).read_bytes()
     return found

@@ -1,8 +1,7 @@
-"""Checkpoint folders as they lie on disk: safetensors headers, index, key names, sizes. Reads headers, never weights.
+"""Checkpoint folders on disk: safetensors headers, index, key names, sizes. Reads headers, never weights.
 
-A safetensors file is 8 bytes (little-endian length), a JSON header {name: {dtype, shape, data_offsets}}, then the data
-(https://github.com/huggingface/safetensors, "Format"). Key names are the checkpoint's own (old) ones everywhere in this
-program; `to_old_name` maps what newer tools write. Nothing here imports torch.
+This program uses the checkpoint's own (old) key names everywhere; `to_old_name` maps the names that newer tools write.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SHARD_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,200}\.safetensors")
 
 @dataclass
 class Checkpoint:
-    """A folder of weights: every tensor by its old name, in the order of the files."""
+    """A folder of weights: every tensor by its old name, in file order."""
 
     folder: Path
     config: dict[str, Any]
@@ -35,16 +34,16 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     files: list[Path]
     problems: list[str] = field(default_factory=list)
-    """What is wrong with files, headers, index and config.json; empty for a sound checkpoint."""
+    """What is wrong with files, headers, index and config.json; empty for a valid checkpoint."""
     warnings: list[str] = field(default_factory=list)
-    """What lies beside the checkpoint and is not part of it."""
+    """Files in the folder that are not part of the checkpoint."""
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
     def require_sound(self) -> Checkpoint:
-        """Itself; UsageError with the first problem when there is one."""
+        """Returns the checkpoint itself. Raises UsageError with the first problem if there are any."""
         if self.problems:
             more = f" (and {len(self.problems) - 1} more: surgvqa audit lists them)" if self.problems[1:] else ""
             raise UsageError(self.problems[0] + more)
@@ -54,29 +53,29 @@ class Checkpoint:
 OBJECTS = (
     "text_config", "vision_config", "audio_encoder_config", "rope_parameters", "rope_scaling", "quantization_config",
 )  # fmt: skip
-"""Keys of config.json whose value is an object, or null."""
+"""Keys of config.json whose value is an object or null."""
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
-    """Reads every header of a checkpoint folder. UsageError when it is no checkpoint folder at all."""
+    """Reads every header of a checkpoint folder. Raises UsageError when the folder is not a checkpoint."""
     folder = as_on_disk(Path(folder))
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such checkpoint folder")
     visible = sorted(f for f in folder.glob("*.safetensors") if f.is_file() and not f.name.startswith("."))
-    present = [f for f in visible if f.name != "adapter_model.safetensors"]  # macOS leaves ._* files beside others
+    present = [f for f in visible if f.name != "adapter_model.safetensors"]  # macOS writes ._* files beside others
     index, problems = _read_index(folder)
     warnings: list[str] = []
     if index:
         files = sorted({folder / name for name in index.values()})
         problems += [f"{file}: named in {INDEX_FILE}, but {no_file(file)}" for file in files if not file.is_file()]
         stray = [f for f in present if f not in files]
-        if folder / SINGLE_FILE in stray:  # transformers would load it and not what the index names
+        if folder / SINGLE_FILE in stray:  # transformers would load it instead of the shards in the index
             problems.append(f"{folder / SINGLE_FILE}: not named in {INDEX_FILE} beside it; move one of them away")
-        warnings += [f"{f}: not named in {INDEX_FILE}, so not looked at" for f in stray if f.name != SINGLE_FILE]
+        warnings += [f"{f}: not named in {INDEX_FILE}, so not read" for f in stray if f.name != SINGLE_FILE]
         files = [f for f in files if f.is_file()]
     elif present:
         files = [folder / SINGLE_FILE] if folder / SINGLE_FILE in present else present
-        warnings += [f"{f}: beside {SINGLE_FILE}, so not looked at" for f in present if f not in files]
+        warnings += [f"{f}: beside {SINGLE_FILE}, so not read" for f in present if f not in files]
         if len(files) > 1:
             problems.append(f"{folder}: {len(files)} shards and no {INDEX_FILE}")
     elif (folder / "adapter_model.safetensors").is_file() or (folder / "adapter_config.json").is_file():
@@ -107,20 +106,20 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
                 problems.append(
                     f"{file}: {info.name}: " + (f"{INDEX_FILE} says {where}" if where else f"not in {INDEX_FILE}")
                 )
-    held = {(t.file.name, t.name) for t in tensors.values()}
-    read = {file for file, _ in held}
+    stored = {(t.file.name, t.name) for t in tensors.values()}
+    read = {file for file, _ in stored}
     if index:
         names = {t.name for t in tensors.values()}
         problems += [
             f"{folder / shard}: {name}: in {INDEX_FILE}, but not in the file"
             for name, shard in index.items()
-            if (shard, name) not in held and name not in names and shard in read
+            if (shard, name) not in stored and name not in names and shard in read
         ]
     return Checkpoint(folder, config, tensors, files, problems, warnings)
 
 
 def as_on_disk(path: Path) -> Path:
-    """`path`, or what is there under a name that differs only in its Unicode form: macOS spells é in two letters."""
+    """`path`, or the file there whose name differs only in Unicode normalisation: macOS writes é as two code points."""
     if path.exists() or path.parent == path:
         return path
     parent = as_on_disk(path.parent)
@@ -133,19 +132,19 @@ def as_on_disk(path: Path) -> Path:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object of a JSON file of a checkpoint or adapter. UsageError for another thing, or one larger than any."""
+    """The object in a JSON file of a checkpoint or adapter. Raises UsageError for other content or a file too large."""
     if file.is_file() and file.stat().st_size > MAX_HEADER_BYTES:
         raise UsageError(f"{file}: {file.stat().st_size} bytes, expected {MAX_HEADER_BYTES} at most")
     return read_json(file)
 
 
 def _read_config(file: Path) -> tuple[dict[str, Any], list[str]]:
-    """config.json without the objects that are none, and what is wrong with it."""
+    """config.json without its entries of the wrong type, and what is wrong with it."""
     if not file.is_file():
         return {}, [f"{file}: {no_file(file)}"]
     config = read_object(file)
     if not config:
-        return {}, [f"{file}: has nothing in it"]
+        return {}, [f"{file}: is empty"]
     kinds = {"model_type": "text", "tie_word_embeddings": "true or false", **dict.fromkeys(OBJECTS, "an object")}
     config, wrong = of_kinds(config, kinds)
     if config.get("text_config"):
@@ -155,7 +154,7 @@ def _read_config(file: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """{tensor: shard file} and what is wrong with the index; ({}, []) without an index."""
+    """{tensor: shard file} and what is wrong with the index; ({}, []) when there is no index."""
     file = folder / INDEX_FILE
     if not file.is_file():
         return {}, [f"{file}: {no_file(file)}"] if os.path.lexists(file) else []
@@ -166,15 +165,15 @@ def _read_index(folder: Path) -> tuple[dict[str, str], list[str]]:
         raise UsageError(f"{file}: {len(weight_map)} tensors in weight_map, expected {MAX_TENSORS} at most")
     outside = [name for name in weight_map.values() if not isinstance(name, str) or not SHARD_NAME.fullmatch(name)]
     if outside:
-        raise UsageError(f"{file}: shard name {repr(outside[0])[:80]} is no plain name of a .safetensors file")
+        raise UsageError(f"{file}: shard name {repr(outside[0])[:80]} is not the plain name of a .safetensors file")
     return weight_map, []
 
 
-# --- what the sizes say ----------------------------------------------------------------------------------------------
+# --- sizes given as text ----------------------------------------------------------------------------------------------
 
 
 def parse_size(text: str) -> int:
-    """`5GB`, `800MB`, `2GiB`, `1000000` as bytes; GB = 1e9, GiB = 2**30."""
+    """Bytes in `5GB`, `800MB`, `2GiB` or `1000000`; GB = 1e9, GiB = 2**30. Raises UsageError for other text."""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     number, prefix, binary = match.groups() if match else ("0", "", "")
     size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))

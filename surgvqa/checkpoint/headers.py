@@ -1,4 +1,4 @@
-"""Safetensors headers, read and written.
+"""Reads and writes safetensors headers.
 
 A safetensors file is 8 bytes (little-endian length), a JSON header {name: {dtype, shape, data_offsets}}, then the data
 (https://github.com/huggingface/safetensors, "Format").
@@ -17,11 +17,11 @@ from surgvqa.untrusted import json_kind, load_json, printable
 
 META = "__metadata__"
 MAX_HEADER_BYTES = 32_000_000
-"""More than MAX_TENSORS need; the format's own limit is 100 MB, which could become gigabytes of Python objects."""
+"""More than MAX_TENSORS need. The format's own limit of 100 MB could become gigabytes of Python objects."""
 MAX_TENSORS = 50_000
-"""The real model has 1,300. More would only take time and memory."""
+"""The real model has 1,300."""
 MAX_NAME, MAX_DIMENSIONS, MAX_SIZE = 500, 8, 1 << 48
-"""Letters of a tensor's name, its dimensions, and the size of one of them or of its data in bytes."""
+"""Limits for a tensor: length of its name, number of dimensions, and each size or byte offset."""
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "C64": 8, "F64": 8, "I64": 8, "U64": 8,
@@ -35,13 +35,13 @@ class TensorInfo:
     """One tensor in one file."""
 
     name: str
-    """The name as the file has it."""
+    """The name in the file."""
     dtype: str
-    """As safetensors spells it: BF16, F16, F32, …"""
+    """In safetensors' spelling: BF16, F16, F32, …"""
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """Of its first byte, from the start of the file."""
+    """Position of its first byte in the file."""
     nbytes: int
 
     @property
@@ -50,9 +50,9 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The tensors of one safetensors file, and what is wrong with it, each problem a line that names the file.
+    """The tensors of one safetensors file, and what is wrong with it: one line per problem, which names the file.
 
-    A file whose header cannot be read at all, or is larger than any of ours, gives no tensors and one problem.
+    A file whose header cannot be read, or is too large, gives no tensors and one problem.
     """
     try:
         if not file.is_file():
@@ -64,7 +64,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
                 return {}, [f"{file}: a git-LFS pointer, not the weights; fetch them with `git lfs pull`"]
             length = int.from_bytes(first, "little")
             if len(first) < 8 or length > size - 8:
-                return {}, [f"{file}: truncated or no safetensors file ({size} bytes)"]
+                return {}, [f"{file}: truncated, or not a safetensors file ({size} bytes)"]
             if length > MAX_HEADER_BYTES:
                 return {}, [f"{file}: a header of {length} bytes, expected {MAX_HEADER_BYTES} at most"]
             text = stream.read(length)
@@ -103,19 +103,19 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
 
 
 def no_file(file: Path) -> str:
-    """Why a path that should be a file is none, for people."""
+    """Why a path is not a regular file, as a message."""
     if file.is_symlink() and not file.exists():
-        return "a link that leads nowhere"
-    return "is no ordinary file" if file.exists() else "missing"
+        return "a broken link"
+    return "not a regular file" if file.exists() else "missing"
 
 
 def _entry(name: str, fields: Any) -> tuple[str, str, tuple[int, ...], int, int]:
-    """(name, dtype, shape, begin, end) of one tensor of a header; ValueError, KeyError or TypeError for another thing.
+    """(name, dtype, shape, begin, end) of one tensor in a header. Raises ValueError, KeyError or TypeError if invalid.
 
-    Bounded, so that no name or number can fill a screen or the memory.
+    Names and numbers are bounded, so that none can fill a screen or the memory.
     """
     if len(name) > MAX_NAME or printable(name) != name:
-        raise ValueError(f"{name[:60]!r}: no name of a tensor")
+        raise ValueError(f"{name[:60]!r}: not a valid tensor name")
     dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     numbers = (*shape[: MAX_DIMENSIONS + 1], begin, end)
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers):
@@ -126,7 +126,7 @@ def _entry(name: str, fields: Any) -> tuple[str, str, tuple[int, ...], int, int]
 
 
 def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
-    """The head of a safetensors file for (name, dtype, shape, nbytes) laid down one after the other."""
+    """Length and header of a safetensors file whose tensors (name, dtype, shape, nbytes) follow each other in order."""
     document: dict[str, Any] = {META: {"format": "pt"}}
     offset = 0
     for name, dtype, shape, nbytes in tensors:

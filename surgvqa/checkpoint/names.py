@@ -1,4 +1,4 @@
-"""Names in a checkpoint: of tensors, and of the files that a checkpoint folder holds."""
+"""Names of the tensors and files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ OLD_NAMES: tuple[tuple[str, str], ...] = (
     (r"^model\.(audio_encoder|audio_projector)(\.|$)", r"\1\2"),
     (r"^model\.lm_head(\.|$)", r"lm_head\1"),
 )
-"""What transformers 5 calls a module -> what the checkpoint's own files call it; the first rule that matches."""
+"""(pattern of transformers 5's module name, replacement with the checkpoint's own); the first match applies."""
 CARRIED_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
 )  # fmt: skip
-"""What a checkpoint folder holds besides weights and config.json, and a copy of it must hold too."""
+"""Files of a checkpoint, other than weights and config.json, that a copy needs too."""
 
 
 def to_old_name(name: str) -> str:
-    """The checkpoint's own (old) name of a tensor or module; an old name stays as it is."""
+    """The checkpoint's own (old) name of a tensor or module. An old name is returned unchanged."""
     for pattern, replacement in OLD_NAMES:
         renamed, found = re.subn(pattern, replacement, name)
         if found:
@@ -31,7 +31,7 @@ def to_old_name(name: str) -> str:
 
 
 def to_new_name(name: str) -> str:
-    """What transformers 5 calls a tensor or module of the checkpoint: the inverse of `to_old_name`, but for lm_head."""
+    """transformers 5's name of a tensor or module of the checkpoint. Inverts `to_old_name`, except for lm_head."""
     if name.startswith("model."):
         return "model.language_model." + name.removeprefix("model.")
     return f"model.{name}" if name.startswith(("visual.", "audio_encoder.", "audio_projector")) else name

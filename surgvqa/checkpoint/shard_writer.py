@@ -1,20 +1,21 @@
-"""Writes the shards of a checkpoint: blocks made and hashed by worker threads, written past the page cache.
+"""Writes the shards of a checkpoint: worker threads compute and hash blocks, and one thread writes them to the disk.
 
-    worker threads   each takes what is next: hashes a shard's oldest block, if it is made and nobody hashes this shard;
-                     else makes a block of about 4 MB. So a block is mostly hashed by whoever made it, out of its cache.
-                     While neither may be (a copied tensor is made faster than hashed): prepares the tensors to come
-    one more thread  writes what is hashed, and ends a shard: fsync, rename, then the caller's `on_shard`
+    worker threads   Each takes the next task: it hashes a shard's oldest block if that is computed and no other worker
+                     hashes this shard; otherwise it computes a block of about 4 MB. So a block is mostly hashed by the
+                     thread that computed it, from its processor cache. If neither is possible (copied tensors are
+                     ready faster than they are hashed), it prepares the tensors to come.
+    disk thread      Writes hashed blocks and finishes each shard: fsync, rename, then the caller's `on_shard`.
 
-Hashing goes through a file from its first byte to its last, so one shard keeps two or three cores busy at most: with
-more, several shards are made at once.
+A file is hashed from its first byte to its last, so one shard keeps two or three cores busy at most. With more cores,
+several shards are written at once.
 
-Files are written with O_DIRECT where the file system has it: the page cache costs a copy and a fresh page for every
-page of the file (several times the processor time, see docs/benchmarks.md), throws out what others have in it, and has
-to be flushed at the end anyway. The price: whoever reads the checkpoint next reads it from the disk.
+Files are written with O_DIRECT if the file system has it. The page cache would cost a copy and a new page for every
+page of the file (several times the processor time, see docs/benchmarks.md), would evict other programs' pages, and has
+to be flushed at the end anyway. In return, the next reader of the checkpoint has to read it from the disk.
 
-O_DIRECT wants addresses, positions and lengths in whole pages. So a block lies in its buffer as far from the start of a
-page as in the file, what it leaves of its last page goes in front of the next block, and the last bytes of a shard are
-written without O_DIRECT.
+O_DIRECT needs addresses, positions and lengths in whole pages. So each block has the same offset from the start of a
+page in its buffer as in the file, its incomplete last page is put in front of the next block, and the last bytes of a
+shard are written without O_DIRECT.
 """
 
 from __future__ import annotations
@@ -39,30 +40,30 @@ from surgvqa.runs.reporter import Reporter
 
 OnShard = Callable[[Shard, str], None]
 Fill = Callable[[int, memoryview], None]
-O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
+O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has no O_DIRECT
 BUFFER_BYTES = BLOCK_BYTES + PAGE_BYTES
-HELD_BLOCKS = 10  # 42 MB; enough that a worker that the system puts aside holds nobody up
+MAX_BLOCKS = 10  # in memory, 42 MB; enough that a worker that the system suspends does not hold up the others
 
 
 class _Piece(NamedTuple):
-    """What is made at once: a range of the file, from one tensor (or the header)."""
+    """A range of the file that is computed in one step, from one tensor or the header."""
 
     position: int
     length: int
     fill: Fill
     start: int
-    """Of the range in the tensor."""
+    """Position of the range in the tensor, in bytes."""
     source: Source | None
     """The tensor, when this is its last piece."""
 
 
 @dataclass(slots=True)
 class _Block:
-    """A piece in the making, or made."""
+    """A piece that is computed or being computed."""
 
     piece: _Piece
     lead: int
-    """Where it begins in its buffer: as far from the start of a page as in the file."""
+    """Its position in the buffer: the same offset from the start of a page as in the file."""
     buffer: mmap.mmap
     made: bool = False
 
@@ -73,18 +74,18 @@ class _Output:
     def __init__(self, folder: Path, shard: Shard):
         self.shard = shard
         self.pieces = deque(_pieces(shard))
-        """What nobody has begun to make."""
+        """Not started yet."""
         self.blocks: deque[_Block] = deque()
-        """In the making or made, not hashed yet; in the order of the file."""
+        """Computed or being computed, and not hashed yet; in file order."""
         self.hashing = False
-        """Whether a worker is at the first of them."""
+        """Whether a worker hashes the first of them."""
         self.digest = hashlib.sha256()
         self.rest = b""
-        """What is hashed and not written yet: the beginning of a page."""
+        """Hashed and not yet written: the beginning of a page."""
         self.file = folder / f"{shard.file}.writing"
         self.direct = False
         self.fd = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        with contextlib.suppress(OSError):  # tmpfs before Linux 6.6 and others refuse it
+        with contextlib.suppress(OSError):  # refused by some file systems, such as tmpfs before Linux 6.6
             self._set_direct(True)
 
     def _set_direct(self, on: bool) -> None:
@@ -93,7 +94,7 @@ class _Output:
         self.direct = on and O_DIRECT != 0
 
     def write(self, data: memoryview | bytes, position: int) -> None:
-        """All of `data`; through the page cache from the first write on that the file system takes no other way."""
+        """Writes all of `data`. Once the file system refuses a direct write, uses the page cache from then on."""
         done = 0
         while done < len(data):
             try:
@@ -104,7 +105,7 @@ class _Output:
                 self._set_direct(False)
 
     def end(self) -> None:
-        """Brings the last bytes and the name to the disk, but for the folder's fsync."""
+        """Writes the last bytes, then syncs and renames the file. The folder is not synced here."""
         if self.direct:
             self._set_direct(False)
         self.write(self.rest, self.shard.nbytes - len(self.rest))
@@ -119,30 +120,30 @@ class _Output:
 
 
 class ShardWriter:
-    """Writes `shards` into `folder`; calls `on_shard(shard, sha256)` once a shard is on the disk under its name."""
+    """Writes `shards` into `folder`; calls `on_shard(shard, sha256)` for each that is on disk under its final name."""
 
     def __init__(self, folder: Path, shards: list[Shard], workers: int, run: Reporter, on_shard: OnShard):
-        self.folder, self.workers, self.run_, self.on_shard = folder, workers, run, on_shard
+        self.folder, self.workers, self.reporter, self.on_shard = folder, workers, run, on_shard
         self.waiting = deque(shards)
         self.to_prepare = deque(source for shard in shards for source in shard.sources)
         self.preparing = False
-        """One worker at a time, so that idle ones do not fill the memory."""
-        self.begun: list[_Output] = []
-        self.at_hand: list[_Output] = []
-        """Begun, and not yet hashed to the end."""
-        self.at_once = max(1, workers // 2)
-        self.room = HELD_BLOCKS * BUFFER_BYTES
-        self.held = 0
-        """Bytes of the blocks that exist, from the beginning of their making to the end of their writing."""
+        """Only one worker prepares at a time, so that idle workers do not fill the memory."""
+        self.opened: list[_Output] = []
+        self.active: list[_Output] = []
+        """Opened, and not yet hashed to the end."""
+        self.max_active = max(1, workers // 2)
+        self.max_block_bytes = MAX_BLOCKS * BUFFER_BYTES
+        self.block_bytes = 0
+        """Bytes of the blocks that are being computed, hashed or written."""
         self.free: list[mmap.mmap] = []
         self.done, self.total = 0, sum(s.nbytes for s in shards)
         self.error: BaseException | None = None
         self.changed = threading.Condition()
-        """Held for whatever is above; told when a block was made, hashed or written."""
+        """Guards all of the above. Notified when a block was computed, hashed or written."""
         self.disk = ThreadPoolExecutor(1, "disk")
 
     def run(self) -> None:
-        """Writes them all. OSError from the disk, SurgvqaError from a source."""
+        """Writes all shards. Raises OSError from the disk and SurgvqaError from a source."""
         pool = ThreadPoolExecutor(self.workers, "merge")
         try:
             wait([pool.submit(self._guarded, self._work) for _ in range(self.workers)])
@@ -150,13 +151,13 @@ class ShardWriter:
             self._fail(error)
         pool.shutdown()
         self.disk.shutdown()
-        for output in self.begun:
+        for output in self.opened:
             output.close()
         if self.error:
             raise self.error
 
     def _guarded(self, task: Callable[..., None], *arguments: Any) -> None:
-        """What a thread does; the first that fails ends them all."""
+        """Runs a thread's task. The first task that fails ends all threads."""
         try:
             if not self.error:
                 task(*arguments)
@@ -173,16 +174,16 @@ class ShardWriter:
             task()
 
     def _next(self) -> Callable[[], None] | None:
-        """What a worker does next; None when nothing is left or something failed."""
+        """A worker's next task; None when nothing is left or something failed."""
         with self.changed:
             while not self.error:
-                for output in self.at_hand:
+                for output in self.active:
                     if output.blocks and output.blocks[0].made and not output.hashing:
                         output.hashing = True
                         return partial(self._hash, output)
                 if block := self._begin():
                     return partial(self._make, block)
-                if not self.at_hand and not self.waiting:
+                if not self.active and not self.waiting:
                     return None
                 if self.to_prepare and not self.preparing:
                     self.preparing = True
@@ -191,9 +192,9 @@ class ShardWriter:
         return None
 
     def _begin(self) -> _Block | None:
-        """The next block to be made; None when nothing is left, or too much is held to begin another.
+        """The next block to compute; None when nothing is left, or when the blocks in memory leave no space for it.
 
-        A tensor that can only be made whole may be larger than all that is to be held: it is then held alone.
+        A tensor that can only be computed whole may be larger than the limit; it is then the only block in memory.
         """
         output = self._shortest()
         if not output:
@@ -201,19 +202,19 @@ class ShardWriter:
         piece = output.pieces[0]
         lead = piece.position % PAGE_BYTES
         size = max(lead + piece.length, BUFFER_BYTES)
-        if self.held and self.held + size > self.room:
+        if self.block_bytes and self.block_bytes + size > self.max_block_bytes:
             return None
         block = _Block(output.pieces.popleft(), lead, self._buffer(size))
         output.blocks.append(block)
-        self.held += size
+        self.block_bytes += size
         return block
 
     def _shortest(self) -> _Output | None:
-        """The shard at hand that has the fewest blocks ahead of its hash, of those with something left to make."""
-        while self.waiting and len(self.at_hand) < self.at_once:
-            self.begun.append(_Output(self.folder, self.waiting.popleft()))
-            self.at_hand.append(self.begun[-1])
-        return min((o for o in self.at_hand if o.pieces), key=lambda o: len(o.blocks), default=None)
+        """Of the active shards with pieces left to compute, the one with the fewest unhashed blocks."""
+        while self.waiting and len(self.active) < self.max_active:
+            self.opened.append(_Output(self.folder, self.waiting.popleft()))
+            self.active.append(self.opened[-1])
+        return min((o for o in self.active if o.pieces), key=lambda o: len(o.blocks), default=None)
 
     def _buffer(self, size: int) -> mmap.mmap:
         return self.free.pop() if self.free and size == BUFFER_BYTES else page_memory(size)
@@ -232,7 +233,7 @@ class ShardWriter:
             self.changed.notify_all()
 
     def _hash(self, output: _Output) -> None:
-        """Hashes the oldest block of a shard and hands it to the disk thread."""
+        """Hashes the oldest block of a shard and passes it to the disk thread."""
         block = output.blocks[0]
         piece, lead = block.piece, block.lead
         end = lead + piece.length
@@ -248,12 +249,12 @@ class ShardWriter:
             output.hashing = False
             ends_shard = not output.pieces and not output.blocks
             if ends_shard:
-                self.at_hand.remove(output)
+                self.active.remove(output)
             self.disk.submit(self._guarded, self._write, output, block, whole, ends_shard)
             self.done += piece.length
             shard_done, shard = piece.position + piece.length, output.shard
             facts = {"shard": shard.file, "shard_done": shard_done, "shard_total": shard.nbytes}
-            self.run_.progress("merge", self.done, self.total, "bytes", **facts)
+            self.reporter.progress("merge", self.done, self.total, "bytes", **facts)
             self.changed.notify_all()
 
     def _write(self, output: _Output, block: _Block, length: int, ends_shard: bool) -> None:
@@ -263,14 +264,14 @@ class ShardWriter:
             output.end()
             self.on_shard(output.shard, output.digest.hexdigest())
         with self.changed:
-            self.held -= len(block.buffer)
+            self.block_bytes -= len(block.buffer)
             if len(block.buffer) == BUFFER_BYTES:
                 self.free.append(block.buffer)
             self.changed.notify_all()
 
 
 def _pieces(shard: Shard) -> Iterator[_Piece]:
-    """All that the file is made of, in order."""
+    """The header and all ranges of tensors that make up the file, in order."""
 
     def fill_head(_: int, out: memoryview) -> None:
         out[:] = shard.head

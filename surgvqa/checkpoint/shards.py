@@ -1,7 +1,7 @@
-"""The shards of a checkpoint to be written: which tensor lies where, and where its bytes come from.
+"""The shards of a new checkpoint: which tensor is in which file, and where its bytes come from.
 
-A source makes one tensor of the output, block by block; `plan_shards` lays sources out in files; `writer`
-brings them to the disk.
+A source produces one tensor of the output, block by block. `plan_shards` distributes the sources over files, and
+`writer` writes these.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from surgvqa.checkpoint.names import SINGLE_FILE
 from surgvqa.errors import SurgvqaError
 
 PAGE_BYTES = 4096
-BLOCK_BYTES = (4 << 20) - PAGE_BYTES  # some of them fit the processor's cache; the buffer of one is two huge pages
+BLOCK_BYTES = (4 << 20) - PAGE_BYTES  # several fit into the processor's cache; the buffer of one is two huge pages
 
 
 def page_memory(length: int) -> mmap.mmap:
-    """Memory that begins with a page, and goes back to the system when it is let go: what malloc keeps for each thread
-    grows with the threads. In huge pages where the system has them, which cost less to fill and to hand to the disk."""
+    """`length` bytes that start on a page boundary, in huge pages if the system has them.
+
+    The system gets the memory back when it is freed, unlike malloc's, which keeps some for each thread. Huge pages are
+    cheaper to fill and to write to the disk.
+    """
     memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
@@ -41,26 +44,26 @@ class Source(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As safetensors spells it."""
+        """In safetensors' spelling."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor as it will be written."""
+        """The shape of the tensor in the output."""
 
     def blocks(self) -> Iterable[tuple[int, int]]:
-        """(start, length) in bytes of the pieces that are made one at a time, in order, covering the tensor."""
+        """(start, length) in bytes of the blocks that are computed one at a time; in order, they cover the tensor."""
 
     def prepare(self) -> None:
-        """What can be worked out before any block is made. Called by workers that may begin none, or not at all."""
+        """Computes what does not need a block. Called, if at all, by a worker that cannot start a block."""
 
     def fill(self, start: int, out: memoryview) -> None:
-        """Puts the bytes from `start` on into `out`. Called from several threads at once."""
+        """Fills `out` with the tensor's bytes from `start` on. Called from several threads at once."""
 
     def close(self) -> None:
-        """The tensor is done; what was kept for it may go."""
+        """Frees what was kept for the tensor, which is complete."""
 
     def stats(self) -> dict[str, Any]:
-        """What there is to report of it; kept in the manifest, so that a resumed merge reports all of it."""
+        """Figures for the report; kept in the manifest, so that a resumed merge still reports them."""
 
 
 def tensor_bytes(source: Source) -> int:
@@ -72,8 +75,10 @@ def tensor_bytes(source: Source) -> int:
 
 
 def split_rows(shape: tuple[int, ...], row_bytes: int, block_bytes: int | None = None) -> list[tuple[int, int]]:
-    """Near-equal (start, length) row ranges of at most `block_bytes` (one row at least); equal, so that no thin rest
-    reaches a matrix product's special cases."""
+    """(start, length) in rows: ranges of nearly equal length, at most `block_bytes` but at least one row each.
+
+    Equal, because a matrix product has special cases for a thin remainder.
+    """
     block_bytes = block_bytes or BLOCK_BYTES
     rows = shape[0] if shape else 1
     count = max(1, min(rows, -(-rows * row_bytes // block_bytes)))
@@ -82,7 +87,7 @@ def split_rows(shape: tuple[int, ...], row_bytes: int, block_bytes: int | None =
 
 
 class Files:
-    """Open input files, read by position from any thread."""
+    """Open input files that any thread can read by position."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
@@ -95,7 +100,7 @@ class Files:
             return self._open[file]
 
     def read_into(self, info: TensorInfo, start: int, out: memoryview) -> None:
-        """Bytes from `start` of a tensor; SurgvqaError when the file ends too early."""
+        """Fills `out` with a tensor's bytes from `start` on. Raises SurgvqaError when the file ends too early."""
         done = 0
         while done < len(out):
             try:
@@ -107,7 +112,7 @@ class Files:
             done += got
 
     def read(self, info: TensorInfo) -> mmap.mmap:
-        """The whole tensor, which must not be empty."""
+        """All bytes of a tensor, which must not be empty."""
         data = page_memory(info.nbytes)
         with memoryview(data) as view:
             self.read_into(info, 0, view)
@@ -121,7 +126,7 @@ class Files:
 
 @dataclass
 class Copy:
-    """A tensor whose bytes go over as they are."""
+    """A tensor whose bytes are copied unchanged."""
 
     name: str
     info: TensorInfo
@@ -167,9 +172,9 @@ class Shard:
 
 
 def plan_shards(sources: Iterable[Source], max_bytes: int) -> list[Shard]:
-    """Sources in their order, in shards of at most `max_bytes` of data (a larger tensor has one to itself).
+    """Distributes sources in their order over shards of at most `max_bytes` of data; a larger tensor has its own shard.
 
-    Within a shard wider dtypes come first, so that every tensor is aligned to its elements.
+    Within a shard, wider dtypes come first, so that every tensor is aligned to its elements.
     """
     groups: list[list[Source]] = [[]]
     filled = 0
@@ -186,7 +191,7 @@ def plan_shards(sources: Iterable[Source], max_bytes: int) -> list[Shard]:
 
 
 def index_of(shards: list[Shard]) -> dict[str, Any]:
-    """model.safetensors.index.json of several shards."""
+    """The content of model.safetensors.index.json."""
     return {
         "metadata": {"total_size": sum(tensor_bytes(s) for shard in shards for s in shard.sources)},
         "weight_map": {s.name: shard.file for shard in shards for s in shard.sources},

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as torch sees them: dtypes, .bin and .pt files, casts to BF16."""
+"""A checkpoint's tensors in torch: dtypes, .bin and .pt files, casts to BF16."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class MemoryTensor(TensorInfo):
-    """A tensor of a .bin or .pt file, which has no readable header: kept in memory (memory-mapped where it can be)."""
+    """A tensor of a .bin or .pt file, kept in memory (memory-mapped if possible), since these have no plain header."""
 
-    value: torch.Tensor = field(default=None, compare=False)  # type: ignore[assignment]  # always given
+    value: torch.Tensor = field(default=None, compare=False)  # type: ignore[assignment]  # always passed
 
 
 def read_torch_file(file: Path) -> dict[str, TensorInfo]:
-    """A state dict saved by torch.save, as tensors by name. Only tensors are unpickled (weights_only)."""
+    """{name: tensor} of a state dict saved by torch.save. Only tensors are unpickled (weights_only).
+
+    Raises UsageError for a missing file and for anything but a state dict of float tensors.
+    """
     try:
         document = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -62,11 +65,11 @@ def load(info: TensorInfo, files: Files) -> torch.Tensor:
 
 
 class RowSource:
-    """A float tensor of the output, made in blocks of rows; always BF16."""
+    """A float tensor of the output, always BF16, that is computed in blocks of rows."""
 
     dtype = "BF16"
     whole = False
-    """Whether it can only be made in one piece."""
+    """Whether it must be computed in one block."""
 
     def __init__(self, name: str, shape: tuple[int, ...]):
         self.name, self.shape = name, shape
@@ -81,7 +84,7 @@ class RowSource:
             yield first * row, count * row
 
     def rows(self, start: int, out: memoryview) -> tuple[int, int, torch.Tensor]:
-        """First row, number of rows and the block of the output as a tensor [rows, row_numel]."""
+        """(first row, number of rows, `out` as a BF16 tensor [rows, row_numel])."""
         target = torch.frombuffer(out, dtype=torch.bfloat16).view(-1, self.row_numel)
         return start // (2 * self.row_numel), target.shape[0], target
 
@@ -93,7 +96,7 @@ class RowSource:
 
 
 def read_rows(info: TensorInfo, files: Files, first: int, count: int) -> torch.Tensor:
-    """`count` elements of a tensor from element `first`, flat."""
+    """`count` elements of a tensor from element `first` on, one-dimensional."""
     dtype = DTYPES[info.dtype]
     if isinstance(info, MemoryTensor):
         return info.value.view(-1)[first : first + count]
@@ -103,7 +106,7 @@ def read_rows(info: TensorInfo, files: Files, first: int, count: int) -> torch.T
 
 
 class Cast(RowSource):
-    """A float tensor of the base that is not BF16, rounded to it."""
+    """A float tensor of the base with another dtype, rounded to BF16."""
 
     def __init__(self, name: str, info: TensorInfo, files: Files):
         super().__init__(name, info.shape)

@@ -1,22 +1,22 @@
-"""Writes a checkpoint folder tensor by tensor: bounded memory, whole shards, resumable, never half-done.
+"""Writes a checkpoint folder tensor by tensor, with bounded memory; resumable, and never leaves a half-written output.
 
-Everything is written to `<output>.partial`; `<output>` appears at the end by one rename.
+Everything is written to `<output>.partial`, which one rename turns into `<output>` at the end.
 
     <output>.partial/
-        surgvqa_manifest.json            what is being made, from what, and the sha256 of each shard that is done
-        model-00001-of-00004.safetensors a shard that is done: fsynced, renamed, then entered in the manifest
-        ….safetensors.writing            the shard at hand; never trusted, written anew on the next try
+        surgvqa_manifest.json            the inputs, the plan, and the sha256 of each finished shard
+        model-00001-of-00004.safetensors a finished shard: fsynced, renamed, then entered in the manifest
+        ….safetensors.writing            the current shard; never trusted, written again by the next run
 
-- The **lock** is flock(2) on the `.partial` folder itself: it goes with the process, and a rename keeps it.
+- The **lock** is flock(2) on the `.partial` folder itself. It ends with the process and survives the rename.
 - The **manifest** names the inputs (size, modification time, sha256 of each header) and the plan. A rerun with the same
-  inputs and plan hashes the shards it finds and keeps the whole ones; with others it starts again and says why. A
-  `.partial` folder without our manifest is not ours: it is refused, and nothing in it is touched. Only files that the
-  manifest lists are ever deleted.
-- After a power loss a shard in the manifest was on the disk before it was entered (fsync of the data, of the folder,
-  then of the manifest); whatever else is there is redone.
+  inputs and plan hashes the shards it finds and keeps the intact ones; with others it starts again and says why. A
+  `.partial` folder without our manifest is refused, and nothing in it is touched. Only files that the manifest lists
+  are ever deleted.
+- A shard reaches the disk before it is entered in the manifest (fsync of the data, of the folder, then of the
+  manifest). So after a power loss the manifest's shards are complete, and all others are written again.
 - At the end the manifest becomes the report (`merge_report.json`), and the folder is renamed.
 
-`shard_writer` makes the shards themselves.
+`shard_writer` writes the shards.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import counted
 
 MANIFEST_FILE = "surgvqa_manifest.json"
-MAX_WORKERS = 4  # two shards at once; more threads would mostly wait for the disk, and each takes 20 MB
+MAX_WORKERS = 4  # two shards at once; more threads would mostly wait for the disk, and each needs 20 MB
 
 
 def file_identity(file: Path) -> dict[str, Any]:
-    """What tells one version of a file from another without reading all of it: size, time, sha256 of the beginning."""
+    """Size, modification time and sha256 of the beginning of a file: these identify its version without a full read."""
     with open(file, "rb") as stream:
         stat = os.fstat(stream.fileno())
         length = int.from_bytes(stream.read(8), "little") if file.suffix == ".safetensors" else 1 << 20
@@ -58,20 +58,20 @@ def file_identity(file: Path) -> dict[str, Any]:
 
 
 @dataclass
-class Job:
-    """What is to be written and what it is made of."""
+class NewCheckpoint:
+    """The checkpoint to write, and its inputs."""
 
     output: Path
     shards: list[Shard]
     inputs: dict[str, Any]
-    """JSON; equal inputs give the same output, byte for byte."""
+    """A JSON object. Equal inputs give the same output, byte for byte."""
     report_file: str
-    """The manifest ends as this file of the output."""
+    """The manifest becomes this file of the output."""
     side_files: dict[str, bytes] = field(default_factory=dict)
-    """config.json, tokenizer files, …: small, written last."""
+    """{name: content} of config.json, tokenizer files, …, which are small and written last."""
 
     def __post_init__(self) -> None:
-        if self.output.is_symlink():  # to another disk, mostly: `partial` has to stand beside what it becomes
+        if self.output.is_symlink():  # mostly to another disk; `partial` must be on the disk of the output
             self.output = self.output.resolve()
 
     @property
@@ -83,7 +83,7 @@ class Job:
         return sum(s.nbytes for s in self.shards) + sum(map(len, self.side_files.values()))
 
     def plan_sha256(self) -> str:
-        """Of every header: which tensors, in which order, in which shard."""
+        """Hash of every header: which tensors are in which shard, in which order."""
         digest = hashlib.sha256()
         for shard in self.shards:
             digest.update(shard.file.encode() + b"\0" + shard.head)
@@ -91,7 +91,7 @@ class Job:
 
 
 def read_record(folder: Path, report_file: str) -> dict[str, Any] | None:
-    """The manifest of a folder, or the report that it became; None when neither is there or whole."""
+    """The manifest of a folder, or the report that it became; None if both are missing or damaged."""
     for name in (MANIFEST_FILE, report_file):
         with contextlib.suppress(OSError, ValueError):
             document = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -100,23 +100,23 @@ def read_record(folder: Path, report_file: str) -> dict[str, Any] | None:
     return None
 
 
-def difference(record: dict[str, Any], job: Job) -> str | None:
-    """Why a record is not of this job, in words; None when it is."""
-    if record.get("inputs") != job.inputs:
+def difference(record: dict[str, Any], checkpoint: NewCheckpoint) -> str | None:
+    """Why a record belongs to another checkpoint, as a message; None if it belongs to this one."""
+    if record.get("inputs") != checkpoint.inputs:
         stated = record.get("inputs")
         before = stated if isinstance(stated, dict) else {}
-        changed = [k for k in {**before, **job.inputs} if before.get(k) != job.inputs.get(k)]
+        changed = [k for k in {**before, **checkpoint.inputs} if before.get(k) != checkpoint.inputs.get(k)]
         return f"it was made from other inputs ({', '.join(sorted(changed)[:3])} differ)"
-    if record.get("plan_sha256") != job.plan_sha256():
+    if record.get("plan_sha256") != checkpoint.plan_sha256():
         return "it was made with another shard plan"
     return None
 
 
 class Writer:
-    """Takes a job from nothing, or from what an earlier try left, to its published folder. A context manager."""
+    """Writes a checkpoint and publishes its folder, resuming what an earlier run left. A context manager."""
 
-    def __init__(self, job: Job, run: Reporter, workers: int | None = None):
-        self.job, self.run = job, run
+    def __init__(self, checkpoint: NewCheckpoint, run: Reporter, workers: int | None = None):
+        self.checkpoint, self.run = checkpoint, run
         self.workers = min(workers or usable_cores(), MAX_WORKERS)
         self.record: dict[str, Any] = {}
         self.reused: list[str] = []
@@ -127,12 +127,12 @@ class Writer:
         try:
             self._lock()
             try:
-                self._take_over()
+                self._inspect_earlier()
             finally:
                 self._drop_empty()
         except OSError as error:
             self._release()
-            raise self._explain(error) from error
+            raise self._disk_error(error) from error
         except BaseException:
             self._release()
             raise
@@ -144,28 +144,30 @@ class Writer:
     # -- lock and resume
 
     def _lock(self) -> None:
-        partial = self.job.partial
+        partial = self.checkpoint.partial
         partial.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with contextlib.suppress(FileExistsError):
                 partial.mkdir()
                 self._made_partial = True
             if not partial.is_dir():
-                raise SurgvqaError(f"{partial}: is no folder; move it away")
+                raise SurgvqaError(f"{partial}: is not a folder; move it away")
             fd = os.open(partial, os.O_RDONLY)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
-                raise SurgvqaError(f"{self.job.output}: another process is writing it (holds {partial})") from None
+                raise SurgvqaError(
+                    f"{self.checkpoint.output}: another process is writing it (holds {partial})"
+                ) from None
             except OSError as error:  # a network file system without flock
-                self.run.warning(f"{partial}: cannot be locked ({error.strerror}); do not start a second one")
+                self.run.warning(f"{partial}: cannot be locked ({error.strerror}); do not start a second merge into it")
             with contextlib.suppress(FileNotFoundError):
                 there = os.stat(partial)
                 if (there.st_dev, there.st_ino) == (os.fstat(fd).st_dev, os.fstat(fd).st_ino):
                     self._lock_fd = fd
                     return
-            os.close(fd)  # renamed between mkdir and flock: the other one has just finished
+            os.close(fd)  # renamed between mkdir and flock: the other process has just finished
 
     def _release(self) -> None:
         if self._lock_fd is not None:
@@ -173,28 +175,28 @@ class Writer:
             self._lock_fd = None
 
     def _drop_empty(self) -> None:
-        """Takes back a `.partial` folder that this process made and has put nothing in."""
+        """Removes the `.partial` folder if this process made it and it is still empty."""
         if self._made_partial:
             with contextlib.suppress(OSError):
-                self.job.partial.rmdir()
+                self.checkpoint.partial.rmdir()
 
-    def _take_over(self) -> None:
-        """Looks at `<output>` and `<output>.partial` and settles what is kept."""
-        job, output, partial = self.job, self.job.output, self.job.partial
+    def _inspect_earlier(self) -> None:
+        """Decides what to keep of an earlier `<output>` or `<output>.partial`."""
+        checkpoint, output, partial = self.checkpoint, self.checkpoint.output, self.checkpoint.partial
         if output.exists() and not output.is_dir():
             raise SurgvqaError(f"{output}: is a file; name a folder for the output")
         if output.is_dir() and any(output.iterdir()):
-            record = read_record(output, job.report_file)
-            why = difference(record, job) if record else "it holds something else"
+            record = read_record(output, checkpoint.report_file)
+            why = difference(record, checkpoint) if record else "it holds something else"
             if why:
                 raise SurgvqaError(f"{output}: not empty, and {why}; name another folder or move it away")
             if any(partial.iterdir()):
-                raise SurgvqaError(f"{partial}: stands beside a finished {output.name}; move one of them away")
+                raise SurgvqaError(f"{partial}: exists beside a finished {output.name}; move one of them away")
             self.record = record or {}
             self._verify(output)
-            if len(self.reused) == len(job.shards):
+            if len(self.reused) == len(checkpoint.shards):
                 return
-            # Some shard is damaged: the folder is ours, so it becomes the partial one again and is mended.
+            # A shard is damaged. The folder is ours, so it becomes the partial folder again and is repaired.
             partial.rmdir()
             os.rename(output, partial)
             self._release()
@@ -205,9 +207,11 @@ class Writer:
         self.record = {
             "made_by": "surgvqa",
             "complete": False,
-            "inputs": job.inputs,
-            "plan_sha256": job.plan_sha256(),
-            "files": [s.file for s in job.shards] + sorted(job.side_files) + [INDEX_FILE, job.report_file],
+            "inputs": checkpoint.inputs,
+            "plan_sha256": checkpoint.plan_sha256(),
+            "files": [s.file for s in checkpoint.shards]
+            + sorted(checkpoint.side_files)
+            + [INDEX_FILE, checkpoint.report_file],
             "shards": {n: s for n, s in self.record.get("shards", {}).items() if n in self.reused},
         }
         self._check_disk()
@@ -215,13 +219,13 @@ class Writer:
         fsync_folder(partial)
 
     def _adopt_partial(self) -> None:
-        partial, names = self.job.partial, {f.name for f in self.job.partial.iterdir()}
+        partial, names = self.checkpoint.partial, {f.name for f in self.checkpoint.partial.iterdir()}
         if not names:
             return
-        record = read_record(partial, self.job.report_file)
-        temporary = {n for n in names if n.startswith((f".{MANIFEST_FILE}.", f".{self.job.report_file}."))}
+        record = read_record(partial, self.checkpoint.report_file)
+        temporary = {n for n in names if n.startswith((f".{MANIFEST_FILE}.", f".{self.checkpoint.report_file}."))}
         if record is None:
-            if names == temporary:  # died while the very first manifest was written
+            if names == temporary:  # an earlier run died while it wrote its first manifest
                 self._delete(names)
                 return
             raise SurgvqaError(f"{partial}: holds files that this command did not write; move it away")
@@ -230,7 +234,7 @@ class Writer:
         foreign = sorted(names - ours)
         if foreign:
             raise SurgvqaError(f"{partial}: {foreign[0]} was not written by this command; move it away")
-        why = difference(record, self.job)
+        why = difference(record, self.checkpoint)
         if why:
             self.run.warning(f"{partial}: {why}; starting again")
             self._delete(names - {MANIFEST_FILE})
@@ -240,22 +244,22 @@ class Writer:
         done = {MANIFEST_FILE, *self.reused}
         self._delete(names - done)
         if self.reused:
-            kept = f"{len(self.reused)} of {len(self.job.shards)} shards are whole and kept"
+            kept = f"{len(self.reused)} of {len(self.checkpoint.shards)} shards are intact and kept"
             self.run.phase("resume", kept)
         elif record.get("shards"):
-            self.run.warning(f"{partial}: none of its shards is whole; starting again")
+            self.run.warning(f"{partial}: none of its shards is intact; starting again")
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.job.partial / name).unlink()
+            (self.checkpoint.partial / name).unlink()
 
     def _verify(self, folder: Path) -> None:
-        """Hashes the shards that the record says are done; keeps those that are."""
+        """Hashes the shards that the record lists as finished, and keeps the intact ones."""
         claimed = self.record.get("shards", {})
-        shards = [s for s in self.job.shards if s.file in claimed]
+        shards = [s for s in self.checkpoint.shards if s.file in claimed]
         total, done = sum(s.nbytes for s in shards), 0
         if shards:
-            self.run.phase("verify", f"{counted(len(shards), 'shard')} from an earlier try")
+            self.run.phase("verify", f"{counted(len(shards), 'shard')} from an earlier run")
 
         def count(n: int) -> None:
             nonlocal done
@@ -265,18 +269,18 @@ class Writer:
         for shard in shards:
             file = folder / shard.file
             if not file.is_file() or file.stat().st_size != shard.nbytes:
-                self.run.warning(f"{file}: not whole; it is written again")
+                self.run.warning(f"{file}: incomplete; it is written again")
             elif sha256_file(file, count) != claimed[shard.file]["sha256"]:
-                self.run.warning(f"{file}: its content is not what was written; it is written again")
+                self.run.warning(f"{file}: its content has changed; it is written again")
             else:
                 self.reused.append(shard.file)
 
     def _check_disk(self) -> None:
-        needed = self.job.nbytes - sum(s.nbytes for s in self.job.shards if s.file in self.reused)
-        free = free_bytes(self.job.partial)
+        needed = self.checkpoint.nbytes - sum(s.nbytes for s in self.checkpoint.shards if s.file in self.reused)
+        free = free_bytes(self.checkpoint.partial)
         if needed > free:
             raise SurgvqaError(
-                f"{self.job.output}: needs {human_bytes(needed)}, {human_bytes(free)} are free; "
+                f"{self.checkpoint.output}: needs {human_bytes(needed)}, {human_bytes(free)} are free; "
                 "free some or name a folder on another disk"
             )
 
@@ -284,56 +288,56 @@ class Writer:
 
     @property
     def finished(self) -> bool:
-        """Whether the output stands already, verified."""
+        """Whether the output was complete already, and verified."""
         return bool(self.record.get("complete"))
 
     def write_shards(self) -> None:
-        """Writes every shard that is not there yet. SurgvqaError names a full disk and what is kept."""
-        todo = [s for s in self.job.shards if s.file not in self.reused]
+        """Writes every missing shard. Raises SurgvqaError for a full disk, which says what is kept."""
+        todo = [s for s in self.checkpoint.shards if s.file not in self.reused]
         try:
-            ShardWriter(self.job.partial, todo, self.workers, self.run, self.shard_done).run()
+            ShardWriter(self.checkpoint.partial, todo, self.workers, self.run, self.shard_done).run()
         except OSError as error:
-            raise self._explain(error) from error
+            raise self._disk_error(error) from error
         except KeyboardInterrupt:
-            kept = f"{len(self.record['shards'])} of {len(self.job.shards)} shards"
-            self.run.warning(f"stopped: {kept} are kept in {self.job.partial}; run it again to go on")
+            kept = f"{len(self.record['shards'])} of {len(self.checkpoint.shards)} shards"
+            self.run.warning(f"stopped: {kept} are kept in {self.checkpoint.partial}; run it again to resume")
             raise
 
     def publish(self, report: dict[str, Any]) -> None:
-        """Side files, index, the manifest turned report; then the rename."""
-        job, partial = self.job, self.job.partial
+        """Writes side files and index, turns the manifest into the report, and renames the folder."""
+        checkpoint, partial = self.checkpoint, self.checkpoint.partial
         try:
-            for name, content in job.side_files.items():
+            for name, content in checkpoint.side_files.items():
                 write_synced(partial / name, content)
-            if len(job.shards) > 1:
-                text = json.dumps(index_of(job.shards), indent=2) + "\n"
+            if len(checkpoint.shards) > 1:
+                text = json.dumps(index_of(checkpoint.shards), indent=2) + "\n"
                 write_synced(partial / INDEX_FILE, text.encode())
             self.record = {**self.record, **report, "complete": True}
             write_json_atomic(partial / MANIFEST_FILE, self.record)
-            os.rename(partial / MANIFEST_FILE, partial / job.report_file)
+            os.rename(partial / MANIFEST_FILE, partial / checkpoint.report_file)
             fsync_folder(partial)
-            os.rename(partial, job.output)
-            fsync_folder(job.output.parent)
+            os.rename(partial, checkpoint.output)
+            fsync_folder(checkpoint.output.parent)
         except OSError as error:
-            raise self._explain(error) from error
+            raise self._disk_error(error) from error
 
     def shard_done(self, shard: Shard, sha256: str) -> None:
-        """Enters a shard, already on the disk, in the manifest."""
+        """Enters a shard that is on the disk in the manifest."""
         stats = {s.name: found for s in shard.sources if (found := s.stats())}
         self.record["shards"][shard.file] = {"bytes": shard.nbytes, "sha256": sha256, "tensors": stats}
-        write_json_atomic(self.job.partial / MANIFEST_FILE, self.record)
-        fsync_folder(self.job.partial)
+        write_json_atomic(self.checkpoint.partial / MANIFEST_FILE, self.record)
+        fsync_folder(self.checkpoint.partial)
         done = len(self.record["shards"])
         self.run.emit(
-            "shard", file=shard.file, bytes=shard.nbytes, sha256=sha256, done=done, total=len(self.job.shards)
+            "shard", file=shard.file, bytes=shard.nbytes, sha256=sha256, done=done, total=len(self.checkpoint.shards)
         )
 
-    def _explain(self, error: OSError) -> SurgvqaError:
+    def _disk_error(self, error: OSError) -> SurgvqaError:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            kept = len(self.record.get("shards", {}))
+            kept = f"{len(self.record.get('shards', {}))} of {len(self.checkpoint.shards)} shards"
             return SurgvqaError(
-                f"{self.job.output}: the disk is full{where}; {kept} of {len(self.job.shards)} shards are kept in "
-                f"{self.job.partial.name}: free some space and run it again to go on"
+                f"{self.checkpoint.output}: the disk is full{where}; {kept} are kept in "
+                f"{self.checkpoint.partial.name}: free some space and run it again to resume"
             )
-        return SurgvqaError(f"{self.job.output}: cannot be written: {error.strerror or error}{where}")
+        return SurgvqaError(f"{self.checkpoint.output}: cannot be written: {error.strerror or error}{where}")

@@ -1,4 +1,4 @@
-"""The table of commands: what each is for, its room, how it runs."""
+"""The table of commands: the purpose of each, its module, and how it runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Command:
     help: str
     example: str
     room: str
-    """The module whose run() does it."""
+    """The module whose run() executes the command."""
     job: bool = False
     """Whether it has a run folder."""
     needs_train: bool = False
-    """Whether it needs what pip install 'surgvqa[train]' brings."""
+    """Whether it needs the packages of pip install 'surgvqa[train]'."""
     needs_torch: bool = False
-    """Whether it needs torch and nothing else of that: pip install 'surgvqa[merge]'."""
+    """Whether it needs only torch of those packages: pip install 'surgvqa[merge]'."""
     positional: tuple[str, ...] = ()
     extras: bool = False
     """Whether unknown options are passed on (TrainingArguments)."""
@@ -69,6 +69,18 @@ COMMANDS: dict[str, Command] = {
         "surgvqa.data.check",
         positional=("files",),
     ),
+    "split": Command(
+        "samples into train, eval and test files by video, evenly by question type and label",
+        "surgvqa split all.jsonl --eval_share 0.2 --output split",
+        "surgvqa.prepare.split",
+        positional=("files",),
+    ),
+    "speak": Command(
+        "spoken questions in several wordings, voices, speeds and noise levels, some of them held out",
+        "surgvqa speak train.jsonl --wordings wordings.toml --output spoken",
+        "surgvqa.prepare.speak",
+        positional=("file",),
+    ),
     "budget": Command(
         "the memory table of a configuration, a row a component",
         "surgvqa budget --preset oom-6f-512px",
@@ -77,7 +89,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "LoRA training in BF16, inside the budget",
         "surgvqa train --model_name_or_path merged --train_data_path train.jsonl --frames_dir frames --audio_dir audio",
-        "surgvqa.training.command",
+        "surgvqa.evaluation.train",
         needs_train=True,
         job=True,
         extras=True,
@@ -86,6 +98,19 @@ COMMANDS: dict[str, Command] = {
         "greedy answers to every sample, scored by question type",
         "surgvqa evaluate --checkpoint last --eval_data_path eval.jsonl --frames_dir frames --audio_dir audio",
         "surgvqa.evaluation.command",
+        needs_train=True,
+        job=True,
+    ),
+    "compare": Command(
+        "the same samples answered by several models: paired difference, interval, flips",
+        "surgvqa compare before.jsonl after.jsonl --eval_data_path eval.jsonl",
+        "surgvqa.evaluation.compare",
+        positional=("files",),
+    ),
+    "probe": Command(
+        "does the model listen and look: answers to altered sound and frames, compared",
+        "surgvqa probe --checkpoint last --eval_data_path eval.jsonl --frames_dir frames --audio_dir audio",
+        "surgvqa.probe.command",
         needs_train=True,
         job=True,
     ),
@@ -100,6 +125,18 @@ COMMANDS: dict[str, Command] = {
         "surgvqa report last",
         "surgvqa.report.command",
         positional=("files",),
+    ),
+    "evidence": Command(
+        "runs, scores, hashes, curves and a model card in one folder; --check reads it again",
+        "surgvqa evidence TRAIN_RUN EVALUATE_RUN --output evidence",
+        "surgvqa.evidence.command",
+        positional=("runs",),
+    ),
+    "publish": Command(
+        "an adapter or a checkpoint, with its card, to the Hugging Face hub",
+        "surgvqa publish last --repo USER/NAME",
+        "surgvqa.evidence.publish",
+        positional=("source",),
     ),
     "presets": Command("the presets with their predicted peaks", "surgvqa presets", "surgvqa.memory.presets:presets"),
     "runs": Command("the runs of this workspace", "surgvqa runs", "surgvqa.runs.commands:runs"),

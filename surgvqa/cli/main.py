@@ -30,12 +30,11 @@ from surgvqa.outcome import Outcome
 from surgvqa.runs.events import finite
 from surgvqa.runs.launch import launch
 from surgvqa.terminal.drawing import terminal
-from surgvqa.training import results
 from surgvqa.untrusted import one_line
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 good, 1 the answer is bad or it failed, 2 it could not be asked."""
+    """Returns the exit code: 0 success, 1 failure or a bad result, 2 wrong usage or unusable input."""
     argv = normalise(sys.argv[1:] if argv is None else argv)
     forgive_encoding()
     debug, argv = take_debug(argv)
@@ -57,12 +56,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def say(line: str) -> None:
-    """One line on stderr, whatever stood in a file name or in a host's answer."""
+    """Prints one printable line on stderr, even if `line` comes from a file name or a host's answer."""
     print(one_line(line), file=sys.stderr)
 
 
 def failed(program: str, argv: list[str], error: Exception, debug: bool) -> int:
-    """The last catch of both programs: one line for any error, its traceback with --debug; returns the exit code.
+    """Prints any error of both programs as one line, with a traceback under --debug. Returns the exit code.
 
     A launched job that fails before it has begun records the error in the run folder that was made for it.
     """
@@ -82,14 +81,14 @@ def failed(program: str, argv: list[str], error: Exception, debug: bool) -> int:
 
 
 def forgive_encoding() -> None:
-    """What the locale cannot show (bars in Latin-1) becomes "?" instead of an error."""
+    """Makes stdout and stderr write "?" for characters that the locale cannot encode (bars in Latin-1)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def answer(outcome: Outcome, as_json: bool) -> None:
-    """What the command found, on stdout."""
+    """Prints the command's outcome on stdout."""
     if as_json:
         print(json.dumps(finite(outcome.data), indent=1, default=str), flush=True)
     elif outcome.show:
@@ -97,8 +96,13 @@ def answer(outcome: Outcome, as_json: bool) -> None:
 
 
 def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], argv: list[str]) -> Outcome:
-    """Resolves the options and runs the command's room."""
+    """Resolves the options and runs the command's module."""
+    from surgvqa.cli import (
+        ranks,
+    )  # imported late: it queries GPUs, which surgvqa-remote, a user of this module, never does
+
     command = COMMANDS[name]
+    ranks.require_one(name)
     given_root = arguments.workspace
     if given_root and not Path(given_root).is_dir():
         raise UsageError(f"--workspace {given_root}: no such folder")
@@ -111,6 +115,8 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
         allocator.grow_segments()
     elif command.needs_torch:
         packages.require_installed(name, packages.TORCH, "merge")
+    if name == "train" and ranks.is_other():
+        raise SystemExit(ranks.other_rank(command.room, arguments, argv, workspace))
     module, _, function = command.room.partition(":")
     if name not in options.COMMAND_OPTIONS:
         answered: Outcome = getattr(importlib.import_module(module), function or "run")(arguments, workspace)
@@ -122,16 +128,24 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
         for key, value in vars(arguments).items()
         if key in known
     }
-    inherited = results.inherit(name, given, workspace)
+    from surgvqa.evaluation import resume  # imported late, because they load much
+    from surgvqa.training import results
+
+    resumed = name == "evaluate" and given.get("resume")
+    inherited = resume.inherit(given, workspace) if resumed else results.inherit(name, given, workspace)
     resolved = resolve.resolve(name, given, workspace, getattr(arguments, "preset", None), extra, inherited)
     settings.require_bounds(resolved.options, resolved.sources)
     room = importlib.import_module(module)
-    if hasattr(room, "check"):
+    count = ranks.of_training(resolved.options, arguments, argv, workspace) if name == "train" else 1
+    starts_a_job = command.job and arguments.detach and not getattr(resolved.options, "dry_run", False)
+    if starts_a_job and hasattr(room, "check_before_launch"):
+        room.check_before_launch(resolved.options)
+    elif hasattr(room, "check"):
         room.check(resolved.options)
     if not command.job:
         answered = room.run(resolved.options, workspace)
         return answered
-    if only_scores or getattr(resolved.options, "dry_run", False):  # only a question: it leaves no run folder
+    if only_scores or getattr(resolved.options, "dry_run", False):  # leaves no run folder
         with tempfile.TemporaryDirectory() as folder:
             run = new_run(name, resolved, Workspace(Path(folder), {}, {}), argv=argv)
             answered = run_job(run, partial(room.run, resolved.options))
@@ -142,4 +156,5 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
         started = launch(name, rest, Path.cwd(), workspace.runs_dir)
         return Outcome({"run": started.name, "folder": str(started)}, show=lambda console: console.print(started.name))
     run = new_run(name, resolved, workspace, arguments.run_id, argv)
-    return run_job(run, partial(room.run, resolved.options))
+    work = partial(room.run, resolved.options)
+    return run_job(run, ranks.together(work, resolved.options) if count > 1 else work)

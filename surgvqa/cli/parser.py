@@ -1,4 +1,4 @@
-"""The command line from the table of commands and the options dataclasses."""
+"""Builds the command line from the table of commands and the options dataclasses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from surgvqa import __version__
 from surgvqa.cli.commands import COMMANDS
+from surgvqa.cli.completion import add_completion
 from surgvqa.config import options, settings
 from surgvqa.errors import UsageError
 
@@ -22,13 +23,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    """The whole command line. Options stay absent unless they were named, so that the sources can be told apart."""
+    """The parser of all commands. It leaves out options that were not given, so that their source can be determined."""
     parser = Parser(
         prog="surgvqa",
         description="Fine-tune a spoken-question surgical video QA model in BF16, inside a GPU memory budget.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"surgvqa {__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -69,8 +71,9 @@ def build_parser() -> Parser:
 
 
 def add_option(parser: argparse.ArgumentParser, setting: settings.Setting, positional: bool) -> None:
-    """One setting as an argument of a command."""
-    default = "" if setting.required or setting.default in (None, "") else f" (default: {setting.default})"
+    """Adds a setting to a command's parser."""
+    shown = " ".join(map(str, setting.default)) if isinstance(setting.default, tuple) else setting.default
+    default = "" if setting.required or shown in (None, "") else f" (default: {shown})"
     arguments: dict[str, Any] = {"help": (setting.help + default).replace("%", "%%")}
     if setting.metavar or not setting.choices:
         arguments["metavar"] = setting.metavar or setting.type.__name__.strip("_").upper()
@@ -81,17 +84,19 @@ def add_option(parser: argparse.ArgumentParser, setting: settings.Setting, posit
     if positional:
         if not setting.repeated and not setting.required:
             arguments["nargs"] = "?"
-        parser.add_argument(setting.name, **arguments)
+        action = parser.add_argument(setting.name, **arguments)
+        vars(action)["setting"] = setting  # for completion.py
         return
     names = [f"--{name}" for name in (setting.name, *setting.old_names)]
     if setting.type is bool:
-        parser.add_argument(*names, dest=setting.name, nargs="?", const="true", **arguments)
+        action = parser.add_argument(*names, dest=setting.name, nargs="?", const="true", **arguments)
     else:
-        parser.add_argument(*names, dest=setting.name, **arguments)
+        action = parser.add_argument(*names, dest=setting.name, **arguments)
+    vars(action)["setting"] = setting
 
 
 def normalise(argv: list[str]) -> list[str]:
-    """`--learning-rate` is `--learning_rate`: option names are accepted with - or _."""
+    """`argv` with `-` in option names replaced by `_`, so that `--learning-rate` equals `--learning_rate`."""
     end = argv.index("--") if "--" in argv else len(argv)
 
     def spell(token: str) -> str:
@@ -112,7 +117,7 @@ def take_debug(argv: list[str]) -> tuple[bool, list[str]]:
 
 
 def extra_options(command: str, unknown: list[str]) -> dict[str, str]:
-    """Options that are not ours, as {name: text}; UsageError for anything that is no option at all."""
+    """Options that are not ours, as {name: text}; UsageError for anything that is not an option."""
     known = settings.settings_of(options.COMMAND_OPTIONS[command]) if command in options.COMMAND_OPTIONS else {}
     extra: dict[str, str] = {}
     rest = list(unknown)

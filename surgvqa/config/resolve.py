@@ -1,4 +1,4 @@
-"""Where each value comes from: built-in default < preset < surgvqa.toml < command line."""
+"""Combines the sources of each value: built-in default < preset < surgvqa.toml < command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a resumed run, or an adapter that is evaluated, was trained with."""
+    """The options with which a resumed run or an evaluated adapter was trained."""
 
     values: dict[str, Any]
     origin: str
@@ -51,10 +51,10 @@ def resolve(
     extra: dict[str, str] | None = None,
     inherited: Inherited | None = None,
 ) -> Resolved:
-    """Default < preset < surgvqa.toml < inherited < command line (`given`: converted values of the options named).
+    """Combines default < preset < surgvqa.toml < inherited < command line into the options of `command`.
 
-    A preset that was named itself stands above inherited values. Raises UsageError for an unknown preset and for
-    a required option that no source names.
+    `given` holds the converted values from the command line. The settings of a preset that the command line names
+    override inherited values. Raises UsageError for an unknown preset and for a required option without a value.
     """
     inherited = inherited or Inherited({}, "")
     options_class = COMMAND_OPTIONS[command]
@@ -85,15 +85,17 @@ def resolve(
 def _converted(
     known: dict[str, Setting], values: dict[str, Any], where: str, but: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Those of `values` that are settings of this command, in their types; without those in `but`."""
+    """The `values` that are settings of this command, except those in `but`, converted to the settings' types."""
     return {
         name: convert(known[name], value, where) for name, value in values.items() if name in known and name not in but
     }
 
 
 def _preset(known: dict[str, Setting], workspace: Workspace, named: str | None, earlier: str | None) -> Preset | None:
-    """The preset that was named, else that of the run that is inherited from, else the workspace's, else the first;
-    None for a command that shows no samples."""
+    """The preset named on the command line, else the earlier run's, else the workspace's, else the first.
+
+    None for a command without DataOptions. Raises UsageError for an unknown preset.
+    """
     try:
         available = {preset.name: preset for preset in load_presets(workspace.root)}
     except PresetError as error:
@@ -110,6 +112,6 @@ def _preset(known: dict[str, Setting], workspace: Workspace, named: str | None, 
 def _from_workspace(known: dict[str, Setting], workspace: Workspace, command: str) -> dict[str, Any]:
     values = {name: workspace.value(name, command) for name in known}
     base = values.get("model_name_or_path")
-    if command == "budget" and base and not Path(base).exists():  # not merged yet: Stage 1 has the same sizes
+    if command == "budget" and base and not Path(base).exists():  # not merged yet; Stage 1 has the same sizes
         values["model_name_or_path"] = workspace.value("stage1_model_path", "merge")
     return {name: value for name, value in values.items() if value is not None}

@@ -14,11 +14,11 @@ from typing import Any
 from surgvqa.errors import UsageError
 
 NONE = ("none", "None", "null", "")
-"""Texts that stand for no value, where a setting may have none."""
+"""Texts that mean None for an optional setting."""
 
 
 class Path_(str):
-    """A path option: relative to the workspace in surgvqa.toml, to the current folder on the command line."""
+    """A path option. In surgvqa.toml it is relative to the workspace, on the command line to the current folder."""
 
 
 def option(
@@ -34,8 +34,8 @@ def option(
 ) -> Any:
     """A dataclass field that is also a command-line option and a key of surgvqa.toml.
 
-    A number has to be at least `least`, more than `above` and less than `below`; see `require_bounds`.
-    `old_names`: what the author's scripts call it; the command line takes these too.
+    A number must be at least `least`, more than `above` and less than `below`; see `require_bounds`.
+    `old_names`: its names in the author's scripts, which the command line also accepts.
     """
     bounds = Bounds(least, above, below)
     metadata = {"help": help, "choices": choices, "metavar": metavar, "bounds": bounds, "old_names": old_names}
@@ -59,7 +59,7 @@ class Bounds:
         )
 
     def __str__(self) -> str:
-        """For people: "at least 0 and less than 1"."""
+        """For messages: "at least 0 and less than 1"."""
         named = (("at least", self.least), ("more than", self.above), ("less than", self.below))
         return " and ".join(f"{words} {bound:g}" for words, bound in named if bound is not None)
 
@@ -113,18 +113,24 @@ def settings_of(options_class: type) -> dict[str, Setting]:
 
 
 def require_bounds(options: Any, sources: Mapping[str, str] | None = None) -> None:
-    """Raises UsageError for the first number of an options dataclass that is out of bounds; `sources` names where each
-    value came from."""
+    """Raises UsageError for the first number of an options dataclass that is out of bounds.
+
+    `sources` says where each value came from, for the message.
+    """
     for name, setting in settings_of(type(options)).items():
         value = getattr(options, name)
-        if isinstance(value, (int, float)) and not setting.bounds.admit(value):
-            where = f"{sources[name]}: " if sources else ""
-            number = value if isinstance(value, int) else f"{value:g}"
-            raise UsageError(f"{where}{name} is {number}, expected {setting.bounds}")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not setting.bounds.admit(number):
+                where = f"{sources[name]}: " if sources else ""
+                found = number if isinstance(number, int) else f"{number:g}"
+                raise UsageError(f"{where}{name} is {found}, expected {setting.bounds}")
 
 
 def convert(setting: Setting, value: Any, where: str) -> Any:
-    """`value` (text from the command line, or a TOML value) as the setting's type; UsageError names `where`."""
+    """`value` (text from the command line, or a TOML value) converted to the setting's type.
+
+    Raises UsageError, which names `where` the value came from.
+    """
 
     def bad(expected: str) -> UsageError:
         return UsageError(f"{where}: {setting.name} is {value!r}, expected {expected}")
@@ -133,8 +139,10 @@ def convert(setting: Setting, value: Any, where: str) -> Any:
         if setting.optional:
             return None
         raise bad("a value")
-    if setting.repeated and isinstance(value, list):
-        return [convert(_single(setting), item, where) for item in value]
+    if setting.repeated:
+        if not isinstance(value, list):
+            raise bad("a list")
+        return [convert(_item_setting(setting), item, where) for item in value]
     if setting.type is bool:
         if isinstance(value, bool):
             return value
@@ -142,7 +150,7 @@ def convert(setting: Setting, value: Any, where: str) -> Any:
         if str(value).lower() not in known:
             raise bad("true or false")
         return known[str(value).lower()]
-    if not isinstance(value, (str, int, float)) or isinstance(value, bool):  # TOML has lists, tables and dates too
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):  # TOML also has lists, tables and dates
         raise bad("one path" if setting.type is Path_ else f"one {setting.type.__name__}")
     if setting.type in (int, float):
         try:
@@ -161,11 +169,11 @@ def convert(setting: Setting, value: Any, where: str) -> Any:
     return Path_(os.path.expanduser(str(value))) if setting.type is Path_ else setting.type(value)
 
 
-def _single(setting: Setting) -> Setting:
+def _item_setting(setting: Setting) -> Setting:
     return Setting(**{**setting.__dict__, "repeated": False})
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean x?` for the closest known name, or nothing."""
+    """`; did you mean x?` for the closest known name; "" when none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

@@ -31,7 +31,7 @@ class Workspace:
 
     @property
     def runs_dirs(self) -> list[Path]:
-        """Where runs may lie: here and, from a folder that is no workspace, in the workspaces directly below it."""
+        """Folders that may hold runs: runs/ here and, if this is no workspace, of the workspaces directly below."""
         found = [self.runs_dir]
         if not self.file.is_file():
             found += [file.parent / "runs" for file in sorted(self.root.glob(f"*/{WORKSPACE_FILE}"))]
@@ -46,7 +46,7 @@ class Workspace:
         return self.values.get("preset")
 
     def value(self, name: str, command: str | None = None) -> Any:
-        """A key of surgvqa.toml (paths made absolute), or None. A budget is the budget of what [train] describes."""
+        """The value of a key in surgvqa.toml (paths are absolute), or None. `budget` also reads the table [train]."""
         tables = ["budget", "train"] if command == "budget" else [command or ""]
         for table in tables:
             if name in self.by_command.get(table, {}):
@@ -64,14 +64,14 @@ def find_workspace(start: Path | None = None) -> Path:
 
 
 def load_workspace(root: Path) -> Workspace:
-    """Reads `root`/surgvqa.toml when it is there. Unknown keys, wrong types and bad TOML are UsageErrors."""
+    """Reads `root`/surgvqa.toml if it exists. Raises UsageError for unknown keys, wrong types and invalid TOML."""
     root = Path(root).resolve()
     file = root / WORKSPACE_FILE
     if not file.is_file():
         return Workspace(root, {}, {})
     try:
         document = tomllib.loads(read_text(file))
-    except (ValueError, RecursionError) as error:  # no TOML, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # invalid TOML, or a number of thousands of digits
         raise UsageError(f"{file}: not valid TOML: {error}") from None
     shared: dict[str, Setting] = {"preset": Setting("preset", str, False, False, None, "", None, None)}
     for options_class in COMMAND_OPTIONS.values():

@@ -1,11 +1,11 @@
-"""`check-data --as_trained FILE`: what the samples of an old run really heard and saw.
+"""`check-data --as_trained FILE`: the audio and the frames that an old run really used for each sample.
 
-FILE is the run's W&B `wandb-metadata.json` or a text file with its command line. The author's training script took
-`<audio_dir>/<id>.mp3` for the spoken question and `<frames_dir>/<video_id>/<frame>.jpg` for a frame. What was not there
-became two seconds of silence and a black image. The same rules are replayed here over the folders at hand.
+FILE is the run's W&B `wandb-metadata.json` or a text file with its command line. The author's training script read the
+spoken question from `<audio_dir>/<id>.mp3` and each frame from `<frames_dir>/<video_id>/<frame>.jpg`. It replaced a
+missing file by two seconds of silence or a black image. This module applies the same rules to the given folders.
 
-FILE is never trusted: only five options are read from it, nothing of it is run or expanded, and a folder that it names
-is looked for below the folders at hand (or the current one) and nowhere else.
+FILE is never trusted: only five options are read from it, nothing in it is run or expanded, and its folders are
+searched only below the given folders (or the current one).
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from surgvqa.untrusted import load_json, not_utf8, one_line
 LARGEST_FILE = 1_000_000
 READ = ("train_data_path", "eval_data_path", "frames_dir", "audio_dir", "eval_audio_dir")
 AUDIO, FRAME = ".mp3", ".jpg"
-"""The only extensions that the old script looked for."""
+"""The only file extensions that the old script used."""
 EXAMPLES = 5
 
 
 @dataclass
 class Replay:
-    """What the samples of one file heard and saw; counts of samples, but for black_frames."""
+    """What the old run used for the samples of one file: numbers of samples, except black_frames."""
 
     file: str
     audio_dir: str | None
     frames_dir: str | None
     samples: int
     own: int = 0
-    """Heard a recording that asks their question, as far as names and contents tell."""
+    """Heard a recording that asks their question, as far as names and contents show."""
     other_wording: int = 0
-    """Heard their question in the other template's words."""
+    """Heard their question in the other template's wording."""
     another: int = 0
     """Heard another sample's question."""
     unclear: int = 0
-    """Share one recording with samples that ask something else; nothing tells whose it is."""
+    """Share one recording with samples that ask something else; nothing shows which question it asks."""
     unclear_wrong_at_least: int = 0
-    """Of these, how many heard another's question whichever of the questions the recording asks."""
+    """Lower bound for how many of these heard another sample's question, whichever question the recording asks."""
     silence: int = 0
-    """Found no recording and heard two seconds of silence."""
+    """Had no recording and heard two seconds of silence."""
     with_black_frames: int = 0
     all_black: int = 0
     black_frames: int = 0
@@ -66,9 +66,9 @@ def replay(
 ) -> dict[str, Any]:
     """{"file", "command": the options read, "files": a Replay for each (path, samples) of `groups`}.
 
-    `frames_dir`, `audio_dir`: folders at hand; below them the old run's own folder is looked for. The group whose name
-    is that of the old `--eval_data_path`, or else each but the first, is heard as the evaluation was.
-    UsageError when FILE is not such a file, or a folder is not there.
+    The old run's folders are searched below `frames_dir` and `audio_dir`. A group with the name of the old
+    `--eval_data_path` or, if no name matches, every group but the first uses the old evaluation's audio.
+    Raises UsageError when FILE is not such a file or a folder is missing.
     """
     command = read_command(file)
     rows = []
@@ -77,17 +77,17 @@ def replay(
         name = Path(path).name
         later = name == names.get("eval_data_path") if name in names.values() else number > 0
         old_audio = (command.get("eval_audio_dir") if later else None) or command.get("audio_dir")
-        sound = _at_hand("audio_dir", old_audio, audio_dir, file)
-        frames = _at_hand("frames_dir", command.get("frames_dir"), frames_dir, file)
+        sound = _local_folder("audio_dir", old_audio, audio_dir, file)
+        frames = _local_folder("frames_dir", command.get("frames_dir"), frames_dir, file)
         row = Replay(path, str(sound), str(frames), len(samples))
-        _listen(row, sound, samples, [sample for _, group in groups for sample in group])
-        _look(row, frames, samples)
+        _count_heard(row, sound, samples, [sample for _, group in groups for sample in group])
+        _count_seen(row, frames, samples)
         rows.append(row)
     return {"file": file, "command": command, "files": [asdict(row) for row in rows], "ok": all(r.good for r in rows)}
 
 
 def read_command(file: str) -> dict[str, str]:
-    """The options in READ of an old command line, in a W&B metadata file or as text; UsageError when there is none."""
+    """The options in READ of an old command line, from a W&B metadata file or text. Raises UsageError without any."""
     expected = "expected a wandb-metadata.json or a text file with the old command line (… --audio_dir DIR …)"
     try:
         with open(file, "rb") as opened:
@@ -103,9 +103,9 @@ def read_command(file: str) -> dict[str, str]:
         try:
             arguments = load_json(text).get("args")
         except ValueError as error:
-            raise UsageError(f"{file}: not JSON that can be read ({one_line(str(error))}), {expected}") from None
+            raise UsageError(f"{file}: not valid JSON ({one_line(str(error))}), {expected}") from None
         if not isinstance(arguments, list) or not all(isinstance(a, str) for a in arguments):
-            raise UsageError(f"{file}: args is no list of texts, {expected}")
+            raise UsageError(f"{file}: args is not a list of texts, {expected}")
         commands = [arguments]
     else:
         commands = list(_command_lines(text, file))
@@ -113,11 +113,11 @@ def read_command(file: str) -> dict[str, str]:
         found = _options(words)
         if "audio_dir" in found or "frames_dir" in found:
             return found
-    raise UsageError(f"{file}: no --audio_dir and no --frames_dir in it, {expected}")
+    raise UsageError(f"{file}: has neither --audio_dir nor --frames_dir, {expected}")
 
 
 def _command_lines(text: str, file: str) -> Iterable[list[str]]:
-    """The words of each line that may be the command; a backslash at a line's end goes on in the next."""
+    """The words of each line that may be the command. A backslash at its end continues a line."""
     joined = text.replace("\r\n", "\n").replace("\\\n", " ")
     for line in joined.split("\n"):
         if "_dir" in line or "-dir" in line:
@@ -138,9 +138,11 @@ def _options(words: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _at_hand(option: str, old: str | None, here: str | None, file: str) -> Path:
-    """The old folder as it lies here: below `here` (else the current folder) by as much of its end as is there, else
-    `here` itself."""
+def _local_folder(option: str, old: str | None, here: str | None, file: str) -> Path:
+    """The local copy of an old folder: the longest end of its path that exists below `here`, or else `here` itself.
+
+    Without `here`, searches below the current folder. Raises UsageError when there is no such folder.
+    """
     root = Path(here or ".")
     parts = [part for part in Path(old or "").parts if part not in ("/", ".")]
     if ".." not in parts:
@@ -155,14 +157,14 @@ def _at_hand(option: str, old: str | None, here: str | None, file: str) -> Path:
             raise UsageError(f"{here}: no such folder ({option})")
         return root
     named = f"{one_line(old)} of {file}" if old else f"{file} names none"
-    raise UsageError(f"{option}: {named} is not below the current folder; name the folder at hand with --{option}")
+    raise UsageError(f"{option}: {named} is not below the current folder; name yours with --{option}")
 
 
 # --- hearing ----------------------------------------------------------------------------------------------------------
 
 
-def _listen(row: Replay, folder: Path, samples: Sequence[Sample], known: Sequence[Sample]) -> None:
-    """Counts what the samples heard. `known`: all samples at hand, which may have asked for the same recording."""
+def _count_heard(row: Replay, folder: Path, samples: Sequence[Sample], known: Sequence[Sample]) -> None:
+    """Counts what the samples heard. `known`: the samples of all groups, which may use the same recording."""
     there = {name for name in _names(folder) if name.endswith(AUDIO)}
     askers: dict[str, list[Sample]] = defaultdict(list)
     for sample in known:
@@ -172,9 +174,9 @@ def _listen(row: Replay, folder: Path, samples: Sequence[Sample], known: Sequenc
         file = folder / (sample.id + AUDIO)
         if file.name not in there:
             row.silence += 1
-            _example(row, f"{sample.place}: silence, no {file}")
+            _add_example(row, f"{sample.place}: silence, no {file}")
             continue
-        speakers = _speakers(folder, sample, askers[sample.id])
+        speakers = _possible_askers(folder, sample, askers[sample.id])
         wordings = {speaker.wording for speaker in speakers}
         if len(wordings) > 1 and sample.wording in wordings:
             shared[sample.id].append(sample)
@@ -182,27 +184,27 @@ def _listen(row: Replay, folder: Path, samples: Sequence[Sample], known: Sequenc
             row.own += 1
         elif any((s.video_id, s.question_type) == (sample.video_id, sample.question_type) for s in speakers):
             row.other_wording += 1
-            _example(row, f"{sample.place}: {file} asks its question in the other template's words")
+            _add_example(row, f"{sample.place}: {file} asks its question in the other template's wording")
         else:
             row.another += 1
-            _example(row, f"{sample.place}: {file} asks another sample's question")
+            _add_example(row, f"{sample.place}: {file} asks another sample's question")
     for name, group in shared.items():
         most = max(Counter(sample.wording for sample in group).values())
         row.unclear += len(group)
         row.unclear_wrong_at_least += len(group) - most
-        _example(row, f"{group[0].place}: {folder / (name + AUDIO)} is heard by samples with different questions")
+        _add_example(row, f"{group[0].place}: {folder / (name + AUDIO)} is heard by samples with different questions")
 
 
-def _speakers(folder: Path, sample: Sample, askers: Sequence[Sample]) -> list[Sample]:
-    """The samples, of all with this id, whose question the recording may ask; none for a video that is not at hand."""
-    side, video = _folder_says(folder)
-    if video is not None:  # the folder is one video's, and one side's
+def _possible_askers(folder: Path, sample: Sample, askers: Sequence[Sample]) -> list[Sample]:
+    """The samples among `askers` (all with this id) whose question the recording may ask; [] for an unknown video."""
+    side, video = _parse_folder_name(folder)
+    if video is not None:  # the folder belongs to one video and one side
         return [s for s in askers if s.video_id == video and _side(s) in (None, side)]
-    return _twins(folder, sample.id, askers) or list(askers)
+    return _with_same_recording(folder, sample.id, askers) or list(askers)
 
 
-def _twins(folder: Path, name: str, askers: Sequence[Sample]) -> list[Sample]:
-    """The samples of the video whose own folder, one deeper, holds the very same recording; none without one."""
+def _with_same_recording(folder: Path, name: str, askers: Sequence[Sample]) -> list[Sample]:
+    """The samples of the video whose own subfolder has the same recording, byte for byte; [] if there is none."""
     videos = {s.video_id for s in askers}
     if len({s.wording for s in askers}) < 2:
         return []
@@ -215,7 +217,7 @@ def _twins(folder: Path, name: str, askers: Sequence[Sample]) -> list[Sample]:
     return []
 
 
-def _folder_says(folder: Path) -> tuple[str | None, str | None]:
+def _parse_folder_name(folder: Path) -> tuple[str | None, str | None]:
     """(side, video) of a folder named `in_<video_id>` or `out_<video_id>`."""
     side, _, video = folder.resolve().name.partition("_")
     return (side, video) if side in SIDES and video else (None, None)
@@ -228,7 +230,7 @@ def _side(sample: Sample) -> str | None:
 # --- seeing -----------------------------------------------------------------------------------------------------------
 
 
-def _look(row: Replay, folder: Path, samples: Sequence[Sample]) -> None:
+def _count_seen(row: Replay, folder: Path, samples: Sequence[Sample]) -> None:
     there = {video: _names(folder / video) for video in {sample.video_id for sample in samples}}
     for sample in samples:
         black = [frame for frame in sample.frames if frame + FRAME not in there[sample.video_id]]
@@ -236,11 +238,11 @@ def _look(row: Replay, folder: Path, samples: Sequence[Sample]) -> None:
         row.with_black_frames += bool(black)
         row.all_black += len(black) == len(sample.frames)
         if black:
-            _example(row, f"{sample.place}: black, no {folder / sample.video_id / (black[0] + FRAME)}")
+            _add_example(row, f"{sample.place}: black, no {folder / sample.video_id / (black[0] + FRAME)}")
 
 
 def _names(folder: Path) -> set[str]:
-    """The files of a folder that hold anything; none without the folder."""
+    """Names of the folder's non-empty files; empty if there is no folder."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file() and entry.stat().st_size}
@@ -250,6 +252,6 @@ def _names(folder: Path) -> set[str]:
         raise UsageError(f"{folder}: {error.strerror}, expected a folder that can be listed") from None
 
 
-def _example(row: Replay, text: str) -> None:
+def _add_example(row: Replay, text: str) -> None:
     if len(row.examples) < EXAMPLES:
         row.examples.append(text)

@@ -1,6 +1,6 @@
-"""Whether a sound file is whole, from its container alone: decoders give what is left of a file cut short, in silence.
+"""Finds truncated sound files from their container alone, because decoders silently return what is left of them.
 
-An interrupted download or copy leaves a WAV, MP3, Ogg or MP4 file whose header promises more than follows.
+An interrupted download or copy leaves a WAV, MP3, Ogg or MP4 file whose header promises more than the file has.
 Standard library only.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 STREAMED = 0x7FFF0000
-"""A WAV writer that cannot go back to fill in the size leaves one from here to 2³² − 1, or 0."""
+"""A WAV writer that cannot fill in the size afterwards leaves 0 or a size from here to 2³² − 1."""
 MPEG_KBPS = {
     (True, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -20,18 +20,18 @@ MPEG_KBPS = {
 }
 """{(MPEG-1, layer): kbit/s by index} (ISO/IEC 11172-3 and 13818-3)."""
 MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-"""{version bits: samples a second by index}."""
+"""{version bits: sample rates in Hz by index}."""
 
 
 def missing_part(data: bytes) -> str | None:
-    """What a sound file's header promises and the file lacks, in words; None for a whole file and unknown formats."""
+    """What a truncated sound file lacks, as a message; None for a complete file and for unknown formats."""
     if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
         return _wav(data)
     if data[:4] == b"OggS":
         return _ogg(data)
     if data[4:8] == b"ftyp":
         return _mp4(data)
-    if data[:4] == b"fLaC":  # libsndfile itself refuses a part of one
+    if data[:4] == b"fLaC":  # libsndfile itself refuses a truncated one
         return None
     return _mp3(data)
 
@@ -41,22 +41,22 @@ def _wav(data: bytes) -> str | None:
     while place + 8 <= len(data):
         name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
         if name == b"fmt " and place + 24 <= len(data):
-            rate = int.from_bytes(data[place + 16 : place + 20], "little")  # bytes a second
+            rate = int.from_bytes(data[place + 16 : place + 20], "little")  # bytes per second
         if name == b"data":
             there = len(data) - place - 8
             if size in (0, there) or size >= STREAMED or size <= there:
                 return None
-            return f"its header promises {_amount(size, rate)}, {_amount(there, rate)} are there"
+            return f"its header promises {_seconds_or_bytes(size, rate)}, {_seconds_or_bytes(there, rate)} are there"
         place += 8 + size + size % 2
     return "its header promises sound that is not there"
 
 
-def _amount(count: int, rate: int) -> str:
+def _seconds_or_bytes(count: int, rate: int) -> str:
     return f"{count / rate:.1f} s" if rate else f"{count:,} bytes"
 
 
 def _ogg(data: bytes) -> str | None:
-    """The last page is whole and says that it is the last (RFC 3533)."""
+    """Checks that the last page is complete and marked as the last (RFC 3533)."""
     place, ended = 0, False
     while data[place : place + 4] == b"OggS":
         if place + 27 > len(data):
@@ -71,7 +71,7 @@ def _ogg(data: bytes) -> str | None:
 
 
 def _mp4(data: bytes) -> str | None:
-    """Every box is there as long as it says (ISO/IEC 14496-12)."""
+    """Checks that every box is as long as its header says (ISO/IEC 14496-12)."""
     place = 0
     while place + 8 <= len(data):
         size, header = int.from_bytes(data[place : place + 4], "big"), 8
@@ -87,9 +87,9 @@ def _mp4(data: bytes) -> str | None:
 
 
 def _mp3(data: bytes) -> str | None:
-    """All frames that the Xing or VBRI header counts are there, and the last one is whole."""
+    """Checks that the last frame is complete and that there are as many as the Xing or VBRI header says."""
     place = 0
-    while data[place : place + 3] == b"ID3" and len(data) >= place + 10:  # each byte of its size has seven bits
+    while data[place : place + 3] == b"ID3" and len(data) >= place + 10:  # its size has seven bits per byte
         a, b, c, d = data[place + 6 : place + 10]
         place += 10 + (a << 21 | b << 14 | c << 7 | d)
     promised, frames, samples, rate = None, 0, 0, 0
@@ -97,25 +97,29 @@ def _mp3(data: bytes) -> str | None:
         length, samples, rate = header
         if place + length > len(data):
             if frames:
-                return _lacking(promised, frames, samples, rate) or "its last frame is cut"
-            return None  # a single would-be frame: perhaps no MP3 at all, the decoder knows
-        if not frames and promised is None and (counted := _counted(data[place : place + length])) is not None:
+                return _missing_frames(promised, frames, samples, rate) or "its last frame is cut"
+            return None  # only one frame: perhaps not an MP3 file; the decoder decides
+        if (
+            not frames
+            and promised is None
+            and (counted := _header_frame_count(data[place : place + length])) is not None
+        ):
             promised = counted
         else:
             frames += 1
         place += length
-    return _lacking(promised, frames, samples, rate) if frames or promised else None
+    return _missing_frames(promised, frames, samples, rate) if frames or promised else None
 
 
-def _lacking(promised: int | None, frames: int, samples: int, rate: int) -> str | None:
-    if promised is None or frames + 1 >= promised:  # some writers count the header's own frame
+def _missing_frames(promised: int | None, frames: int, samples: int, rate: int) -> str | None:
+    if promised is None or frames + 1 >= promised:  # some writers count the header's frame too
         return None
     seconds = samples / rate
     return f"its header promises {promised * seconds:.1f} s, {frames * seconds:.1f} s are there"
 
 
 def _mpeg_frame(data: bytes, place: int) -> tuple[int, int, int] | None:
-    """(bytes, samples a channel, samples a second) of the MPEG audio frame here; None where there is none."""
+    """(bytes, samples per channel, sample rate) of the MPEG audio frame at `place`; None if there is none."""
     if place + 4 > len(data):
         return None
     (word,) = struct.unpack_from(">I", data, place)
@@ -132,8 +136,8 @@ def _mpeg_frame(data: bytes, place: int) -> tuple[int, int, int] | None:
     return samples // 8 * bits // rate + padding, samples, rate
 
 
-def _counted(frame: bytes) -> int | None:
-    """Frames of sound that follow this one, when it is a Xing, Info or VBRI header."""
+def _header_frame_count(frame: bytes) -> int | None:
+    """Number of frames that follow, from a Xing, Info or VBRI header; None for any other frame."""
     for name in (b"Xing", b"Info"):
         place = frame.find(name, 4, 64)
         if place > 0 and place + 12 <= len(frame):

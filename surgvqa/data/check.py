@@ -1,32 +1,31 @@
-"""`surgvqa check-data`: every line of the JSONL files against the frames and the audio, and what the data can teach.
+"""`surgvqa check-data`: checks every line of the JSONL files against the frames and the audio, and describes the data.
 
-What stops a training run makes the answer bad (exit code 1): lines that are no samples, missing frames, missing or
-ambiguous audio. The rest is pointed out: ids that stand for several questions, clips in more than one file, labels so
-uneven that a blind guess scores.
+Findings that would stop a training run give exit code 1: invalid lines, missing frames, missing or ambiguous audio.
+Others are only reported: ids of several questions, clips in more than one file, labels so uneven that a blind guess
+scores well.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
 from surgvqa.config.options import CheckDataOptions
 from surgvqa.config.workspace import Workspace
 from surgvqa.data.as_trained import replay
+from surgvqa.data.boxes import Boxes
 from surgvqa.data.check_view import show_file, show_notes, show_problems, show_replay
+from surgvqa.data.deep import DecodedFindings, decode
 from surgvqa.data.findings import (
     EXAMPLES,
     answers_without_label,
     cluster_count,
+    contradictions,
     duplicates,
     frames_out_of_order,
     id_collisions,
@@ -37,13 +36,10 @@ from surgvqa.data.findings import (
 from surgvqa.data.jsonl import Problem
 from surgvqa.data.lookup import AudioIndex, FrameIndex, MissingFile
 from surgvqa.data.samples import Sample, majority_accuracy, scan_samples
+from surgvqa.data.visibility import summary, visibility
 from surgvqa.errors import UsageError
+from surgvqa.machine.packages import require_installed
 from surgvqa.outcome import Outcome
-
-WINDOW_S = 30.0
-"""Whisper's window: what the audio encoder hears of a recording."""
-AUDIBLE = 0.001
-"""Of full scale (-60 dB). A recording that never reaches it is silence: noise of an open microphone or a codec."""
 
 
 @dataclass
@@ -67,34 +63,34 @@ class File:
 
 @dataclass
 class Findings:
-    """Everything that is wrong, in the order in which it was met."""
+    """Everything that is wrong, in the order in which it was found."""
 
     errors: list[Problem] = field(default_factory=list)
     missing_frames: dict[str, str] = field(default_factory=dict)
-    """{frame: why, with the first sample that needs it}"""
+    """{frame: message that names the first sample that needs it}"""
     missing_audio: list[str] = field(default_factory=list)
-    silent: list[str] = field(default_factory=list)
-    long: list[str] = field(default_factory=list)
-    """Recordings longer than the audio encoder hears."""
-    same_sound: list[str] = field(default_factory=list)
-    """Recordings with the content of another that asks another question."""
 
-    def kinds(self) -> list[tuple[str, list[str]]]:
+    def kinds(self, deep: DecodedFindings) -> list[tuple[str, list[str]]]:
         """(title, texts) of each kind of problem."""
         return [
-            ("bad lines, files or names", [str(e) for e in self.errors]),
+            ("invalid lines, files or names", [str(e) for e in self.errors]),
             ("missing frames", list(self.missing_frames.values())),
             ("samples without a spoken question", self.missing_audio),
-            ("silent spoken questions", self.silent),
-            ("spoken questions longer than the audio encoder hears", self.long),
-            ("recordings that are the same for different questions", self.same_sound),
+            ("silent spoken questions", deep.silent),
+            ("recordings too short for a question", deep.short),
+            ("spoken questions longer than the audio encoder's window", deep.long),
+            ("identical recordings of different questions", deep.same_sound),
+            ("frames of a single colour", deep.blank),
+            ("frames of another size than most of their video", deep.odd_sizes),
         ]
 
 
 def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
-    """Reads, looks up, counts. Raises UsageError when a file or folder cannot be read at all."""
+    """Checks the files. Raises UsageError when a file or folder cannot be read at all."""
     if options.deep and not (options.frames_dir or options.audio_dir):
         raise UsageError("--deep decodes frames and recordings: name --frames_dir, --audio_dir or both")
+    if options.deep:
+        require_installed("check-data --deep", ("numpy", "librosa") if options.audio_dir else ("numpy",), "train")
     findings = Findings()
     files = [_read(path, options, workspace, findings) for path in dict.fromkeys(map(str, options.files))]
     frames = FrameIndex(options.frames_dir) if options.frames_dir else None
@@ -104,60 +100,35 @@ def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
         audio = AudioIndex(file.audio_dir, file.samples) if file.audio_dir else None
         for sample in file.samples:
             _look_up(sample, frames, audio, findings, frame_files, audio_files)
-    if options.deep:
-        _decode(frame_files, audio_files, findings)
+    deep = decode(frame_files, audio_files) if options.deep else DecodedFindings()
+    findings.errors += deep.errors
 
     samples = [sample for file in files for sample in file.samples]
-    collisions = id_collisions(samples)
-    clips = in_several([{sample.clip for sample in file.samples} for file in files])
-    shared_frames = in_several([{frame for sample in file.samples for frame in sample.frames} for file in files])
     not_checked = [name for name, where in (("frames", options.frames_dir), ("audio", options.audio_dir)) if not where]
-    asked = {kind: len(found) for kind, found in wordings(samples).items()}
-    later = [sample for file in files[1:] for sample in file.samples]
-    ok = not (findings.errors or findings.missing_frames or findings.missing_audio)
+    seen = summary(visibility(samples, Boxes(options.boxes), options.drift)) if options.boxes else None
     replayed = None
     if options.as_trained:
         groups = [(file.path, file.samples) for file in files]
         replayed = replay(options.as_trained, groups, options.frames_dir, options.audio_dir)
-        ok = ok and replayed["ok"]
+    ok = not (findings.errors or findings.missing_frames or findings.missing_audio) and (replayed or {"ok": True})["ok"]
     data = {
         "ok": ok,
-        "samples": len(samples),
+        **_text_findings(files, samples),
         "errors": [{"file": e.file, "line": e.line, "text": e.text} for e in findings.errors],
-        "id_collisions": len(collisions),
-        "shared_clips": len(clips),
-        "shared_frames": len(shared_frames),
         "missing_frames": len(findings.missing_frames) if options.frames_dir else None,
         "missing_audio": len(findings.missing_audio) if options.audio_dir else None,
         "not_checked": not_checked,
-        "majority_accuracy": majority_accuracy(samples),
-        "colliding_ids": collisions,
         "missing_frames_list": list(findings.missing_frames),
         "missing_audio_list": findings.missing_audio,
-        "silent_audio_list": findings.silent,
-        "long_audio_list": findings.long,
-        "same_audio_list": findings.same_sound,
-        "shared_clips_examples": [f"{video} {clip[0]}" for video, clip in sorted(clips)[:EXAMPLES]],
-        "shared_frames_examples": sorted(shared_frames)[:EXAMPLES],
-        "duplicates_list": [place for file in files for place in duplicates(file.samples)],
-        "frames_out_of_order_list": frames_out_of_order(samples),
-        "answers_without_label_list": answers_without_label(samples),
-        "wordings": asked,
-        "unseen_wordings": unseen_wordings(files[0].samples, later),
+        "silent_audio_list": deep.silent,
+        "short_audio_list": deep.short,
+        "long_audio_list": deep.long,
+        "same_audio_list": deep.same_sound,
+        "blank_frames_list": deep.blank,
+        "odd_size_frames_list": deep.odd_sizes,
+        "visibility": seen,
         "as_trained": replayed,
-        "files": [
-            {
-                "file": file.path,
-                "samples": len(file.samples),
-                "clusters": cluster_count(file.samples),
-                "wordings": {kind: len(asked) for kind, asked in wordings(file.samples).items()},
-                "id_collisions": len(id_collisions(file.samples)),
-                "majority_accuracy": majority_accuracy(file.samples),
-                "single_label_types": file.single_label_types,
-                "labels": {kind: dict(labels.most_common()) for kind, labels in sorted(file.labels.items())},
-            }
-            for file in files
-        ],
+        "files": [_file_findings(file) for file in files],
     }
 
     def show(console: Console) -> None:
@@ -167,11 +138,50 @@ def run(options: CheckDataOptions, workspace: Workspace) -> Outcome:
         show_notes(console, files, data)
         there = [name for name in ("frames", "audio") if name not in not_checked]
         good = f"all {' and '.join(there)} are there{' and decode' if options.deep else ''}" if there else ""
-        show_problems(console, findings.kinds(), good or "every line is a sample")
+        show_problems(console, findings.kinds(deep), good or "every line is a sample")
         if replayed:
             show_replay(console, replayed)
 
     return Outcome(data, ok=ok, show=show)
+
+
+def _text_findings(files: Sequence[File], samples: Sequence[Sample]) -> dict[str, Any]:
+    """Findings from the text of all `files` together; `samples` are those of all of them."""
+    collisions = id_collisions(samples)
+    clips = in_several([{sample.clip for sample in file.samples} for file in files])
+    frames = in_several([{frame for sample in file.samples for frame in sample.frames} for file in files])
+    later = [sample for file in files[1:] for sample in file.samples]
+    return {
+        "samples": len(samples),
+        "id_collisions": len(collisions),
+        "id_collisions_within": len({name for file in files for name in id_collisions(file.samples)}),
+        "colliding_ids": collisions,
+        "shared_clips": len(clips),
+        "shared_clips_examples": [f"{video} {clip[0]}" for video, clip in sorted(clips)[:EXAMPLES]],
+        "shared_frames": len(frames),
+        "shared_frames_examples": sorted(frames)[:EXAMPLES],
+        "majority_accuracy": majority_accuracy(samples),
+        "duplicates_list": [place for file in files for place in duplicates(file.samples)],
+        "contradictions_list": [place for file in files for place in contradictions(file.samples)],
+        "frames_out_of_order_list": frames_out_of_order(samples),
+        "answers_without_label_list": answers_without_label(samples),
+        "wordings": {kind: len(found) for kind, found in wordings(samples).items()},
+        "unseen_wordings": unseen_wordings(files[0].samples, later),
+    }
+
+
+def _file_findings(file: File) -> dict[str, Any]:
+    """Findings from the text of one file."""
+    return {
+        "file": file.path,
+        "samples": len(file.samples),
+        "clusters": cluster_count(file.samples),
+        "wordings": {kind: len(asked) for kind, asked in wordings(file.samples).items()},
+        "id_collisions": len(id_collisions(file.samples)),
+        "majority_accuracy": majority_accuracy(file.samples),
+        "single_label_types": file.single_label_types,
+        "labels": {kind: dict(labels.most_common()) for kind, labels in sorted(file.labels.items())},
+    }
 
 
 # --- looking up -------------------------------------------------------------------------------------------------------
@@ -181,12 +191,12 @@ def _read(path: str, options: CheckDataOptions, workspace: Workspace, findings: 
     samples, problems = scan_samples(path)
     findings.errors += problems
 
-    def is_the(key: str) -> bool:
+    def is_configured_as(key: str) -> bool:
         configured = workspace.value(key)
         return configured is not None and Path(configured).resolve() == Path(path).resolve()
 
-    later = path != options.files[0] and not is_the("train_data_path")
-    for_eval = options.eval_audio_dir if later or is_the("eval_data_path") else None
+    later = path != options.files[0] and not is_configured_as("train_data_path")
+    for_eval = options.eval_audio_dir if later or is_configured_as("eval_data_path") else None
     return File(path, for_eval or options.audio_dir, samples)
 
 
@@ -198,7 +208,7 @@ def _look_up(
     frame_files: dict[Path, Sample],
     audio_files: dict[Path, Sample],
 ) -> None:
-    """Finds the sample's files; keeps each with the first sample that needs it."""
+    """Finds the sample's files; stores each in `frame_files` or `audio_files` with the first sample that needs it."""
     for frame in sample.frames if frames else ():
         if frames is None or frame in findings.missing_frames:
             continue
@@ -214,46 +224,3 @@ def _look_up(
         findings.missing_audio.append(str(error))
     except UsageError as error:
         findings.errors.append(Problem(sample.file, sample.line, str(error).removeprefix(f"{sample.place}: ")))
-
-
-def _decode(frame_files: dict[Path, Sample], audio_files: dict[Path, Sample], findings: Findings) -> None:
-    """Decodes every file: broken ones become errors, silent, long and repeated spoken questions are noted."""
-    from surgvqa.data.audio import SAMPLE_RATE, load_audio
-    from surgvqa.data.frames import load_frame
-
-    def frame(path: Path) -> None:
-        load_frame(path, image_size=sys.maxsize)
-
-    spoken: dict[bytes, tuple[Path, Sample]] = {}
-
-    def audio(path: Path) -> None:
-        waveform = load_audio(path)
-        if abs(waveform).max() < AUDIBLE:
-            findings.silent.append(str(path))
-        if len(waveform) > WINDOW_S * SAMPLE_RATE:
-            findings.long.append(f"{path}: {len(waveform) / SAMPLE_RATE:.1f} s, heard are {WINDOW_S:g} s")
-        sample, content = audio_files[path], hashlib.blake2b(path.read_bytes()).digest()
-        other, asked = spoken.setdefault(content, (path, sample))
-        if asked.wording != sample.wording:
-            findings.same_sound.append(f"{path} sounds as {other}, but {sample.place} asks another than {asked.place}")
-
-    def broken(job: tuple[Callable[[Path], None], Path, Sample]) -> Problem | None:
-        decode, path, sample = job
-        try:
-            decode(path)
-        except UsageError as error:
-            return Problem(sample.file, sample.line, str(error))
-        return None
-
-    jobs = [(frame, *pair) for pair in frame_files.items()] + [(audio, *pair) for pair in audio_files.items()]
-    terminal = Console(stderr=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and libsndfile decode without the interpreter lock
-        results = track(
-            pool.map(broken, jobs),
-            "decoding",
-            total=len(jobs),
-            console=terminal,
-            transient=True,
-            disable=not terminal.is_terminal,
-        )
-        findings.errors += [problem for problem in results if problem]

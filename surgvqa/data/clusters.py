@@ -1,4 +1,4 @@
-"""Clusters: samples that show nearly the same seconds of a video, and are therefore no independent trials."""
+"""Clusters: groups of samples that show nearly the same seconds of a video, and so are not independent trials."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from surgvqa.data.samples import Sample
 
 NEARBY = 25
-"""Frame numbers between two clips of one cluster, at most: one second of video."""
+"""Largest gap between two clips of one cluster, in frame numbers: one second of video."""
 
 
 def clusters_of(samples: Sequence[Sample]) -> list[int]:
     """A cluster number for each sample.
 
-    Samples of one video whose frame ranges overlap or lie at most NEARBY frame numbers apart are in one cluster (single
-    linkage). A clip whose frames have no numbers is in one cluster with the same clip alone.
+    Samples of one video are in one cluster if their frame ranges overlap or are at most NEARBY frame numbers apart
+    (single linkage). A clip whose frames have no numbers shares a cluster only with the same clip.
     """
     found = [0] * len(samples)
     ranges: dict[str, list[tuple[int, int, int]]] = defaultdict(list)

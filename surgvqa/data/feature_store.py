@@ -1,10 +1,11 @@
-"""The outputs of the frozen encoders on disk: each frame and question is encoded once and read in every later epoch.
+"""The feature cache: outputs of the frozen encoders on disk. Each frame and question is encoded only once.
 
-One safetensors file an entry, named by its key: the encoders' fingerprint, the processor's settings, and the content of
-the frame or sound file. A frame that several clips share is one entry. An entry appears whole (written beside, renamed)
-and carries a checksum that is verified on each read, so that concurrent writers and kill -9 leave nothing false behind.
+Each entry is a safetensors file named by its key, a hash of the encoders' fingerprint, the processor's settings, and
+the content of the frame or sound file. A frame that several clips share is one entry. Entries are written under a
+temporary name and renamed, and a checksum is verified on each read, so concurrent writers and kill -9 leave no wrong
+entries.
 
-    <folder>/in_use.lock     every job that uses the cache holds it shared; evicting needs it alone
+    <folder>/in_use.lock     a shared lock of every job that uses the cache; eviction needs an exclusive lock
              ab/ab12….safetensors
 """
 
@@ -31,12 +32,12 @@ from surgvqa.checkpoint.folder import Checkpoint
 from surgvqa.errors import SurgvqaError
 
 SAMPLED_BYTES = 4096
-"""Of the start, the middle and the end of each encoder tensor that go into the fingerprint."""
+"""Bytes from the start, the middle and the end of each encoder tensor that go into the fingerprint."""
 ENCODERS = ("visual.", "audio_encoder.")
 
 
 def encoder_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """Tells encoders apart: name, dtype, shape and sampled bytes of each of their tensors; the dtype they run in."""
+    """A hash that identifies the encoders: name, dtype, shape and sampled bytes of each tensor, and the dtype used."""
     digest = hashlib.blake2b(str(dtype).encode(), digest_size=16)
     for name in sorted(n for n in checkpoint.tensors if n.startswith(ENCODERS)):
         info = checkpoint.tensors[name]
@@ -49,7 +50,7 @@ def encoder_fingerprint(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
 
 
 class FeatureStore:
-    """Entries of one pair of encoders. Can be pickled for worker processes, each with an LRU of its own."""
+    """The entries of one pair of encoders. Can be pickled for worker processes, each of which has its own LRU cache."""
 
     def __init__(self, folder: Path, fingerprint: str, settings: dict[str, Any], ram_bytes: int = 1_000_000_000):
         self.folder = Path(folder)
@@ -65,11 +66,11 @@ class FeatureStore:
     # --- keys --------------------------------------------------------------------------------------------------------
 
     def frame_key(self, path: str, image_size: int) -> str:
-        """Of a frame shown at most `image_size` pixels wide or high."""
+        """The key of a frame that is scaled to at most `image_size` pixels."""
         return self._key("frame", path, image_size)
 
     def audio_key(self, path: str) -> str:
-        """Of a spoken question."""
+        """The key of a spoken question."""
         return self._key("audio", path, 0)
 
     def _key(self, kind: str, path: str, size: int) -> str:
@@ -80,7 +81,7 @@ class FeatureStore:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def path(self, key: str) -> Path:
-        """Where an entry lies."""
+        """The file of an entry."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     # --- reading and writing -----------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ class FeatureStore:
         return self.path(key).is_file()
 
     def get(self, key: str) -> tuple[torch.Tensor, dict[str, str]] | None:
-        """The features and what was noted with them; None when there is no entry, or a damaged one (it is removed)."""
+        """(features, notes) of an entry; None if there is none or it is damaged. A damaged entry is deleted."""
         if key in self._ram:
             self._ram.move_to_end(key)
             return self._ram[key]
@@ -111,15 +112,15 @@ class FeatureStore:
         return features, notes
 
     def put(self, key: str, features: torch.Tensor, **notes: str) -> None:
-        """Writes an entry whole or not at all. SurgvqaError on a full disk."""
+        """Writes an entry atomically. Raises SurgvqaError when the disk is full."""
         path, features = self.path(key), features.detach().cpu().contiguous()
         checksum = zlib.crc32(features.view(torch.uint8).numpy().data)
         data = save_safetensors({"features": features}, metadata={**notes, "crc32": str(checksum)})
         temporary = path.with_name(f".{key}.{os.getpid()}.{threading.get_ident()}.tmp")
-        with _one_line(path, "written", "free some disk space"):
+        with _one_line_errors(path, "written", "free some disk space"):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_bytes(data)  # not by tempfile, whose files nobody else may read
+                temporary.write_bytes(data)  # not with tempfile, whose files other users cannot read
                 os.replace(temporary, path)
             except OSError:
                 temporary.unlink(missing_ok=True)
@@ -138,26 +139,26 @@ class FeatureStore:
     # --- keeping it bounded ------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Marks the cache as in use by this process, until it ends. Only from now on do entries that are there stay."""
-        with _one_line(self.folder, "used", "name another --feature_cache_dir"):
+        """Marks the cache as in use until this process ends. From now on, no other job evicts entries."""
+        with _one_line_errors(self.folder, "used", "name another --feature_cache_dir"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / "in_use.lock", "a")  # noqa: SIM115  (held for the life of the process)
             fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def release(self) -> None:
-        """Ends `hold`: entries may be removed again, even those that a data loader's worker still reads."""
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing is not enough: the worker has inherited it
+        """Ends `hold`: entries may be evicted again, even if a data loader's worker still reads them."""
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing is not enough, because workers inherit the descriptor
         self._lock.close()
 
     def make_room(self, needed: int, capacity: int, keep: set[str]) -> bool:
-        """Removes the least recently used entries until `needed` bytes more fit into `capacity`; False if they cannot.
+        """Evicts the least recently used entries until `needed` more bytes fit into `capacity`; False if they cannot.
 
-        Entries in `keep` stay, and while another job uses the cache nothing is removed. Call before `hold`.
+        Entries in `keep` stay, and nothing is evicted while another job uses the cache. Call before `hold`.
         """
-        with _one_line(self.folder, "used", "name another --feature_cache_dir"):
+        with _one_line_errors(self.folder, "used", "name another --feature_cache_dir"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob("??/.*.tmp"):  # of a writer that was killed; a live one holds the lock
-                if self._alone():
+            for stale in self.folder.glob("??/.*.tmp"):  # left by a killed writer; a live one would hold the lock
+                if self._is_unused():
                     stale.unlink(missing_ok=True)
         entries = []
         for file in self.folder.glob("??/*.safetensors"):
@@ -168,7 +169,7 @@ class FeatureStore:
         if used + needed <= capacity:
             return True
         spare = sorted(e for e in entries if e[2].stem not in keep)
-        if used + needed - sum(size for _, size, _ in spare) > capacity or not self._alone():
+        if used + needed - sum(size for _, size, _ in spare) > capacity or not self._is_unused():
             return False
         for _, size, file in spare:
             if used + needed <= capacity:
@@ -177,7 +178,7 @@ class FeatureStore:
             used -= size
         return True
 
-    def _alone(self) -> bool:
+    def _is_unused(self) -> bool:
         with open(self.folder / "in_use.lock", "a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +188,7 @@ class FeatureStore:
 
 
 @contextlib.contextmanager
-def _one_line(path: Path, how: str, way_out: str) -> Iterator[None]:
+def _one_line_errors(path: Path, how: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

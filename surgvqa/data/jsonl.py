@@ -1,7 +1,7 @@
-"""JSONL as people have it: one JSON object a line, read the same way for samples and for predictions.
+"""Reads JSONL, one JSON object per line, in the same way for samples and for predictions.
 
-A byte order mark, CRLF and blank lines at the end are tolerated; U+2028, U+0085 and their like inside a string do not
-end a line. Everything else that is wrong is a Problem with its line.
+Tolerates a byte order mark, CRLF and blank lines at the end. U+2028, U+0085 and the like inside a string do not end a
+line. Every other error is a Problem with its line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import codecs
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,20 +36,22 @@ class Problem:
 
 
 class BadLine(Exception):
-    """Why a line is not what was expected of it."""
+    """Why a line is invalid."""
 
 
 class BlankLine(BadLine):
-    """A line without an object, between others."""
+    """A blank line between others."""
 
 
 def read_objects(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[int, dict[str, Any] | BadLine]]:
-    """(line number, its object or why it is none) of each line. `expected`: what the file should hold, in words.
+    """Yields (line number, its object or BadLine). `expected` describes the file, for messages.
 
-    UsageError when the file cannot be read, is empty or is no UTF-8 text at all.
+    Raises UsageError when the file cannot be read, is empty or is not UTF-8.
     """
     file = os.fspath(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):  # reading a pipe may never end
+            raise UsageError(f"{printable(file)}: not a regular file, expected {expected}; save it first")
         content = Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"{printable(file)}: {error.strerror or error}, expected {expected}") from None
@@ -58,7 +61,7 @@ def read_objects(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[
         raise UsageError(f"{printable(file)}: the text is UTF-16, expected UTF-8; save it again as UTF-8")
     lines = content.removeprefix(codecs.BOM_UTF8).rstrip().split(b"\n")
     if lines == [b""]:
-        raise UsageError(f"{printable(file)}: empty, expected one JSON object a line")
+        raise UsageError(f"{printable(file)}: empty, expected one JSON object per line")
     for number, line in enumerate(lines, 1):
         try:
             yield number, _object(line)
@@ -67,9 +70,9 @@ def read_objects(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[
 
 
 def text_field(record: dict[str, Any], field: str, *, numbers: bool = False, empty: bool = False) -> str:
-    """The text of a field; BadLine when it is missing or something else.
+    """The text of a field. Raises BadLine when it is missing or of another type.
 
-    `numbers`: a number will do and becomes its text. `empty`: so will text without a character.
+    `numbers` allows a number, which becomes text. `empty` allows empty text.
     """
     if field not in record:
         raise BadLine(f"{field} is missing, expected text")
@@ -91,12 +94,12 @@ def _object(line: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadLine(f"byte {error.start + 1} is not UTF-8, expected UTF-8 text") from None
     try:
-        record = json.loads(text, object_pairs_hook=_unique)
-        surrogate = _with_surrogate(record) if "\\u" in text else None  # an escape is the only way in
+        record = DECODER.decode(text)
+        surrogate = _with_surrogate(record) if "\\u" in text else None  # only an escape can produce one
     except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON: {error.msg} at column {error.colno}, expected one JSON object a line") from None
+        raise BadLine(f"not JSON: {error.msg} at column {error.colno}, expected one JSON object per line") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
-        raise BadLine(f"not JSON that can be read: {error}") from None
+        raise BadLine(f"not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise BadLine(f"the line is {json_kind(record)}, expected a JSON object")
     if surrogate is not None:
@@ -105,13 +108,13 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _with_surrogate(record: Any) -> str | None:
-    """The first field of an object that holds half of a surrogate pair, at any depth."""
+    """The first field of an object, at any depth, that contains half of a surrogate pair; None if there is none."""
     fields = record.items() if isinstance(record, dict) else ()
     return next((key for key, value in fields if SURROGATE.search(json.dumps([key, value], ensure_ascii=False))), None)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the pairs; BadLine for a key given twice, of which json would take the last in silence."""
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as an object. Raises BadLine for a repeated key, of which json would silently use the last."""
     record = dict(pairs)
     if len(record) < len(pairs):
         seen: set[str] = set()
@@ -120,3 +123,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise BadLine(f"{printable(key)} is given twice, expected each key once")
             seen.add(key)
     return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_without_repeats)
+"""Created once, because json.loads would create one for each line."""

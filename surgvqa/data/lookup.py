@@ -1,4 +1,4 @@
-"""Frames and spoken questions found on disk by what a sample says of them."""
+"""Finds the frames and the spoken question of a sample on disk."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from surgvqa.data.samples import Sample, read_samples, shortened
+from surgvqa.data.samples import Sample, read_samples, shortened, wording_of
 from surgvqa.errors import UsageError
+from surgvqa.files import read_json
 
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png")
 AUDIO_EXTENSIONS = (".mp3", ".wav", ".flac", ".ogg", ".m4a")
+SPOKEN = "speak.json"
+"""File in a folder of recordings made by `surgvqa speak`, with its settings and the question of each recording."""
 SIDES = ("in", "out")
-"""The real set has each sample's question in two wordings: in-template and out-of-template, in folders of their own."""
+"""The real dataset has each question in an in-template and an out-of-template wording, in separate folders."""
 
 
 class MissingFile(UsageError):
-    """A frame or a spoken question that is not where it should be."""
+    """A frame or a spoken question is missing."""
 
 
 class FrameIndex:
-    """Where frames lie: `<frames_dir>/<video_id>/<frame>.jpg` or `<frames_dir>/<video_id>/<number>.jpg` (.jpeg, .png).
+    """Finds frames: `<frames_dir>/<video_id>/<frame>.jpg` or `<frames_dir>/<video_id>/<number>.jpg` (.jpeg, .png).
 
-    A video's folder is listed once, when its first frame is asked for.
+    A video's folder is listed once, when its first frame is looked up.
     """
 
     def __init__(self, frames_dir: str | os.PathLike[str]):
@@ -33,14 +37,18 @@ class FrameIndex:
         self._folders: dict[str, dict[str, str]] = {}
 
     def find(self, frame: str) -> Path:
-        """The file of frame `<video_id>_<number>`. Raises MissingFile that names what was tried."""
+        """The file of frame `<video_id>_<number>`. Raises MissingFile, which names the paths tried."""
+        return self.root / self.name_of(frame)
+
+    def name_of(self, frame: str) -> str:
+        """Like `find`, but returns `<video_id>/<file>`."""
         video_id, _, number = frame.rpartition("_")
         if video_id not in self._folders:
             self._folders[video_id] = _files_by_stem(self.root / video_id, FRAME_EXTENSIONS)
         files = self._folders[video_id]
         name = files.get(frame) or files.get(number)
         if name:
-            return self.root / video_id / name
+            return f"{video_id}/{name}"
         if not (self.root / video_id).is_dir():
             raise MissingFile(f"frame {frame} is missing: no folder {self.root / video_id}")
         raise MissingFile(
@@ -49,41 +57,50 @@ class FrameIndex:
 
 
 def _files_by_stem(folder: Path, extensions: Sequence[str]) -> dict[str, str]:
-    """{stem: file name} of the files with one of the extensions, the earlier extension winning; {} without a folder."""
+    """{stem: file name} of the files with these extensions, in order of preference; {} if there is no folder."""
     found: dict[str, tuple[int, str]] = {}
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries]
+            names = [e.name for e in entries if e.is_file(follow_symlinks=False) or _is_link_to_file(e)]
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}, expected a folder that can be listed") from None
+    ranks = {extension.removeprefix("."): rank for rank, extension in enumerate(extensions)}
     for name in names:
-        stem, extension = os.path.splitext(name)
-        if extension.lower() in extensions:
-            candidate = extensions.index(extension.lower()), name
-            found[stem] = min(found.get(stem, candidate), candidate)
+        stem, _, extension = name.rpartition(".")
+        rank = ranks.get(extension.lower())
+        if rank is not None and stem.strip("."):  # a name whose only dot is its first character has no extension
+            candidate = rank, name
+            found[stem] = min(found[stem], candidate) if stem in found else candidate
     return {stem: name for stem, (_, name) in found.items()}
 
 
-class AudioIndex:
-    """Which file speaks a sample's question, never another sample's.
+def _is_link_to_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a link that leads to a file. Looks at the disk for links only."""
+    return entry.is_symlink() and os.path.isfile(entry.path)
 
-    Looked for in this order, as .mp3, .wav, .flac, .ogg or .m4a:
+
+class AudioIndex:
+    """Finds the recording of a sample's question, and never that of another sample.
+
+    It tries these paths in order, as .mp3, .wav, .flac, .ogg or .m4a:
 
     1. `<audio_dir>/<video_id>/<id>`
     2. `<audio_dir>/in_<video_id>/<id>`, `<audio_dir>/out_<video_id>/<id>`
     3. `<audio_dir>/<video_id>_<id>_<question_type>`
     4. `<audio_dir>/<id>`
 
-    A file serves only while its name stands for one question among the samples at hand: 4 while the id has one
-    question, 1 and 2 while it has one in its video. When none serves, the error names both lines.
+    A file is used only if its name stands for one question among the given samples: 4 if the id has only one question,
+    1 and 2 if it has only one in its video. Otherwise the error names both lines.
 
-    In-template and out-of-template wordings are kept apart: a sample whose JSONL file is named `in_…` is never given a
-    file out of a folder `out_…` (audio_dir itself included), and the other way round. When the JSONL's name does not
-    say it and both folders have the id, the question sets `in_<video_id>.jsonl` and `out_<video_id>.jsonl`, beside the
-    sample's own file or in audio_dir, say which of the two wordings the sample's question is. Failing that, the error
-    names both files.
+    In-template and out-of-template wordings are kept separate: a sample whose JSONL file is named `in_…` never gets a
+    file from a folder `out_…` (including audio_dir itself), and vice versa. If the JSONL's name does not say which, and
+    both folders have the id, the question sets `in_<video_id>.jsonl` and `out_<video_id>.jsonl`, beside the sample's
+    own file or in audio_dir, decide which of the two wordings the sample has. Without them, the error names both files.
+
+    A folder made by `surgvqa speak` lists the question of each recording (3). A sample with another question is
+    refused, and so is a file of samples with such a folder of its own beside it.
     """
 
     def __init__(self, audio_dir: str | os.PathLike[str], samples: Iterable[Sample]):
@@ -92,16 +109,21 @@ class AudioIndex:
             raise UsageError(f"{self.root}: no such folder of spoken questions (audio_dir)")
         self._folders: dict[str, dict[str, str]] = {}
         self._wordings: dict[Path, dict[tuple[str, str], set[str]]] = {}
+        self._asked = _questions_spoken(self.root)
         self._first: dict[tuple[str, ...], dict[str, Sample]] = defaultdict(dict)
-        """For each key that a file may be named by: its questions, each with the first sample that asks it."""
+        """{key of a file, (stem in audio_dir,) or (id, video): {wording: first sample that asks it}}."""
+        own = ""
         for sample in samples:
-            for key in ((sample.id,), (sample.id, sample.video_id), (sample.id, sample.video_id, sample.question_type)):
-                self._first[key].setdefault(sample.wording, sample)
+            if self._asked and sample.file != own:
+                _refuse_other_folder(own := sample.file, self.root)
+            wording = sample.wording
+            for key in {(sample.id,), (composite_name(sample),), (sample.id, sample.video_id)}:
+                self._first[key].setdefault(wording, sample)
 
     def find(self, sample: Sample) -> Path:
-        """The sample's spoken question. Raises MissingFile (names every path tried) or UsageError (cannot be told)."""
+        """The sample's recording. Raises MissingFile, which names all paths tried, or UsageError if it is ambiguous."""
         unclear = None
-        for place in (self._in_video_folder, self._in_side_folder, self._composite, self._flat):
+        for place in (self._in_video_folder, self._in_side_folder, self._by_composite_name, self._by_id):
             try:
                 if found := place(sample):
                     return found
@@ -112,7 +134,7 @@ class AudioIndex:
         side = _side_of(sample)
         folders = "".join(f"{folder}/{sample.id}, " for folder in (sample.video_id, *_side_folders(sample)))
         raise MissingFile(
-            f"{sample.place}: no spoken question in {self.root}: tried {folders}{_composite(sample)}, {sample.id}"
+            f"{sample.place}: no spoken question in {self.root}: tried {folders}{composite_name(sample)}, {sample.id}"
             f" ({' '.join(AUDIO_EXTENSIONS)})"
             + (f"; {Path(sample.file).name} needs the {side}-template wording" if side else "")
         )
@@ -134,19 +156,26 @@ class AudioIndex:
             )
         return self._unless_shared(found[folder], key, sample, among=self._wordings_of(folder, sample))
 
-    def _composite(self, sample: Sample) -> Path | None:
-        key = sample.id, sample.video_id, sample.question_type
-        return self._unless_shared(self._directly(_composite(sample), sample), key, sample)
+    def _by_composite_name(self, sample: Sample) -> Path | None:
+        stem = composite_name(sample)
+        found = self._unless_shared(self._in_audio_dir(stem, sample), (stem,), sample)
+        asked = self._asked.get(stem)
+        if found and isinstance(asked, str) and wording_of(asked) != sample.wording:
+            raise UsageError(
+                f"{sample.place}: {found} asks {shortened(asked)}, the sample {shortened(sample.question)}; "
+                f"`surgvqa speak` made {self.root} for another file of samples"
+            )
+        return found
 
-    def _flat(self, sample: Sample) -> Path | None:
-        return self._unless_shared(self._directly(sample.id, sample), (sample.id,), sample)
+    def _by_id(self, sample: Sample) -> Path | None:
+        return self._unless_shared(self._in_audio_dir(sample.id, sample), (sample.id,), sample)
 
-    def _directly(self, stem: str, sample: Sample) -> Path | None:
-        """A file of audio_dir itself, unless that is a folder of the other wording."""
-        return self._file("", stem) if _agree(_side(self.root.resolve().name), _side_of(sample)) else None
+    def _in_audio_dir(self, stem: str, sample: Sample) -> Path | None:
+        """A file directly in audio_dir, unless that is the folder of the other wording."""
+        return self._file("", stem) if _sides_agree(_side(self.root.resolve().name), _side_of(sample)) else None
 
     def _wordings_of(self, folder: str, sample: Sample) -> set[str]:
-        """What `<folder>.jsonl`, beside the samples or in audio_dir, asks under the sample's id; empty without one."""
+        """Wordings under the sample's id in `<folder>.jsonl`, beside the samples or in audio_dir; empty if none."""
         for place in (Path(sample.file).parent, self.root):
             file = place / f"{folder}.jsonl"
             if file not in self._wordings:
@@ -162,14 +191,16 @@ class AudioIndex:
         if folder not in self._folders:
             self._folders[folder] = _files_by_stem(self.root / folder, AUDIO_EXTENSIONS)
         name = self._folders[folder].get(stem)
-        return self.root / folder / name if name else None
+        return self.root / (f"{folder}/{name}" if folder else name) if name else None
 
     def _unless_shared(
         self, file: Path | None, key: tuple[str, ...], sample: Sample, among: set[str] | None = None
     ) -> Path | None:
-        """`file`; UsageError when another question of the samples (if in `among`) goes by the same name."""
+        """Returns `file`. Raises UsageError when another question of the samples (if in `among`) has the same file."""
+        if file is None or len(self._first[key]) < 2:
+            return file
         others = [s for w, s in self._first[key].items() if w != sample.wording and (among is None or w in among)]
-        if file and others:
+        if others:
             other = others[0]
             raise UsageError(
                 f"{sample.place}: {file} stands for two questions: {shortened(sample.question)} "
@@ -180,13 +211,30 @@ class AudioIndex:
         return file
 
 
-def _composite(sample: Sample) -> str:
-    """The name that the author's later scripts give a spoken question."""
+def _questions_spoken(root: Path) -> dict[str, Any]:
+    """{name of the recording: its question} of a folder made by `surgvqa speak`; {} for any other."""
+    file = root / SPOKEN
+    questions = read_json(file).get("questions") if file.is_file() else None
+    return questions if isinstance(questions, dict) else {}
+
+
+def _refuse_other_folder(file: str, root: Path) -> None:
+    """Raises UsageError if `surgvqa speak` made another folder than `root` for this file of samples.
+
+    Their texts may be equal, because held-out samples may differ from the others only in their voices.
+    """
+    own = Path(file).with_suffix("")
+    if (own / SPOKEN).is_file() and not own.samefile(root):
+        raise UsageError(f"{file}: `surgvqa speak` put its recordings into {own}, not into {root}")
+
+
+def composite_name(sample: Sample) -> str:
+    """The name of a spoken question in the author's later scripts and in `speak`."""
     return f"{sample.video_id}_{sample.id}_{sample.question_type}"
 
 
 def _side(name: str) -> str | None:
-    """in or out, when a file or folder name begins so."""
+    """ "in" or "out" if a file or folder name begins with it, else None."""
     return next((side for side in SIDES if name.startswith(f"{side}_")), None)
 
 
@@ -194,20 +242,24 @@ def _side_of(sample: Sample) -> str | None:
     return _side(Path(sample.file).name)
 
 
-def _agree(folder_side: str | None, sample_side: str | None) -> bool:
+def _sides_agree(folder_side: str | None, sample_side: str | None) -> bool:
     return folder_side is None or sample_side is None or folder_side == sample_side
 
 
 def _side_folders(sample: Sample) -> list[str]:
-    return [f"{side}_{sample.video_id}" for side in SIDES if _agree(side, _side_of(sample))]
+    return [f"{side}_{sample.video_id}" for side in SIDES if _sides_agree(side, _side_of(sample))]
 
 
-def check_samples(jsonl: str, frames_dir: str, audio_dir: str) -> list[Sample]:
-    """Reads the JSONL file and finds every frame and spoken question of it; UsageError for the first that fails."""
+def check_samples(jsonl: str, frames_dir: str, audio_dir: str | None) -> list[Sample]:
+    """Reads the samples of a JSONL file and finds all their frames and, with `audio_dir`, spoken questions.
+
+    Raises UsageError for the first one that is missing.
+    """
     samples = read_samples(jsonl)
-    frames, audio = FrameIndex(frames_dir), AudioIndex(audio_dir, samples)
+    frames, audio = FrameIndex(frames_dir), AudioIndex(audio_dir, samples) if audio_dir is not None else None
     for sample in samples:
-        audio.find(sample)
+        if audio:
+            audio.find(sample)
         for frame in sample.frames:
             try:
                 frames.find(frame)

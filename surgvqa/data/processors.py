@@ -1,7 +1,7 @@
-"""The checkpoint's own processors: tokenizer, image processor, audio feature extractor. Nothing is fetched from a hub.
+"""The checkpoint's own processors: tokenizer, image processor, audio feature extractor. Downloads nothing.
 
-AutoProcessor is not used: it needs torchvision, and where torchvision is installed it picks a resize that differs from
-the one the model was trained with (up to 0.03 a pixel). The Pillow one is the same on every machine.
+AutoProcessor needs torchvision, and its resize then differs from the one in the model's training by up to 0.03 per
+pixel. Pillow's is the same on every machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import Qwen2Tokenizer, WhisperFeatureExtractor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint
-from surgvqa.data.audio import HOP, SAMPLE_RATE
+from surgvqa.data.audio_tokens import HOP, SAMPLE_RATE
 from surgvqa.errors import UsageError
 from surgvqa.files import read_json
 from surgvqa.untrusted import one_line
@@ -25,13 +25,13 @@ OLDER_LIMITS = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
 
 @dataclass
 class Processors:
-    """What turns text, frames and sound into the model's inputs. Can be pickled, for worker processes."""
+    """Turns text, frames and sound into the model's inputs. Can be pickled for worker processes."""
 
     tokenizer: Qwen2Tokenizer
     image_processor: Qwen2VLImageProcessorPil
     feature_extractor: WhisperFeatureExtractor
     num_audio_tokens: int
-    """Positions of the audio encoder; the prompt has as many audio tokens, however short the question."""
+    """Positions of the audio encoder, and the number of a question's audio tokens with audio_span full."""
     num_mel_bins: int
     image_token_id: int
     audio_token_id: int
@@ -39,22 +39,22 @@ class Processors:
     vision_end_token_id: int
     im_start_token_id: int
     im_end_token_id: int
-    """End of a turn, and of a generated answer."""
+    """Ends a turn and a generated answer."""
     pad_token_id: int
 
     @property
     def merge_size(self) -> int:
-        """The vision tower makes one token of merge_size x merge_size patches."""
+        """The vision tower merges merge_size × merge_size patches into one token."""
         return int(self.image_processor.merge_size)
 
     @property
     def audio_window_s(self) -> float:
-        """Seconds of sound that the audio encoder hears."""
+        """Length of the audio encoder's window in seconds."""
         return 2 * self.num_audio_tokens * HOP / SAMPLE_RATE
 
 
 def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
-    """The processors of a checkpoint folder. Raises UsageError that names the file or key that is missing."""
+    """The processors of a checkpoint folder. Raises UsageError, which names the missing file or key."""
     weights = open_checkpoint(os.fspath(checkpoint))
     folder, config = weights.folder, weights.config
     has_tokenizer = (folder / "tokenizer.json").is_file() or (
@@ -71,14 +71,14 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
     positions = _shape(weights, "audio_encoder.embed_positions.weight")[0]
     mels = _shape(weights, "audio_encoder.conv1.weight")[1]
     feature_extractor = WhisperFeatureExtractor(  # type: ignore[no-untyped-call]  # upstream has no types here
-        feature_size=mels,  # preprocessor files often say 80; the encoder's first convolution knows better
+        feature_size=mels,  # from the encoder's first convolution, because preprocessor files often wrongly say 80
         sampling_rate=SAMPLE_RATE,
         hop_length=HOP,
         chunk_length=-(-2 * positions * HOP // SAMPLE_RATE),
     )
 
     def id_of(key: str, token: str) -> int:
-        """From config.json, which the model reads too; else the tokenizer's id of the usual token."""
+        """The id in config.json, which the model uses too, else the tokenizer's id of the usual token."""
         for place in (config, config.get("text_config") or {}):
             value = place.get(key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -110,8 +110,10 @@ def load_processors(checkpoint: str | os.PathLike[str]) -> Processors:
 
 
 def _image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
-    """From preprocessor_config.json, whose limits stand as `min_pixels` and `max_pixels`, in `size` under these names
-    (transformers 4.49 to 4.51), or in `size` as `shortest_edge` and `longest_edge` (newer): areas in pixels, all three.
+    """The image processor of preprocessor_config.json. Raises UsageError for an invalid file.
+
+    The limits, areas in pixels, are called `min_pixels` and `max_pixels` (in transformers 4.49 to 4.51 inside `size`),
+    or in newer versions `shortest_edge` and `longest_edge` inside `size`.
     """
     path = folder / "preprocessor_config.json"
     settings = read_json(path)
@@ -123,8 +125,8 @@ def _image_processor(folder: Path) -> Qwen2VLImageProcessorPil:
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **limits)
         numbers = {name: getattr(processor, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
         numbers |= {f"size.{name}": getattr(processor.size, name) for name in ("shortest_edge", "longest_edge")}
-    except Exception as error:  # whatever upstream's checks raise
-        raise UsageError(f"{path}: no image processor can be made of it: {one_line(str(error))}") from None
+    except Exception as error:  # any error of upstream's checks
+        raise UsageError(f"{path}: not a valid image processor: {one_line(str(error))}") from None
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{path}: {name} is {value!r}, expected a whole number above 0")

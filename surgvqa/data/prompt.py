@@ -1,4 +1,4 @@
-"""The prompt, token for token as the author's model was trained on it, and which tokens are learned.
+"""The prompt, with exactly the tokens of the author's training, and the tokens to be learned.
 
     <|im_start|>user
     <|audio_bos|>{audio token x N}<|audio_eos|>
@@ -8,8 +8,9 @@
     <|im_start|>assistant
     {answer}<|im_end|>
 
-`<|audio_bos|>` and `<|audio_eos|>` are plain text here: the author's tokenizer does not know them, and the model has
-learned their pieces. N is the number of the audio encoder's positions, n a frame's patches after merging.
+`<|audio_bos|>` and `<|audio_eos|>` are plain text here, because they are not special tokens in the author's tokenizer
+and the model has learned their pieces. N is the number of audio encoder positions in use (all with audio_span full), n
+the number of a frame's patches after merging.
 """
 
 from __future__ import annotations
@@ -18,36 +19,45 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from surgvqa.config.options import INPUT_MODES
 from surgvqa.data.processors import Processors
 from surgvqa.errors import UsageError
 
 INSTRUCTION = "Answer the question concisely based on the visual and audio evidence."
 IGNORED = -100
-"""Label of a token that the loss leaves out (PyTorch's ignore_index)."""
+"""Label of a token that the loss ignores (PyTorch's ignore_index)."""
 
 
 def image_tokens(grid: Iterable[int], merge_size: int) -> int:
-    """Tokens of one frame: t·h·w patches, merge_size² of them to a token."""
+    """Number of tokens of one frame: t·h·w patches, merge_size² per token."""
     t, h, w = (int(n) for n in grid)
     return t * h * w // merge_size**2
 
 
-def prompt_ids(processors: Processors, grids: Iterable[Iterable[int]], question: str, input_mode: str) -> list[int]:
-    """Token ids from the beginning to the point where the answer is to be written.
+def prompt_ids(
+    processors: Processors, grids: Iterable[Iterable[int]], audio_tokens: int, question: str, input_mode: str
+) -> list[int]:
+    """Token ids of the prompt, up to where the answer starts.
 
-    `grids`: (t, h, w) in patches of each frame. `input_mode`: audio_only (the question is only spoken) or audio_text
-    (it is also written, as in the old script). A question cannot smuggle in a special token: text is tokenised as text.
+    `grids`: (t, h, w) in patches of each frame. `audio_tokens`: number of audio tokens of the spoken question.
+    `input_mode`: audio_only (the question is only spoken), audio_text (it is also written, as in the old script) or
+    text_only (it is only written, and the first line has no audio). A question cannot contain special tokens, because
+    text is tokenised as text. Raises UsageError for another input mode.
     """
     p = processors
 
     def text(content: str) -> list[int]:
         return plain_text_ids(p, content)
 
-    if input_mode not in ("audio_only", "audio_text"):
-        raise UsageError(f"input_mode is {input_mode!r}, expected audio_only or audio_text")
-    asked = f"User Question: {question}\n{INSTRUCTION}" if input_mode == "audio_text" else INSTRUCTION
-    ids = [p.im_start_token_id, *text("user\n<|audio_bos|>"), *[p.audio_token_id] * p.num_audio_tokens]
-    ids += [*text("<|audio_eos|>\nYou are a helpful assistant."), p.im_end_token_id, *text("\n")]
+    if input_mode not in INPUT_MODES:
+        raise UsageError(f"input_mode is {input_mode!r}, expected {' or '.join(INPUT_MODES)}")
+    asked = INSTRUCTION if input_mode == "audio_only" else f"User Question: {question}\n{INSTRUCTION}"
+    if input_mode == "text_only":
+        ids = [p.im_start_token_id, *text("user\nYou are a helpful assistant.")]
+    else:
+        ids = [p.im_start_token_id, *text("user\n<|audio_bos|>"), *[p.audio_token_id] * audio_tokens]
+        ids += text("<|audio_eos|>\nYou are a helpful assistant.")
+    ids += [p.im_end_token_id, *text("\n")]
     ids += [p.im_start_token_id, *text("user\n")]
     for grid in grids:
         images = [p.image_token_id] * image_tokens(grid, p.merge_size)
@@ -57,15 +67,15 @@ def prompt_ids(processors: Processors, grids: Iterable[Iterable[int]], question:
 
 
 def answer_ids(processors: Processors, answer: str) -> list[int]:
-    """Token ids of the answer with its end of turn: what is learned."""
+    """Token ids of the answer and its end of turn, which are learned."""
     return [*plain_text_ids(processors, answer), processors.im_end_token_id, *plain_text_ids(processors, "\n")]
 
 
 def mrope_positions(processors: Processors, ids: np.ndarray, grids: Iterable[Iterable[int]]) -> np.ndarray:
-    """Positions int64 [3, L] (time, height, width) of one sample's tokens (Qwen2-VL paper, section 2.1).
+    """M-RoPE positions int64 [3, L] (time, height, width) of one sample's tokens (Qwen2-VL paper, section 2.1).
 
-    Text, spoken questions too, counts on in all three; a frame's tokens take their places in its grid, and what follows
-    counts on from the largest. The same as upstream's `get_rope_index`, without a model.
+    Text, including audio tokens, counts up in all three. A frame's tokens have their positions in its grid, and the
+    following text counts up from the largest. The same as upstream's `get_rope_index`, without a model.
     """
     parts, place, position = [], 0, 0
     image = ids == processors.image_token_id
@@ -81,6 +91,6 @@ def mrope_positions(processors: Processors, ids: np.ndarray, grids: Iterable[Ite
 
 
 def plain_text_ids(processors: Processors, text: str) -> list[int]:
-    """Token ids of text that is text throughout: `<|im_end|>` in it comes out as its characters' pieces."""
+    """Token ids of plain text; `<|im_end|>` in it is tokenised as ordinary characters."""
     ids: list[int] = processors.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return ids

@@ -1,8 +1,8 @@
-"""The samples of a JSONL file, and where their frames and spoken questions lie. No numpy, no torch.
+"""The samples of a JSONL file. Uses neither numpy nor torch.
 
 One line is one sample: `id`, `video_id`, `frames` (names `<video_id>_<frame number>`), `question`, `question_type`,
-`answer` (a sentence), `short_answer` (the label); further fields are ignored. Nothing is ever put in the place of what
-is missing: a line that is not a sample, a frame or a question that is not there is a UsageError that names it.
+`answer` (a sentence), `short_answer` (the label). Further fields are ignored. Missing data is never replaced: an
+invalid line raises a UsageError that names it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from surgvqa.untrusted import json_kind
 
 TEXT_FIELDS = ("id", "video_id", "question", "question_type", "answer", "short_answer")
 NAME_FIELDS = ("id", "video_id", "question_type")
-"""Fields that become part of a file's path."""
+"""Fields that are used in file paths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Sample:
     """One line of a JSONL file."""
 
     id: str
-    """Not unique: in the real set hundreds of ids stand for several questions."""
+    """Not unique: in the real dataset, hundreds of ids have several questions."""
     video_id: str
     frames: tuple[str, ...]
     question: str
@@ -39,22 +39,22 @@ class Sample:
 
     @property
     def clip(self) -> tuple[str, tuple[str, ...]]:
-        """What is seen: the video and its frames."""
+        """The video and the frames that the sample shows."""
         return self.video_id, self.frames
 
     @property
     def label(self) -> str:
-        """The short answer as labels are compared: without case and outer spaces."""
+        """The short answer for comparison: without case and outer spaces."""
         return self.short_answer.strip().lower()
 
     @property
     def wording(self) -> str:
-        """The question as questions are compared: without case and extra spaces."""
+        """The question for comparison: without case and extra spaces."""
         return wording_of(self.question)
 
     @property
     def frame_numbers(self) -> list[int] | None:
-        """The numbers in the frames' names; None when one has none."""
+        """The numbers in the frames' names; None if one has no number."""
         numbers = [frame.rpartition("_")[2] for frame in self.frames]
         return [int(n) for n in numbers] if all(n.isdecimal() and len(n) < 19 for n in numbers) else None
 
@@ -65,7 +65,7 @@ class Sample:
 
 
 def wording_of(question: str) -> str:
-    """A question as questions are compared: without case and extra spaces."""
+    """A question for comparison: without case and extra spaces."""
     return " ".join(question.split()).casefold()
 
 
@@ -75,7 +75,7 @@ def wording_of(question: str) -> str:
 def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     """All samples of a JSONL file, in order.
 
-    Raises UsageError with the first bad line and the number of further ones, or when there is no line at all.
+    Raises UsageError with the first bad line and the number of further ones, or when the file is empty.
     """
     samples, problems = scan_samples(path)
     if problems:
@@ -86,7 +86,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
 
 
 def scan_samples(path: str | os.PathLike[str]) -> tuple[list[Sample], list[Problem]]:
-    """The good lines as samples, the bad ones as problems. Raises UsageError when the file is unreadable or empty."""
+    """(samples, problems of the bad lines). Raises UsageError when the file is unreadable or empty."""
     file = os.fspath(path)
     samples, problems = [], []
     for number, record in read_objects(path, "a JSONL file of samples"):
@@ -116,10 +116,11 @@ def _frames(record: dict[str, Any], video_id: str) -> tuple[str, ...]:
         raise BadLine(f"frames is {json_kind(frames)}, expected {expected}")
     if not frames:
         raise BadLine(f"frames is an empty list, expected {expected}")
+    prefix = f"{video_id}_"
     for index, frame in enumerate(frames):
         if not isinstance(frame, str):
             raise BadLine(f"frames[{index}] is {json_kind(frame)}, expected a name {video_id}_<frame number>")
-        if not frame.removeprefix(f"{video_id}_").isalnum() or not frame.startswith(f"{video_id}_"):
+        if not (frame.startswith(prefix) and frame[len(prefix) :].isalnum()):
             raise BadLine(f"frames[{index}] is {shortened(frame)}, expected {video_id}_<frame number>")
     return tuple(frames)
 
@@ -133,11 +134,11 @@ def shortened(text: str) -> str:
     return ascii(text if len(text) <= 60 else text[:60] + "...") if not text.isprintable() else repr(text[:60])
 
 
-# --- what can be had without looking ----------------------------------------------------------------------------------
+# --- what a blind guess scores ----------------------------------------------------------------------------------
 
 
 def majority_labels(samples: Iterable[Sample]) -> dict[str, tuple[str, int]]:
-    """{question type: (its most frequent label, how often)}; of equally frequent labels the alphabetically first."""
+    """{question type: (its most frequent label, count)}; of equally frequent labels the alphabetically first."""
     by_type: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         by_type[sample.question_type][sample.label] += 1
@@ -147,6 +148,6 @@ def majority_labels(samples: Iterable[Sample]) -> dict[str, tuple[str, int]]:
 def majority_accuracy(samples: Sequence[Sample]) -> float:
     """Share (0..1) of the samples whose label is the most frequent one of their question type; 0 without samples.
 
-    What a model reaches that has learned the labels' frequencies and neither looks nor listens.
+    The score of a model that only knows the labels' frequencies and neither looks nor listens.
     """
     return sum(count for _, count in majority_labels(samples).values()) / len(samples) if samples else 0.0

@@ -1,7 +1,7 @@
 """The demo's question types: wordings, answers and the label that a shot has by construction.
 
 Names, out-of-template wordings, labels and answers are the real question set's own wherever its lines show them; the
-rest (a label that the lines at hand never have, how the lesion's motion is asked in training) is worded alike.
+rest (a label that the known lines never have, how the lesion's motion is asked in training) is worded alike.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ class Shot:
     flush: bool = False
     length: int = 12
     """Frames."""
+    place: int = 0
+    """What the wall looks like there, where lumen, lesion and tool are: twins share it."""
 
     def frame_number(self, i: int) -> int:
         """Number in the video of the shot's i-th frame."""
@@ -71,17 +73,27 @@ def clips_of(shots: Sequence[Shot]) -> list[Clip]:
     return [Clip(shot, start) for shot in shots for start in range(0, shot.length - CLIP_FRAMES + 1, CLIP_STRIDE)]
 
 
-def draw_shots(rng: np.random.Generator, video_id: str, per_group: int) -> list[Shot]:
+WAYS: tuple[tuple[tuple[str, str | None], ...], ...] = (
+    (("still", "left"), ("still", "right")),
+    (("still", "up"), ("still", "down")),
+    (("still", "stable"),),
+    (("still", None),),
+    (("advancing", None), ("withdrawing", None)),
+)
+"""(how the scope travels, how the lesion moves): opposite ways stand together."""
+
+
+def draw_shots(rng: np.random.Generator, video_id: str, per_group: int, twins: bool = True) -> list[Shot]:
     """Shots of one video, balanced in what is asked about them; `per_group` scales their number.
 
-    Each attribute is dealt from its own balanced deck, so that none can be guessed from another.
+    Each attribute is dealt from its own balanced deck, so that none can be guessed from another. With `twins` opposite
+    ways of moving are filmed at the same place, with the same light and tool: as the same film run backwards, so that
+    nothing but the order of its frames tells which it is. Without, every shot has a place of its own.
     """
-    motions = (
-        [("still", lesion) for lesion in ("left", "right", "up", "down", "stable") for _ in range(per_group)]
-        + [("still", None)] * (2 * per_group)
-        + [(travel, None) for travel in ("advancing", "withdrawing") for _ in range(2 * per_group)]
-    )
-    count = len(motions)
+    places = [ways for ways in WAYS for _ in range(2 * per_group)]
+    if not twins:
+        places = [(way,) for ways in places for way in ways]
+    count = len(places)
 
     def deck(values: Sequence[object]) -> list[object]:
         cards = [values[i % len(values)] for i in range(count)]
@@ -90,7 +102,7 @@ def draw_shots(rng: np.random.Generator, video_id: str, per_group: int) -> list[
     lighting, tools, flush, dye = (
         deck(("WL", "WL", "NBI")),
         deck((None, "forceps", "catheter")),
-        deck((False, True, False)),
+        deck((False, True)),
         deck((True, False)),
     )
     shots = [
@@ -98,15 +110,18 @@ def draw_shots(rng: np.random.Generator, video_id: str, per_group: int) -> list[
             view="tunnel",
             travel=travel,
             lesion=lesion,
-            lighting=lighting[i],
-            tool=tools[i],
-            flush=flush[i],
-            dye=dye[i] and lighting[i] == "WL",
+            lighting=lighting[place],
+            tool=tools[place],
+            flush=flush[place],
+            dye=dye[place] and lighting[place] == "WL",
+            place=place,
         )
-        for i, (travel, lesion) in enumerate(motions)
+        for place, ways in enumerate(places)
+        for travel, lesion in ways
     ]
     for view in ("fluid", "close-up", "outside"):
         shots += [
-            dict(view=view, lighting=("WL", "NBI")[i % 2] if view != "outside" else "WL") for i in range(2 * per_group)
+            dict(view=view, lighting=("WL", "NBI")[i % 2] if view != "outside" else "WL", place=len(shots) + i)
+            for i in range(3 * per_group)
         ]
     return [Shot(video_id, number, **shots[i]) for number, i in enumerate(rng.permutation(len(shots)))]

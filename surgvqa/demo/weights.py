@@ -25,6 +25,7 @@ from surgvqa.checkpoint.architecture import (
 from surgvqa.checkpoint.folder import open_checkpoint
 from surgvqa.checkpoint.headers import header_bytes
 from surgvqa.config.options import LORA_TARGETS
+from surgvqa.demo.heads import END_MARK, ENDED, marks, shape_heads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,10 +42,12 @@ class DemoSizes:
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
     intermediate_size: int = 256
-    mrope_section: tuple[int, int, int] = (2, 3, 3)
+    mrope_section: tuple[int, int, int] = (0, 2, 6)
+    """Rotary pairs that turn with time, rows and columns. A still frame's time is that of its first row, so rows and
+    columns tell frames apart as well."""
     rope_theta: float = 1000.0
     """The real model's is 1,000,000: its positions run into the thousands, these into the hundreds."""
-    vision_embed_dim: int = 64
+    vision_embed_dim: int = 128
     vision_depth: int = 2
     vision_heads: int = 2
     audio_hidden_size: int = 512
@@ -98,13 +101,6 @@ PLACE = 32
 """Channels of the audio encoder that hold the position."""
 EMBED, POOL = 0.5, 1.2
 """Scale of the token embeddings, and gain of what attention brings to them."""
-SPOKEN, SEEN = 0, 1
-LOOKING_FOR = ((SPOKEN, SPOKEN, SEEN), (SEEN,))
-"""What the first key-value groups of the first layers look for; the others are left to chance."""
-FOUND = 2.5
-"""Further gain of what the heads that look for words or frames find: a key word is few of all positions."""
-MARK, HEED = 0.5, 1.6
-"""How strongly a spoken word or a piece of a frame is marked as such, and how strongly the marked heads heed it."""
 LOOK = 2.4
 """Gain of queries and keys: how sharply a head looks where it looks."""
 
@@ -121,7 +117,7 @@ def write_stage1(folder: Path, sizes: DemoSizes, special_ids: dict[str, int], se
     shapes = sizes.shapes(vocab_size)
     tensors = {
         **_vision(rng, sizes, shapes),
-        **_language(rng, sizes, shapes),
+        **_language(rng, sizes, shapes, special_ids["<|vision_end|>"]),
         **_audio(rng, sizes, shapes),
         "audio_projector.weight": _matrix(rng, shapes["audio_projector.weight"]),
     }
@@ -239,13 +235,6 @@ def write_adapter(folder: Path, sizes: DemoSizes, projector: np.ndarray, seed: i
     )
 
 
-def marks(size: int) -> np.ndarray:
-    """[2, size]: two orthogonal patterns of +-1 in the hidden states: a word is spoken here, a frame is seen here."""
-    import numpy as np
-
-    return np.stack([np.resize([1.0, 1.0, -1.0, -1.0], size), np.resize([1.0, -1.0], size)])
-
-
 # --- the three parts -------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +281,7 @@ def _vision(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shape]
     for block in range(sizes.vision_depth):
         name = f"visual.blocks.{block}"
         tensors |= _norm(shapes, f"{name}.norm1") | _norm(shapes, f"{name}.norm2")
-        for linear, gain in (("attn.qkv", 1.0), ("attn.proj", 0.5), ("mlp.fc1", 1.0), ("mlp.fc2", 0.5)):
+        for linear, gain in (("attn.qkv", 1.0), ("attn.proj", 0.5), ("mlp.fc1", 2.0), ("mlp.fc2", 0.75)):
             tensors |= _linear(rng, shapes, f"{name}.{linear}", gain)
     tensors |= _norm(shapes, "visual.merger.ln_q")
     tensors |= _linear(rng, shapes, "visual.merger.mlp.0")
@@ -300,13 +289,9 @@ def _vision(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shape]
     return tensors
 
 
-def _language(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shape]) -> Tensors:
-    """The language model: Qwen2's decoder with biases on q, k and v, and an output matrix of its own.
-
-    Some heads of the first layers look for spoken words or for frames, as heads of a trained model come to do: their
-    keys read the mark (`marks`) in a dimension that rotary positions hardly turn, and the queries' bias asks for it.
-    The values do not carry the mark on.
-    """
+def _language(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shape], frame_end: int) -> Tensors:
+    """The language model: Qwen2's decoder with biases on q, k and v, and an output matrix of its own. Some heads are
+    not left to chance (demo/heads.py). `frame_end`: id of the token after a frame."""
     import numpy as np
 
     wide = sizes.hidden_size
@@ -315,27 +300,16 @@ def _language(rng: np.random.Generator, sizes: DemoSizes, shapes: dict[str, Shap
         "model.norm.weight": np.ones(wide),
         "lm_head.weight": _matrix(rng, shapes["lm_head.weight"], 1.5),
     }
+    tensors["model.embed_tokens.weight"][frame_end] = END_MARK * marks(wide)[ENDED]
     for layer in range(sizes.num_hidden_layers):
         name = f"model.layers.{layer}"
         tensors[f"{name}.input_layernorm.weight"] = np.ones(wide)
         tensors[f"{name}.post_attention_layernorm.weight"] = np.ones(wide)
         for part, gain in (("q", 1.0), ("k", 1.0), ("v", POOL), ("o", POOL)):
             tensors |= _linear(rng, shapes, f"{name}.self_attn.{part}_proj", gain)
-        slow, head = sizes.head_dim // 2 - 1, sizes.head_dim
-        queries_a_key = sizes.num_attention_heads // sizes.num_key_value_heads
-        looking_for = [marks(wide)[m] for m in LOOKING_FOR[layer]] if layer < len(LOOKING_FOR) else []
-        looking_for = looking_for[: sizes.num_key_value_heads]
-        for group, mark in enumerate(looking_for):
-            first = group * queries_a_key * head + slow
-            asking = slice(first, first + queries_a_key * head, head)
-            tensors[f"{name}.self_attn.q_proj.weight"][asking] = 0
-            tensors[f"{name}.self_attn.q_proj.bias"][asking] = HEED
-            tensors[f"{name}.self_attn.k_proj.weight"][group * head + slow] = HEED * mark / math.sqrt(wide)
-        value = tensors[f"{name}.self_attn.v_proj.weight"]
-        value -= value @ marks(wide).T @ marks(wide) / wide
-        value[: len(looking_for) * head] *= FOUND
         for part, gain in (("gate", 1.0), ("up", 1.0), ("down", 0.5)):
             tensors |= _linear(rng, shapes, f"{name}.mlp.{part}_proj", gain)
+    shape_heads(tensors, sizes)
     return tensors
 
 

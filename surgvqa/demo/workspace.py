@@ -6,6 +6,7 @@ every file, so that a whole workspace is known from a half-made one, and ours fr
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgvqa.config.options import BUDGET_GB
 from surgvqa.config.workspace import WORKSPACE_FILE
+from surgvqa.data.boxes import COLUMNS
 from surgvqa.demo.questions import QUESTION_TYPES, QuestionType
 from surgvqa.demo.shots import CLIP_FRAMES, Clip, Shot, clips_of, draw_shots
 from surgvqa.errors import SurgvqaError, UsageError
@@ -29,8 +31,9 @@ from surgvqa.terminal.figures import human_seconds
 if TYPE_CHECKING:
     import numpy as np
 
-MANIFEST = "demo.json"
-VERSION = 4
+MANIFEST, BOXES = "demo.json", "boxes.csv"
+FOLDERS = ("stage1", "stage2", "frames", "audio", "presets")
+VERSION = 6
 """Of the generator: raise it when the same seed gives other files."""
 TRAIN_VIDEO, EVAL_VIDEO = "101-001", "101-002"
 JPEG_QUALITY = 82
@@ -44,7 +47,7 @@ Observer = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Split:
-    """One JSONL file: its video, how many shots it has (17 a group) and how many samples a question type."""
+    """One JSONL file: its video, how many shots it has (25 a group) and how many samples a question type."""
 
     file: str
     video_id: str
@@ -52,9 +55,11 @@ class Split:
     """in | out: template of the spoken questions"""
     groups: int
     samples_a_type: int
+    twins: bool = True
+    """Whether opposite ways of moving are filmed at the same place (shots.py)."""
 
 
-SPLITS = (Split("train.jsonl", TRAIN_VIDEO, "in", 3, 40), Split("eval.jsonl", EVAL_VIDEO, "out", 1, 12))
+SPLITS = (Split("train.jsonl", TRAIN_VIDEO, "in", 3, 80), Split("eval.jsonl", EVAL_VIDEO, "out", 1, 12, twins=False))
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,16 @@ def make_workspace(folder: Path, seed: int, observe: Observer = lambda event: No
         samples = _write_all(folder, seed, observe)
         files = {
             str(path.relative_to(folder)): path.stat().st_size
-            for part in ("stage1", "stage2", "frames", "audio", "presets", *(s.file for s in SPLITS), WORKSPACE_FILE)
+            for part in (
+                "stage1",
+                "stage2",
+                "frames",
+                "audio",
+                "presets",
+                *(s.file for s in SPLITS),
+                BOXES,
+                WORKSPACE_FILE,
+            )
             for path in ([folder / part] if (folder / part).is_file() else sorted((folder / part).rglob("*.*")))
             if path.is_file()
         }
@@ -161,7 +175,7 @@ def _write_all(folder: Path, seed: int, observe: Observer) -> dict[str, list[dic
     import numpy as np
 
     rng = np.random.default_rng([seed, 0])
-    shots = {split.file: draw_shots(rng, split.video_id, split.groups) for split in SPLITS}
+    shots = {split.file: draw_shots(rng, split.video_id, split.groups, split.twins) for split in SPLITS}
     all_shots = [shot for group in shots.values() for shot in group]
     for split in SPLITS:
         (folder / "frames" / split.video_id).mkdir(parents=True, exist_ok=True)
@@ -180,21 +194,30 @@ def _write_all(folder: Path, seed: int, observe: Observer) -> dict[str, list[dic
         _write_settings(folder)
         drawn, total = 0, sum(shot.length for shot in all_shots)
         for future in as_completed(drawing):
-            drawn += future.result()
+            drawn += len(future.result())
             observe({"kind": "progress", "phase": "demo", "done": drawn, "total": total, "unit": "frames"})
+    write_boxes(folder / BOXES, [row for future in drawing for row in future.result()])
     observe({"kind": "phase", "name": "stage 1", "text": "fitting the encoders' outputs to the language model"})
     _write_checkpoints(folder, seed, samples)
     return samples
 
 
-def draw_frames(shot: Shot, seed: int, frames: Path) -> int:
-    """Draws and writes a shot's frames; returns how many. Runs in a worker process."""
-    from surgvqa.demo.paint import Painter
+def draw_frames(shot: Shot, seed: int, frames: Path) -> list[tuple[object, ...]]:
+    """Draws and writes a shot's frames; a row of boxes.csv for each. Runs in a worker process."""
+    from surgvqa.demo.paint import HEIGHT, WIDTH, Painter
 
-    painter = Painter(shot, seed)
+    painter, rows = Painter(shot, seed), []
     for i in range(shot.length):
         painter.frame(i).save(frames / shot.video_id / f"{shot.frame_name(i)}.jpg", quality=JPEG_QUALITY)
-    return shot.length
+        box = painter.lesion_box(i) or ("",) * 4
+        rows.append((shot.frame_name(i), WIDTH, HEIGHT, f"{shot.video_id}_{shot.number}", *box))
+    return rows
+
+
+def write_boxes(file: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Where the lesion is in each frame, as `--boxes` reads it."""
+    with open(file, "w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([COLUMNS, *rows])
 
 
 def draw_samples(rng: np.random.Generator, split: Split, clips: Sequence[Clip], first_id: int) -> list[dict[str, Any]]:
@@ -236,7 +259,7 @@ def speak_questions(rng: np.random.Generator, rows: Iterable[dict[str, Any]], fo
     """`folder`/<id>.mp3 of every row's question, each by a voice of its own."""
     import soundfile
 
-    from surgvqa.demo.speech import Synthesiser, draw_voice
+    from surgvqa.prepare.espeak import Synthesiser, draw_voice
 
     with Synthesiser() as synthesiser:
         for row in rows:
@@ -255,8 +278,8 @@ def _write_checkpoints(folder: Path, seed: int, samples: dict[str, list[dict[str
     special_ids = write_tokenizer(stage1, training_text())
     write_stage1(stage1, DemoSizes(), special_ids, seed)
     rows = samples[SPLITS[0].file]
-    frames = sorted({folder / "frames" / row["video_id"] / f"{row['frames'][0]}.jpg" for row in rows})
-    projector = fitting.fit(stage1, frames[::4], IMAGE_SIZE, spoken_words(), WORD_LISTS, seed)
+    frames = sorted({folder / "frames" / row["video_id"] / f"{row['frames'][i]}.jpg" for row in rows for i in (0, -1)})
+    projector = fitting.fit(stage1, frames, IMAGE_SIZE, spoken_words(), WORD_LISTS, seed)
     write_adapter(stage2, DemoSizes(), projector, seed)
 
 
@@ -291,6 +314,7 @@ train_data_path = "{SPLITS[0].file}"
 eval_data_path = "{SPLITS[1].file}"
 frames_dir = "frames"
 audio_dir = "audio"
+boxes = "{BOXES}"
 
 [merge]
 stage1_model_path = "stage1"
@@ -305,6 +329,7 @@ per_device_eval_batch_size = 16
 gradient_accumulation_steps = 1
 learning_rate = 2e-3
 warmup_ratio = 0.05
+lora_dropout = 0.0  # what it would keep from being learned by heart costs a fifth of the time
 num_train_epochs = 6
 eval_strategy = "epoch"
 save_strategy = "epoch"

@@ -1,1 +1,1 @@
-"""Answers and their score."""
+"""Answers samples with a model and scores the answers."""

@@ -1,4 +1,4 @@
-"""A model that is ready to answer: loaded, with its adapter and processors."""
+"""A loaded model with its adapter and processors, ready to answer."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from surgvqa.config.options import AskOptions, EvaluateOptions
+from surgvqa.config.options import AnswerOptions, AskOptions
 from surgvqa.data.collate import Collator
-from surgvqa.data.dataset import Item
+from surgvqa.data.dataset import EncodedSample
 from surgvqa.data.processors import Processors, load_processors
 from surgvqa.evaluation.model_folders import model_folders
 from surgvqa.model.adapter import load_adapter
-from surgvqa.model.device import choose_attention, choose_device, choose_dtype
-from surgvqa.model.generation import Generator
+from surgvqa.model.attention import choose_attention
+from surgvqa.model.device import choose_device, choose_dtype
+from surgvqa.model.generation import LENGTHS, Generator
 from surgvqa.model.loading import load_model
-
-LENGTHS = 64
-"""Prompts are padded to a multiple of this, so that few different lengths occur: kernels are chosen for a length."""
 
 
 @dataclass
 class Answerer:
-    """A loaded model that answers."""
+    """A loaded model and what it needs to answer."""
 
     model: Any
     base: Path
@@ -38,21 +36,21 @@ class Answerer:
 
     @cached_property
     def generator(self) -> Generator:
-        """Makes the answers' tokens."""
+        """Generates the answers' tokens."""
         return Generator(self.base_model)
 
     @property
     def base_model(self) -> Any:
-        """The model below an adapter's wrapper."""
+        """The model without PEFT's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def batch(self, items: list[Item]) -> dict[str, Any]:
-        """Encoded samples, ready for `answer`, on the model's device."""
+    def batch(self, items: list[EncodedSample]) -> dict[str, Any]:
+        """A batch of encoded samples for `answer`, on the model's device."""
         whole = Collator(self.processors, multiple_of=LENGTHS)(items)
         return {name: x.to(self.device) if isinstance(x, torch.Tensor) else x for name, x in whole.items()}
 
     def answer(self, batch: dict[str, Any]) -> list[str]:
-        """One greedy answer for each sample of a `batch`, without special tokens and outer spaces."""
+        """One greedy answer for each sample of a `batch`, without special tokens or outer spaces."""
         ids = self.generator.answer(
             batch, max_new_tokens=self.max_new_tokens, end_token_id=self.processors.im_end_token_id
         )
@@ -60,8 +58,8 @@ class Answerer:
         return [answer.strip() for answer in answers]
 
 
-def load_answerer(options: EvaluateOptions | AskOptions) -> Answerer:
-    """The model that `options.checkpoint` stands for, ready to answer. UsageError when it cannot be loaded."""
+def load_answerer(options: AnswerOptions | AskOptions) -> Answerer:
+    """Loads the model of `options.checkpoint`. Raises UsageError when it cannot be loaded."""
     base, adapter = model_folders(options)
     device = choose_device(options.device)
     attention, why = choose_attention(options.attn_implementation, device)

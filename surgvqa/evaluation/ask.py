@@ -1,52 +1,42 @@
-"""`surgvqa ask`: one answer to one spoken question about one clip. Its text is all that goes to stdout."""
+"""`surgvqa ask`: one answer to one spoken question about one clip. Prints only the answer's text to stdout."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from surgvqa.config.options import AskOptions
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import UsageError
-from surgvqa.evaluation.model_folders import model_folders
+from surgvqa.evaluation.model_folders import require_model
 from surgvqa.outcome import Outcome
 
 
 def check(options: AskOptions) -> None:
-    """UsageError when the checkpoint, a frame or the spoken question is not there."""
-    for name, paths in (("frames", options.frames), ("audio", [options.audio])):
-        for path in paths:
-            if not Path(path).is_file():
-                raise UsageError(f"{path}: no such file ({name})")
-    if options.input_mode == "audio_text" and not options.question:
-        raise UsageError("input_mode is audio_text, where the question is also written: give it with --question")
-    model_folders(options)
+    """Raises UsageError when the checkpoint, a frame or the spoken question is missing."""
+    if not options.interactive:
+        if not options.frames:
+            raise UsageError("missing --frames; or --interactive chooses among the samples of a file")
+        if options.input_mode != "text_only" and not options.audio:
+            raise UsageError(f"input_mode is {options.input_mode}, which needs a spoken question: give it with --audio")
+        for name, paths in (("frames", options.frames), ("audio", [options.audio] if options.audio else [])):
+            for path in paths:
+                if not Path(path).is_file():
+                    raise UsageError(f"{path}: no such file ({name})")
+        if options.input_mode != "audio_only" and not options.question:
+            mode = options.input_mode
+            raise UsageError(f"input_mode is {mode}, which needs a written question: give it with --question")
+    require_model(options)
 
 
 def run(options: AskOptions, workspace: Workspace) -> Outcome:
     """Loads the model and answers."""
-    from surgvqa.data.dataset import encode
-    from surgvqa.data.frames import select_frames
-    from surgvqa.evaluation.answerer import load_answerer
+    if options.interactive:
+        from surgvqa.evaluation.interactive import run as interact
 
-    began = time.monotonic()
-    answerer = load_answerer(options)
-    loaded = time.monotonic()
-    item = encode(
-        answerer.processors,
-        select_frames(options.frames, options.num_frames),
-        options.audio,
-        image_size=options.image_size,
-        input_mode=options.input_mode,
-        question=options.question or "",
-    )
-    (answer,) = answerer.answer(answerer.batch([item]))
-    data = {
-        "answer": answer,
-        "seconds": time.monotonic() - loaded,
-        "load_seconds": loaded - began,
-        "frames": min(len(options.frames), options.num_frames),
-        "sequence_tokens": len(item["input_ids"]),
-        "model": answerer.description,
-    }
-    return Outcome(data, show=lambda console: console.print(answer, markup=False, soft_wrap=True))
+        return interact(options)
+    from surgvqa.evaluation.asker import Asker
+
+    asker = Asker(options)
+    found = asker.ask(options.frames or [], options.audio, options.question)
+    data = {**found, "load_seconds": asker.load_seconds, "model": asker.answerer.description}
+    return Outcome(data, show=lambda console: console.print(found["answer"], markup=False, soft_wrap=True))

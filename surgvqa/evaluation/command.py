@@ -1,25 +1,32 @@
-"""`surgvqa evaluate`: an answer to every sample, scored by question type; or the scores of an existing file.
+"""`surgvqa evaluate`: answers every sample and scores the answers by question type, or scores an existing file.
 
-Accuracies are shares, 0..1; score.py says what counts. Light to import; answering is in generate.py.
+Accuracies are shares, 0..1, defined in score.py. Light to import; answering is in answers.py and generate.py.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from surgvqa.config.options import EvaluateOptions
 from surgvqa.config.settings import require_bounds
+from surgvqa.data.boxes import Boxes
 from surgvqa.data.clusters import clusters_of
 from surgvqa.data.lookup import check_samples
 from surgvqa.data.samples import Sample, majority_labels, read_samples
-from surgvqa.errors import UsageError
+from surgvqa.data.visibility import VERDICTS, visibility
+from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.evaluation.interval import samples_of
-from surgvqa.evaluation.model_folders import model_folders, required
-from surgvqa.evaluation.score import read_predictions, score
-from surgvqa.files import write_json_atomic
+from surgvqa.evaluation.model_folders import require_model, require_whisper, required
+from surgvqa.evaluation.score import by_group, by_template, read_predictions, score
+from surgvqa.evaluation.sources import PREDICTIONS, SCORES
+from surgvqa.evaluation.text_scores import EXTRA, PACKAGES, text_scores
+from surgvqa.files import write_json_atomic, write_synced
+from surgvqa.machine.packages import require_installed
 from surgvqa.outcome import Outcome
+from surgvqa.runs.events import finite
 from surgvqa.runs.folder import Run
 from surgvqa.untrusted import json_line
 
@@ -27,13 +34,24 @@ FIGURES = ("keyword_accuracy", "word_accuracy", "label_accuracy", "majority_accu
 
 
 def check(options: EvaluateOptions) -> None:
-    """UsageError for what would stop the run later: options, checkpoint, samples, frames, spoken questions."""
+    """Raises UsageError for what would stop the run later: options, checkpoint, samples, frames, spoken questions."""
     if options.output_file and not Path(options.output_file).absolute().parent.is_dir():
         raise UsageError(f"output_file {options.output_file}: no such folder to write it to")
+    if options.text_scores:
+        require_installed("--text_scores", PACKAGES, EXTRA)
+    if options.boxes:
+        if not options.eval_data_path:
+            raise UsageError("--boxes: needs the samples' frames; name --eval_data_path as well")
+        Boxes(options.boxes)
     if options.predictions:
+        if options.resume:
+            raise UsageError(
+                "--resume continues a model's answers, and --predictions has all of them already: use only one"
+            )
         read_predictions(options.predictions)
         return
-    needed = ("checkpoint", "eval_data_path", "frames_dir", "audio_dir")
+    spoken = options.input_mode != "text_only"
+    needed = ("checkpoint", "eval_data_path", "frames_dir", *(("audio_dir",) if spoken or options.asr else ()))
     given = {name: getattr(options, name) for name in needed} | {
         "audio_dir": options.eval_audio_dir or options.audio_dir
     }
@@ -41,12 +59,17 @@ def check(options: EvaluateOptions) -> None:
     if missing:
         raise UsageError(f"missing {', '.join(missing)}; or --predictions FILE scores an existing file")
     require_bounds(options)
-    model_folders(options)
-    check_samples(required(options, "eval_data_path"), required(options, "frames_dir"), given["audio_dir"])
+    require_model(options)
+    audio_dir = given["audio_dir"] if spoken or options.asr else None
+    check_samples(required(options, "eval_data_path"), required(options, "frames_dir"), audio_dir)
+    if options.asr and spoken:
+        raise UsageError(f"asr: asks in writing, so input_mode must be text_only, but is {options.input_mode}")
+    if options.asr:
+        require_whisper(options.asr)
 
 
 def run(options: EvaluateOptions, run: Run) -> Outcome:
-    """The report is the result. Of answers by a model, predictions.jsonl and report.json go into the run folder."""
+    """Returns the report. With a model's answers, also writes predictions.jsonl and report.json into the run folder."""
     began = time.monotonic()
     if options.predictions:
         run.phase("score", str(options.predictions))
@@ -54,25 +77,29 @@ def run(options: EvaluateOptions, run: Run) -> Outcome:
         report = _scored(predictions, options)
         data = {**report, "predictions": str(options.predictions), "seconds": time.monotonic() - began}
     else:
-        from surgvqa.evaluation.generate import generate_answers
+        from surgvqa.evaluation.answers import find_answers
+        from surgvqa.evaluation.known import PARTIAL
 
-        samples, answers, facts = generate_answers(options, run)
-        predictions = [_prediction(sample, *answer) for sample, answer in zip(samples, answers)]
+        samples, answers, facts = find_answers(options, run)
+        predictions = [prediction_of(sample, *answer) for sample, answer in zip(samples, answers)]
+        for prediction, text in zip(predictions, facts.pop("recognised", [])):
+            prediction["recognised"] = text
         report = _scored(predictions, options)
-        file = run.folder / "predictions.jsonl"
-        _write_lines(file, predictions)
+        file = run.folder / PREDICTIONS
+        write_lines(file, predictions)
         data = {"run": run.id, **report, **facts, "predictions": str(file), "seconds": time.monotonic() - began}
-        write_json_atomic(run.folder / "report.json", data)
+        write_json_atomic(run.folder / SCORES, data)
+        (run.folder / PARTIAL).unlink(missing_ok=True)
     if options.output_file:
-        _write_lines(Path(options.output_file), predictions)
+        write_lines(Path(options.output_file), predictions)
     for text in report["warnings"]:
         run.warning(text)
     return Outcome(data, show=lambda console: draw(console, report))
 
 
 def _scored(predictions: list[dict[str, Any]], options: EvaluateOptions) -> dict[str, Any]:
-    """The report on predictions, which gain their scores; clustered where the samples' frames are known."""
-    clusters, training, warnings = None, None, []
+    """Scores predictions in place and returns the report, clustered if the samples' frames are known."""
+    clusters, training, trained, answered, warnings = None, None, [], [], []
     if options.eval_data_path:
         samples = read_samples(options.eval_data_path)
         numbers = clusters_of(samples)
@@ -82,18 +109,29 @@ def _scored(predictions: list[dict[str, Any]], options: EvaluateOptions) -> dict
             clusters = [cluster_of[sample.file, sample.line] for sample in answered]
         except UsageError as error:
             warnings.append(f"the intervals are not clustered: {error}")
+            if options.boxes:
+                warnings.append("boxes: not used, since the predictions' frames are not known")
     if options.train_data_path:
-        majority = majority_labels(read_samples(options.train_data_path))
-        training = {kind: label for kind, (label, _) in majority.items()}
+        trained = read_samples(options.train_data_path)
+        training = {kind: label for kind, (label, _) in majority_labels(trained).items()}
     report = score(predictions, clusters=clusters, training=training)
-    for prediction in predictions:  # as the author's files have them: both are the keyword score
-        prediction.setdefault("exact_match", int(prediction["keyword_correct"]))
-        prediction.setdefault("correct", int(prediction["keyword_correct"]))
+    if options.train_data_path:
+        wordings = {(sample.question_type, sample.wording) for sample in trained}
+        report["by_template"] = by_template(predictions, wordings, clusters)
+    if options.boxes and answered:
+        seen = visibility(answered, Boxes(options.boxes), options.drift)
+        verdicts = [one.verdict if one else None for one in seen]
+        report["visibility"] = by_group(predictions, verdicts, VERDICTS, clusters)
+    if options.text_scores:
+        answers = [(p["predicted_answer"], p.get("ground_truth")) for p in predictions]
+        report["text_scores"] = text_scores(*zip(*answers))
+    for prediction in predictions:  # as in the author's files, where both are the keyword score
+        prediction["exact_match"] = prediction["correct"] = int(prediction["keyword_correct"])
     return report | {"warnings": warnings}
 
 
 def draw(console: Any, report: dict[str, Any]) -> None:
-    """The report as a table; with a bar of the label accuracy where the terminal is wide enough."""
+    """Draws the report as a table, with a bar of the label accuracy if the terminal is wide enough."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -124,25 +162,25 @@ def draw(console: Any, report: dict[str, Any]) -> None:
     if 0 < informative["samples"] < report["samples"]:
         add(Text("informative types"), informative["samples"], informative, "")
     console.print(table)
-    for text in _in_words(report):
+    for text in _summary_lines(report):
         console.print(Text(text))
     console.print(
         "accuracy in %. keyword: the label occurs in the answer, even inside a word; word: between word boundaries; "
-        "label: it is stated as a word, and no other label; majority: always the type's most frequent label; "
+        "label: the answer states it as a word, and no other label; majority: always the type's most frequent label; "
         "informative: types with more than one label in this file",
         style="dim",
     )
 
 
-def _in_words(report: dict[str, Any]) -> list[str]:
-    """The interval, and the baseline of one who has seen the training alone."""
+def _summary_lines(report: dict[str, Any]) -> list[str]:
+    """Lines below the table: the interval, the training majority, templates, boxes and text scores."""
 
     def percent(*shares: float) -> str:
         return " to ".join(f"{100 * share:.1f}" for share in shares)
 
     clusters = report["clusters"]
     if clusters is None:
-        basis = "as if the samples were independent (--eval_data_path tells which are not)"
+        basis = "as if the samples were independent (with --eval_data_path, clustered)"
     else:
         basis = f"{report['samples']:,} samples in {clusters:,} clusters"
     texts = [f"keyword accuracy, 95 % interval: {percent(*report['keyword_interval'])} %; {basis}"]
@@ -152,11 +190,32 @@ def _in_words(report: dict[str, Any]) -> list[str]:
             f"always the training's most frequent label: {percent(report['train_majority_accuracy'])} %"
             f" (informative types: {percent(inside)} %)"
         )
+    sides = report.get("by_template", {})
+    if sides and all(side["samples"] for side in sides.values()):
+        parts = [
+            f"{name} {side['samples']:,} samples, keyword {percent(side['keyword_accuracy'])} %, label "
+            f"{percent(side['label_accuracy'])} %"
+            for name, side in (("in template", sides["in"]), ("out of template", sides["out"]))
+        ]
+        texts.append(f"questions in the training's wording and in others: {'; '.join(parts)}")
+    if seen := report.get("visibility"):
+        parts = [
+            f"{name.replace('_', ' ')} {group['samples']:,} samples"
+            + (f", label {percent(group['label_accuracy'])} %" if group["samples"] else "")
+            for name, group in seen.items()
+        ]
+        texts.append(f"labels of the lesion's place and motion, by what the boxes show: {'; '.join(parts)}")
+    if text := report.get("text_scores"):
+        texts.append(
+            f"sentences ({text['samples']:,} with a reference): BLEU-4 {percent(text['bleu_4'])}, 4-gram precision "
+            f"{percent(text['precision_4gram'])}, ROUGE-L {percent(text['rouge_l'])}, METEOR without synonyms "
+            f"{percent(text['meteor'])}"
+        )
     return texts
 
 
-def _prediction(sample: Sample, answer: str, milliseconds: float) -> dict[str, Any]:
-    """One line of predictions.jsonl, without the scores."""
+def prediction_of(sample: Sample, answer: str, milliseconds: float | None = None) -> dict[str, Any]:
+    """A line of predictions.jsonl without scores."""
     return {
         "question_id": sample.id,
         "video_id": sample.video_id,
@@ -169,7 +228,13 @@ def _prediction(sample: Sample, answer: str, milliseconds: float) -> dict[str, A
     }
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(map(json_line, rows)))
-    temporary.replace(path)
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes a JSONL file atomically. Raises SurgvqaError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(temporary, b"".join(json_line(finite(row)) for row in rows))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SurgvqaError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The 95 % interval of an accuracy whose samples come in clusters, and which sample a prediction belongs to."""
+"""95 % intervals of accuracies and of paired differences on clustered samples, and the sample of each prediction."""
 
 from __future__ import annotations
 
@@ -15,28 +15,43 @@ Z = 1.96
 
 
 def interval(correct: Sequence[bool], clusters: Sequence[int] | None = None) -> list[float]:
-    """[low, high] of the share of correct answers, within 0..1.
+    """[low, high] of the share of correct answers, within 0..1; [0, 1] for a single cluster."""
+    return _around_mean(correct, clusters, 0.0)
 
-    With clusters c and residuals y - ȳ summed to s_c in each of the C clusters, the half width is
-    1.96 · √(Σ s_c² · C/(C-1)) / n: the cluster-robust (sandwich) variance of a mean. Without `clusters` each sample is
-    one of its own, and this is the usual interval. A single cluster says nothing: [0, 1].
+
+def paired_interval(differences: Sequence[float], clusters: Sequence[int] | None = None) -> list[float]:
+    """[low, high] of the mean of paired differences, within -1..1; [-1, 1] for a single cluster."""
+    return _around_mean(differences, clusters, -1.0)
+
+
+def standard_error(values: Sequence[float], clusters: Sequence[int] | None = None) -> float | None:
+    """The standard error of the mean of `values`; None if there is only one cluster.
+
+    With the residuals y - ȳ summed to s_c in each of the C clusters c it is √(Σ s_c² · C/(C-1)) / n, the cluster-robust
+    (sandwich) estimate. Without `clusters` each sample is its own cluster, which gives the usual estimate.
     """
-    n = len(correct)
-    mean = sum(correct) / n
+    n = len(values)
+    mean = sum(values) / n
     sums: dict[int, float] = defaultdict(float)
-    for index, right in enumerate(correct):
-        sums[clusters[index] if clusters is not None else index] += right - mean
+    for index, value in enumerate(values):
+        sums[clusters[index] if clusters is not None else index] += value - mean
     count = len(sums)
-    if count < 2:
-        return [0.0, 1.0]
-    half = Z * math.sqrt(sum(s * s for s in sums.values()) * count / (count - 1)) / n
-    return [max(0.0, mean - half), min(1.0, mean + half)]
+    return math.sqrt(sum(s * s for s in sums.values()) * count / (count - 1)) / n if count > 1 else None
+
+
+def _around_mean(values: Sequence[float], clusters: Sequence[int] | None, least: float) -> list[float]:
+    """[low, high]: the mean ± 1.96 standard errors, within `least`..1."""
+    error = standard_error(values, clusters)
+    if error is None:
+        return [least, 1.0]
+    mean = sum(values) / len(values)
+    return [max(least, mean - Z * error), min(1.0, mean + Z * error)]
 
 
 def samples_of(predictions: Sequence[dict[str, Any]], samples: Sequence[Sample], path: str) -> list[Sample]:
-    """The sample that each prediction answers: by video, id and question, or what the prediction has of them.
+    """The sample that each prediction answers, matched by those of video, id and question that the prediction has.
 
-    Where several samples fit they are taken in order. UsageError when one has none: another file's predictions.
+    If several samples match, they are used in order. Raises UsageError when a prediction has no sample in this file.
     """
     tables: dict[tuple[str, ...], dict[tuple[str, ...], list[Sample]]] = {}
     found = []
@@ -52,7 +67,9 @@ def samples_of(predictions: Sequence[dict[str, Any]], samples: Sequence[Sample],
         fitting = tables[has].get(_key(has, video, name, wording_of(question)))
         if not fitting:
             named = one_line(name or question)[:60]
-            raise UsageError(f"prediction {number} ({named}) answers no sample of {path}; is it that file's?")
+            raise UsageError(
+                f"prediction {number} ({named}) answers no sample of {path}; are the predictions for another file?"
+            )
         found.append(fitting.pop() if len(fitting) > 1 else fitting[0])
     return found
 

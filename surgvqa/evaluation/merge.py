@@ -1,4 +1,4 @@
-"""`surgvqa merge`: the merge and, with --verify, its proof: answers before and after. Light to import."""
+"""`surgvqa merge`: merges and, with --verify, compares answers before and after. Light to import."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from surgvqa.outcome import Outcome
 from surgvqa.runs.folder import Run
 
 MOST_UNEXPLAINED = {"float32": 0.01, "bfloat16": 0.05}
-"""Dtype of the computation -> what a right merge stays under. On the demo (float32) a right one has 0, one of its 15
-changed tensors left out 0.016 to 0.8, a module transposed 0.025 or more, a doubled scale 0.98. In bfloat16 every
-product rounds again."""
+"""{dtype of the computation: limit that a correct merge stays below}. On the demo (float32) a correct merge has 0, one
+that leaves out one of its 15 changed tensors 0.016 to 0.8, one with a transposed module 0.025 or more, one with a
+doubled scale 0.98. In bfloat16 every product rounds again."""
 
 
 @dataclass
 class Verification:
-    """What base + adapter and the merged checkpoint say of the same samples."""
+    """Compares base + adapter with the merged checkpoint on the same samples."""
 
     samples: int
     largest_logit_gap: float
-    """Of any token of the vocabulary at any place of a true answer."""
+    """Over all tokens of the vocabulary at all positions of the true answers."""
     gap_share: float
-    """Root mean square of the gaps, in that of what the adapter itself changes: what rounding the weights costs."""
+    """Root mean square of the gaps relative to that of the adapter's own changes: the effect of rounding weights."""
     unexplained_share: float
-    """The same against the adapter as PEFT merges it, rounded to bfloat16: what no rounding explains."""
+    """The same against PEFT's own merge, rounded to bfloat16: the part that rounding does not explain."""
     dtype: str
-    """Of the computation."""
+    """Dtype of the computation."""
     answers_that_differ: list[dict[str, str]]
-    """id, adapter's answer, merged checkpoint's answer."""
+    """[{id, adapter's answer, merged checkpoint's answer}]."""
 
     @property
     def ok(self) -> bool:
-        """Whether they are the same model but for rounding; NaN is not."""
+        """Whether they are the same model except for rounding; False for NaN."""
         return self.unexplained_share <= MOST_UNEXPLAINED[self.dtype]
 
     @property
     def verdict(self) -> str:
-        """One sentence for people."""
+        """The result in one sentence."""
         same = self.samples - len(self.answers_that_differ)
         figures = (
             f"{same} of {self.samples} answers are the same, logits differ by {self.largest_logit_gap:.3g} at most, "
-            f"{self.gap_share:.1%} of what the adapter changes; {self.unexplained_share:.1%} is not by rounding"
+            f"{self.gap_share:.1%} of what the adapter changes; {self.unexplained_share:.1%} is not due to rounding"
         )
-        return ("the same model but for rounding: " if self.ok else "NOT the same model: ") + figures
+        return ("the same model except for rounding: " if self.ok else "NOT the same model: ") + figures
 
     def data(self) -> dict[str, Any]:
         return {**vars(self), "ok": self.ok, "verdict": self.verdict}
 
 
 def check(options: MergeOptions) -> None:
-    """As the merge's own; with --verify also the packages and the samples that it needs."""
+    """Like the merge's own check; with --verify also checks the packages and samples that it needs."""
     command.check(options)
     if not options.verify:
         return
@@ -65,14 +65,16 @@ def check(options: MergeOptions) -> None:
     if missing:
         raise UsageError(f"--verify needs samples to answer: missing {', '.join(missing)}")
     if options.projector:
-        raise UsageError("--verify compares with base + adapter, which know nothing of --projector; leave one of them")
+        raise UsageError(
+            "--verify compares with base + adapter, which do not include --projector; use only one of them"
+        )
     check_samples(
         str(options.eval_data_path), str(options.frames_dir), str(options.eval_audio_dir or options.audio_dir)
     )
 
 
 def run(options: MergeOptions, run: Run) -> Outcome:
-    """Merges; with --verify N also answers N samples both ways. Exit 1 when these are not the same model."""
+    """Merges; with --verify N also answers N samples both ways. Exit code 1 if the models differ."""
     merged = command.run(options, run)
     if not options.verify or options.dry_run or not merged.ok:
         return merged
@@ -93,7 +95,7 @@ def run(options: MergeOptions, run: Run) -> Outcome:
 
 
 def evaluation(options: MergeOptions, merged: bool) -> EvaluateOptions:
-    """The merged checkpoint, or the adapter on its base, as something to evaluate."""
+    """Options that evaluate the merged checkpoint or the adapter on its base."""
     return EvaluateOptions(
         checkpoint=options.output_path if merged else options.stage2_adapter_path,
         model_name_or_path=None if merged else options.stage1_model_path,

@@ -1,4 +1,4 @@
-"""Whether an adapter on its base and a checkpoint are the same model: their logits and answers for the same samples."""
+"""Checks that an adapter on its base and a checkpoint are the same model, by logits and answers on the same samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from surgvqa.config.options import EvaluateOptions
-from surgvqa.data.dataset import ClipDataset, Item
+from surgvqa.data.dataset import ClipDataset, EncodedSample
 from surgvqa.data.samples import read_samples
 from surgvqa.evaluation.answerer import Answerer, load_answerer
 from surgvqa.evaluation.merge import Verification
@@ -22,9 +22,9 @@ from surgvqa.runs.folder import Run
 def compare(adapter: EvaluateOptions, merged: EvaluateOptions, samples: int, run: Run) -> Verification:
     """Answers the first `samples` of the file with the adapter on its base, then with the merged checkpoint.
 
-    The logits are those at the true answer's tokens, so that both models are asked the same; and once more those of the
-    adapter as PEFT merges it, rounded to bfloat16, which a right checkpoint equals. One model is in memory at a time;
-    of each sample two sets of logits are kept on the host, float32 [answer tokens, vocabulary].
+    Compares the logits at the true answer's tokens, so that both models have the same input. Also computes those of
+    PEFT's own merge, rounded to bfloat16, which a correct checkpoint equals. Only one model is in memory at a time; two
+    sets of logits of each sample, float32 [answer tokens, vocabulary], are kept on the host.
     """
     run.phase("verify", f"{samples} samples with base + adapter")
     answerer = load_answerer(adapter)
@@ -88,10 +88,10 @@ def _dataset(answerer: Answerer, options: EvaluateOptions, samples: int, with_an
 
 
 @torch.inference_mode()
-def _logits(answerer: Answerer, item: Item, plain: bool = False) -> torch.Tensor:
-    """float32 [answer tokens, vocabulary] on the host; `plain`: of the base without its adapter."""
+def _logits(answerer: Answerer, item: EncodedSample, plain: bool = False) -> torch.Tensor:
+    """Logits float32 [answer tokens, vocabulary] on the host; with `plain`, those of the base without its adapter."""
     inputs = answerer.batch([item])
-    inputs.pop("tokens")  # counted for training
+    inputs.pop("tokens")  # only used in training
     model: Any = answerer.model
     with model.disable_adapter() if plain else nullcontext():
         found: torch.Tensor = answerer.base_model(**inputs).logits

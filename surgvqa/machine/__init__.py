@@ -1,1 +1,1 @@
-"""What this machine is and does: GPUs, memory, cores, and whether it can train."""
+"""This machine: GPUs, memory, cores, and whether it can train."""

@@ -1,6 +1,6 @@
-"""`surgvqa doctor`: what this machine can do, one line for each finding, with the way to mend it.
+"""`surgvqa doctor`: shows what this machine can do, one line per finding, and how to repair what is broken.
 
-A child process imports torch and the libraries on top of it: a broken build that crashes on import becomes a finding
+A child process imports torch and the libraries that use it. So a broken build that crashes on import becomes a finding
 and does not crash the doctor, which itself imports nothing heavy.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from surgvqa.config.workspace import Workspace
-from surgvqa.machine import gpu
+from surgvqa.machine import all_reduce, gpu
 from surgvqa.machine.finding import Finding
 from surgvqa.machine.surroundings import surroundings
 from surgvqa.machine.wandb_key import wandb_key_source
@@ -77,9 +77,9 @@ def torch_facts():
         facts["bf16"] = torch.cuda.is_bf16_supported()
     return facts
 def attention():
-    from surgvqa.model.device import choose_attention
+    from surgvqa.model.attention import REAL_SHAPE, choose_attention
     import torch
-    name, why = choose_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    name, why = choose_attention("auto", "cuda" if torch.cuda.is_available() else "cpu", REAL_SHAPE)
     return {"name": name, "why": why}
 def bitsandbytes():
     import torch, bitsandbytes
@@ -105,14 +105,14 @@ PROBED = ("torch", "bitsandbytes", "transformers", "peft", "flash_attn", "attent
 
 
 def run(arguments: Namespace, workspace: Workspace) -> Outcome:
-    """Exit code 1 when something that training needs is broken; a machine without torch is not broken."""
+    """Exit code 1 if something that training needs is broken. A machine without torch is not broken."""
     findings = list(examine(workspace))
     ok = not any(f.status == "bad" for f in findings)
     return Outcome({"ok": ok, "findings": [asdict(f) for f in findings]}, ok, lambda console: _show(console, findings))
 
 
 def examine(workspace: Workspace) -> Iterator[Finding]:
-    """All findings, in the order in which they are shown."""
+    """Yields all findings in display order."""
     yield _python()
     yield from _gpus()
     installed = {name: version(name) for name in TRAIN_PACKAGES}
@@ -121,7 +121,7 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
         yield Finding(
             "train",
             "info",
-            f"torch is not installed: this machine can drive a remote host and run the panel; to train: {TRAIN_EXTRA}",
+            f"torch is not installed: this machine can use a remote host and run the panel; to train: {TRAIN_EXTRA}",
         )
     else:
         if missing:
@@ -129,7 +129,11 @@ def examine(workspace: Workspace) -> Iterator[Finding]:
         old = list(_versions(installed))
         yield from old
         faulty = {finding.name for finding in old}
-        yield from (f for f in _probed(probe()) if f.status == "bad" or f.name not in faulty)
+        found = probe()
+        yield from (f for f in _library_findings(found) if f.status == "bad" or f.name not in faulty)
+        gpus = (found.get("torch") or {}).get("gpus", [])
+        if len(gpus) > 1:
+            yield all_reduce.check_all_reduce(len(gpus))
     yield from _sound()
     yield from surroundings(workspace.root)
     yield _wandb()
@@ -155,7 +159,7 @@ def _gpus() -> Iterator[Finding]:
     for device in gpu.sample_devices():
         name = f"gpu {device['index']}" + (f".{device['mig_index']}" if "mig_index" in device else "")
         if device.get("state", "ok") != "ok":
-            mend = "restart this machine (dmesg | grep Xid tells why); if it happens again, change the card or the host"
+            mend = "restart this machine (dmesg | grep Xid shows why); if it happens again, change the card or the host"
             yield Finding(name, "bad", gpu.trouble(device), mend)
             continue
         total = device.get("memory_total_bytes")
@@ -167,13 +171,13 @@ def _gpus() -> Iterator[Finding]:
         if total and used > 0.05 * total:
             whose = ", ".join(f"{p.get('name', 'another container')} (pid {p['pid']})" for p in others[:3])
             text += f"; {used / 1e9:.1f} GB taken" + (f" by {whose}" if whose else "")
-            yield Finding(name, "warn", text, "end what does not have to run there")
+            yield Finding(name, "warn", text, "end processes that do not have to run there")
         else:
             yield Finding(name, "ok", text)
 
 
 def version(package: str) -> str | None:
-    """The installed version, without importing anything; None when it is not installed."""
+    """The installed version of a package, without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -186,7 +190,7 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def lower_bounds() -> dict[str, str]:
-    """{package: oldest version} that our own metadata (pyproject.toml) requires."""
+    """{package: oldest allowed version} from our own metadata (pyproject.toml)."""
     try:
         wanted = importlib.metadata.requires("surgvqa") or []
     except importlib.metadata.PackageNotFoundError:
@@ -219,16 +223,16 @@ def _sound() -> Iterator[Finding]:
         yield Finding("sound files", "ok", "wav, flac and mp3 through libsndfile")
     elif shutil.which("ffmpeg"):
         yield Finding(
-            "sound files", "warn", "no libsndfile; mp3 goes through ffmpeg, which is slow", "pip install soundfile"
+            "sound files", "warn", "no libsndfile; ffmpeg decodes mp3, which is slow", "pip install soundfile"
         )
     elif version("torch"):
         yield Finding(
-            "sound files", "bad", "neither libsndfile nor ffmpeg: no question can be read", "pip install soundfile"
+            "sound files", "bad", "neither libsndfile nor ffmpeg: no recording can be read", "pip install soundfile"
         )
 
 
 def _wandb() -> Finding:
-    """Where the API key is, if there is one; the key itself is never shown."""
+    """Says where the API key is, if there is one. The key itself is never shown."""
     if source := wandb_key_source():
         return Finding("W&B", "ok", f"a key is in {source}")
     return Finding("W&B", "info", "no key: --report_to wandb would run offline (wandb login sets one)")
@@ -238,9 +242,9 @@ def _wandb() -> Finding:
 
 
 def probe() -> dict[str, Any]:
-    """What torch and the libraries on top of it report from a child process, by name.
+    """{library: facts} about torch and the libraries that use it, from a child process.
 
-    When the child did not survive: {"crash": how it ended, "in": the library it was importing}.
+    If the child crashed, also {"crash": how it ended, "in": the library that it was importing}.
     """
     try:
         done = subprocess.run(
@@ -256,7 +260,7 @@ def probe() -> dict[str, Any]:
         out, how = (error.stdout or b"").decode(errors="replace"), f"no answer in {PROBE_TIMEOUT_S} s"
     found: dict[str, Any] = {}
     for line in out.splitlines():
-        with contextlib.suppress(ValueError, TypeError):  # what the libraries themselves print
+        with contextlib.suppress(ValueError, TypeError):  # lines that the libraries print
             found |= {name: facts for name, facts in json.loads(line).items() if name in PROBED}
     unfinished = [name for name in PROBED if found.get(name) is None]
     if not unfinished:
@@ -267,7 +271,7 @@ def probe() -> dict[str, Any]:
     return {"crash": how, "in": unfinished[0]}
 
 
-def _probed(found: dict[str, Any]) -> Iterator[Finding]:
+def _library_findings(found: dict[str, Any]) -> Iterator[Finding]:
     if "crash" in found:
         name = found.get("in", "torch")
         yield Finding(name, "bad", f"importing it ends the process ({found['crash']})", _reinstall(name))
@@ -283,7 +287,7 @@ def _probed(found: dict[str, Any]) -> Iterator[Finding]:
         if "error" not in facts:
             yield Finding(name, "ok", facts["why"] if name == "attention" else f"{name} {facts['version']}")
             continue
-        culprit = _distribution(facts.get("culprit") or name)
+        culprit = _package_name(facts.get("culprit") or name)
         if culprit in (name, "surgvqa"):
             yield Finding(name, "bad", f"cannot be imported: {facts['error']}", TRAIN_EXTRA)
         elif culprit not in blamed:
@@ -298,7 +302,7 @@ def _probed(found: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "bitsandbytes",
             "warn",
-            f"{bitsandbytes['error']}; the optimiser takes 32-bit moments: 1 GB more",
+            f"{bitsandbytes['error']}; the optimiser uses 32-bit moments: 1 GB more",
             _reinstall("bitsandbytes"),
         )
     else:
@@ -306,7 +310,7 @@ def _probed(found: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _flash_attn(facts: dict[str, Any], torch: dict[str, Any]) -> Iterator[Finding]:
-    """Only a flash-attn that is here and broken is a fault: torch's own kernels serve as well."""
+    """Reports flash-attn only if it is installed and broken, because torch's own kernels are good enough."""
     if "error" in facts:
         mend = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps flash-attn"
         why = f"cannot be imported: {facts['error']}; it is built for one torch, and this is {torch['version']}"
@@ -315,13 +319,13 @@ def _flash_attn(facts: dict[str, Any], torch: dict[str, Any]) -> Iterator[Findin
         yield Finding("flash-attn", "ok", f"flash-attn {facts['version']}")
 
 
-def _distribution(module: str) -> str:
-    """The name by which pip knows a module: flash_attn is flash-attn, PIL is pillow."""
+def _package_name(module: str) -> str:
+    """The name of a module's package for pip: flash-attn for flash_attn, pillow for PIL."""
     return importlib.metadata.packages_distributions().get(module, [module])[0]
 
 
 def _reinstall(package: str) -> str:
-    """How to mend a package whose import fails; one that training can do without may also go."""
+    """How to repair a package whose import fails. One that training does not need may be uninstalled instead."""
     if package == "torch":
         return "reinstall torch for this driver: https://pytorch.org"
     if package in TRAIN_PACKAGES or package == "attention":
@@ -331,7 +335,7 @@ def _reinstall(package: str) -> str:
 
 
 def _why_no_cuda(built_for: str | None) -> tuple[str, str]:
-    """Why torch sees no GPU though the driver has one, and how to mend it."""
+    """(why torch sees no GPU although the driver has one, how to repair it)."""
     driver, runs = gpu.driver_version()
     if not built_for:
         index = f"https://download.pytorch.org/whl/cu{runs.replace('.', '')}" if runs else "https://pytorch.org"
@@ -345,7 +349,7 @@ def _why_no_cuda(built_for: str | None) -> tuple[str, str]:
     if hidden is not None:
         return f"sees no GPU; CUDA_VISIBLE_DEVICES is {hidden!r}", "unset CUDA_VISIBLE_DEVICES"
     mend = "python -c 'import torch; torch.cuda.init()' says why; in a container: docker run --gpus all …"
-    return "sees no GPU though its driver is new enough", mend
+    return "sees no GPU although its driver is new enough", mend
 
 
 def _torch(torch: dict[str, Any]) -> Iterator[Finding]:
@@ -355,7 +359,7 @@ def _torch(torch: dict[str, Any]) -> Iterator[Finding]:
             why, mend = _why_no_cuda(torch["built_for"])
             yield Finding("torch", "bad", f"{built}: {why}", mend)
         else:
-            yield Finding("torch", "info", f"{built}: trains on the CPU, for the demo only")
+            yield Finding("torch", "info", f"{built}: trains on the CPU, which is enough only for the demo")
         return
     yield Finding("torch", "ok", built)
     for device in torch["gpus"]:

@@ -1,4 +1,4 @@
-"""What the doctor finds."""
+"""A finding of the doctor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """One line. `status`: ok, info (nothing to mend), warn (works, but could be better), bad (does not work)."""
+    """One line. `status` is ok, info (nothing to repair), warn (works, but could be better) or bad (does not work)."""
 
     name: str
     status: str

@@ -1,8 +1,8 @@
-"""What the GPUs are doing, from NVML (nvidia-ml-py); on a machine without a GPU, how much host memory the process uses.
+"""Samples the GPUs through NVML (nvidia-ml-py) or, on a machine without a GPU, the process's host memory.
 
-Any single figure may be missing: MIG devices have no utilisation, containers hide other processes, passively cooled
-cards have no fan. What is unknown is absent, never zero and never an error. NVML stays initialised between samples:
-initialising takes up to a second, a sample well under a millisecond. Memory is in bytes, power in watts, temperature
+Any figure may be missing: MIG devices have no utilisation, containers hide other processes, passively cooled cards have
+no fan. An unknown figure is absent, never zero and never an error. NVML stays initialised between samples, because
+initialising takes up to a second and a sample well under a millisecond. Memory is in bytes, power in watts, temperature
 in degrees Celsius.
 """
 
@@ -24,7 +24,7 @@ from surgvqa.errors import UsageError
 from surgvqa.outcome import Outcome
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
-CHILDREN_EVERY_S = 5.0  # walking /proc for child processes is the slowest part of a host sample
+CHILDREN_EVERY_S = 5.0  # searching /proc for child processes is the slowest part of a host sample
 
 _lock = threading.Lock()
 _initialised = False
@@ -37,8 +37,8 @@ def sample_devices() -> list[dict[str, Any]]:
     """One dict for each GPU or MIG instance: index, state, name, uuid, memory_used_bytes, memory_total_bytes,
     utilization_percent, power_w, power_limit_w, temperature_c, processes [{pid, used_bytes, name}], mig_index.
 
-    `state` is "ok", "lost" (it fell off the bus, or needs a reset) or "failed" (NVML cannot open it); a card that is
-    not ok has `problem`, NVML's own words. The index is NVML's (nvidia-smi's). No driver: an empty list;
+    `state` is "ok", "lost" (it fell off the bus, or needs a reset) or "failed" (NVML cannot open it). A card that is
+    not ok has `problem`, NVML's message. The index is NVML's and nvidia-smi's. Without a driver the list is empty, and
     `driver_problem` says why.
     """
     with _lock:
@@ -54,13 +54,13 @@ def any_gpu() -> bool:
 
 
 def driver_problem() -> str | None:
-    """Why NVML cannot list the GPUs, in one line; None when it can."""
+    """Why NVML cannot list the GPUs, as a one-line message; None if it can."""
     with _lock:
         return _initialise() or _counting_problem()
 
 
 def driver_version() -> tuple[str, str]:
-    """The driver's version and the newest CUDA that it runs ("12.4"); "" for what it does not say."""
+    """(the driver's version, the newest CUDA that it supports, such as "12.4"); "" if unknown."""
     import pynvml
 
     if driver_problem():
@@ -72,10 +72,10 @@ def driver_version() -> tuple[str, str]:
 def sample_process(device_index: int | None, uuid: str | None = None) -> dict[str, Any]:
     """The fields of a `gpu` event (surgvqa/runs/folder.py) for this process on one device.
 
-    `device_index` is NVML's; `uuid` (torch.cuda.get_device_properties(i).uuid), when given, wins over it, because
-    CUDA_VISIBLE_DEVICES renumbers what torch sees. None for both: a process that runs on the CPU.
-    In a container NVML shows the host's process ids, so that our own memory there is unknown and absent.
-    Further GPUs of the machine are in `other_gpus`: index, name, used_bytes, total_bytes, processes.
+    `device_index` is NVML's. `uuid` (torch.cuda.get_device_properties(i).uuid), if given, takes precedence, because
+    CUDA_VISIBLE_DEVICES renumbers torch's devices. Both are None for a process on the CPU. In a container, NVML shows
+    the host's process ids, so our own memory is unknown and absent. Other GPUs of the machine are in `other_gpus`:
+    index, name, used_bytes, total_bytes, processes.
     """
     devices = [] if device_index is None and uuid is None else sample_devices()
     if not devices:
@@ -86,7 +86,7 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
             own = [
                 p["used_bytes"] for p in device.get("processes", []) if p["pid"] == os.getpid() and "used_bytes" in p
             ]
-            return _known(
+            return _without_unknown(
                 device=device["index"],
                 backend="cuda",
                 problem=device.get("problem"),
@@ -98,16 +98,16 @@ def sample_process(device_index: int | None, uuid: str | None = None) -> dict[st
                 temperature_c=device.get("temperature_c"),
                 power_w=device.get("power_w"),
                 others=[p for p in device.get("processes", []) if p["pid"] != os.getpid()] if own else None,
-                other_gpus=[_short(other) for other in devices if other is not device] or None,
+                other_gpus=[_other_gpu(other) for other in devices if other is not device] or None,
             )
-    broken = [_short(device) for device in devices if device["state"] != "ok"]  # the run's own may be among them
-    return _known(device=device_index, backend="cuda", other_gpus=broken or None)  # else NVML hides it
+    broken = [_other_gpu(device) for device in devices if device["state"] != "ok"]  # may include the run's own
+    return _without_unknown(device=device_index, backend="cuda", other_gpus=broken or None)  # otherwise NVML hides it
 
 
-def _short(device: dict[str, Any]) -> dict[str, Any]:
-    """The fields shown of a GPU that is not the run's own."""
+def _other_gpu(device: dict[str, Any]) -> dict[str, Any]:
+    """The fields to show for a GPU that is not the run's own."""
     mig = f".{device['mig_index']}" if "mig_index" in device else ""
-    return _known(
+    return _without_unknown(
         index=f"{device['index']}{mig}",
         state=device["state"],
         problem=device.get("problem"),
@@ -118,12 +118,12 @@ def _short(device: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _known(**fields: Any) -> dict[str, Any]:
+def _without_unknown(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def _initialise() -> str | None:
-    """Makes NVML ready once; returns the problem, or None. Tried again at each call until it succeeds."""
+    """Initialises NVML once. Returns the problem or None. Tries again at each call until it succeeds."""
     global _initialised
     if _initialised:
         return None
@@ -142,7 +142,7 @@ def _initialise() -> str | None:
 
 
 def _try(function: Callable[..., Any], *arguments: Any) -> Any:
-    """An NVML figure, or None where this device, driver or user has none."""
+    """An NVML figure; None if it is unavailable for this device, driver or user."""
     import pynvml
 
     try:
@@ -153,20 +153,20 @@ def _try(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Device:
-    """A device that has memory of its own: a card or a MIG instance of one."""
+    """A device with its own memory: a card or one of its MIG instances."""
 
     index: int
     mig_index: int | None = None
     handle: Any = None
     card: Any = None
-    """The handle of the whole card, which alone knows power and temperature."""
+    """The handle of the whole card, for power and temperature."""
     problem: str = ""
     """Why the card could not be opened."""
     lost: bool = False
 
 
 def _counting_problem() -> str | None:
-    """Why the driver, once initialised, cannot count its cards."""
+    """Why the initialised driver cannot count its cards; None if it can."""
     import pynvml
 
     try:
@@ -177,7 +177,7 @@ def _counting_problem() -> str | None:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether NVML says that the whole card is gone: it fell off the bus (Xid 79) or needs a reset."""
+    """Whether NVML reports that the whole card is lost: it fell off the bus (Xid 79) or needs a reset."""
     import pynvml
 
     codes = [getattr(pynvml, name, None) for name in ("NVML_ERROR_GPU_IS_LOST", "NVML_ERROR_RESET_REQUIRED")]
@@ -185,7 +185,7 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _devices() -> Iterator[_Device]:
-    """Every device that has memory of its own, and every card that could not be opened."""
+    """Yields every device with its own memory and every card that could not be opened."""
     import pynvml
 
     for index in range(_try(pynvml.nvmlDeviceGetCount) or 0):
@@ -205,19 +205,19 @@ def _devices() -> Iterator[_Device]:
 
 
 def _device_sample(found: _Device) -> dict[str, Any]:
-    """The figures of one device; of one that is lost or failed, what is known of it."""
+    """The figures of one device; only the known ones if it is lost or failed."""
     import pynvml
 
     if found.problem:
         return {"index": found.index, "state": "lost" if found.lost else "failed", "problem": found.problem}
     device, card = found.handle, found.card
-    named = _known(
+    named = _without_unknown(
         index=found.index,
         mig_index=found.mig_index,
         name=_text(_try(pynvml.nvmlDeviceGetName, device)),
         uuid=_text(_try(pynvml.nvmlDeviceGetUUID, device)),
     )
-    try:  # the driver goes on handing out handles of some cards that are gone
+    try:  # the driver still returns handles of some lost cards
         memory = pynvml.nvmlDeviceGetMemoryInfo(device)
     except pynvml.NVMLError as error:
         if _is_lost(error):
@@ -226,7 +226,7 @@ def _device_sample(found: _Device) -> dict[str, Any]:
     rates = _try(pynvml.nvmlDeviceGetUtilizationRates, device)
     power = _try(pynvml.nvmlDeviceGetPowerUsage, card)
     limit = _try(pynvml.nvmlDeviceGetEnforcedPowerLimit, card)
-    return named | _known(
+    return named | _without_unknown(
         state="ok",
         memory_used_bytes=memory and memory.used,
         memory_total_bytes=memory and memory.total,
@@ -243,7 +243,7 @@ def _text(value: str | bytes | None) -> str | None:
 
 
 def _processes(device: Any) -> list[dict[str, Any]] | None:
-    """Compute and graphics processes on a device, largest first; None when this user may not see them."""
+    """Compute and graphics processes on a device, largest first; None if this user may not see them."""
     import pynvml
 
     lists = [
@@ -253,7 +253,7 @@ def _processes(device: Any) -> list[dict[str, Any]] | None:
     if all(found is None for found in lists):
         return None
     by_pid = {p.pid: p.usedGpuMemory for found in lists for p in found or []}
-    listed = [_known(pid=pid, used_bytes=used, name=_process_name(pid)) for pid, used in by_pid.items()]
+    listed = [_without_unknown(pid=pid, used_bytes=used, name=_process_name(pid)) for pid, used in by_pid.items()]
     return sorted(listed, key=lambda p: -p.get("used_bytes", 0))
 
 
@@ -268,7 +268,7 @@ def _process_name(pid: int) -> str | None:
 
 
 def sample_host() -> dict[str, Any]:
-    """The `gpu` event of a process on the CPU: its memory with its children's, and the machine's."""
+    """The fields of a `gpu` event for a process on the CPU: memory of it and its children, and the machine's."""
     used, total = host_memory()
     return {
         "device": 0,
@@ -284,7 +284,7 @@ _family: tuple[float, list[psutil.Process]] = (0.0, [])
 
 
 def _process_memory() -> int:
-    """Resident bytes of this process and of its children (data loader workers) without the pages they share."""
+    """Resident bytes of this process and of its children (data loader workers), without their shared pages."""
     global _family
     if time.monotonic() - _family[0] > CHILDREN_EVERY_S:
         _family = time.monotonic(), psutil.Process().children(recursive=True)
@@ -299,7 +299,7 @@ def _process_memory() -> int:
 
 
 def host_memory() -> tuple[int, int]:
-    """(used, total) bytes of the machine, or of the control group's limit where that is tighter (a container)."""
+    """(used, total) bytes of the machine, or of its control group (a container) if that has a lower limit."""
     machine = psutil.virtual_memory()
     used, total = machine.total - machine.available, machine.total
     for folder, limit_file, usage_file, cache_key in _cgroup_folders():
@@ -311,7 +311,7 @@ def host_memory() -> tuple[int, int]:
 
 
 def _cgroup_folders() -> Iterator[tuple[Path, str, str, str]]:
-    """The control groups that hold this process, innermost first: cgroups(7), versions 2 and 1."""
+    """Yields the control groups of this process, innermost first: cgroups(7), versions 2 and 1."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -354,7 +354,7 @@ def _read_cache(file: Path, key: str) -> int:
 
 
 def run(arguments: Namespace, workspace: Any) -> Outcome:
-    """`surgvqa gpus`: once, or with --watch again and again; with --json --watch one document a line."""
+    """`surgvqa gpus`: shows the GPUs once, or repeatedly with --watch (with --json, one document per line)."""
     every = getattr(arguments, "watch", None)
     if every is None:
         gpus = sample_devices()
@@ -372,7 +372,7 @@ def run(arguments: Namespace, workspace: Any) -> Outcome:
 
 
 def _watch(every: float) -> None:
-    """Redraws until Ctrl-C, which is the way out and no failure."""
+    """Redraws until Ctrl-C, which is not a failure."""
     from rich.live import Live
 
     from surgvqa.terminal.drawing import terminal
@@ -387,12 +387,12 @@ def _watch(every: float) -> None:
 
 
 def trouble(gpu: dict[str, Any]) -> str:
-    """What is wrong with a device that is not "ok", in NVML's words: "lost: GPU is lost"."""
+    """What is wrong with a device that is not "ok", in NVML's words, such as "lost: GPU is lost"."""
     return f"{gpu.get('state')}: {gpu.get('problem', 'no reason given')}"
 
 
 def draw(gpus: list[dict[str, Any]], problem: str | None = None) -> Any:
-    """The GPUs as a rich renderable: a heading, two bars and the processes of each."""
+    """The GPUs as a rich renderable: a heading, two bars and the processes for each."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

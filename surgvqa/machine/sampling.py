@@ -1,4 +1,4 @@
-"""The `gpu` events of a run, from a thread that samples memory once a second, and the peak of each phase."""
+"""Emits a run's `gpu` events from a thread that samples memory once a second, and measures the peak of each phase."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PEAKS = ("peak_allocated_bytes", "peak_reserved_bytes", "peak_process_bytes")
 
 
 class MemorySampler:
-    """Emits a `gpu` event every `every_s` seconds while it is entered, and keeps the peaks.
+    """A context manager that emits a `gpu` event every `every_s` seconds and records peaks.
 
-    `device` is a torch.device. On a CPU the memory is the process's resident memory; on a GPU also what torch's
-    allocator holds. `measure` ends a phase: it emits a `memory` event with the phase's peaks and resets them.
+    `device` is a torch.device. On a CPU it samples the process's resident memory, on a GPU also the memory of torch's
+    allocator. `measure` ends a phase: it emits a `memory` event with the phase's peaks and resets them.
     """
 
     def __init__(self, run: Run, device: Any, every_s: float = 1.0, budget_gb: float | None = None):
@@ -41,8 +41,8 @@ class MemorySampler:
         self._emit()
 
     def peaks(self) -> dict[str, Any]:
-        """The run's peaks, once the sampler has been left: peak_allocated_gb (on a CPU, of resident memory) and
-        peak_kind, which names what was measured."""
+        """The run's peaks, after the context: peak_allocated_gb (on a CPU, of resident memory), and peak_kind, which
+        says what was measured."""
         if self.device.type == "cuda":
             return {
                 "peak_allocated_gb": self._most["peak_allocated_bytes"] / 1e9,
@@ -52,7 +52,7 @@ class MemorySampler:
         return {"peak_allocated_gb": self._most["peak_process_bytes"] / 1e9, "peak_kind": "resident memory (CPU)"}
 
     def measure(self, phase: str) -> None:
-        """Ends `phase`: emits a `memory` event with its peaks in bytes. Warns once when a peak exceeds the budget."""
+        """Ends `phase`: emits a `memory` event with its peaks in bytes. Warns once if a peak exceeds the budget."""
         self._emit()
         with self._lock:
             peaks = {name: found for name, found in self._most_of_phase.items() if found}
@@ -76,10 +76,10 @@ class MemorySampler:
             self._stop.wait(self.every_s)
 
     def _emit(self) -> None:
-        self.run.emit("gpu", **self._look())
+        self.run.emit("gpu", **self._sample())
 
-    def _look(self) -> dict[str, Any]:
-        """A `gpu` event's fields; the peaks in it are the run's so far."""
+    def _sample(self) -> dict[str, Any]:
+        """The fields of a `gpu` event, with the run's peaks so far."""
         with self._lock:
             if self.device.type == "cuda":
                 import torch

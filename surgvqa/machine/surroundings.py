@@ -1,4 +1,4 @@
-"""What a job finds around it: memory, shared memory, limits, kinds of disk, where Python compiles. For doctor."""
+"""The environment of a job: memory, shared memory, limits, disks, Python's bytecode cache. For doctor."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from surgvqa.machine.finding import Finding
 from surgvqa.machine.gpu import host_memory
 from surgvqa.runs import bytecode
 
-FREE_GB = 40.0  # a merged checkpoint (18 GB), adapters and a feature cache; the merge's inputs are already there
+FREE_GB = 40.0  # a merged checkpoint (18 GB), adapters and a feature cache, without the merge's inputs
 RAM_GB = 16.0
-"""Host memory that a training of the real model needs: the embeddings, data workers, page cache."""
+"""Host memory in GB that a training of the real model needs: embeddings, data workers, page cache."""
 SHARED_GB = 1.0
-"""Of /dev/shm: data workers hand their batches over in it; Docker gives 64 MB unless it is asked."""
+"""Size of /dev/shm in GB, which data workers use to pass batches. Docker's default is 64 MB."""
 OPEN_FILES = 4096
-"""Each data worker, each shard and each batch in shared memory is an open file."""
+"""Limit of open files. Each data worker, each shard and each batch in shared memory needs one."""
 NETWORK_DISKS = ("nfs", "cifs", "smb", "fuse.sshfs", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "afs", "9p")
 
 
 def surroundings(root: Path) -> Iterator[Finding]:
-    """The findings for a workspace at `root`."""
+    """Yields the findings for a workspace at `root`."""
     yield disk(root)
     yield _memory()
     yield from _shared_memory(Path("/dev/shm"))
     yield from _network_disk("home", Path.home())
     yield from _limits()
-    yield from _compiled()
+    yield from _bytecode()
 
 
 def disk(root: Path) -> Finding:
-    """Free space for a merge and for adapters."""
+    """Whether there is enough disk space for a merge and for adapters."""
     usage = shutil.disk_usage(root)
     text = f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB at {root}"
     if usage.free < 1e9:
@@ -51,14 +51,14 @@ def _memory() -> Finding:
     used, total = host_memory()
     text = f"{(total - used) / 1e9:.0f} GB free of {total / 1e9:.0f} GB"
     if total - used < 2e9:
-        return Finding("RAM", "bad", text, "end what is large (ps aux --sort -rss | head), or take a larger machine")
+        return Finding("RAM", "bad", text, "end large processes (ps aux --sort -rss | head), or use a larger machine")
     if total < RAM_GB * 1e9:
         return Finding("RAM", "warn", text, f"the real model trains with {RAM_GB:.0f} GB or more; the demo needs 4 GB")
     return Finding("RAM", "ok", text)
 
 
 def _shared_memory(folder: Path) -> Iterator[Finding]:
-    if not folder.is_dir():  # macOS has none and needs none
+    if not folder.is_dir():  # macOS does not have or need it
         return
     usage = shutil.disk_usage(folder)
     text = f"{usage.free / 1e9:.2f} GB free of {usage.total / 1e9:.2f} GB at {folder}"
@@ -76,7 +76,7 @@ def _network_disk(name: str, folder: Path) -> Iterator[Finding]:
 
 
 def file_system(folder: Path) -> str:
-    """The kind of file system that holds a folder, "" where it cannot be told."""
+    """The type of a folder's file system; "" if unknown."""
     best = ("", "")
     for mounted in psutil.disk_partitions(all=True):
         point = mounted.mountpoint
@@ -90,7 +90,7 @@ def _limits() -> Iterator[Finding]:
     if 0 <= files < OPEN_FILES:
         allowed = most if 0 <= most < OPEN_FILES else 65536
         raised = f"ulimit -n {allowed}" + (", or nofile in /etc/security/limits.conf" if allowed < OPEN_FILES else "")
-        yield Finding("open files", "warn", f"{files} may be open at once; data workers may need more", raised)
+        yield Finding("open files", "warn", f"only {files} may be open at once; data workers may need more", raised)
     for number, what, unit, least in (
         (resource.RLIMIT_AS, "address space", "-v", 64e9),
         (resource.RLIMIT_FSIZE, "size of a file", "-f", 5e9),
@@ -101,13 +101,13 @@ def _limits() -> Iterator[Finding]:
             yield Finding(what, "bad", text, f"ulimit {unit} unlimited")
 
 
-def _compiled() -> Iterator[Finding]:
+def _bytecode() -> Iterator[Finding]:
     why = bytecode.uncompiled()
     if why:
         yield Finding(
             "start",
             "warn",
-            f"{why}: every start compiles it anew, about 8 s of a training's",
+            f"{why}: every start compiles it again, which adds about 8 s",
             f"export PYTHONPYCACHEPREFIX={bytecode.cache_folder()} and unset PYTHONDONTWRITEBYTECODE; detached runs do "
             "so by themselves",
         )

@@ -1,4 +1,4 @@
-"""Whether Weights & Biases will find an API key on this machine. The key itself is never read into the program."""
+"""Finds out whether Weights & Biases has an API key on this machine, without using the key itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ WANDB_HOST = "api.wandb.ai"
 
 
 def wandb_key_source() -> str | None:
-    """Where wandb will find a key: `WANDB_API_KEY`, or the path of the netrc file ($NETRC, else ~/.netrc); else None.
+    """Where wandb will find a key: `WANDB_API_KEY` or the path of the netrc file ($NETRC, else ~/.netrc); else None.
 
-    The order is wandb's own: the environment variable wins.
+    As in wandb, the environment variable takes precedence.
     """
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"

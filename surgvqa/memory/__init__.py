@@ -1,1 +1,1 @@
-"""The GPU memory of training and generation: predicted, fitted to a budget, and given up step by step."""
+"""The GPU memory of training and generation: predicts it, fits it to a budget, and steps down when it runs out."""

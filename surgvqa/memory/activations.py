@@ -1,11 +1,12 @@
-"""What a training step keeps for its backward pass, tensor by tensor, and what it needs for a moment besides.
+"""The activations that a training step keeps for its backward pass, tensor by tensor, and its temporary tensors.
 
-Two ways of running a layer. Uncompiled: the tensors that autograd keeps in transformers 5's Qwen2VLDecoderLayer with
-PEFT's LoRA under bf16 autocast (modeling_qwen2_vl.py, peft/tuners/lora/layer.py). Compiled: those that torch's min-cut
-partitioner keeps (torch/_functorch/partitioners.py, the same in torch 2.11 and 2.13).
-tests/surgvqa/memory/test_predict.py holds both to traces of the real classes at real size.
+A layer runs in one of two ways. Uncompiled, it keeps what autograd keeps in transformers 5's Qwen2VLDecoderLayer with
+PEFT's LoRA under bf16 autocast (modeling_qwen2_vl.py, peft/tuners/lora/layer.py). Compiled, it keeps what torch's
+min-cut partitioner keeps (torch/_functorch/partitioners.py, the same in torch 2.11 and 2.13).
+tests/surgvqa/memory/test_predict.py compares both with traces of the real classes at real size.
 
-GB = 1e9 bytes. T is tokens of a batch, h hidden, m intermediate, q and k widths of queries and keys, r LoRA rank.
+GB = 1e9 bytes. T is the number of tokens in a batch, h the hidden size, m the intermediate size, q and k the widths of
+queries and keys, r the LoRA rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from surgvqa.model.sizes import BF16, Sizes
 FP32 = 4
 MIB = 2**20
 LENGTH_BUCKET = 64
-"""training.LENGTH_BUCKET, which this module cannot import."""
+"""Equals training.LENGTH_BUCKET, which this module cannot import."""
 QKV, GATE_UP, DOWN = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
@@ -29,53 +30,56 @@ QKV, GATE_UP, DOWN = (
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a step's memory depends on beside the model's sizes."""
+    """Everything that a step's memory depends on, apart from the model's sizes."""
 
     clip: Clip
     batch: int = 1
     accumulation: int = 4
-    """Micro steps of an optimiser step; from the second one on all gradients are there. Their inputs all wait on the
-    GPU: transformers' Trainer collects the window first."""
+    """Micro steps per optimiser step. From the second one on, all gradients exist. The inputs of all of them are on the
+    GPU, because transformers' Trainer collects the whole window first."""
     lora: LoraOptions = field(default_factory=LoraOptions)
     adapter_bytes: int = FP32
-    """Bytes of an adapter parameter; its gradient takes as many."""
+    """Bytes of an adapter parameter, and of its gradient."""
     casts_lora_inputs: bool = True
-    """PEFT casts a LoRA module's input to the adapter's dtype, autocast casts it back (layers.lora_without_casts)."""
+    """PEFT casts a LoRA module's input to the adapter's dtype and autocast casts it back
+    (peft_internals.without_input_casts)."""
     eight_bit: bool = True
-    """8-bit AdamW (bitsandbytes); else torch's, whose moments have the adapter's dtype."""
+    """8-bit AdamW (bitsandbytes); otherwise torch's AdamW, whose moments have the adapter's dtype."""
     checkpointed_layers: int | None = None
-    """The first so many layers recompute (None: all)."""
+    """How many layers, from the first on, recompute (None: all)."""
     supervised_tokens: int | None = None
-    """Positions of a sample with a label (None: the answer's); logits exist only there."""
+    """Positions of a sample with a label (None: those of the answer). Logits exist only there."""
     padded: bool = False
-    """The samples of a batch differ in length: attention takes a mask and torch's memory-efficient kernel."""
+    """The samples of a batch differ in length, so attention uses a mask and torch's memory-efficient kernel."""
     attention: str = "flash"
-    """The kernel (device.attention_kernel): torch's flash or, its own choice on Hopper, cudnn; flash-attn or eager."""
+    """The kernel (attention.attention_kernel): flash (torch's), cudnn (torch's choice on Hopper), flash-attn, eager."""
     cached_features: bool = False
-    """The frozen encoders' outputs come from a cache; the encoders do not run."""
+    """The frozen encoders' outputs come from a cache, so the encoders do not run."""
     encoders_resident: bool = True
     """The encoders' weights are on the GPU."""
     compiled: bool = False
-    """The layers are compiled (layers.compile_layers), and rows are padded: reckoned to a multiple of LENGTH_BUCKET."""
+    """The layers are compiled (layers.compile_layers), and rows are padded to a multiple of LENGTH_BUCKET."""
     keep: str = "auto"
-    """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations). Auto: products; where `fit`
-    finds room for it, all."""
+    """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations). Auto: all if `fit` finds room
+    for it, else products."""
+    ranks: int = 1
+    """GPUs that train together, each with the whole model."""
     expandable_segments: bool = False
-    """The allocator's segments grow (allocator.grow_segments)."""
+    """The allocator's segments can grow (allocator.grow_segments)."""
 
     @property
     def tokens(self) -> int:
-        """Of a batch, padding included."""
+        """Tokens in a batch, including padding."""
         bucket = LENGTH_BUCKET if self.compiled else 1
         return self.batch * -(-self.clip.tokens // bucket) * bucket
 
     @property
     def casts(self) -> bool:
-        """Whether LoRA inputs exist in float32."""
+        """Whether LoRA inputs exist in float32 too."""
         return self.casts_lora_inputs and self.adapter_bytes == FP32
 
     def recomputing(self, sizes: Sizes) -> int:
-        """Layers that recompute."""
+        """Number of layers that recompute."""
         wanted = self.checkpointed_layers
         return sizes.num_hidden_layers if wanted is None else min(wanted, sizes.num_hidden_layers)
 
@@ -83,8 +87,8 @@ class Configuration:
 def block(nbytes: float, expandable: bool = False) -> int:
     """Bytes that torch's caching allocator counts for a tensor (c10/cuda/CUDACachingAllocator.cpp).
 
-    Multiples of 512. From 10 MiB on a tensor gets a segment of its own in multiples of 2 MiB, and a rest of up to 1 MiB
-    is not split off; expandable segments split everything.
+    Sizes are multiples of 512. A tensor of 10 MiB or more gets a segment of its own in multiples of 2 MiB, from which a
+    remainder of up to 1 MiB is not split off. Expandable segments split off everything.
     """
     size = -(-int(nbytes) // 512) * 512
     if size < 10 * MIB or expandable:
@@ -94,14 +98,18 @@ def block(nbytes: float, expandable: bool = False) -> int:
 
 
 def layer_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """What the backward pass of one layer needs of its forward pass, bytes a token, by tensor. `targeted`: the names of
-    its modules with LoRA."""
+    """{tensor: bytes per token} that one layer keeps for its backward pass.
+
+    `targeted`: names of its modules with LoRA.
+    """
     return (_compiled_tensors if c.compiled else _plain_tensors)(sizes, c, targeted)
 
 
 def temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """The most that comes on top of `layer_tensors`, bytes a token, by moment: forward, recompute (a whole layer's
-    forward and backward again) and backward."""
+    """{moment: bytes per token} of the largest temporary tensors of a layer, beyond `layer_tensors`.
+
+    The moments are forward, recompute (a layer's forward and backward pass in one) and backward.
+    """
     return (_compiled_temporaries if c.compiled else _plain_temporaries)(sizes, c, targeted)
 
 
@@ -109,12 +117,13 @@ def temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str,
 
 
 def _compiled_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """The smallest cut through the layer's graph.
+    """The tensors in the smallest cut through the layer's graph.
 
-    `products`: only matrix products, attention and what the cut gains nothing by dropping are kept; everything between
-    them, dropout masks too (from their seeds), is computed again in the backward pass. So is cuDNN's attention, and
-    flash-attn's: the partitioner knows torch's flash for dear, not these. `all`: also each LoRA module's mask (a byte
-    an element) and dropped-out input, or without dropout the input that the modules share.
+    `products`: the layer keeps matrix products, attention, and what would save nothing if dropped. The backward pass
+    recomputes everything between them, including dropout masks (from their seeds). It also recomputes the attention of
+    cuDNN and flash-attn, because the partitioner counts only torch's own flash kernel as expensive. `all`: the layer
+    also keeps each LoRA module's mask (one byte per element) and input after dropout or, without dropout, the input
+    that the modules share.
     """
     h, m, kv = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size
     kept: dict[str, float] = {"input": BF16 * h, "after attention": BF16 * h, "1/rms": 2 * FP32}
@@ -135,12 +144,12 @@ def _compiled_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dic
 
 
 def _compiled_temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """At SwiGLU, where inductor's one kernel has all its inputs and outputs at once (m wide, bf16, none in place).
+    """Temporary tensors at SwiGLU, where inductor's one kernel has all its inputs and outputs (m wide, bf16) at once.
 
-    Forward: the outputs of gate's and up's B, their product, and the product dropped out for LoRA; kept ones are not
-    temporary. Backward: the product's gradient from down_proj and from its A, the product for A's gradient (not when
-    it was kept: it goes first), gate's and up's gradients, and each again scaled for its B; and the layer's own
-    gradient.
+    Forward: the outputs of gate's and up's B, their product, and the product after dropout for LoRA, except those that
+    are kept anyway. Backward: the product's gradients from down_proj and from its A; the product for A's gradient
+    (unless it was kept and is freed first); the gradients of gate and up, and each again scaled for its B; and the
+    layer's own gradient.
     """
     wide, hidden = BF16 * sizes.intermediate_size, BF16 * sizes.hidden_size
     down, branches = DOWN in targeted, len(targeted & set(GATE_UP))
@@ -148,7 +157,7 @@ def _compiled_temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) ->
     kept = down and c.keep == "all"
     forward = branches + 1 + dropped - kept
     backward = 1 + 2 + branches + (2 - 2 * kept if down else 0)
-    # A kept product frees its room before the kernel runs: the one that is not made, and the one that is gone.
+    # A kept product is not computed again, and its own memory is freed before the kernel runs.
     return {
         "forward": forward * wide,
         "recompute": backward * wide + hidden,
@@ -160,15 +169,17 @@ def _compiled_temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) ->
 
 
 def _plain_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """Frozen linear modules keep no input. RMSNorm keeps its float32 copy; attention its rotated q and k, v, output and
-    log-sum-exp; SwiGLU gate, silu(gate) and up. A LoRA module keeps its dropout mask (a byte an element), the bf16
-    input of A, and A's output. Without dropout and without a cast that input is the norm's output itself, shared by q,
-    k, v and by gate, up.
+    """The tensors that autograd keeps in an uncompiled layer.
+
+    Frozen linear modules keep no input. RMSNorm keeps its float32 copy; attention keeps rotated q and k, v, output and
+    log-sum-exp; SwiGLU keeps gate, silu(gate) and up. A LoRA module keeps its dropout mask (one byte per element), the
+    bf16 input of A, and A's output. Without dropout and cast, that input is the norm's output itself, which q, k and v
+    share, and gate and up.
     """
     h, m, kv, heads = sizes.hidden_size, sizes.intermediate_size, sizes.kv_size, sizes.num_attention_heads
     eager = c.attention == "eager"
     kept: dict[str, float] = {"norm 1": FP32 * h + FP32, "norm 2": FP32 * h + FP32}
-    repeated = c.padded or eager  # with a mask, keys and values are repeated for all heads
+    repeated = c.padded or eager  # with a mask, keys and values are repeated for every head
     kept |= {"q": BF16 * h, "k": BF16 * (h if repeated else kv), "v": BF16 * (h if repeated else kv)}
     kept |= {"attention": BF16 * h, "log-sum-exp": FP32 * heads}
     if eager:
@@ -191,13 +202,13 @@ def _plain_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[s
 
 
 def _plain_temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
-    """All of them at down_proj, whose input is the widest.
+    """Temporary tensors at down_proj, whose input is the widest.
 
-    Going forward: its input and PEFT's float32 copies of it (before and after dropout), beside the layer's input, the
-    hidden state after attention, norm 2's output (where it is not kept) and down_proj's result. Recomputing stops at
-    the last tensor that is needed; instead of the input (a checkpoint) there are the output's gradient and LoRA's share
-    of it. Going backward: the gradients of silu(gate), of up and of their product, or dropout's in float32; by then
-    down_proj's own tensors are gone.
+    Forward: its input and PEFT's float32 copies of it (before and after dropout), the layer's input, the hidden state
+    after attention, norm 2's output (if not kept) and down_proj's result. Recompute: the same up to the last tensor
+    that is needed, with the output's gradient and LoRA's part of it in place of the layer's input. Backward: the
+    gradients of silu(gate), of up and of their product, or dropout's in float32; down_proj's own tensors have been
+    freed by then.
     """
     h, m = sizes.hidden_size, sizes.intermediate_size
     lora, dropout = DOWN in targeted, c.lora.lora_dropout > 0
@@ -217,10 +228,10 @@ def _plain_temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> di
 
 
 def encoder_temporaries(sizes: Sizes, c: Configuration) -> float:
-    """The vision tower's widest moment: rotating the keys in float32.
+    """Bytes of the vision tower's temporary tensors at their peak, where it rotates the keys in float32.
 
-    Bytes per patch and width e: hidden 2, the norm's output 4 (autocast runs it in float32), qkv 6, float32 q and k 8,
-    rotated q 4, and k's three products 12. Whisper's is the feed-forward of 1500 positions, far less.
+    In bytes per patch and unit of width: hidden 2, the norm's output 4 (autocast runs it in float32), qkv 6, float32 q
+    and k 8, rotated q 4, and k's three products 12. Whisper's peak, the feed-forward of 1500 positions, is far lower.
     """
     vision = 36 * sizes.vision_embed_dim * c.batch * c.clip.patches
     audio = (3 * BF16 * sizes.encoder_ffn_dim + 3 * BF16 * sizes.d_model) * c.batch * sizes.max_source_positions

@@ -1,4 +1,4 @@
-"""`surgvqa budget`: the memory table of a configuration against the budget, and what to change."""
+"""`surgvqa budget`: compares the memory of a configuration with the budget, and says what to change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from surgvqa.config.settings import convert, require_bounds, settings_of
 from surgvqa.config.workspace import Workspace
 from surgvqa.machine import gpu
 from surgvqa.memory import fit, predict
-from surgvqa.memory.predict import GB, Prediction
+from surgvqa.memory.predict import GB, MemoryPrediction
 from surgvqa.model.sizes import Sizes, checkpoint_sizes, require_layers
 from surgvqa.outcome import Outcome
 
@@ -24,11 +24,11 @@ GROUPS = {
 }
 NO_GPU = "on a GPU; this machine has none"
 WIDTH = 15
-"""Of a bar, in cells; the table fits 80 columns."""
+"""Width of a bar in cells; the table fits into 80 columns."""
 
 
 def check(options: BudgetOptions) -> None:
-    """UsageError for numbers that mean nothing."""
+    """Raises UsageError for numbers out of bounds."""
     require_bounds(options)
 
 
@@ -56,7 +56,7 @@ def run(options: BudgetOptions, workspace: Workspace) -> Outcome:
     return Outcome(data, ok=fits, show=lambda console: _show(console, prediction, options.budget_gb, advice, choices))
 
 
-def document(prediction: Prediction) -> dict[str, Any]:
+def document(prediction: MemoryPrediction) -> dict[str, Any]:
     """A prediction as JSON keys."""
     return {
         "predicted_peak_gb": prediction.predicted_peak_gb,
@@ -74,17 +74,21 @@ def document(prediction: Prediction) -> dict[str, Any]:
 
 
 def preset_peaks(options: BudgetOptions, presets: list[Preset]) -> dict[str, float]:
-    """{preset: predicted peak in GB} with the other options as they are."""
+    """{preset: predicted peak in GB} with all other options unchanged."""
+    return {p.name: predict.predict_options(with_preset(options, p)).predicted_peak_gb for p in presets}
+
+
+def with_preset(options: BudgetOptions, preset: Preset) -> BudgetOptions:
+    """The options with the preset's settings. Raises UsageError for a value of the wrong type or out of bounds."""
     known = settings_of(BudgetOptions)
-    peaks = {}
-    for preset in presets:
-        settings = {k: convert(known[k], v, str(preset.file)) for k, v in preset.settings.items() if k in known}
-        peaks[preset.name] = predict.predict_options(replace(options, **settings)).predicted_peak_gb
-    return peaks
+    settings = {k: convert(known[k], v, str(preset.file)) for k, v in preset.settings.items() if k in known}
+    changed = replace(options, **settings)
+    check(changed)
+    return changed
 
 
 def _advice(
-    options: BudgetOptions, prediction: Prediction, fitted: Prediction | None, peaks: dict[str, float]
+    options: BudgetOptions, prediction: MemoryPrediction, fitted: MemoryPrediction | None, peaks: dict[str, float]
 ) -> list[str]:
     spare = options.budget_gb - prediction.predicted_peak_gb
     if spare >= 0:
@@ -92,7 +96,7 @@ def _advice(
         if fitted:
             count = fitted.configuration.checkpointed_layers
             if options.gradient_checkpointing and options.checkpointed_layers is None:
-                lines.append(f"train spends it on speed: {count} of {fitted.layers} layers recompute, {_gb(fitted)} GB")
+                lines.append(f"train uses it for speed: {count} of {fitted.layers} layers recompute, {_gb(fitted)} GB")
                 if fitted.configuration.compiled:
                     lines.append(f"compiled layers keep {fitted.kept}")
         return lines
@@ -111,17 +115,17 @@ def _advice(
     return lines
 
 
-def _gb(prediction: Prediction) -> str:
+def _gb(prediction: MemoryPrediction) -> str:
     return f"{prediction.predicted_peak_gb:.1f}"
 
 
 def _show(
-    console: Any, prediction: Prediction, budget_gb: float, advice: list[str], choices: list[dict[str, Any]]
+    console: Any, prediction: MemoryPrediction, budget_gb: float, advice: list[str], choices: list[dict[str, Any]]
 ) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from surgvqa.terminal.drawing import bar, bought
+    from surgvqa.terminal.drawing import bar, choice_line
 
     where = "" if gpu.any_gpu() else f"; {NO_GPU}"
     console.print(Text(f"{prediction.plan}; {prediction.configuration.clip.tokens} tokens{where}", "dim"))
@@ -149,7 +153,7 @@ def _show(
     for line in advice[1:]:
         console.print(f"  {line}")
     for choice in choices:
-        console.print(Text(bought(**choice), "dim"))
+        console.print(Text(choice_line(**choice), "dim"))
 
 
 def _total(table: Any, name: str, gb: float, budget_gb: float, note: str) -> None:

@@ -1,4 +1,4 @@
-"""The size of a sample as the model sees it: patches and tokens of a clip, a question, an answer."""
+"""The size of a sample in the model: patches and tokens of its clip, question and answer."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgvqa.config.options import DataOptions
+from surgvqa.data.audio_tokens import tokens_to
 from surgvqa.model.sizes import Sizes
 
 FRAME_SIZE = (1240, 1080)
-"""Width and height of a frame of REAL-Colon-VQA in pixels."""
+"""Width and height of a frame of REAL-Colon-VQA, in pixels."""
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 14 * 14 * 4 * 1280
-"""Bounds of a frame's area after resizing: Qwen2-VL's image processor."""
+"""Bounds of a frame's area after resizing in Qwen2-VL's image processor, in pixels."""
+QUESTION_S = 2.7
+"""Seconds of a spoken question of REAL-Colon-VQA with eight words: 160 audio tokens with the default margin."""
 PROMPT_TOKENS = 50
-"""Text tokens of a prompt in data/prompt.py with the author's vocabulary, without frames, audio and question."""
+"""Text tokens of a prompt (data/prompt.py) in the author's vocabulary, without frames, audio and question."""
 QUESTION_TOKENS = 20
-"""A written question (input_mode audio_text): ten words and `User Question:`."""
+"""Tokens of a written question: ten words and `User Question:`."""
 ANSWER_TOKENS = 16
-"""The longest answer of REAL-Colon-VQA has nine words; with full stop, comma and end of turn about 16 tokens."""
+"""REAL-Colon-VQA's longest answer has nine words, which is about 16 tokens with punctuation and end of turn."""
 
 
 def thumbnail_size(width: int, height: int, longest: int) -> tuple[int, int]:
-    """Size that Pillow's Image.thumbnail((longest, longest)) gives: the aspect kept as well as whole pixels allow."""
+    """(width, height) after Pillow's Image.thumbnail((longest, longest)), which keeps the aspect ratio."""
     if longest >= width and longest >= height:
         return width, height
     aspect = width / height
@@ -36,7 +39,7 @@ def thumbnail_size(width: int, height: int, longest: int) -> tuple[int, int]:
 
 
 def patch_grid(width: int, height: int, sizes: Sizes) -> tuple[int, int]:
-    """(rows, columns) of patches of a frame: Qwen2-VL's smart_resize to multiples of patch × merge, area bounded."""
+    """(rows, columns) of a frame's patches after Qwen2-VL's smart_resize: multiples of patch × merge, bounded area."""
     factor = sizes.patch_size * sizes.spatial_merge_size
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > MAX_PIXELS:
@@ -52,11 +55,11 @@ def patch_grid(width: int, height: int, sizes: Sizes) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Clip:
-    """One sample as the model sees it."""
+    """The size of one sample in the model."""
 
     frames: int
     grid: tuple[int, int]
-    """Patches of a frame: rows, columns."""
+    """(rows, columns) of a frame's patches."""
     image_tokens: int
     """Of all frames."""
     audio_tokens: int
@@ -73,15 +76,24 @@ class Clip:
         return self.image_tokens + self.audio_tokens + self.text_tokens + self.answer_tokens
 
 
-def clip_of(sizes: Sizes, options: DataOptions, frame_size: tuple[int, int] = FRAME_SIZE) -> Clip:
-    """The sample that `options` make of a clip whose frames are `frame_size` (width, height) pixels."""
+def clip_of(
+    sizes: Sizes,
+    options: DataOptions,
+    frame_size: tuple[int, int] = FRAME_SIZE,
+    question_s: float = QUESTION_S,
+) -> Clip:
+    """The size, under `options`, of a sample with frames of `frame_size` (width, height) pixels.
+
+    Its spoken question takes `question_s` seconds.
+    """
     rows, columns = patch_grid(*thumbnail_size(*frame_size, options.image_size), sizes)
-    written = QUESTION_TOKENS if options.input_mode == "audio_text" else 0
+    written = 0 if options.input_mode == "audio_only" else QUESTION_TOKENS
+    spoken = tokens_to(question_s, sizes.max_source_positions, options.audio_span, options.audio_margin_s)
     return Clip(
         frames=options.num_frames,
         grid=(rows, columns),
         image_tokens=options.num_frames * rows * columns // sizes.spatial_merge_size**2,
-        audio_tokens=sizes.max_source_positions,
+        audio_tokens=0 if options.input_mode == "text_only" else spoken,
         text_tokens=PROMPT_TOKENS + 2 * options.num_frames + written,
         answer_tokens=ANSWER_TOKENS,
     )

@@ -1,4 +1,4 @@
-"""Which configuration fits the budget: how many layers must recompute, what the compiled ones keep."""
+"""Finds the configuration that fits the budget: how many layers recompute, and what compiled layers keep."""
 
 from __future__ import annotations
 
@@ -7,33 +7,38 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from surgvqa.memory.activations import FP32, Configuration
-from surgvqa.memory.predict import CUDA_CONTEXT, Prediction, predict
+from surgvqa.memory.predict import CUDA_CONTEXT, NCCL, MemoryPrediction, predict
 from surgvqa.model.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
 
 MARGIN = 0.01
-"""Share of the budget that `fit` leaves free: six times the most that a prediction was too low on an H100 (0.16 %, of
-35 configurations, docs/benchmarks.md)."""
+"""Share of the budget that `fit` leaves free: six times the largest underestimate on an H100 (0.16 % in 35
+configurations, docs/benchmarks.md)."""
 WORTH_TELLING_GB = 0.05
-"""Of a choice."""
+"""Smallest effect of a choice that is shown."""
 
 
-def memory_limit_gb(budget_gb: float, device: torch.device) -> float:
-    """What a run may allocate: the budget, or what the card has beside the driver's own if that is less."""
+def memory_limit_gb(budget_gb: float, device: torch.device, ranks: int = 1) -> float:
+    """GB that a run may allocate: the budget, or the card's memory without the driver's part if that is less.
+
+    With several `ranks`, NCCL's buffers are subtracted too.
+    """
     if device.type != "cuda":
         return budget_gb
     import torch
 
     total = torch.cuda.get_device_properties(device).total_memory
-    return min(budget_gb, (total - CUDA_CONTEXT) / 1e9)
+    return min(budget_gb, (total - CUDA_CONTEXT - (NCCL if ranks > 1 else 0)) / 1e9)
 
 
 def plans(sizes: Sizes, c: Configuration) -> Iterator[Configuration]:
-    """The ways to run `c`, fastest first: compiled layers keep everything; or only matrix products, since computing
-    again what stands between them costs little; and layers recompute, the fewer the better: all of them cost a quarter
-    of a step's time."""
+    """Yields the ways to run `c`, fastest first.
+
+    First, compiled layers keep everything. Then they keep only matrix products, because recomputing what is between
+    them costs little. Then more and more layers recompute; all of them cost a quarter of a step's time.
+    """
     if c.keep == "auto":
         yield replace(c, keep="all", checkpointed_layers=0)
         c = replace(c, keep="products")
@@ -47,16 +52,20 @@ def fit(
     budget_gb: float,
     weights: dict[str, list[int]] | None = None,
     capped: bool = False,
-) -> Prediction | None:
-    """The fastest plan whose predicted peak, with a margin for the prediction's error, is within the budget; None when
-    there is none. `capped`: see Prediction.fits."""
+) -> MemoryPrediction | None:
+    """The fastest plan whose predicted peak is within the budget, less MARGIN; None if there is none.
+
+    `capped`: see MemoryPrediction.needed_gb.
+    """
     predicted = (predict(sizes, plan, weights) for plan in plans(sizes, c))
     return next((found for found in predicted if found.fits(budget_gb * (1 - MARGIN), capped)), None)
 
 
 def choices(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> list[tuple[str, float]]:
-    """What is done otherwise than the old way, and the GB by which the peak would be higher without each (negative:
-    lower, it spends memory on speed)."""
+    """(how `c` differs from the old script, GB that the peak would be higher without it).
+
+    The GB are negative for choices that use memory for speed.
+    """
     layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
     at_answer = c.supervised_tokens is None
     without: dict[str, tuple[bool, dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""An out-of-memory error in figures: what torch says was asked for, allocated and free."""
+"""The figures of an out-of-memory error: the bytes that torch says were requested, allocated and free."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
 REQUESTED = rf"allocate {SIZE}"
 ALLOCATED, UNALLOCATED = rf"{SIZE} is allocated by PyTorch", rf"{SIZE} is reserved by PyTorch but unallocated"
-"""Where torch's message has its figures (c10/cuda/CUDACachingAllocator.cpp)."""
+"""Patterns of the figures in torch's message (c10/cuda/CUDACachingAllocator.cpp)."""
 
 
 @dataclass(frozen=True)
 class OutOfMemory:
-    """What torch's message says: in one line that fits, and in bytes."""
+    """The content of torch's message: a short line, and figures in bytes."""
 
     text: str
     requested_bytes: int | None
@@ -26,14 +26,17 @@ class OutOfMemory:
 
     @property
     def is_fragmentation(self) -> bool:
-        """The allocator held enough free memory, but in no piece that was large enough."""
+        """Whether the allocator had enough free memory, but no single block that was large enough."""
         free = self.reserved_bytes - self.allocated_bytes
         return self.requested_bytes is not None and free >= self.requested_bytes
 
 
 def read(error: torch.OutOfMemoryError) -> OutOfMemory:
-    """The error in figures. What is allocated and reserved comes from the message where it says so: by the time an
-    error is caught, the work that was cut off has let go of some, and the allocator would say too little."""
+    """The figures of an error.
+
+    Allocated and reserved bytes come from the message if it has them: when the error is caught, the interrupted work
+    has already freed some memory, and the allocator's own figures would be too low.
+    """
     message = " ".join(str(error).split("\n")[0].split())
     requested, allocated, unallocated = (size_in(message, where) for where in (REQUESTED, ALLOCATED, UNALLOCATED))
     if allocated is None or unallocated is None:
@@ -42,14 +45,14 @@ def read(error: torch.OutOfMemoryError) -> OutOfMemory:
         reserved = allocated + unallocated
     if requested is None:
         return OutOfMemory(message, requested, allocated, reserved)
-    held = f"; {allocated / 1e9:.1f} GB allocated, {(reserved - allocated) / 1e9:.2f} GB reserved but free"
+    in_use = f"; {allocated / 1e9:.1f} GB allocated, {(reserved - allocated) / 1e9:.2f} GB reserved but free"
     return OutOfMemory(
-        f"tried to allocate {requested / 1e9:.2f} GB" + (held if reserved else ""), requested, allocated, reserved
+        f"tried to allocate {requested / 1e9:.2f} GB" + (in_use if reserved else ""), requested, allocated, reserved
     )
 
 
 def size_in(message: str, where: str) -> int | None:
-    """Bytes that stand in torch's message at `where` (`Tried to allocate 2.00 GiB`); None when it does not say."""
+    """Bytes in torch's message where the pattern `where` matches (`Tried to allocate 2.00 GiB`), else None."""
     found = re.search(where, message)
     return round(float(found[1]) * UNITS[found[2]]) if found else None
 
@@ -62,7 +65,7 @@ def allocator_bytes() -> tuple[int, int]:
 
 
 def empty_cache() -> None:
-    """Gives everything back that nothing refers to."""
+    """Frees all memory that nothing refers to."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

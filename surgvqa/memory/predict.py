@@ -1,16 +1,17 @@
-"""The GPU memory of a training step, predicted: which tensors live when, added up at the fullest moment.
+"""Predicts the GPU memory of a training step: the sum of all tensors that exist at the same moment, at its peak.
 
-Nothing is loaded and no constant is fitted to a run: activations.py has the tensors, benchmarks/memory.py holds the
-sums to a GPU. A step passes through phases, and the peak is the fullest of them, not the sum of everything:
+Nothing is loaded and no constant is fitted to a run. activations.py lists the tensors; benchmarks/memory.py compares
+the sums with a GPU. A step has several phases, and the peak is the largest of them, not their sum:
 
     encode              vision tower without gradient
-    forward             the last layer, when everything kept is there; autocast's bf16 copies of adapters too
+    forward             the last layer, when all kept tensors and autocast's bf16 copies of adapters exist
     loss, loss backward the logits of the supervised positions
     backward (kept)     the last layer that keeps its activations
-    backward (recompute) the last layer that recomputes: all checkpoints, one layer's activations and its temporaries
+    backward (recompute) the last layer that recomputes: all layer inputs, one layer's activations and its temporaries
     optimiser           the moments' temporaries
 
-GB = 1e9 bytes. T is tokens of a batch, h hidden, m intermediate, q and k widths of queries and keys, r LoRA rank.
+GB = 1e9 bytes. T is the number of tokens in a batch, h the hidden size, m the intermediate size, q and k the widths of
+queries and keys, r the LoRA rank.
 """
 
 from __future__ import annotations
@@ -27,22 +28,30 @@ from surgvqa.model.sizes import BF16, Sizes, checkpoint_sizes
 
 GB = 1e9
 CUBLAS_WORKSPACES = 4 * 32 * MIB
-"""cuBLAS and cuBLASLt, one each for the forward and for the backward thread; 32 MiB on Hopper
-(aten/src/ATen/cuda/CublasHandlePool.cpp, CUDABlas.cpp); less on older cards."""
+"""Workspaces of cuBLAS and cuBLASLt, one each for the forward and the backward thread: 32 MiB on Hopper
+(aten/src/ATen/cuda/CublasHandlePool.cpp, CUDABlas.cpp), less on older cards."""
 CUDA_CONTEXT = 0.81 * GB
-"""What the driver holds for a process beside torch's allocator: context and loaded kernels. Measured on an H100, the
-same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
+"""Memory that the driver uses for a process outside torch's allocator: context and loaded kernels. Measured on an H100,
+the same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
+NCCL_CONNECTION = 524_288 + 4_915_200 + 4_194_304
+"""Bytes of a connection's buffers for NCCL's protocols LL, LL128 and Simple (nccl/src/init.cc, computeBuffSizes)."""
+NCCL_CONNECTIONS = 2 * 24
+"""Ring and tree with 24 channels each, for Hopper's NVLink. Cards without NVLink use 2 to 4 channels."""
+NCCL = NCCL_CONNECTION * NCCL_CONNECTIONS
+"""NCCL's buffers in a process that trains with others. Computed from NCCL's sources, not measured. Gradients are
+reduced in place, so there are no buckets as in DistributedDataParallel."""
 MIN_8BIT = 4096
-"""bitsandbytes keeps float32 moments for smaller tensors; larger ones take a byte and a float32 scale per 256."""
+"""bitsandbytes keeps float32 moments for smaller tensors. Larger ones take one byte per value and a float32 scale for
+each 256."""
 ROOM_TO_ANSWER = 96
-"""Tokens that a row of the key-value cache has room for beyond its prompt: 32 of an answer, and what lengths are
-rounded up by (model/generation.py)."""
+"""Tokens in a row of the key-value cache beyond the prompt: 32 of the answer, and those from rounding up lengths
+(model/generation.py)."""
 TRANSFER_COLUMNS = 3
 """input_ids, attention_mask, labels: int64."""
 
 TRAIN_DEFAULTS = {name: setting.default for name, setting in settings_of(TrainOptions).items()}
 
-PARTS = {  # the token embeddings are on the host (model.load_model)
+PARTS = {  # the token embeddings stay on the host (model.load_model)
     "lm": "language model",
     "head": "language model's head",
     "vision": "vision tower",
@@ -57,22 +66,25 @@ class Component:
 
     name: str
     group: str
-    """weights, training, activations (together the allocated peak), reserved (allocator slack), driver (context)."""
+    """weights, training, activations (together the allocated peak), reserved (allocator slack) or driver (context)."""
     bytes: float
-    """At the peak."""
+    """Bytes at the step's peak."""
     peak_bytes: float
-    """The most it takes in any phase."""
+    """The component's own maximum over all phases."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The memory of a step. Peak: torch's max_memory_allocated; reserved: max_memory_reserved; driver: nvidia-smi."""
+class MemoryPrediction:
+    """The predicted memory of a step.
+
+    Peak is torch's max_memory_allocated, reserved its max_memory_reserved, driver what nvidia-smi shows.
+    """
 
     components: list[Component]
     phase: str
-    """Where the peak is."""
+    """The phase with the peak."""
     phases: dict[str, float]
-    """Allocated bytes at each phase's fullest moment."""
+    """{phase: allocated bytes at its peak}."""
     configuration: Configuration
     layers: int
 
@@ -97,12 +109,12 @@ class Prediction:
 
     @property
     def kept(self) -> str:
-        """What a compiled layer keeps, in words."""
+        """What a compiled layer keeps, for messages."""
         return "all activations" if self.configuration.keep == "all" else "only matrix products"
 
     @property
     def plan(self) -> str:
-        """The configuration in words."""
+        """The configuration, for messages."""
         c = self.configuration
         kept = self.layers - (self.layers if c.checkpointed_layers is None else c.checkpointed_layers)
         return (
@@ -115,7 +127,7 @@ class Prediction:
 
     @property
     def peak_table(self) -> dict[str, int]:
-        """{component: bytes at the peak} of what is allocated, for a run's events."""
+        """{component: bytes at the peak} of the allocated memory, for a run's events."""
         listed = [c for c in self.components if c.group not in ("reserved", "driver") and round(c.bytes)]
         return {c.name: round(c.bytes) for c in listed}
 
@@ -124,7 +136,7 @@ class Prediction:
         return self.needed_gb(capped) <= budget_gb
 
     def needed_gb(self, capped: bool = False) -> float:
-        """What a budget must hold: the allocated peak, or all that is reserved where the allocator is `capped`
+        """GB that the budget must have: the allocated peak, or all reserved memory if the allocator is `capped`
         (TrainOptions.enforce_budget)."""
         return self.predicted_reserved_gb if capped else self.predicted_peak_gb
 
@@ -145,7 +157,7 @@ def adapter_tensors(sizes: Sizes, lora: LoraOptions) -> list[int]:
 
 
 def optimiser_bytes(tensors: list[int], c: Configuration) -> int:
-    """Two moments of each trained tensor (Dettmers et al. 2022, block-wise quantisation with blocks of 256)."""
+    """Bytes of both moments of all trained tensors (Dettmers et al. 2022, block-wise quantisation in blocks of 256)."""
 
     def moment(parameters: int) -> int:
         if not c.eight_bit:
@@ -158,10 +170,10 @@ def optimiser_bytes(tensors: list[int], c: Configuration) -> int:
 # --- the sum ---------------------------------------------------------------------------------------------------------
 
 
-def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> Prediction:
-    """The memory of one optimiser step in steady state (the second one: the optimiser has its moments).
+def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> MemoryPrediction:
+    """The memory of one optimiser step in steady state, when the optimiser has its moments (from the second step on).
 
-    `weights` ({part: parameters of each tensor}) default to the architecture's; all are held in bf16.
+    `weights` ({part: parameters of each tensor}) default to the architecture's; all are in bf16.
     """
 
     def size(nbytes: float) -> int:
@@ -174,7 +186,7 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     targets = sizes.lora_targets(c.lora.lora_target_modules)
     trained = adapter_tensors(sizes, c.lora)
     adapters = sum(size(n * c.adapter_bytes) for n in trained)
-    # what a layer keeps of the adapters in bf16; uncompiled, autocast also keeps those of layers that recompute
+    # bf16 copies of adapters that a layer keeps; uncompiled, autocast also keeps those of layers that recompute
     copied = c.adapter_bytes == FP32 and not (c.compiled and c.keep != "all")
     copies = sum(size(n * BF16) for n in trained[:-1]) if copied else 0
     autocast = 0 if c.compiled else copies
@@ -184,10 +196,10 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
         return {module for module, numbers in targets.items() if layer in numbers}
 
     def kept_by(layer: int, recomputes: bool = False) -> float:
-        """A layer's activations, and the bf16 copies of its adapters, which autograd holds."""
+        """Bytes of a layer's activations and of its adapters' bf16 copies, which autograd keeps."""
         tensors = layer_tensors(sizes, c, targeted(layer))
         if recomputes:
-            tensors.pop("input", None)  # it is the checkpoint
+            tensors.pop("input", None)  # counted as the layer's kept input
         return sum(size(n * tokens) for n in tensors.values()) + copies / layers
 
     def temporary(moment: str, layer: int) -> float:
@@ -248,10 +260,10 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
                 "layer temporaries": temporary("recompute", layer),
             }
         )
-        if c.accumulation == 1:  # gradients come as checkpoints go
+        if c.accumulation == 1:  # gradients are allocated while checkpoints are freed
             per_layer = adapters / layers
-            held = max(kept_layers * per_layer, adapters - per_layer - (recomputing - 1) * hidden)
-            phases["backward (recompute)"]["gradients"] = held  # type: ignore[assignment]  # Counter knows only int
+            gradient_bytes = max(kept_layers * per_layer, adapters - per_layer - (recomputing - 1) * hidden)
+            phases["backward (recompute)"]["gradients"] = gradient_bytes  # type: ignore[assignment]  # Counter knows only int
     phases["optimiser"] = Counter({"gradients": adapters if c.accumulation == 1 else 0})
     if not c.eight_bit:
         phases["optimiser"]["optimiser temporaries"] = adapters
@@ -259,12 +271,12 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     return _prediction(resident, phases, _slack(sizes, c, tokens, logits), c, layers)
 
 
-def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> Prediction:
+def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> MemoryPrediction:
     """The memory of answering `c.batch` samples at once, without gradient and without autocast (generate.py).
 
-    The prompts' pass is fullest in up_proj of a layer: silu(gate) 2m; up's own result 2m, and with a
-    float32 adapter its B's output scaled 4m and the float32 sum 4m; hidden, norm and its float32 copy.
-    `c.adapter_bytes` 0: no adapter.
+    The pass over the prompts has its peak in a layer's up_proj, in bytes per token: silu(gate) 2m; up's own result 2m
+    and, with a float32 adapter, its B's scaled output 4m and the float32 sum 4m; hidden state, norm and its float32
+    copy. `c.adapter_bytes` 0 means no adapter.
     """
 
     def size(nbytes: float) -> int:
@@ -277,7 +289,7 @@ def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[i
         resident["adapters"] = sum(size(n * c.adapter_bytes) for n in adapter_tensors(sizes, c.lora))
     resident["cuBLAS workspaces"] = CUBLAS_WORKSPACES // 2  # one thread
     image = c.batch * BF16 * h * c.clip.image_tokens
-    if c.cached_features:  # of this batch and of the next one, which is sent meanwhile
+    if c.cached_features:  # those of this batch and of the next one, which is copied meanwhile
         resident["cached features in flight"] = 2 * (image + c.batch * BF16 * sizes.d_model * c.clip.audio_tokens)
     else:
         resident["inputs"] = 2 * c.batch * FP32 * sizes.patch_values * c.clip.patches
@@ -301,7 +313,7 @@ def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[i
 
 
 def _weights(sizes: Sizes, c: Configuration, weights: dict[str, list[int]]) -> Counter[str]:
-    """Bytes of the frozen weights that are on the GPU, by the part's name."""
+    """{part: bytes} of the frozen weights on the GPU."""
     return Counter(
         {
             name: sum(block(BF16 * n, c.expandable_segments) for n in weights[part])
@@ -313,19 +325,26 @@ def _weights(sizes: Sizes, c: Configuration, weights: dict[str, list[int]]) -> C
 
 def _prediction(
     resident: Counter[str], phases: dict[str, Counter[str]], slack: float, c: Configuration, layers: int
-) -> Prediction:
-    """The table of what is always there (`resident`) and what each phase holds besides, in bytes."""
-    totals = {name: float(sum((resident + held).values())) for name, held in phases.items()}
+) -> MemoryPrediction:
+    """Builds the prediction from the bytes that always exist (`resident`) and those that each phase adds."""
+    totals = {name: float(sum((resident + extra).values())) for name, extra in phases.items()}
     phase = max(totals, key=totals.__getitem__)
     at_peak = resident + phases[phase]
-    names = dict.fromkeys([*resident, *(name for held in phases.values() for name in held)])
+    names = dict.fromkeys([*resident, *(name for extra in phases.values() for name in extra)])
     components = [
-        Component(name, _group(name), at_peak[name], max((resident + held)[name] for held in phases.values()))
+        Component(
+            name,
+            _group(name),
+            at_peak[name],
+            max((resident + extra)[name] for extra in phases.values()),
+        )
         for name in names
     ]
     components.append(Component("allocator slack", "reserved", slack, slack))
     components.append(Component("CUDA context", "driver", CUDA_CONTEXT, CUDA_CONTEXT))
-    return Prediction([x for x in components if x.peak_bytes], phase, totals, c, layers)
+    nccl = NCCL if c.ranks > 1 else 0
+    components.append(Component("NCCL's buffers (estimated)", "driver", nccl, nccl))
+    return MemoryPrediction([x for x in components if x.peak_bytes], phase, totals, c, layers)
 
 
 def _group(name: str) -> str:
@@ -335,7 +354,7 @@ def _group(name: str) -> str:
 
 
 def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
-    """Freed blocks that fit no later request: about the two largest temporaries of a layer, and one of the logits'."""
+    """Bytes of freed blocks that fit no later request: about a layer's two largest temporaries and one of logits."""
     return 2 * (FP32 if c.casts else BF16) * sizes.intermediate_size * tokens + FP32 * logits
 
 
@@ -343,8 +362,10 @@ def _slack(sizes: Sizes, c: Configuration, tokens: int, logits: int) -> float:
 
 
 def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Configuration:
-    """The configuration in which `options` (of train or budget) train on a CUDA GPU (recipe.py); `overrides` are fields
-    of Configuration."""
+    """The configuration in which `options` (of train or budget) train on a CUDA GPU (recipe.py).
+
+    `overrides` are fields of Configuration.
+    """
     lora = options if isinstance(options, LoraOptions) else LoraOptions()
 
     def value(name: str) -> Any:
@@ -364,12 +385,13 @@ def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Confi
         "compiled": value("compile") != "off",
         "keep": value("keep_activations"),
         "expandable_segments": True,
+        "ranks": int(value("gpus")) if value("gpus").isdecimal() else 1,
     }
     return Configuration(**(fields | overrides))
 
 
-def predict_options(options: DataOptions, **overrides: Any) -> Prediction:
-    """The prediction for TrainOptions or BudgetOptions: of their checkpoint, or of the real model without one."""
+def predict_options(options: DataOptions, **overrides: Any) -> MemoryPrediction:
+    """The prediction for TrainOptions or BudgetOptions, for their checkpoint or, without one, for the real model."""
     folder = getattr(options, "model_name_or_path", None)
     sizes, weights = checkpoint_sizes(folder) if folder else (Sizes(), None)
     return predict(sizes, configuration(sizes, options, **overrides), weights)

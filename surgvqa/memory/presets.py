@@ -16,13 +16,15 @@ from surgvqa.terminal.drawing import bar
 
 
 def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
-    """Every preset: what it sets, why, what it gives up, and its predicted peak against the budget."""
-    from surgvqa.memory.budget import check, preset_peaks  # a quarter of every command's start otherwise
+    """Lists every preset: its settings, their reason, what it gives up, and its predicted peak against the budget."""
+    # Imported here, because it takes a quarter of every command's start-up time.
+    from surgvqa.memory.budget import check, preset_peaks, with_preset
 
     listed = load_presets(workspace.root)
     options = resolve("budget", {}, workspace).options
     check(options)
     peaks = preset_peaks(options, listed)
+    budgets = {p.name: with_preset(options, p).budget_gb for p in listed}
     data = {
         "budget_gb": options.budget_gb,
         "presets": [
@@ -33,7 +35,7 @@ def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
                 "rung": p.rung,
                 "settings": p.settings,
                 "predicted_peak_gb": peaks[p.name],
-                "fits": peaks[p.name] <= options.budget_gb,
+                "fits": peaks[p.name] <= budgets[p.name],
             }
             for p in listed
         ],
@@ -45,7 +47,7 @@ def presets(arguments: Namespace, workspace: Workspace) -> Outcome:
         for p in listed:
             sets = Text("\n".join(f"  {k}={v}" for k, v in p.settings.items()), "dim")
             name = Text.assemble((p.name, "bold"), "" if p.rung is None else f"  rung {p.rung}", "\n", sets)
-            peak = Text.assemble(bar(peaks[p.name] / options.budget_gb, 10), f" {peaks[p.name]:.1f}")
+            peak = Text.assemble(bar(peaks[p.name] / budgets[p.name], 10), f" {peaks[p.name]:.1f}")
             table.add_row(name, peak, Text.assemble(p.reason, ("\ngives up: ", "dim"), p.gives_up))
         console.print(table)
 

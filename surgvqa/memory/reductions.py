@@ -1,6 +1,6 @@
-"""Needing less memory: how many layers must recompute for a training to fit, and what to give up when it did not.
+"""How many layers must recompute for a training to fit, and what to give up when it runs out of memory.
 
-Torch-free and without effects; training/recipe.py and training/step_down.py act on what is decided here.
+Torch-free and without side effects; training/recipe.py and training/step_down.py act on these decisions.
 """
 
 from __future__ import annotations
@@ -15,49 +15,51 @@ from surgvqa.config.options import TrainOptions
 from surgvqa.config.settings import convert, settings_of
 from surgvqa.memory import predict
 from surgvqa.memory.activations import Configuration
-from surgvqa.memory.clip import clip_of
+from surgvqa.memory.clip import QUESTION_S, clip_of
 from surgvqa.memory.fit import MARGIN
 from surgvqa.memory.fit import fit as fastest_that_fits
-from surgvqa.memory.predict import Prediction
+from surgvqa.memory.predict import MemoryPrediction
 from surgvqa.model.sizes import checkpoint_sizes
 
-SHOWN = ("num_frames", "image_size")
-"""The settings of a preset that can change within a run; what else it sets takes effect in new runs only."""
+SHOWN = ("num_frames", "image_size", "audio_span")
+"""The settings of a preset that can change within a run. Its other settings take effect only in new runs."""
 
 
 class Forecast:
-    """Predictions of the training at hand."""
+    """Predicts the memory of a training under changed options."""
 
-    def __init__(self, options: TrainOptions, frame_size: tuple[int, int], **overrides: Any):
-        """`frame_size`: width and height in pixels of the largest frame. `overrides`: the fields of
-        memory.Configuration that the options leave open and the run has decided."""
+    def __init__(
+        self, options: TrainOptions, frame_size: tuple[int, int], question_s: float = QUESTION_S, **overrides: Any
+    ):
+        """`frame_size`: width and height of the largest frame in pixels. `question_s`: seconds of the longest spoken
+        question. `overrides`: fields of Configuration that the run, not the options, has decided."""
         self.sizes, self.weights = checkpoint_sizes(options.model_name_or_path)
-        self.frame_size = frame_size
+        self.frame_size, self.question_s = frame_size, question_s
         self.overrides = overrides
 
-    def of(self, options: TrainOptions) -> Prediction:
-        """With these options."""
+    def of(self, options: TrainOptions) -> MemoryPrediction:
+        """The prediction for these options."""
         return predict.predict(self.sizes, self._configuration(options), self.weights)
 
-    def fastest(self, options: TrainOptions, limit_gb: float) -> Prediction | None:
-        """With these options but the fewest recomputing layers that fit; None when nothing does."""
+    def fastest(self, options: TrainOptions, limit_gb: float) -> MemoryPrediction | None:
+        """The prediction for these options with the fewest recomputing layers that fit; None if nothing fits."""
         return fastest_that_fits(
             self.sizes, self._configuration(options), limit_gb, self.weights, capped=options.enforce_budget
         )
 
     def _configuration(self, options: TrainOptions) -> Configuration:
-        clip = clip_of(self.sizes, options, self.frame_size)
+        clip = clip_of(self.sizes, options, self.frame_size, self.question_s)
         return predict.configuration(self.sizes, options, clip=clip, **self.overrides)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How many of the language model's layers recompute from the start, what the others keep, and why."""
+    """How many of the language model's layers recompute from the start, why, and what the others keep."""
 
     recomputing: int
     layers: int
     why: str
-    prediction: Prediction | None = None
+    prediction: MemoryPrediction | None = None
     warning: str | None = None
 
     keep: str = "products"
@@ -75,10 +77,10 @@ class Fit:
 def fit(
     options: TrainOptions, layers: int, forecast: Forecast | None, limit_gb: float, presets: Sequence[Preset] = ()
 ) -> Fit:
-    """What `options` ask for; where they leave it open, the fastest plan whose predicted peak is within `limit_gb`.
+    """The plan that `options` ask for or, if they do not, the fastest one whose predicted peak is within `limit_gb`.
 
-    Without a forecast (on a CPU) all layers recompute. When nothing fits all do, with a warning that names the first of
-    the `presets` that would.
+    All layers recompute if there is no forecast (on a CPU) or if nothing fits. In the latter case a warning names the
+    first of the `presets` that would fit.
     """
     if not options.gradient_checkpointing:
         asked, why = 0, "gradient_checkpointing is off"
@@ -104,7 +106,7 @@ def fit(
     if prediction.fits(limit_gb, options.enforce_budget):
         return Fit(asked, layers, why, prediction, keep=prediction.configuration.keep)
     warning = (
-        f"predicted peak {prediction.needed_gb(options.enforce_budget):.1f} GB, {limit_gb:.1f} GB to be had; "
+        f"predicted peak {prediction.needed_gb(options.enforce_budget):.1f} GB, {limit_gb:.1f} GB available; "
         f"{_smaller_that_fits(options, asked, layers, forecast, limit_gb, presets)}"
     )
     return Fit(asked, layers, why, prediction, warning, prediction.configuration.keep)
@@ -125,16 +127,16 @@ def _smaller_that_fits(
 
 @dataclass(frozen=True)
 class Reduction:
-    """Settings that need less memory, to go on with."""
+    """Settings with which the run continues in less memory."""
 
     settings: dict[str, Any]
     preset: str | None = None
-    """Its name; None for a reduction that costs time only."""
+    """Its name; None for a reduction that only costs time."""
     predicted_gb: float | None = None
 
     @property
     def text(self) -> str:
-        """What changes, in words."""
+        """What changes, for messages."""
         what = f"preset {self.preset}: " if self.preset else ""
         named = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name in SHOWN)
         predicted = f" ({self.predicted_gb:.1f} GB predicted)" if self.predicted_gb is not None else ""
@@ -150,11 +152,12 @@ def next_reduction(
     limit_gb: float,
     evaluating: bool = False,
 ) -> Reduction | None:
-    """The next way to need less memory than now; None when nothing is left to give up.
+    """The next settings that need less memory than the current ones; None when nothing is left to give up.
 
-    First all layers recompute: that costs time, not information (in an evaluation it would save nothing). Then the
-    first of the `presets` that shows the model fewer pixels. Where there is a forecast, each must be predicted to fit
-    into `limit_gb` and to need less than what just ran out of memory.
+    First, all layers recompute, which costs time but no information (skipped in an evaluation, where it saves nothing).
+    Then comes the first of the `presets` that shows the model less: fewer pixels, or only the spoken part of the sound.
+    With a forecast, the settings must be predicted to fit into `limit_gb` and to need less than those that ran out of
+    memory. If a preset is not enough, the later ones keep what it gave up, unless they set it themselves.
     """
     recompute: dict[str, Any] = {} if evaluating else {"gradient_checkpointing": True, "checkpointed_layers": layers}
     now = forecast.of(changed(options, checkpointed_layers=recomputing)) if forecast else None
@@ -170,13 +173,15 @@ def next_reduction(
         if enough:
             return Reduction(recompute, None, needed)
     known = settings_of(TrainOptions)
+    given_up: dict[str, Any] = {}
     for preset in presets:
-        shown = {
+        shown = given_up | {
             key: convert(known[key], preset.settings[key], str(preset.file)) for key in SHOWN if key in preset.settings
         }
         smaller = changed(options, **{"checkpointed_layers": recomputing, **recompute, **shown})
-        if _pixels(smaller) >= _pixels(options):
+        if not _shows_less(smaller, options):
             continue
+        given_up = shown
         enough, needed = suffices(smaller)
         if enough:
             return Reduction(shown | recompute, preset.name, needed)
@@ -184,12 +189,15 @@ def next_reduction(
 
 
 def changed(options: TrainOptions, **settings: Any) -> TrainOptions:
-    """A copy with these settings, and with whatever else hangs on the options."""
+    """A copy of `options` with these settings."""
     other = copy(options)
     for name, value in settings.items():
         setattr(other, name, value)
     return other
 
 
-def _pixels(options: TrainOptions) -> int:
-    return options.num_frames * options.image_size**2
+def _shows_less(one: TrainOptions, other: TrainOptions) -> bool:
+    """Whether `one` shows the model less than `other` in some respect, and more in none."""
+    seen = [options.num_frames * options.image_size**2 for options in (one, other)]
+    heard = [options.audio_span == "full" for options in (one, other)]
+    return seen[0] <= seen[1] and heard[0] <= heard[1] and (seen[0], heard[0]) != (seen[1], heard[1])

@@ -1,1 +1,1 @@
-"""LoRA adapters and a checkpoint become one full BF16 checkpoint."""
+"""Merges LoRA adapters and a checkpoint into one full BF16 checkpoint."""

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter folder: its config, and which of its tensors changes which tensor of the base. Headers only.
+"""A PEFT LoRA adapter folder: its config, and which of its tensors changes which base tensor. Reads headers only.
 
 Key forms, after the prefix `base_model.model.`:
 
@@ -8,10 +8,10 @@ Key forms, after the prefix `base_model.model.`:
     <module>.<parameter>: trained in full (modules_to_save, bias="lora_only" or "all"); replaces the base's
     <module>.base_layer.weight: the base that LoRA was trained on (PEFT saves it for the head and the embedding)
 
-The name of an adapter may stand behind lora_A, … and modules_to_save; PEFT leaves it out when it saves.
+The adapter's name may follow lora_A, … and modules_to_save; PEFT leaves it out when it saves.
 
-Scale of a module: alpha / r, with rsLoRA alpha / sqrt(r) (Kalajdzievski 2023). rank_pattern and alpha_pattern: the
-first key whose regex `(.*\\.)?key` matches the whole module path wins.
+The scale of a module is alpha / r, or alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023). In rank_pattern and
+alpha_pattern, the first key whose regex `(.*\\.)?key` matches the whole module path applies.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _PART = re.compile(
 )
 _SAVED = re.compile(r"^(?P<module>.+)\.modules_to_save\.(?P<rest>.+)$")
 NEW_TENSORS = ("lm_head.weight", "audio_projector.weight", "audio_projector.bias")
-"""What an adapter may bring that its base lacks: the head of a tied base, the projector of one without audio."""
+"""Tensors that an adapter may add to its base: the head if the base is tied, the projector if it has no audio."""
 
-# What changes the base weights themselves or has no single merged weight, and why it is refused.
+# Fields of adapters that change the base weights themselves or have no single merged weight, and why we refuse them.
 REFUSED = {
-    "use_qalora": "QA-LoRA folds into a quantised base, there is no merged BF16 weight; PEFT refuses it too",
-    "layer_replication": "layer replication makes new layers; PEFT refuses to merge it too",
-    "alora_invocation_tokens": "an activated LoRA (aLoRA) is on for part of the tokens, no one weight equals it",
-    "arrow_config": "Arrow routes each token to another adapter, no one weight equals it",
+    "use_qalora": "QA-LoRA merges into a quantised base, so there is no merged BF16 weight; PEFT refuses it too",
+    "layer_replication": "layer replication adds layers; PEFT refuses to merge it too",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) applies to some tokens only, so no single weight equals it",
+    "arrow_config": "Arrow chooses an adapter for each token, so no single weight equals it",
     "megatron_config": "Megatron-parallel adapters are sharded; gather them first",
     "use_bdlora": "BD-LoRA is not supported",
     "velora_config": "VeLoRA is not supported",
@@ -64,7 +64,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "layers_to_transform": ((int, list), "a layer or a list of layers"),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), ((bool,), "true or false")),
 }
-"""Field -> what its value may be."""
+"""{field: (allowed types, their description)}."""
 _BIASES = ("none", "all", "lora_only")
 KNOWN = frozenset((
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
@@ -75,13 +75,13 @@ KNOWN = frozenset((
     "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_qalora",
     "use_rslora",
 ))  # fmt: skip
-"""Fields that are understood, refused (REFUSED) or that change no weight."""
+"""Fields that we handle, and fields that change no weight."""
 _REFUSED_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 @dataclass
 class LoraModule:
-    """What an adapter holds for one module."""
+    """The LoRA tensors of one module."""
 
     module: str
     """Its old name in the base, e.g. model.layers.0.self_attn.q_proj."""
@@ -90,34 +90,34 @@ class LoraModule:
     scale: float
     rank: int
     embedding: bool = False
-    """lora_embedding_A/B: the delta is (B A)^T, as the table is stored [tokens, width]."""
+    """lora_embedding_A/B: the delta is (B A)^T, because the table is stored as [tokens, width]."""
     magnitude: TensorInfo | None = None
     b_bias: TensorInfo | None = None
 
 
 @dataclass
 class Adapter:
-    """An adapter folder, resolved against a base."""
+    """An adapter folder, matched with its base."""
 
     folder: Path
     config: dict[str, Any]
     modules: dict[str, LoraModule]
-    """By the base tensor that each one changes: <module>.weight."""
+    """{base tensor that it changes, <module>.weight: LoRA}."""
     replaced: dict[str, TensorInfo]
-    """Base tensor -> the tensor that was trained in its place."""
+    """{base tensor: the tensor that was trained in its place}."""
     weights: Path
     own_base: dict[str, TensorInfo] = field(default_factory=dict)
-    """Base tensor -> what the adapter holds as its base; its LoRA is added to that."""
+    """{base tensor: the adapter's own copy of it}; LoRA is added to that copy."""
     named: set[str] = field(default_factory=set)
-    """The modules with LoRA weights as the file names them: a tied head by its own name."""
+    """The modules with LoRA weights, as named in the file: a tied head by its own name."""
     warnings: list[str] = field(default_factory=list)
 
 
 def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
-    """Reads an adapter's headers and says what it changes in `base`.
+    """Reads an adapter's headers and matches its tensors with those of `base`.
 
-    UsageError, naming file and tensor: no adapter, a kind that cannot be merged, a rank that contradicts the config, a
-    module or shape that the base has not, a tensor of unknown use.
+    Raises UsageError, which names file and tensor, if this is not an adapter, is of a kind that cannot be merged, has a
+    rank that contradicts its config, a module or shape that the base lacks, or a tensor of unknown purpose.
     """
     folder = as_on_disk(Path(folder))
     if not folder.is_dir():
@@ -127,7 +127,7 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
         hint = f"; is {folder / inside[0]} meant?" if inside else "; is this the adapter's folder?"
         raise UsageError(f"{folder}: no {CONFIG_FILE} in it{hint}")
     config = read_object(folder / CONFIG_FILE)
-    _refuse(folder / CONFIG_FILE, config)
+    _check_config(folder / CONFIG_FILE, config)
     weights, tensors = _adapter_tensors(folder)
     adapter = Adapter(folder, config, {}, {}, weights)
     parts: dict[str, dict[str, TensorInfo]] = {}
@@ -137,28 +137,28 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
         match = _PART.match(name)
         if match:
             part = match["part"] + (".bias" if match["parameter"] == "bias" else "")
-            held = parts.setdefault(match["module"], {})
-            if part in held:
-                raise UsageError(f"{weights}: {key} and {held[part].name}: two adapters in one file; save one of them")
-            held[part] = info
+            known = parts.setdefault(match["module"], {})
+            if part in known:
+                raise UsageError(f"{weights}: {key} and {known[part].name}: two adapters in one file; save one of them")
+            known[part] = info
             names.setdefault(match["adapter"] or "", key)
         elif ".original_module." in name:
             continue  # bias="all" also saves the untrained original beside a module of modules_to_save
         elif "lora_" in name or "trainable_tokens" in name:
-            raise UsageError(f"{weights}: {key}: no known LoRA tensor; this adapter cannot be merged here")
+            raise UsageError(f"{weights}: {key}: unknown kind of LoRA tensor; this adapter cannot be merged here")
         elif ".base_layer." in name:
-            target = _stored(to_old_name(name.replace(".base_layer.", ".")), base)
-            _once(weights, target, info, adapter.own_base)
+            target = _stored_tensor(to_old_name(name.replace(".base_layer.", ".")), base)
+            _require_new(weights, target, info, adapter.own_base)
             adapter.own_base[target] = info
         else:
-            saved = _saved_in_full(weights, key, name, base)
+            saved = _replaced_tensor(weights, key, name, base)
             if config.get("bias") == "all" and key.replace(".modules_to_save.", ".") in tensors.keys() - {key}:
                 continue  # bias="all" saves the biases of modules_to_save twice
-            _once(weights, saved, info, adapter.replaced)
+            _require_new(weights, saved, info, adapter.replaced)
             adapter.replaced[saved] = info
     if len(names) > 1:
         raise UsageError(
-            f"{weights}: {' and '.join(list(names.values())[:2])} are of different adapters; save one of them"
+            f"{weights}: {' and '.join(list(names.values())[:2])} belong to different adapters; save one of them"
         )
     ranks = _pattern_values(adapter, "rank_pattern", parts, config.get("r"))
     alphas = _pattern_values(adapter, "alpha_pattern", parts, config.get("lora_alpha"))
@@ -169,11 +169,11 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
             raise UsageError(f"{weights}: two LoRA modules for the tied weight {module}; this cannot be merged here")
         adapter.modules[f"{module}.weight"] = lora
     for name in list(adapter.own_base):
-        _once(weights, name, adapter.own_base[name], adapter.replaced)
+        _require_new(weights, name, adapter.own_base[name], adapter.replaced)
         if f"{name.rpartition('.')[0]}.weight" not in adapter.modules:  # no LoRA on it: trained in full
             adapter.replaced[name] = adapter.own_base.pop(name)
     if not adapter.modules and not adapter.replaced:
-        raise UsageError(f"{weights}: no tensor in it")
+        raise UsageError(f"{weights}: has no tensors")
     for name, info in [*adapter.replaced.items(), *adapter.own_base.items()]:
         there = base.tensors.get(name)
         if there is None and name not in NEW_TENSORS:
@@ -184,13 +184,12 @@ def read_adapter(folder: Path | str, base: Checkpoint) -> Adapter:
     unknown = sorted(key for key, value in config.items() if value and key not in KNOWN and key not in REFUSED)
     if unknown:
         adapter.warnings.append(
-            f"{CONFIG_FILE}: {', '.join(unknown)[:200]}: not known to this program (an adapter of a newer PEFT?), so "
-            "without effect on the merge"
+            f"{CONFIG_FILE}: {', '.join(unknown)[:200]}: unknown to this program (an adapter of a newer PEFT?) and "
+            "ignored by the merge"
         )
     if config.get("fan_in_fan_out"):
         adapter.warnings.append(
-            f"{CONFIG_FILE}: fan_in_fan_out is set, but every module of this model is an nn.Linear; taken as false, as "
-            "PEFT does"
+            f"{CONFIG_FILE}: fan_in_fan_out is set, but every module of this model is an nn.Linear; ignored, as in PEFT"
         )
     adapter.named = {to_old_name(name) for name in parts}
     return adapter
@@ -202,13 +201,14 @@ def require_float(info: TensorInfo) -> None:
         raise UsageError(f"{info.file}: {info.name} is {info.dtype}, expected a float type; is it quantised?")
 
 
-def _once(weights: Path, target: str, info: TensorInfo, known: Mapping[str, TensorInfo]) -> None:
+def _require_new(weights: Path, target: str, info: TensorInfo, known: Mapping[str, TensorInfo]) -> None:
+    """Raises UsageError when another tensor of the file already stands for `target`."""
     if target in known:
         raise UsageError(f"{weights}: {info.name} and {known[target].name} both stand for {target}; which one counts?")
 
 
-def _saved_in_full(weights: Path, key: str, name: str, base: Checkpoint) -> str:
-    """The base tensor that a tensor trained in full stands for. UsageError where that cannot be told."""
+def _replaced_tensor(weights: Path, key: str, name: str, base: Checkpoint) -> str:
+    """The base tensor that a tensor trained in full replaces. Raises UsageError if there is none."""
     match = _SAVED.match(name)
     if not match:
         return to_old_name(name)
@@ -219,18 +219,19 @@ def _saved_in_full(weights: Path, key: str, name: str, base: Checkpoint) -> str:
         if target in base.tensors:
             return target
     raise UsageError(
-        f"{weights}: {key}: the base {base.folder} has nothing of that name, with or without "
-        f"{match['rest'].partition('.')[0]!r} as the adapter's"
+        f"{weights}: {key}: the base {base.folder} has no tensor of that name, with or without "
+        f"{match['rest'].partition('.')[0]!r} as the adapter's name"
     )
 
 
-def _stored(name: str, base: Checkpoint) -> str:
-    """The base tensor that holds what `name` means: a tied head's is the embedding's."""
+def _stored_tensor(name: str, base: Checkpoint) -> str:
+    """The base tensor that stores `name`; for a tied head this is the embedding."""
     module, _, parameter = name.rpartition(".")
     return f"{_base_module(module, base)}.{parameter}"
 
 
-def _refuse(file: Path, config: dict[str, Any]) -> None:
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    """Raises UsageError for a config that is not LoRA, cannot be merged, or has a field of the wrong type."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UsageError(f"{file}: peft_type is {kind!r}, expected LORA")
@@ -270,17 +271,17 @@ def _adapter_tensors(folder: Path) -> tuple[Path, dict[str, TensorInfo]]:
 
 
 def _base_module(module: str, base: Checkpoint) -> str:
-    """The module whose weight the base stores: tied weights are stored once, as the embedding."""
+    """The module under which the base stores a weight. Tied weights are stored once, as the embedding."""
     return "model.embed_tokens" if module == "lm_head" and is_tied(base) else module
 
 
 def is_tied(base: Checkpoint) -> bool:
-    """Whether the base stores one matrix for the embedding and the head."""
+    """Whether the base stores one matrix for both embedding and head."""
     return bool(flat_config(base.config).get("tie_word_embeddings")) and "lm_head.weight" not in base.tensors
 
 
 def _pattern_values(adapter: Adapter, key: str, modules: Collection[str], default: Any) -> dict[str, Any]:
-    """{module: what rank_pattern or alpha_pattern (`key`) says of it}; the first pattern that matches wins."""
+    """{module: its value in rank_pattern or alpha_pattern (`key`), else `default`}; the first match applies."""
     values = dict.fromkeys(modules, default)
     table = adapter.config.get(key) or {}
     found = matching(list(table), modules, f"{adapter.folder / CONFIG_FILE}: {key} has", at_end=True)
@@ -303,7 +304,7 @@ def _module(
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     for part in (a_name, b_name):
         if part not in found:
-            raise UsageError(f"{file}: {raw_name} has no {part}; is the file whole?")
+            raise UsageError(f"{file}: {raw_name} has no {part}; is the file complete?")
     a, b = found[a_name], found[b_name]
     for info in found.values():
         require_float(info)
@@ -321,7 +322,9 @@ def _module(
         raise UsageError(f"{file}: {raw_name}: LoRA on a convolution {list(weight.shape)} is not supported")
     for info in (a, b):
         if len(info.shape) != 2:
-            raise UsageError(f"{file}: {info.name} is {list(info.shape)}, expected two dimensions; is the file whole?")
+            raise UsageError(
+                f"{file}: {info.name} is {list(info.shape)}, expected two dimensions; is the file complete?"
+            )
     if a.shape[0] != rank or b.shape[1] != rank:
         rows = a.shape[0]
         raise UsageError(

@@ -1,8 +1,8 @@
-"""LoRA adapters + checkpoint -> one full BF16 checkpoint, tensor by tensor.
+"""Merges LoRA adapters and a checkpoint into one full BF16 checkpoint, tensor by tensor.
 
-A plan is made from the headers alone: for each tensor of the output, where its bytes come from (copied, cast, merged,
-replaced). `writer` then streams it to disk; `arithmetic` has the arithmetic. Memory does not grow with the
-checkpoint: a few blocks of 4 MB and the factors of the modules at hand.
+The plan is made from the headers alone. It says for each tensor of the output where its bytes come from (copied, cast,
+merged, replaced). `writer` then streams the tensors to disk, and `arithmetic` computes them. Memory does not grow with
+the checkpoint: it holds a few blocks of 4 MB and the factors of the current modules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from surgvqa.terminal.figures import counted
 
 
 def check(options: MergeOptions) -> None:
-    """Looks at the folders and the shard size before a run folder is made."""
+    """Checks the folders and the shard size before a run folder is made. Raises UsageError."""
     parse_size(options.max_shard_size)
     for name in ("stage1_model_path", "stage2_adapter_path"):
         if not as_on_disk(Path(getattr(options, name))).is_dir():
@@ -36,7 +36,7 @@ def check(options: MergeOptions) -> None:
 
 
 def run(options: MergeOptions, run: Run) -> Outcome:
-    """Merges; see the module. With --dry_run only the plan."""
+    """Merges; with --dry_run it only shows the plan."""
     began = time.monotonic()
     run.phase("plan", f"{options.stage1_model_path} + {options.stage2_adapter_path}")
     plan = make_plan(options)
@@ -49,19 +49,21 @@ def run(options: MergeOptions, run: Run) -> Outcome:
     import torch
 
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)  # the parallelism is over blocks: each worker thread computes alone
-    torch.set_float32_matmul_precision("highest")  # no TF32: its 10 bits of mantissa would show after the rounding
+    torch.set_num_threads(1)  # blocks are computed in parallel, each by one worker thread
+    torch.set_float32_matmul_precision(
+        "highest"
+    )  # no TF32: the errors of its 10-bit mantissa would survive the rounding
     seconds = {"plan": time.monotonic() - began}
     try:
-        with Writer(plan.job, run) as writer:
+        with Writer(plan.checkpoint, run) as writer:
             seconds["verify"] = time.monotonic() - began - sum(seconds.values())
             if writer.finished:
-                return _already_there(plan, writer, time.monotonic() - began)
-            size = f"{counted(len(plan.job.shards), 'shard')}, {human_bytes(plan.job.nbytes)}"
+                return _unchanged(plan, writer, time.monotonic() - began)
+            size = f"{counted(len(plan.checkpoint.shards), 'shard')}, {human_bytes(plan.checkpoint.nbytes)}"
             run.phase("merge", f"{size} on {plan.device}")
             writer.write_shards()
             seconds["merge"] = time.monotonic() - began - sum(seconds.values())
-            run.phase("publish", str(plan.job.output))
+            run.phase("publish", str(plan.checkpoint.output))
             report = make_report(plan, writer, seconds, peak_rss_bytes())
             for text in report["warnings"][len(plan.warnings) :]:
                 run.warning(text)
@@ -70,7 +72,7 @@ def run(options: MergeOptions, run: Run) -> Outcome:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         plan.files.close()
-    return _done(plan, report, time.monotonic() - began)
+    return _outcome(plan, report, time.monotonic() - began)
 
 
 def _dry_run(plan: Plan) -> Outcome:
@@ -95,28 +97,29 @@ def _dry_run(plan: Plan) -> Outcome:
     return Outcome(data, ok=fits, show=show)
 
 
-def _already_there(plan: Plan, writer: Writer, seconds: float) -> Outcome:
+def _unchanged(plan: Plan, writer: Writer, seconds: float) -> Outcome:
     report = writer.record
     data = {**_data(plan, report, seconds), "already_there": True}
     return Outcome(
-        data, show=lambda console: console.print(f"{plan.job.output}: already merged from these inputs; verified")
+        data,
+        show=lambda console: console.print(f"{plan.checkpoint.output}: already merged from these inputs; verified"),
     )
 
 
 def _data(plan: Plan, report: dict[str, Any], seconds: float) -> dict[str, Any]:
     return {
-        "output": str(plan.job.output),
+        "output": str(plan.checkpoint.output),
         "modules_merged": report["modules_merged"],
         "tensors_copied": report["tensors_copied"],
         "seconds": round(seconds, 3),
         "peak_rss_bytes": peak_rss_bytes(),
         "warnings": report["warnings"],
-        "shards": len(plan.job.shards),
-        "bytes": plan.job.nbytes,
-        "report": str(plan.job.output / REPORT_FILE),
+        "shards": len(plan.checkpoint.shards),
+        "bytes": plan.checkpoint.nbytes,
+        "report": str(plan.checkpoint.output / REPORT_FILE),
     }
 
 
-def _done(plan: Plan, report: dict[str, Any], seconds: float) -> Outcome:
+def _outcome(plan: Plan, report: dict[str, Any], seconds: float) -> Outcome:
     data = _data(plan, report, seconds)
     return Outcome(data, ok=not report["not_finite"], show=lambda console: show_report(console, data, report))

@@ -1,6 +1,6 @@
-"""Regular expressions out of an adapter's config, matched where they cannot hold anything up.
+"""Matches the regular expressions of an adapter's config in a process of its own, with a time limit.
 
-Python's `re` has no time limit, and a short pattern can keep it busy for ever; so a process of its own matches.
+Python's `re` has no time limit, and even a short pattern can take forever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from surgvqa.errors import UsageError
 
 SECONDS = 10.0
-"""For all patterns of a field; matching all names of the real checkpoint takes some milliseconds a pattern."""
+"""Time limit for all patterns of a field; one takes a few milliseconds on the real checkpoint's names."""
 MOST_PATTERNS = 10_000
 PROGRAM = r"""
 import json, re, sys
@@ -27,17 +27,17 @@ for pattern in patterns:
         else:
             means = re.compile(pattern).fullmatch
     except (re.error, OverflowError, RecursionError) as error:
-        print(f"which is no regular expression ({error})", file=sys.stderr)
+        print(f"which is not a regular expression ({error})", file=sys.stderr)
         sys.exit(1)
     print(json.dumps([number for number, name in enumerate(names) if means(name)]))
 """
 
 
 def matching(patterns: Sequence[str], names: Iterable[str], where: str, at_end: bool = False) -> list[set[str]]:
-    """For each pattern those of `names` that it matches whole; `at_end`: or their end, from a dot on.
+    """For each pattern, those of `names` that it matches whole or, with `at_end`, from a dot to their end.
 
-    Both as PEFT matches target_modules and rank_pattern (peft.tuners.tuners_utils, `get_pattern_key`). Raises
-    UsageError, naming `where` the pattern stands, for one that is no regular expression or takes too long.
+    PEFT matches target_modules and rank_pattern in these ways (peft.tuners.tuners_utils, `get_pattern_key`). Raises
+    UsageError, which says `where` the pattern is, for an invalid regular expression or one that takes too long.
     """
     if len(patterns) > MOST_PATTERNS:
         raise UsageError(f"{where} {len(patterns)} patterns, expected {MOST_PATTERNS} at most")
@@ -53,18 +53,18 @@ def matching(patterns: Sequence[str], names: Iterable[str], where: str, at_end: 
         encoding="utf-8",
     )
     try:
-        out, told = process.communicate(json.dumps([list(patterns), names, at_end]), timeout=SECONDS)
+        out, stderr = process.communicate(json.dumps([list(patterns), names, at_end]), timeout=SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-        told = process.communicate()[1]
-        raise UsageError(f"{where} {_last(told)} takes more than {SECONDS:g} s to match; simplify it") from None
+        stderr = process.communicate()[1]
+        raise UsageError(f"{where} {_tried(stderr)} takes more than {SECONDS:g} s to match; simplify it") from None
     if process.returncode:
-        lines = told.strip().splitlines() or ["which cannot be matched"]
-        raise UsageError(f"{where} {_last(told)}, {lines[-1]}")
+        lines = stderr.strip().splitlines() or ["which cannot be matched"]
+        raise UsageError(f"{where} {_tried(stderr)}, {lines[-1]}")
     return [{names[number] for number in json.loads(line)} for line in out.splitlines()]
 
 
-def _last(told: str) -> str:
-    """The pattern that the process was at, shortened."""
-    told_patterns = [line for line in told.splitlines() if line.startswith('"')]
-    return repr(str(json.loads(told_patterns[-1]))[:80]) if told_patterns else "a pattern that"
+def _tried(stderr: str) -> str:
+    """The pattern that the process was matching, shortened."""
+    patterns_tried = [line for line in stderr.splitlines() if line.startswith('"')]
+    return repr(str(json.loads(patterns_tried[-1]))[:80]) if patterns_tried else "a pattern that"

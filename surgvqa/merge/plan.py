@@ -13,7 +13,7 @@ from surgvqa.checkpoint.config_json import output_config, quantisation, side_fil
 from surgvqa.checkpoint.folder import Checkpoint, open_checkpoint, parse_size
 from surgvqa.checkpoint.headers import FLOAT_DTYPES, TensorInfo
 from surgvqa.checkpoint.shards import Copy, Files, Source, plan_shards
-from surgvqa.checkpoint.writer import Job, file_identity
+from surgvqa.checkpoint.writer import NewCheckpoint, file_identity
 from surgvqa.config.options import MergeOptions
 from surgvqa.errors import UsageError
 from surgvqa.files import free_bytes
@@ -21,42 +21,42 @@ from surgvqa.merge.adapter import Adapter, is_tied, read_adapter, require_float
 from surgvqa.merge.promises import require_promised
 
 REPORT_FILE = "merge_report.json"
-ARITHMETIC = 2  # counts up when a change of the arithmetic changes bits: a half-made merge then starts again
+ARITHMETIC = 2  # raise it when a change of the arithmetic changes bits, so that an interrupted merge starts again
 
 
 @dataclass
 class Plan:
-    """What a merge will write, and from what."""
+    """The output of a merge and its inputs."""
 
     base: Checkpoint
     adapter: Adapter
-    job: Job
+    checkpoint: NewCheckpoint
     kinds: dict[str, str]
-    """Output tensor -> copied, cast, merged, replaced."""
+    """{output tensor: "copied", "cast", "merged" or "replaced"}."""
     device: str
     files: Files
     warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """The plan in figures, for --dry_run and the panel."""
+        """Figures of the plan, for --dry_run and the panel."""
         kinds = Counter(self.kinds.values())
         return {
-            "output": str(self.job.output),
+            "output": str(self.checkpoint.output),
             "modules_merged": len(self.adapter.modules),
             "tensors_copied": kinds["copied"],
             "tensors_cast": kinds["cast"],
             "tensors_replaced": kinds["replaced"],
             "base_bytes": self.base.nbytes,
             "adapter_bytes": self.adapter.weights.stat().st_size,
-            "output_bytes": self.job.nbytes,
-            "free_bytes": free_bytes(self.job.output),
-            "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.sources)} for s in self.job.shards],
+            "output_bytes": self.checkpoint.nbytes,
+            "free_bytes": free_bytes(self.checkpoint.output),
+            "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": len(s.sources)} for s in self.checkpoint.shards],
             "device": self.device,
         }
 
 
 def make_plan(options: MergeOptions) -> Plan:
-    """Reads the headers of base and adapter and settles every tensor of the output. UsageError for bad input."""
+    """Reads the headers of base and adapter and plans every tensor of the output. Raises UsageError for bad input."""
     base = open_checkpoint(options.stage1_model_path)
     quantised = quantisation(base)
     if quantised:
@@ -76,18 +76,18 @@ def make_plan(options: MergeOptions) -> Plan:
     sources, kinds = _sources(base, adapter, overlay, files, device)
     if _untie(base, adapter, sources, kinds, files, warnings):
         config["tie_word_embeddings"] = False
-    job = Job(
+    checkpoint = NewCheckpoint(
         output=output,
         shards=plan_shards(sources, parse_size(options.max_shard_size)),
         inputs=_inputs(options, base, adapter, device),
         report_file=REPORT_FILE,
         side_files=side_files(base, config, adapter.folder),
     )
-    return Plan(base, adapter, job, kinds, device, files, warnings)
+    return Plan(base, adapter, checkpoint, kinds, device, files, warnings)
 
 
 def _size_problem(base: Checkpoint) -> str | None:
-    """A size that config.json lacks or has wrong: no merge needs it, but whoever loads the result does."""
+    """A size that config.json lacks or has wrong. Loading the result needs it, the merge itself does not."""
     try:
         expected_tensors(base)
     except UsageError as error:
@@ -110,13 +110,16 @@ def _projector(file: Path, base: Checkpoint) -> dict[str, TensorInfo]:
         require_float(info)
         found[target] = info
     if not found:
-        raise UsageError(f"{file}: no tensor in it")
+        raise UsageError(f"{file}: has no tensors")
     return found
 
 
 def _device(asked: str) -> str:
-    """`auto` is the CPU: the disk and the hashing bound a merge, a CUDA context alone takes more memory than all of it,
-    and the card may be training."""
+    """The device for the arithmetic.
+
+    `auto` is the CPU: disk and hashing limit a merge, a CUDA context alone takes more memory than the whole merge, and
+    the GPU may be training. Raises UsageError when CUDA was asked for and is missing.
+    """
     if asked != "cuda":
         return "cpu"
     import torch
@@ -129,7 +132,7 @@ def _device(asked: str) -> str:
 def _sources(
     base: Checkpoint, adapter: Adapter, overlay: dict[str, TensorInfo], files: Files, device: str
 ) -> tuple[list[Source], dict[str, str]]:
-    """A source for each tensor of the output, in the base's order, new ones at the end."""
+    """The sources and kinds of all output tensors, in the base's order, new ones at the end."""
     from surgvqa.checkpoint.torch_tensors import Cast
     from surgvqa.merge.arithmetic import AddedBias, Merged, Replaced
 
@@ -173,27 +176,27 @@ def _untie(
     files: Files,
     warnings: list[str],
 ) -> bool:
-    """Whether tied embeddings must come apart, because one of the two was trained in full without the other.
+    """Whether tied embeddings must be written untied, because one of the two was trained in full without the other.
 
-    PEFT trains modules_to_save on a copy, which breaks the tie; written as tied, the other side would change too.
+    PEFT trains modules_to_save on a copy, which breaks the tie. If written as tied, the other side would change too.
     """
     if not is_tied(base):
         return False
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     if embedding in adapter.modules and head not in adapter.replaced:
-        warnings.append("the embedding is tied to lm_head: the merged LoRA changes both, as PEFT's merge does")
+        warnings.append("the embedding is tied to lm_head: the merged LoRA changes both, as in PEFT")
     if head in adapter.replaced and embedding in adapter.replaced and adapter.config.get("ensure_weight_tying"):
-        sources[:] = [source for source in sources if source.name != head]  # PEFT saves the one tensor twice
+        sources[:] = [source for source in sources if source.name != head]  # PEFT saves the same tensor twice
         del kinds[head]
         return False
     if head in adapter.replaced and embedding in adapter.replaced:
-        warnings.append("embedding and lm_head were trained apart: written untied (tie_word_embeddings false)")
+        warnings.append("embedding and lm_head were trained separately: written untied (tie_word_embeddings false)")
         return True
     if head in adapter.replaced:
-        warnings.append("lm_head was trained apart from the embedding: written untied (tie_word_embeddings false)")
+        warnings.append("lm_head was trained without the embedding: written untied (tie_word_embeddings false)")
         return True
     if embedding in adapter.replaced and not adapter.config.get("ensure_weight_tying"):
-        warnings.append("the embedding was trained apart from lm_head: written untied (tie_word_embeddings false)")
+        warnings.append("the embedding was trained without lm_head: written untied (tie_word_embeddings false)")
         info = base.tensors[embedding]
         from surgvqa.checkpoint.torch_tensors import Cast
 

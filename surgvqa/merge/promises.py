@@ -1,6 +1,6 @@
-"""What an adapter's config promises, held against what its file has.
+"""Checks that an adapter's file has all the tensors that its config promises.
 
-PEFT itself only warns about a part of this; a merge that goes on would write Stage 1's weights where Stage 2's belong.
+PEFT only warns about some of them. Merging an incomplete adapter would keep Stage 1's weights where Stage 2's belong.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from surgvqa.merge.patterns import matching
 
 
 def require_promised(adapter: Adapter, base: Checkpoint, also: Collection[str] = ()) -> None:
-    """Raises UsageError unless everything that the config promises is in the file, or in `also` (base tensors)."""
+    """Raises UsageError unless the file, or `also` (base tensors), has everything that the config promises."""
     saved = _check_saved(adapter, base, also)
     _check_targets(adapter, base, saved)
     _check_biases(adapter, base, saved)
 
 
 def _check_saved(adapter: Adapter, base: Checkpoint, also: Collection[str]) -> set[str]:
-    """The base tensors of the modules in modules_to_save, all of which have to be there."""
+    """The base tensors of the modules in modules_to_save. Raises UsageError when one is missing."""
     here = {*adapter.replaced, *also}
     saved: set[str] = set()
     for entry in adapter.config.get("modules_to_save") or []:
@@ -34,7 +34,7 @@ def _check_saved(adapter: Adapter, base: Checkpoint, also: Collection[str]) -> s
             missing = sorted(promised - here) or [str(entry)]
             raise UsageError(
                 f"{adapter.folder / CONFIG_FILE}: modules_to_save names {entry}, but {adapter.weights.name} has no "
-                f"{missing[0]}; bring the adapter whole, lay it over with --projector, or take {entry} out of "
+                f"{missing[0]}; copy the complete adapter, give --projector, or remove {entry} from "
                 "modules_to_save if it was not trained"
             )
         saved |= promised | found
@@ -48,11 +48,11 @@ def _is_within(tensor: str, entry: str) -> bool:
 
 
 def _check_targets(adapter: Adapter, base: Checkpoint, saved: Collection[str]) -> None:
-    """Holds the file's LoRA weights against target_modules.
+    """Compares the file's LoRA weights with target_modules.
 
-    UsageError when a module has LoRA weights that target_modules does not mean (PEFT would leave them out), when a kind
-    of module has LoRA weights in some layers and not in others, or when no module of a name in the list has any; a
-    warning when a kind has none (the encoders may not have been there in training).
+    Raises UsageError when a module has LoRA weights that target_modules does not match (PEFT would ignore them), when a
+    kind of module has LoRA weights in only some layers, or when no module of a listed name has any. Warns when a kind
+    has none, because the encoders may have been absent in training.
     """
     config, file = adapter.config, adapter.weights
     target = config.get("target_modules")
@@ -63,8 +63,12 @@ def _check_targets(adapter: Adapter, base: Checkpoint, saved: Collection[str]) -
     ]
     place = str(adapter.folder / CONFIG_FILE)
     modules = dict.fromkeys([*linear, *sorted(adapter.named)])
-    left_out = _meant(config.get("exclude_modules"), modules, f"{place}: exclude_modules")
-    wanted = set(modules) if target in (None, "all-linear") else _meant(target, modules, f"{place}: target_modules")
+    left_out = _matching_modules(config.get("exclude_modules"), modules, f"{place}: exclude_modules")
+    wanted = (
+        set(modules)
+        if target in (None, "all-linear")
+        else _matching_modules(target, modules, f"{place}: target_modules")
+    )
     wanted -= left_out
     layers = config.get("layers_to_transform")
     if layers is not None:
@@ -72,25 +76,27 @@ def _check_targets(adapter: Adapter, base: Checkpoint, saved: Collection[str]) -
         wanted = {module for module in wanted if chosen & set(re.findall(r"\.(\d+)\.", module))}
     if stray := sorted(adapter.named - wanted):
         raise UsageError(
-            f"{place}: target_modules does not mean {stray[0]}"
+            f"{place}: target_modules does not match {stray[0]}"
             + (f" and {len(stray) - 1} more modules" if stray[1:] else "")
             + f", but {file.name} has LoRA weights for it; is this the adapter's own config?"
         )
-    meant = [module for module in linear if module in wanted] if target is not None else []
+    promised_modules = [module for module in linear if module in wanted] if target is not None else []
     here = adapter.named | {name.removesuffix(".weight") for name in adapter.modules}
-    absent = _absent(adapter, meant, here, "LoRA weights")
+    absent = _absent(adapter, promised_modules, here, "LoRA weights")
     for name in target if isinstance(target, list) else []:
-        promised = _meant([name], meant, place)
+        promised = _matching_modules([name], promised_modules, place)
         if promised and not promised & here:
-            raise UsageError(f"{file}: target_modules names {name}, but there are no LoRA weights for it; is it whole?")
+            raise UsageError(
+                f"{file}: target_modules names {name}, but there are no LoRA weights for it; is it complete?"
+            )
     if absent and target != "all-linear":  # which modules those were depends on the model as PEFT saw it
         adapter.warnings.append(
-            f"{file.name}: no LoRA weights for {len(absent)} modules that target_modules means, first {absent[0]}"
+            f"{file.name}: no LoRA weights for {len(absent)} modules that target_modules matches, first {absent[0]}"
         )
 
 
 def _check_biases(adapter: Adapter, base: Checkpoint, saved: Collection[str]) -> None:
-    """Holds the file against bias="lora_only" (the biases of the modules with LoRA) or "all"."""
+    """Warns about biases missing from the file that bias="lora_only" (modules with LoRA) or "all" promises."""
     if adapter.config.get("bias") not in ("lora_only", "all"):
         return
     everywhere = adapter.config["bias"] == "all"
@@ -110,9 +116,9 @@ def _check_biases(adapter: Adapter, base: Checkpoint, saved: Collection[str]) ->
 
 
 def _absent(adapter: Adapter, promised: Iterable[str], here: Collection[str], what: str) -> list[str]:
-    """The promised names of kinds that are not there at all; UsageError for a kind that is there in part.
+    """The promised names of kinds that are missing in all layers. Raises UsageError for a kind missing in some.
 
-    A kind is what has the same name in each layer.
+    Modules of one kind have the same name in each layer.
     """
     kinds: dict[str, list[str]] = {}
     for name in promised:
@@ -123,14 +129,14 @@ def _absent(adapter: Adapter, promised: Iterable[str], here: Collection[str], wh
         if missing and len(missing) < len(names):
             raise UsageError(
                 f"{adapter.weights}: no {what} for {len(missing)} of the {len(names)} modules like {missing[0]}; "
-                "is the file whole?"
+                "is the file complete?"
             )
         absent += missing
     return absent
 
 
-def _meant(target: Any, modules: Collection[str], where: str) -> set[str]:
-    """The modules that PEFT takes for `target`: a list of names or of their ends, or a regular expression."""
+def _matching_modules(target: Any, modules: Collection[str], where: str) -> set[str]:
+    """The modules that PEFT matches with `target`: a list of names or of their ends, or a regular expression."""
     if isinstance(target, list):
         ends = [to_old_name(str(name)) for name in target]
         return {module for module in modules if any(f".{module}".endswith(f".{end}") for end in ends)}

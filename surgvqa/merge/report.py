@@ -1,7 +1,8 @@
-"""merge_report.json: what a merge did, module by module, and what in it looks wrong."""
+"""merge_report.json: what a merge did, module by module, and what looks wrong in it."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter, defaultdict
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal as human_bytes
 
 from surgvqa.checkpoint.writer import Writer
+from surgvqa.config.options import DataOptions
+from surgvqa.config.settings import settings_of
 from surgvqa.errors import UsageError
 from surgvqa.files import read_json
 from surgvqa.merge.adapter import Adapter
@@ -23,10 +26,10 @@ if TYPE_CHECKING:
 def make_report(plan: Plan, writer: Writer, seconds: dict[str, float], peak_rss_bytes: int) -> dict[str, Any]:
     """The report; norms are Frobenius norms in float32.
 
-    `delta_ratio` is ‖ΔW‖/‖W‖; `rounding_loss` is ‖W'−(W+ΔW)‖/‖ΔW‖, the share of the change that rounding to the
-    output's dtype took, measured on one row in eight of each module. A module's `seconds` are those that threads spent
-    making it: reading W and its factors, product, casts, norms. Hashing and writing go by shard and are not in them;
-    threads work side by side, so all modules' together may be more than `seconds_by_phase`'s `merge`.
+    `delta_ratio` is ‖ΔW‖/‖W‖. `rounding_loss` is ‖W'−(W+ΔW)‖/‖ΔW‖, the share of the change that was lost by rounding to
+    the output's dtype, measured on one row in eight of each module. A module's `seconds` is the time that threads spent
+    computing it: reading W and its factors, product, casts, norms, but not hashing and writing. Threads work in
+    parallel, so the sum over all modules may exceed `merge` in `seconds_by_phase`.
     """
     shards = writer.record["shards"]
     tensors = {name: stats for _, shard in sorted(shards.items()) for name, stats in shard["tensors"].items()}
@@ -43,9 +46,9 @@ def make_report(plan: Plan, writer: Writer, seconds: dict[str, float], peak_rss_
     not_finite = [n for n, s in tensors.items() if not all(map(_finite, s.values()))]
     kinds = Counter(plan.kinds.values())
     before = Counter(info.dtype for info in plan.base.tensors.values())
-    after = Counter(s.dtype for shard in plan.job.shards for s in shard.sources)
+    after = Counter(s.dtype for shard in plan.checkpoint.shards for s in shard.sources)
     return {
-        "output": str(plan.job.output),
+        "output": str(plan.checkpoint.output),
         "modules_merged": len(modules),
         "tensors_copied": kinds["copied"],
         "tensors_cast": kinds["cast"],
@@ -90,7 +93,7 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def _grouped(modules: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """‖ΔW‖/‖W‖ and seconds over all modules of a layer, or of a kind: norms add up in squares."""
+    """‖ΔW‖/‖W‖ and seconds of all modules per layer or per kind. The squares of norms add up."""
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for module in modules:
         groups[module[key]].append(module)
@@ -113,14 +116,14 @@ def _grouped(modules: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 def _suspicious(
     plan: Plan, modules: list[dict[str, Any]], replaced: list[dict[str, Any]], not_finite: list[str]
 ) -> list[str]:
-    """What a researcher should look at before training on the result."""
-    found = [f"{name}: NaN or infinity in it" for name in not_finite]
+    """Warnings that a researcher should read before training on the result."""
+    found = [f"{name}: contains NaN or infinity" for name in not_finite]
     zero = [m["module"] for m in modules if m["what"] == "lora" and m["delta_norm"] == 0]
     if zero:
         found.append(f"{len(zero)} of {len(modules)} modules have a zero delta (an untrained lora_B?), first {zero[0]}")
     for entry in replaced:
         if entry.get("delta_norm") == 0:
-            found.append(f"{entry['tensor']}: the {entry['from']}'s is equal to the base's; was it trained?")
+            found.append(f"{entry['tensor']}: the {entry['from']}'s tensor equals the base's; was it trained?")
     large = [m for m in modules if (m["delta_ratio"] or 0) > 1]
     if large:
         worst = max(large, key=lambda m: m["delta_ratio"])
@@ -131,14 +134,14 @@ def _suspicious(
     stage2 = stage2_facts(plan.adapter)
     if stage2.get("quantised_base"):
         found.append(
-            "Stage 2 was trained on a quantised base: its LoRA also makes up for quantisation errors that the BF16 "
-            "base does not have; expect a small shift, and train on"
+            "Stage 2 was trained on a quantised base: its LoRA also compensates quantisation errors that the BF16 "
+            "base does not have; expect a small shift, and continue training"
         )
     return found
 
 
 def stage2_facts(adapter: Adapter) -> dict[str, Any]:
-    """How Stage 2 was trained, as far as its folder tells."""
+    """How Stage 2 was trained, as far as its folder shows."""
     config = adapter.config
     keys = (
         "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias", "fan_in_fan_out",
@@ -153,6 +156,10 @@ def stage2_facts(adapter: Adapter) -> dict[str, Any]:
         facts["quantised_base"] = "4-bit"
     elif re.search(r"load_in_8bit:\s*True", card) or config.get("loftq_config"):
         facts["quantised_base"] = "8-bit or LoftQ"
+    with contextlib.suppress(UsageError):  # not trained by this program
+        options = read_json(adapter.folder / "surgvqa.json").get("options")
+        if isinstance(options, dict):
+            facts["shown"] = {k: options[k] for k in settings_of(DataOptions) if k in options}
     for folder in (adapter.folder, adapter.folder.parent):
         try:
             state = read_json(folder / "trainer_state.json")
@@ -171,7 +178,7 @@ def _read_text(file: Path) -> str:
 
 
 def show_report(console: Any, data: dict[str, Any], report: dict[str, Any]) -> None:
-    """The report for people: a bar per layer, what was lost, what looks wrong."""
+    """Prints the report: a bar per layer, the rounding loss, and what looks wrong."""
     from rich.text import Text
 
     rate = human_bytes(int(data["bytes"] / max(data["seconds"], 1e-9)))
@@ -190,12 +197,12 @@ def show_report(console: Any, data: dict[str, Any], report: dict[str, Any]) -> N
         name = "other" if row["layer"] is None else f"layer {row['layer']}"
         console.print(f"  {name:<9} ‖ΔW‖/‖W‖ {row['delta_ratio']:.2e} {bar}")
     if report["rounding_loss"] is not None:
-        console.print(f"rounding to BF16 took {report['rounding_loss']:.2%} of the change (median over modules)")
+        console.print(f"rounding to BF16 lost {report['rounding_loss']:.2%} of the change (median over modules)")
     if report["by_kind"]:
         slowest = max(report["by_kind"], key=lambda row: row["seconds"])
         total = sum(row["seconds"] for row in report["by_kind"])
         console.print(
-            f"the modules took {total:.1f} s of all threads; {slowest['kind']} the most, "
+            f"the modules took {total:.1f} s of all threads; {slowest['kind']} took most, "
             f"{slowest['seconds']:.1f} s for {counted(slowest['modules'], 'module')}"
         )
     for text in report["warnings"]:

@@ -1,1 +1,1 @@
-"""The audio-grafted Qwen2-VL on upstream transformers: its sizes, loading, adapter and layers."""
+"""The audio-grafted Qwen2-VL on upstream transformers: its sizes, loading, adapters and layers."""

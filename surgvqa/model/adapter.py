@@ -1,8 +1,8 @@
-"""LoRA adapters on the audio-grafted Qwen2-VL: new ones, the author's, and ours on disk.
+"""LoRA adapters of the audio-grafted Qwen2-VL: creates, loads and saves them.
 
-On disk everything has the checkpoint's old names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`,
-the author's regular expression), so that the fork, our merge and PEFT's tools read what we write. Upstream's modules
-are called otherwise (`model.language_model.layers…`): left to itself, PEFT would match no module and load no tensor.
+Adapter files use the checkpoint's old names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`, and the
+author's regular expression), so that the fork, our merge and PEFT's tools can read them. Upstream's modules have other
+names (`model.language_model.layers…`), so PEFT by itself would match no module and load no tensor.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from surgvqa.model import peft_internals
 
 WEIGHTS, CONFIG, SETTINGS = "adapter_model.safetensors", "adapter_config.json", "surgvqa.json"
 PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of init_lora_weights that leave the base weights alone (PiSSA, OLoRA, LoftQ, CorDA change them)."""
+"""Values of init_lora_weights that do not change the base weights (PiSSA, OLoRA, LoftQ and CorDA do)."""
 
 
 def add_lora(model: PreTrainedModel, options: LoraOptions, *, dtype: torch.dtype = torch.float32) -> PeftModel:
-    """The model with a fresh trainable adapter: LoRA on the modules that `lora_target_modules` matches, and a copy of
-    the audio projector. `dtype` is the adapter's own (float32 even on a bf16 model: small updates vanish in bf16).
+    """Adds a new trainable adapter: LoRA on the modules that `lora_target_modules` matches, a copy of the projector.
 
-    UsageError when the regular expression is not valid or matches no linear module, under the old names or the new.
+    `dtype` is the adapter's own: float32 even on a bf16 model, because bf16 loses small updates. Raises UsageError when
+    the regular expression is invalid or matches no linear module by its old or new name.
     """
     on_disk: dict[str, Any] = {
         "peft_type": "LORA",
@@ -63,10 +63,10 @@ def add_lora(model: PreTrainedModel, options: LoraOptions, *, dtype: torch.dtype
 def load_adapter(
     model: PreTrainedModel, folder: str | Path, trainable: bool = False, *, dtype: torch.dtype = torch.float32
 ) -> PeftModel:
-    """The model with the adapter of a PEFT folder, under old or new names.
+    """Adds the adapter of a PEFT folder, which may use old or new names.
 
-    Every tensor of the file is used exactly once and every parameter of the adapter is filled, else UsageError with
-    the first name at fault: an adapter that loads in part answers, and answers wrong.
+    Raises UsageError, which names the first wrong tensor, unless every tensor of the file is used exactly once and
+    every parameter of the adapter is loaded. A partly loaded adapter would answer, but wrongly.
     """
     folder = Path(folder)
     on_disk = _read_config(folder / CONFIG) | {"base_model_name_or_path": model.name_or_path}
@@ -76,26 +76,28 @@ def load_adapter(
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file; expected a PEFT adapter folder") from None
     except SafetensorError as error:
-        raise UsageError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        raise UsageError(f"{path}: not a complete safetensors file ({error}); copy it again") from None
     given = {old_name(name): name for name in tensors}
     if len(given) != len(tensors):
-        raise UsageError(f"{path}: holds the same tensors under old and new names; keep one set")
+        raise UsageError(f"{path}: has the same tensors under old and new names; keep one set")
 
     peft_model = _wrap(model, on_disk, dtype, f"{folder / CONFIG}: target_modules")
     slots = adapter_parameters(peft_model)
     for name, slot in slots.items():
         if name not in given:
-            raise UsageError(f"{path}: no tensor {name}, which {CONFIG} and the model call for; is it its own config?")
+            raise UsageError(
+                f"{path}: no tensor {name}, which {CONFIG} and the model require; do the two files belong together?"
+            )
         found, expected = list(tensors[given[name]].shape), list(slot.shape)
         if found != expected:
             raise UsageError(
-                f"{path}: {given[name]} is {found}, but the model and r in {CONFIG} call for {expected}; "
-                "is it an adapter of this model, and is that its own config?"
+                f"{path}: {given[name]} is {found}, but the model and r in {CONFIG} require {expected}; "
+                "is it an adapter of this model, and do the two files belong together?"
             )
     if extra := sorted(set(given) - set(slots)):
         raise UsageError(
-            f"{path}: {given[extra[0]]} has no place in the model ({len(extra)} such tensors, {len(slots)} others have "
-            "one); is it an adapter of this model?"
+            f"{path}: {given[extra[0]]} is not in the model ({len(extra)} such tensors, {len(slots)} others are); "
+            "is it an adapter of this model?"
         )
     with torch.no_grad():
         for name, slot in slots.items():
@@ -106,8 +108,11 @@ def load_adapter(
 
 
 def save_adapter(peft_model: PeftModel, folder: str | Path, extra_config: dict[str, Any] | None = None) -> None:
-    """Writes a PEFT folder in the old names, and `surgvqa.json` when `extra_config` is given (what evaluation must know
-    of how the adapter was trained). No file is seen before it is whole; adapter_config.json comes last."""
+    """Writes a PEFT folder with old names and, if `extra_config` is given, surgvqa.json.
+
+    `extra_config` tells evaluation how the adapter was trained. Each file appears only when it is complete,
+    adapter_config.json last.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: slot.detach().cpu().contiguous() for name, slot in adapter_parameters(peft_model).items()}
@@ -118,24 +123,24 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, extra_config: dict[s
         for name, content in texts.items():
             Path(temporary, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, Path(temporary, WEIGHTS), metadata={"format": "pt"})
-        Path(temporary, WEIGHTS).chmod(Path(temporary, CONFIG).stat().st_mode)  # safetensors makes it 0600
+        Path(temporary, WEIGHTS).chmod(Path(temporary, CONFIG).stat().st_mode)  # safetensors creates it with mode 0600
         for name in (WEIGHTS, *texts):
             os.replace(Path(temporary, name), folder / name)
 
 
 def adapter_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
-    """{name on disk: parameter} of the adapter: LoRA matrices and the copies of modules_to_save."""
+    """{name in the file: parameter} of the adapter: LoRA matrices and the copies of modules_to_save."""
     return peft_internals.adapter_parameters(peft_model, old_name)
 
 
 def old_name(name: str) -> str:
-    """The checkpoint's name of a module, or an adapter's tensor with PEFT's prefix, from either name."""
+    """The checkpoint's name of a module or of an adapter's tensor (with PEFT's prefix), given its old or new name."""
     bare = name.removeprefix(peft_internals.PREFIX)
     return name[: len(name) - len(bare)] + to_old_name(bare)
 
 
 def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, where: str) -> PeftModel:
-    """PEFT's model for an adapter_config.json in old or new names; `where` names the pattern in an error."""
+    """PEFT's model for an adapter_config.json with old or new names. `where` says in errors where the pattern is."""
     modules = _matching(model, on_disk["target_modules"], where)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -148,7 +153,7 @@ def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, w
             if key in on_disk
         },
     )
-    with warnings.catch_warnings():  # PEFT asks for a property that transformers has renamed
+    with warnings.catch_warnings():  # PEFT reads a property that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         peft_model = get_peft_model(model, config, adapter_name=peft_internals.ADAPTER, autocast_adapter_dtype=False)
     for parameter in adapter_parameters(peft_model).values():
@@ -158,8 +163,10 @@ def _wrap(model: PreTrainedModel, on_disk: dict[str, Any], dtype: torch.dtype, w
 
 
 def _matching(model: PreTrainedModel, target: str | list[str], where: str) -> list[str]:
-    """The linear modules that PEFT's `target_modules` (a regular expression of the whole name, or a list of names and
-    endings) means, under the old names or the new."""
+    """The linear modules that PEFT's `target_modules` matches by their old or new names.
+
+    It is a regular expression for the whole name, or a list of names or endings. Raises UsageError if none matches.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if isinstance(target, str):
         try:
@@ -176,7 +183,7 @@ def _matching(model: PreTrainedModel, target: str | list[str], where: str) -> li
 
 
 def _pattern_of_each(modules: list[str], patterns: dict[str, Any] | None) -> dict[str, Any]:
-    """PEFT's rank_pattern or alpha_pattern (first key that matches the end of the name) spelt out per module."""
+    """{module: value} from PEFT's rank_pattern or alpha_pattern; the first key that matches a name's end applies."""
     spelt = {}
     for name in modules:
         for pattern, value in (patterns or {}).items():

@@ -1,12 +1,13 @@
-"""The audio-grafted Qwen2-VL: upstream's model with a Whisper encoder and a projector beside it. No fork, no patching.
+"""The audio-grafted Qwen2-VL: upstream's model plus a Whisper encoder and a projector, without a fork or patches.
 
-A question's mel spectrogram goes through the Whisper encoder and a linear projector; the results take the places of
-the prompt's audio pad tokens, as the vision tower's outputs take the places of the image pad tokens. Audio tokens are
-text to M-RoPE. Everything else is upstream's `Qwen2VLForConditionalGeneration`.
+A question's mel spectrogram goes through the Whisper encoder and a linear projector. The results replace the prompt's
+audio pad tokens, just as the vision tower's outputs replace the image pad tokens. M-RoPE treats audio tokens as text.
+Everything else is upstream's `Qwen2VLForConditionalGeneration`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,18 @@ from surgvqa.model.transformers_internals import (
     attention_of,
     is_flash_attention_requested,
     set_attention,
-    take_names_of,
+    share_weight_names,
 )
 from surgvqa.model.vision import sizes_of
 
 IGNORED = -100
-"""The label of a position that is not supervised (torch's and transformers' convention)."""
+"""The label of an unsupervised position (torch's and transformers' convention)."""
 
 
 class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
-    """Qwen2-VL that hears. `config.audio_encoder_config` holds WhisperConfig's sizes (see `checkpoint_config`)."""
+    """Qwen2-VL with audio input. `config.audio_encoder_config` has WhisperConfig's sizes (see `checkpoint_config`)."""
 
-    accepts_loss_kwargs = True  # Trainer looks on the class: we divide by num_items_in_batch ourselves
+    accepts_loss_kwargs = True  # read by Trainer from the class; this model divides by num_items_in_batch itself
 
     def __init__(self, config: Qwen2VLConfig):
         super().__init__(config)
@@ -47,28 +48,34 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
 
     @property
     def device(self) -> torch.device:
-        """Where the language model is: the frozen encoders and the token embeddings may have left the GPU."""
+        """The language model's device. The frozen encoders and the token embeddings may be on the host."""
         return self.lm_head.weight.device
 
     # --- the token embeddings ----------------------------------------------------------------------------------------
 
     def embeddings_to_host(self) -> None:
-        """Takes the token embeddings off the GPU: 1.09 GB of which a sample reads some 70 rows. Not when they are tied
-        to the head, which computes with all of them."""
+        """Moves the token embeddings to the host: 1.09 GB, of which a sample needs some 70 rows.
+
+        Does nothing when they are tied to the head, which uses all of them.
+        """
         if self.get_input_embeddings().weight is not self.lm_head.weight:
             self.get_input_embeddings().to("cpu")
 
     def embed(self, input_ids: Tensor, host_ids: np.ndarray | None = None) -> Tensor:
-        """Token embeddings [B, L, hidden] of `input_ids` [B, L], on their device. From a table on the host each
-        token's row comes once, however often it stands there (nearly all are pads, which features replace).
-        `host_ids`: see `forward`."""
+        """Token embeddings [B, L, hidden] of `input_ids` [B, L], on the device of `input_ids`.
+
+        If the table is on the host, the row of each distinct token is copied once; nearly all tokens are pads, which
+        features replace. `host_ids`: see `forward`.
+        """
         table = self.get_input_embeddings()
         if table.weight.device == input_ids.device:
             return table(input_ids)
         tokens, places = np.unique(_on_host(input_ids, host_ids), return_inverse=True)
         rows = table(torch.from_numpy(tokens))
 
-        def sent(tensor: Tensor) -> Tensor:  # from pinned memory, or the copy would wait for all that the GPU has to do
+        def sent(
+            tensor: Tensor,
+        ) -> Tensor:  # from pinned memory; otherwise the copy would wait for all queued work of the GPU
             return tensor.pin_memory().to(input_ids.device, non_blocking=True)
 
         return F.embedding(sent(torch.from_numpy(places.reshape(input_ids.shape))), sent(rows))
@@ -76,10 +83,10 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     # --- the encoders ------------------------------------------------------------------------------------------------
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
-        """Vision features after the merger: [image tokens, hidden] from patches [P, 1176] and grids [F, 3] (t, h, w); a
-        grid on the GPU makes the host wait for it.
+        """Vision features after the merger: [image tokens, hidden] from patches [P, 1176] and grids [F, 3] (t, h, w).
 
-        Without gradient unless something in the vision tower is trainable.
+        Grids should be on the host; from the GPU, the host has to wait for them. Computed without gradient unless
+        something in the vision tower is trainable.
         """
         visual = self.model.visual
         sizes = sizes_of(visual, image_grid_thw, pixel_values.device)
@@ -92,7 +99,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             return self.audio_encoder(input_features.to(self.audio_encoder.conv1.weight.dtype)).last_hidden_state
 
     def train(self, mode: bool = True) -> AudioQwen2VLForConditionalGeneration:
-        """As nn.Module.train, but a frozen encoder stays in eval mode."""
+        """Like nn.Module.train, but a frozen encoder stays in eval mode."""
         super().train(mode)
         for encoder in (self.model.visual, self.audio_encoder):
             encoder.train(mode and _trainable(encoder))
@@ -112,6 +119,7 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         input_features: Tensor | None = None,
         image_features: Tensor | None = None,
         audio_features: Tensor | None = None,
+        audio_tokens: Sequence[int] | None = None,
         mm_token_type_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
@@ -128,24 +136,26 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         """Logits, and with labels the loss.
 
         Shapes: `input_ids`, `attention_mask`, `labels` [B, L]; `pixel_values` [P, 1176] with `image_grid_thw` [F, 3];
-        `input_features` [B, mels, T]. Instead of pixels and mels, what `encode_images` and `encode_audio` make of
-        them: `image_features` [image tokens, hidden], `audio_features` [B, N, d_model].
-        `position_ids` [3, B, L], default: M-RoPE computed here. `mm_token_type_ids` need not be given.
-        `inputs_embeds` [B, L, hidden] replaces the token embeddings of `input_ids`, which is needed all the same.
+        `input_features` [B, mels, T]. In place of pixels and mels, the outputs of `encode_images` and `encode_audio`:
+        `image_features` [image tokens, hidden] and `audio_features`, either [B, N, d_model], of which each sample uses
+        the first `audio_tokens` (None: all), or [audio tokens, d_model] for all samples together.
+        `position_ids` [3, B, L] default to M-RoPE's. `mm_token_type_ids` is optional.
+        `inputs_embeds` [B, L, hidden] replaces the token embeddings of `input_ids`, which is still needed.
 
-        Packed, samples that do not see each other one after another in one row: `cu_seq_lens` int32 [samples + 1] says
-        where each begins and the last one ends, `max_length` at least how long the longest is (a plain number: a tensor
-        would make every layer wait for the GPU), and `position_ids` must be given, from 0 for each sample.
+        Packed rows have several samples, one after another, that do not attend to each other. `cu_seq_lens` int32
+        [samples + 1] has the start of each sample and the end of the last one. `max_length` is at least the length of
+        the longest (a plain number, because every layer would wait for a tensor on the GPU). `position_ids` must be
+        given, from 0 for each sample.
 
-        What would otherwise be asked of the GPU, which makes the host wait until all earlier work is done: `host_ids`,
-        `input_ids` once more as a numpy array, and `supervised` int64 [S], the places in the flattened [B * L] whose
-        next token has a label.
+        Two arguments save copies from the GPU, for which the host would wait until all earlier work is done:
+        `host_ids` is `input_ids` as a numpy array, and `supervised` int64 [S] has the positions in the flattened
+        [B * L] whose next token has a label.
 
-        Without labels: logits [B, L, vocabulary], or of the last `logits_to_keep` positions, or [S, vocabulary] of the
-        places `read_at` int64 [S] in the flattened [B * L]. With labels: logits
-        [S, vocabulary] of the S supervised positions only (the others cost most of the memory of a long prompt), and
-        the mean of their cross-entropy; given `num_items_in_batch` (supervised tokens of the whole accumulation
-        window), the sum divided by that.
+        Returns without labels: logits [B, L, vocabulary], or those of the last `logits_to_keep` positions, or
+        [S, vocabulary] at the positions `read_at` int64 [S] of the flattened [B * L]. With labels: logits
+        [S, vocabulary] of the S supervised positions only (the others need most of the memory of a long prompt), and
+        the mean of their cross-entropy or, given `num_items_in_batch` (supervised tokens of the whole accumulation
+        window), its sum divided by that.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         embeds = self.embed(input_ids, host_ids) if inputs_embeds is None else inputs_embeds
@@ -153,15 +163,15 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             image_features = self.encode_images(pixel_values, image_grid_thw)
         if input_features is not None:
             audio_features = self.encode_audio(input_features)
-        if not past:  # later steps of a generation see text only
+        if not past:  # later steps of a generation have only text
             ids = _on_host(input_ids, host_ids)
             embeds = self._place_images(embeds, input_ids, image_features, ids)
-            embeds = self._place_audio(embeds, input_ids, audio_features, ids)
+            embeds = self._place_audio(embeds, input_ids, audio_features, audio_tokens, ids)
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, image_grid_thw, mm_token_type_ids, past)
         if cu_seq_lens is not None:
-            if is_flash_attention_requested(self.model.language_model.config):  # its kernel takes the borders
-                # Two tensors: dynamo breaks the graph of a layer in which a Function gets the same one twice.
+            if is_flash_attention_requested(self.model.language_model.config):  # its kernel uses the boundaries
+                # Two tensors, because dynamo breaks a layer's graph if a Function gets the same one twice.
                 kwargs |= {"cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens.clone()}
                 kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
             else:
@@ -201,25 +211,40 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         if found != given:
             raise SurgvqaError(
                 f"the prompt has {found} image pad tokens (id {self.config.image_token_id}) but the frames give "
-                f"{given} features; make both with the same image processor"
+                f"{given} features; both must come from the same image processor"
             )
         return embeds if features is None else _fill(embeds, places, features)
 
-    def _place_audio(self, embeds: Tensor, input_ids: Tensor, features: Tensor | None, ids: np.ndarray) -> Tensor:
+    def _place_audio(
+        self,
+        embeds: Tensor,
+        input_ids: Tensor,
+        features: Tensor | None,
+        tokens: Sequence[int] | None,
+        ids: np.ndarray,
+    ) -> Tensor:
         places = input_ids == self.config.audio_token_id
         found = (ids == self.config.audio_token_id).sum(1).tolist()
-        clips, length = (0, 1) if features is None else features.shape[:2]
-        if sum(found) != clips * length or any(n % length for n in found):
+        if features is None:
+            tokens = []
+        elif features.dim() == 3:
+            length = features.shape[1]
+            tokens = [length] * len(features) if tokens is None else tokens
+            kept = [states[:count] for states, count in zip(features, tokens)]
+            features = features.flatten(0, 1) if set(tokens) == {length} else torch.cat(kept)
+        elif tokens is None:
+            tokens = found if sum(found) == len(features) else [len(features)]
+        given = 0 if features is None else len(features)
+        if sum(tokens) != given or sum(found) != given or (len(found) == len(tokens) and list(tokens) != found):
             raise SurgvqaError(
                 f"the prompts have {', '.join(map(str, found))} audio pad tokens (id {self.config.audio_token_id}) "
-                f"but the audio gives {clips} × {length if clips else 0} features; a question takes as many pad tokens "
-                f"as the encoder has positions ({self.audio_encoder.max_source_positions})"
+                f"but the audio gives {', '.join(map(str, tokens)) or 'no'} features; a question needs one "
+                f"pad token for each encoder position in use (of {self.audio_encoder.max_source_positions})"
             )
         if features is None:
             return embeds
-        # Outside autocast a float32 projector (as trained) needs a float32 input.
-        projected = self.audio_projector(features.to(self.audio_projector.weight.dtype))
-        return _fill(embeds, places, projected.flatten(0, 1))
+        # Outside autocast, a float32 projector (as in training) needs a float32 input.
+        return _fill(embeds, places, self.audio_projector(features.to(self.audio_projector.weight.dtype)))
 
     def _positions(
         self,
@@ -246,34 +271,34 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         return positions
 
     def modalities(self, input_ids: Tensor) -> Tensor:
-        """Upstream's `mm_token_type_ids` [B, L]: 1 where an image token stands, else 0 (audio counts as text)."""
+        """Upstream's `mm_token_type_ids` [B, L]: 1 for image tokens, else 0 (audio counts as text)."""
         return (input_ids == self.config.image_token_id).int()
 
     # --- generation --------------------------------------------------------------------------------------------------
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's generate; without `mm_token_type_ids` it would fall back to 1-D positions without a word."""
+        """Upstream's generate with `mm_token_type_ids`, without which it would silently use 1-D positions."""
         input_ids = kwargs.get("input_ids", inputs)
         if input_ids is not None:
             kwargs.setdefault("mm_token_type_ids", self.modalities(input_ids))
         upstream: Any = super()
         return upstream.generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # upstream: also positional, which nobody uses
+    def prepare_inputs_for_generation(  # type: ignore[override]  # upstream also takes these by position, which nobody uses
         self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """Upstream's; our own inputs are dropped after the first step as upstream does with its own."""
+        """Like upstream's, but also drops our own inputs after the first step."""
         upstream: Any = super()
         prepared: dict[str, Any] = upstream.prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in ("image_features", "audio_features"):
+            for name in ("image_features", "audio_features", "audio_tokens"):
                 prepared.pop(name, None)
         return prepared
 
 
-take_names_of("Qwen2VLForConditionalGeneration", AudioQwen2VLForConditionalGeneration)
+share_weight_names("Qwen2VLForConditionalGeneration", AudioQwen2VLForConditionalGeneration)
 
 
 def _on_host(input_ids: Tensor, host_ids: np.ndarray | None) -> np.ndarray:
@@ -281,14 +306,14 @@ def _on_host(input_ids: Tensor, host_ids: np.ndarray | None) -> np.ndarray:
 
 
 def _fill(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:
-    """`embeds` [B, L, hidden] with `features` [n, hidden] at the n True positions of `places` [B, L], in order."""
+    """`embeds` [B, L, hidden] with `features` [n, hidden] put, in order, at the n True positions of `places` [B, L]."""
     return embeds.masked_scatter(places.unsqueeze(-1), features.to(embeds.device, embeds.dtype))
 
 
 def _with_text_positions(position_ids: Tensor, cu_seq_lens: Tensor) -> Tensor:
-    """[4, 1, L] of a packed row's M-RoPE positions [3, 1, L]: before them each token's place in its sample.
+    """[4, 1, L]: each token's position in its sample, followed by the packed row's M-RoPE positions [3, 1, L].
 
-    Upstream's sign of a packed row; it makes a block-diagonal causal mask of it, once for all layers.
+    Upstream recognises a packed row by this shape and makes its block-diagonal causal mask once for all layers.
     """
     place = torch.arange(position_ids.shape[-1], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device)
     begin = cu_seq_lens[torch.searchsorted(cu_seq_lens, place, right=True) - 1]

@@ -1,6 +1,6 @@
-"""The frozen encoders' own phase: every frame and question of a run, encoded once, into the feature cache.
+"""Encodes every frame and question of a run once, with the frozen encoders, into the feature cache.
 
-Afterwards nothing needs the encoders: they leave the GPU, and a step reads features instead of pixels and mels.
+Afterwards the encoders are moved off the GPU, and a step reads features instead of pixels and mels.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from surgvqa.checkpoint.folder import open_checkpoint
 from surgvqa.config.options import CacheOptions
-from surgvqa.data.audio import audio_features, load_audio
+from surgvqa.data.audio import audio_features, load_audio, question_end_s
 from surgvqa.data.dataset import ClipDataset, loaded
 from surgvqa.data.feature_store import FeatureStore, encoder_fingerprint
 from surgvqa.data.frames import frame_patches, load_frame
 from surgvqa.data.processors import Processors
+from surgvqa.errors import SurgvqaError
 from surgvqa.machine.process import usable_cores
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
 from surgvqa.runs.folder import Run
+from surgvqa.runs.ranks import Ranks
 
 PATCHES_AT_ONCE = 16_384
-"""Vision patches of one encoder call: 14 frames at 512 px. More is no faster on an H100 and takes more memory."""
+"""Vision patches per encoder call: 14 frames at 512 px. More is not faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
-DECODED_A_WORKER, DECODED_AHEAD = 16, 4
-"""Frames or questions that it takes at least to make another worker process worth its start; and how many each worker
-is ahead of the encoder, at most."""
+ITEMS_PER_WORKER, DECODED_AHEAD = 16, 4
+"""Frames or questions for which another worker process is worth its start; and how many of them each worker decodes
+ahead of the encoder, at most."""
 WRITTEN_BEHIND = 3
-"""Calls of an encoder whose features wait on the GPU to be written, at most."""
+"""Maximum number of encoder calls whose features wait on the GPU to be written."""
 
 
 def use_cache(
@@ -46,7 +48,7 @@ def use_cache(
     options: CacheOptions,
     run: Run,
 ) -> bool:
-    """Encodes all that the datasets show, once, and frees the encoders; False when every step has to encode instead."""
+    """Fills the feature cache and frees the encoders. Returns False when every step has to encode instead."""
     if options.feature_cache == "off" or encoders_trainable(model):
         return False
     folder = Path(options.feature_cache_dir or run.workspace / "cache")
@@ -60,7 +62,7 @@ def use_cache(
 def open_store(
     model: AudioQwen2VLForConditionalGeneration, checkpoint: str | Path, processors: Processors, folder: Path
 ) -> FeatureStore:
-    """The feature cache in `folder`, for this model's encoders and processors."""
+    """The feature cache in `folder` for this model's encoders and processors."""
     weights = open_checkpoint(checkpoint)
     settings = {
         "vision": weights.config.get("vision_config"),
@@ -68,13 +70,14 @@ def open_store(
         "image_processor": processors.image_processor.to_dict(),
         "feature_extractor": processors.feature_extractor.to_dict(),
         "audio_tokens": processors.num_audio_tokens,
-        "orientation": "exif",  # entries of frames that were not turned upright are not taken
+        "notes": "question_end_s",  # invalidates entries without it
+        "orientation": "exif",  # invalidates entries of frames that were not turned upright
     }
     return FeatureStore(folder, encoder_fingerprint(weights, model.dtype), settings)
 
 
 def encoders_trainable(model: torch.nn.Module) -> bool:
-    """Whether anything in an encoder learns: then its outputs change and cannot be kept."""
+    """Whether anything in an encoder is trainable, so that its outputs change and cannot be cached."""
     return any(p.requires_grad for n, p in model.named_parameters() if ".visual." in n or ".audio_encoder." in f".{n}")
 
 
@@ -85,38 +88,43 @@ def fill_cache(
     capacity_bytes: int,
     run: Run,
 ) -> bool:
-    """Encodes what is missing, and points the datasets at the cache. False (with a warning) when it does not fit.
+    """Encodes what is missing and makes the datasets use the cache. Returns False, with a warning, if it does not fit.
 
-    Takes up where a killed run left off: entries are there or not.
+    Entries that a killed run wrote are reused. Each of several ranks of a machine encodes a part.
     """
     run.phase("encode", "frames and questions, once for all epochs")
+    ranks = run.ranks
     frames = {store.frame_key(p, d.image_size): (p, d) for d in datasets for clip in d.frame_paths for p in clip}
-    sounds = {store.audio_key(p): (p, d) for d in datasets for p in d.audio_paths}
+    sounds = {store.audio_key(p): (p, d) for d in datasets for p in d.audio_paths if p}
     needed = _size(model, _missing(frames, store), _missing(sounds, store))
-    if not store.make_room(needed, capacity_bytes, {*frames, *sounds}):
+    fits = not ranks.leads or store.make_room(needed, capacity_bytes, {*frames, *sounds})
+    if not all(ranks.share(fits, "room in the cache")):
         run.warning(
             f"the feature cache would need {needed / 1e9:.1f} GB more and may hold {capacity_bytes / 1e9:g} GB "
             "(--feature_cache_gb): encoding in every step instead"
         )
         return False
     store.hold()
-    new_frames, new_sounds = _missing(frames, store), _missing(sounds, store)  # until now another job could evict some
+    # Looked up only now, because until `hold` another job could evict some.
+    new_frames, new_sounds = (_missing(_rank_part(found, ranks), store) for found in (frames, sounds))
     for key in (*(frames.keys() - new_frames.keys()), *(sounds.keys() - new_sounds.keys())):
-        with contextlib.suppress(OSError):  # another user's
-            os.utime(store.path(key))  # used now: the last to be evicted
+        with contextlib.suppress(OSError):  # the file is another user's
+            os.utime(store.path(key))  # marks it as used, so that it is evicted last
     done, total = 0, len(new_frames) + len(new_sounds)
     processors = datasets[0].processors
-    # Both start decoding now: what reads sound takes seconds to import, in its worker processes.
+    # Both start decoding now, because the worker processes take seconds to import the audio library.
     shown = [(path, dataset.image_size) for path, dataset in new_frames.values()]
     heard = [path for path, _ in new_sounds.values()]
-    decoded_frames = _decoded(_Frames(shown, processors, model.dtype), model.device)
-    decoded_sounds = _decoded(_Sounds(heard, processors, model.dtype), model.device)
-    with torch.no_grad():
+    decoded_frames = _decode_ahead(_Frames(shown, processors, model.dtype), model.device)
+    decoded_sounds = _decode_ahead(_Sounds(heard, processors, model.dtype), model.device)
+    with _all_ranks_or_none(ranks), torch.no_grad():
         frames_encoded = _encoded_frames(model, new_frames, decoded_frames)
         sounds_encoded = _encoded_sounds(model, new_sounds, decoded_sounds)
-        for count in _stored(chain(frames_encoded, sounds_encoded), store):
+        for count in _write_behind(chain(frames_encoded, sounds_encoded), store):
             done += count
             run.progress("encode", done, total, "frames and questions")
+    of_ranks = ranks.share(total, "encoded")
+    total = sum(of_ranks[rank] for rank in ranks.beside)
     run.emit("phase", name="encoded", text=f"{total} encoded, {len(frames) + len(sounds) - total} found in the cache",
              encoded=total, reused=len(frames) + len(sounds) - total, folder=str(store.folder))  # fmt: skip
     for dataset in datasets:
@@ -124,9 +132,30 @@ def fill_cache(
     return True
 
 
+@contextlib.contextmanager
+def _all_ranks_or_none(ranks: Ranks) -> Iterator[None]:
+    """Waits at the end of the block until all ranks are there. An error on one of them is raised on all."""
+    own_error: Exception | None = None
+    try:
+        yield
+    except (torch.OutOfMemoryError, SurgvqaError) as error:
+        own_error = error
+    own_failure = (
+        {"text": str(own_error), "memory": isinstance(own_error, torch.OutOfMemoryError)} if own_error else None
+    )
+    failures = {rank: found for rank, found in enumerate(ranks.share(own_failure, "encode")) if found}
+    if own_error:
+        raise own_error
+    for rank, found in failures.items():
+        raise (torch.OutOfMemoryError if found["memory"] else SurgvqaError)(ranks.name(rank) + found["text"])
+
+
 def release_encoders(model: AudioQwen2VLForConditionalGeneration) -> None:
-    """Takes both encoders off the GPU. Frozen weights are the checkpoint's: they point into its files, which takes no
-    time and no memory, and from where `.to` fetches them again. Copying them to the host took 2.5 s."""
+    """Takes both encoders off the GPU.
+
+    Frozen weights become memory maps of the checkpoint's files, which takes no time or memory, and `.to` can read them
+    again from there. Copying them to the host took 2.5 s.
+    """
     tensors = open_checkpoint(str(model.name_or_path)).tensors
     files: dict[Path, Any] = {}
     encoders: tuple[tuple[str, Any], ...] = (("visual.", model.model.visual), ("audio_encoder.", model.audio_encoder))
@@ -138,7 +167,7 @@ def release_encoders(model: AudioQwen2VLForConditionalGeneration) -> None:
                 stored = files[info.file].get_tensor(info.name)
                 if (stored.dtype, stored.shape) == (parameter.dtype, parameter.shape):
                     parameter.data = stored
-        encoder.to("cpu")  # whatever is not in the files
+        encoder.to("cpu")  # parameters that are not in the files
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -149,17 +178,18 @@ def encode_again(
     options: CacheOptions,
     run: Run,
 ) -> None:
-    """After datasets with a cache have changed what they show: the encoders come back to the GPU for the new frames.
+    """Moves the encoders back to the GPU to encode new frames, after datasets with a cache have changed their settings.
 
-    Where the new frames do not fit into the cache, the encoders stay and run in every step.
+    If the new frames do not fit into the cache, the encoders stay and run in every step.
     """
     store = datasets[0].store
     if store is None:
         return
     for encoder in (model.model.visual, model.audio_encoder):
         encoder.to(model.lm_head.weight.device)
-    model.eval()  # the next step or evaluation sets the mode that it needs
+    model.eval()  # the next step or evaluation sets its own mode
     store.release()  # frames that are no longer shown may make room
+    run.ranks.share(None, "cache released")
     if fill_cache(model, datasets, store, int(options.feature_cache_gb * 1e9), run):
         release_encoders(model)
         return
@@ -168,7 +198,7 @@ def encode_again(
 
 
 class _Frames(Dataset):
-    """Decoded frames as patches, in the encoder's dtype, and grid, for worker processes."""
+    """For worker processes: (patches in the encoder's dtype, grid) of each frame."""
 
     def __init__(self, items: list[tuple[str, int]], processors: Processors, dtype: torch.dtype):
         self.items, self.processors, self.dtype = items, processors, dtype
@@ -183,7 +213,7 @@ class _Frames(Dataset):
 
 
 class _Sounds(Dataset):
-    """Decoded questions as spectrograms, in the encoder's dtype, for worker processes."""
+    """For worker processes: (spectrogram in the encoder's dtype, end of the question in seconds) of each recording."""
 
     def __init__(self, items: list[str], processors: Processors, dtype: torch.dtype):
         self.items, self.processors, self.dtype = items, processors, dtype
@@ -191,15 +221,15 @@ class _Sounds(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
         sound = load_audio(self.items[index])
         mel = audio_features(sound, self.processors.feature_extractor, self.processors.num_audio_tokens)
-        return torch.as_tensor(mel).to(self.dtype)
+        return torch.as_tensor(mel).to(self.dtype), question_end_s(sound)
 
 
-def _decoded(items: _Frames | _Sounds, device: torch.device) -> Iterator[Any]:
-    """The items in order, decoded from now on by all cores but the one that encodes; a few are not worth a process."""
-    workers = min(usable_cores() - 1, len(items) // DECODED_A_WORKER)
+def _decode_ahead(items: _Frames | _Sounds, device: torch.device) -> Iterator[Any]:
+    """The items in order. All cores but one start decoding at once; a few items need no extra process."""
+    workers = min(usable_cores() - 1, len(items) // ITEMS_PER_WORKER)
     loader = DataLoader(
         items,
         batch_size=None,
@@ -211,12 +241,12 @@ def _decoded(items: _Frames | _Sounds, device: torch.device) -> Iterator[Any]:
 
 
 Entry = tuple[str, torch.Tensor, dict[str, str]]
-"""Of the cache: key, features, notes."""
+"""A cache entry: key, features, notes."""
 
 
 def _encoded_frames(model: Any, keys: Iterable[str], decoded: Iterator[Any]) -> Iterator[list[Entry]]:
-    """Features of the decoded (patches, grid), as many at a time as one call of the encoder takes."""
-    for frames in _together(zip(keys, decoded)):
+    """Yields the cache entries of each encoder call on the decoded (patches, grid)."""
+    for frames in _call_batches(zip(keys, decoded)):
         names, pixels, grids = zip(*frames)
         patches = torch.cat([part.to(model.device, non_blocking=True) for part in pixels])
         features = model.encode_images(patches, torch.stack(grids))
@@ -225,8 +255,8 @@ def _encoded_frames(model: Any, keys: Iterable[str], decoded: Iterator[Any]) -> 
         yield list(zip(names, features.split(tokens), notes))
 
 
-def _together(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, torch.Tensor, torch.Tensor]]]:
-    """(key, patches, grid) of the frames of one call."""
+def _call_batches(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, torch.Tensor, torch.Tensor]]]:
+    """Groups the decoded frames into encoder calls: lists of (key, patches, grid)."""
     frames: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     patches = 0
     for key, (pixels, grid) in decoded:
@@ -240,16 +270,15 @@ def _together(decoded: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, to
 
 
 def _encoded_sounds(model: Any, keys: Iterable[str], decoded: Iterator[Any]) -> Iterator[list[Entry]]:
-    """Encoder states of the decoded spectrograms, some at a time."""
+    """Yields the cache entries of each encoder call on the decoded spectrograms."""
     named = zip(keys, decoded)
     while part := list(islice(named, QUESTIONS_AT_ONCE)):
-        names, mels = zip(*part)
-        states = model.encode_audio(torch.stack([mel.to(model.device, non_blocking=True) for mel in mels]))
-        yield [(key, state, {}) for key, state in zip(names, states)]
+        states = model.encode_audio(torch.stack([mel.to(model.device, non_blocking=True) for _, (mel, _) in part]))
+        yield [(key, state, {"question_end_s": repr(end_s)}) for (key, (_, end_s)), state in zip(part, states)]
 
 
-def _stored(encoded: Iterable[list[Entry]], store: FeatureStore) -> Iterator[int]:
-    """Writes the entries some calls of the encoder behind, so that it goes on meanwhile; yields how many it wrote."""
+def _write_behind(encoded: Iterable[list[Entry]], store: FeatureStore) -> Iterator[int]:
+    """Writes entries while the encoder continues; yields how many it wrote."""
     writing: deque[Future[int]] = deque()
     with ThreadPoolExecutor(2) as writer:
         for entries in encoded:
@@ -266,12 +295,21 @@ def _write(entries: list[Entry], store: FeatureStore) -> int:
     return len(entries)
 
 
+def _rank_part(entries: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The entries that this rank encodes; each machine has its own cache.
+
+    Only the key decides, so ranks need not know what others have written.
+    """
+    mine, count = ranks.beside.index(ranks.rank), len(ranks.beside)
+    return {key: item for key, item in entries.items() if int(key, 16) % count == mine}
+
+
 def _missing(entries: dict[str, Any], store: FeatureStore) -> dict[str, Any]:
     return {key: item for key, item in entries.items() if key not in store}
 
 
 def _size(model: Any, frames: dict[str, tuple[str, ClipDataset]], sounds: dict[str, Any]) -> int:
-    """Bytes that the missing entries will take; a frame is reckoned as the largest square of its size."""
+    """Bytes that the missing entries will take. Each frame counts as the largest square of its size."""
     itemsize = torch.empty(0, dtype=model.dtype).element_size()
     vision = model.config.vision_config
     token_px = vision.patch_size * vision.spatial_merge_size

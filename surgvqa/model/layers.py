@@ -1,10 +1,12 @@
 """How the language model's layers run in training: which recompute, what is compiled.
 
-None of it changes what is computed beyond rounding; each buys time with memory or memory with time.
+This changes results only by rounding, and trades memory for time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,18 +19,17 @@ from surgvqa.model.torch_internals import configure_compiler
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The language model's layers, also below PEFT's wrapper."""
+    """The language model's layers, with or without PEFT's wrapper."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers: nn.ModuleList = base.model.language_model.layers
     return layers
 
 
 class LayerForward:
-    """Stands as a layer's `forward`: computes it, compiled or not; if `recomputes`, in training again in the backward
-    pass, for which then the layer's input alone is kept.
+    """Replaces a layer's `forward`. Runs it compiled or not and, if `recomputes`, again in training's backward pass.
 
-    transformers' own `gradient_checkpointing` would do where nothing is compiled. Since 5.23 it acts within what is
-    compiled, and torch keeps more than the input.
+    Then only the layer's input is kept. transformers' own `gradient_checkpointing` does the same for uncompiled layers,
+    but since 5.23 it is part of the compiled graph, and torch keeps more than the input.
     """
 
     def __init__(self, layer: nn.Module):
@@ -43,7 +44,7 @@ class LayerForward:
 
 
 def forwards(model: nn.Module) -> list[LayerForward]:
-    """What stands as `forward` of each of the language model's layers, put there by the first call."""
+    """The LayerForward of each of the language model's layers, installed by the first call."""
     found: list[LayerForward] = []
     for layer in decoder_layers(model):
         if not isinstance(layer.forward, LayerForward):
@@ -53,10 +54,10 @@ def forwards(model: nn.Module) -> list[LayerForward]:
 
 
 def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
-    """Lets `count` layers (None: all) recompute their activations in the backward pass; returns how many do.
+    """Makes the first `count` layers (None: all) recompute their activations in the backward pass; returns how many do.
 
-    They are the first ones: the backward pass comes to the last layers first and frees what they kept before the first
-    recomputation needs room. May change at any time. UsageError for a count outside 0..layers.
+    The first ones, because the backward pass starts with the last layers and frees their activations before the first
+    recomputation needs memory. May be called at any time. Raises UsageError for a count outside 0..layers.
     """
     found = forwards(model)
     count = len(found) if count is None else count
@@ -66,12 +67,26 @@ def checkpoint_layers(model: nn.Module, count: int | None = None) -> int:
     return count
 
 
-def compile_layers(model: nn.Module, keep: str = "all") -> None:
-    """Compiles each layer by itself (28 equal graphs compile once). A layer that will not compile runs as it is.
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Runs layers uncompiled inside the context, because each new shape of a generation would be compiled."""
+    found = forwards(model)
+    compiled = [forward.compute for forward in found]
+    for forward in found:
+        forward.compute = forward.plain
+    try:
+        yield
+    finally:
+        for forward, compute in zip(found, compiled):
+            forward.compute = compute
 
-    `keep`: what a layer that does not recompute keeps for the backward pass. With `products` that is matrix products
-    and attention; norms, dropout masks (from their seeds), SwiGLU and rotary positions are computed again: the same
-    values, about half the memory. Both go with any number of layers that recompute (`checkpoint_layers`).
+
+def compile_layers(model: nn.Module, keep: str = "all") -> None:
+    """Compiles each layer separately (28 equal graphs compile once). A layer that fails to compile runs uncompiled.
+
+    `keep` says what a layer that does not recompute keeps for the backward pass. With `products`, it keeps matrix
+    products and attention and computes norms, dropout masks (from their seeds), SwiGLU and rotary positions again: the
+    same values in about half the memory. Both work with any number of recomputing layers (`checkpoint_layers`).
     """
     configure_compiler(recompute_cheap=keep == "products")
     for forward in forwards(model):

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into the model, with every tensor accounted for."""
+"""Loads a checkpoint into the model and checks that every tensor is used."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
 def load_model(
     folder: str | Path, *, dtype: torch.dtype, device: str | torch.device, attn_implementation: str
 ) -> AudioQwen2VLForConditionalGeneration:
-    """The checkpoint's model on `device`, in eval mode with every parameter frozen; on a GPU without the token
-    embeddings, which stay on the host.
+    """The checkpoint's model on `device`, in eval mode with every parameter frozen.
 
-    Tensors go from the file straight to the device, one copy. UsageError when `folder` is no such checkpoint;
-    SurgvqaError when a tensor is missing, left over, or of another shape than the model's.
+    On a GPU the token embeddings stay on the host. Tensors are copied once, from the file to the device. Raises
+    UsageError when `folder` is not such a checkpoint, SurgvqaError when a tensor is missing, unused or of another shape
+    than the model's.
     """
     checkpoint = open_checkpoint(folder).require_sound()
     config = checkpoint_config(checkpoint)
     _check_tensors(config, checkpoint)
-    disable_progress_bar()  # transformers draws one on stderr; ours belong in the run folder
+    disable_progress_bar()  # transformers draws one on stderr; progress belongs in the run folder
     loaded: Any = AudioQwen2VLForConditionalGeneration.from_pretrained(
         folder,
         config=config,
@@ -42,9 +42,9 @@ def load_model(
     )
     model: AudioQwen2VLForConditionalGeneration = loaded[0]
     report: dict[str, Any] = loaded[1]
-    # After the check above this says that transformers mapped every name as we do.
+    # After the check above, this can only fail if transformers maps names differently.
     if left := {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}:
-        raise SurgvqaError(f"{folder}: transformers did not load {_some(left)}")
+        raise SurgvqaError(f"{folder}: transformers did not load {_first_names(left)}")
     if torch.device(device).type == "cuda":
         model.embeddings_to_host()
     model.requires_grad_(False).eval()
@@ -52,9 +52,9 @@ def load_model(
 
 
 def _check_tensors(config: Qwen2VLConfig, checkpoint: Checkpoint) -> None:
-    """SurgvqaError unless the files hold the model's tensors, all of them and no others, in its shapes.
+    """Raises SurgvqaError unless the files have exactly the model's tensors in the model's shapes.
 
-    Before anything is loaded, so that a wrong 18 GB checkpoint fails in a second and in the checkpoint's own names.
+    Called before anything is loaded, so that a wrong 18 GB checkpoint fails in a second, with the checkpoint's names.
     """
     with torch.device("meta"):
         skeleton = AudioQwen2VLForConditionalGeneration(config)
@@ -64,11 +64,11 @@ def _check_tensors(config: Qwen2VLConfig, checkpoint: Checkpoint) -> None:
     missing = expected.keys() - found.keys()
     if config.tie_word_embeddings:
         missing -= {"lm_head.weight"}
-    hint = "is config.json this checkpoint's own, and is every shard there?"
+    hint = "does config.json belong to this checkpoint, and are all shards present?"
     if missing:
-        raise SurgvqaError(f"{folder}: not in the checkpoint: {_some(missing)}; {hint}")
+        raise SurgvqaError(f"{folder}: not in the checkpoint: {_first_names(missing)}; {hint}")
     if extra := found.keys() - expected.keys():
-        raise SurgvqaError(f"{folder}: not in the model: {_some(extra)}; {hint}")
+        raise SurgvqaError(f"{folder}: not in the model: {_first_names(extra)}; {hint}")
     for name in sorted(expected):
         if name in found and found[name] != expected[name]:
             raise SurgvqaError(
@@ -77,16 +77,16 @@ def _check_tensors(config: Qwen2VLConfig, checkpoint: Checkpoint) -> None:
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
-    """config.json of the checkpoint (flat as the fork wrote it, or nested), completed from the tensors' shapes.
+    """The checkpoint's config.json (flat, as the fork wrote it, or nested), completed from the tensors' shapes.
 
-    Adds `audio_encoder_config` (unless it stands there) and `audio_projector_bias`.
+    Adds `audio_encoder_config`, if missing, and `audio_projector_bias`. Raises UsageError for another architecture.
     """
     path, raw = checkpoint.folder / "config.json", dict(checkpoint.config)
     if raw.get("model_type") != "qwen2_vl" or "audio_token_id" not in raw:
         raise UsageError(
-            f'{path}: expected "model_type": "qwen2_vl" and an "audio_token_id"; this is no audio-grafted Qwen2-VL'
+            f'{path}: expected "model_type": "qwen2_vl" and an "audio_token_id"; this is not an audio-grafted Qwen2-VL'
         )
-    raw.pop("quantization_config", None)  # the tensors count, and they are plain: checked above
+    raw.pop("quantization_config", None)  # ignored, because the tensors are not quantised (checked above)
     raw["audio_encoder_config"] = raw.get("audio_encoder_config") or whisper_config(checkpoint.tensors)
     if not raw["audio_encoder_config"]:
         raise UsageError(f"{checkpoint.folder}: no Whisper encoder (audio_encoder.*) among the checkpoint's tensors")
@@ -97,7 +97,7 @@ def checkpoint_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from None
 
 
-def _some(names: Any, shown: int = 5) -> str:
+def _first_names(names: Any, shown: int = 5) -> str:
     names = sorted(map(str, names))
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

@@ -1,5 +1,7 @@
-"""PEFT's private ground: the names of its parameters and its cast switch. tests/surgvqa/model/test_internals.py asserts
-that they exist and have their effect."""
+"""PEFT's private names that we rely on: those of its parameters, and its cast switch.
+
+tests/surgvqa/model/test_internals.py asserts that they exist and work.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +12,30 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
 ADAPTER = "default"
-"""PEFT's name of the only adapter; a part of its parameters' names."""
+"""PEFT's name of the only adapter, which is part of its parameters' names."""
 PREFIX = "base_model.model."
-"""Of every name in an adapter file."""
+"""Prefix of every tensor name in an adapter file."""
 
 
 def without_input_casts(model: nn.Module) -> None:
-    """LoRA matrices stay float32 and their inputs keep their dtype, as long as the model lives.
+    """Stops PEFT from casting the inputs of LoRA matrices, for as long as the model exists.
 
-    PEFT casts every LoRA input to the adapter's float32; under bf16 autocast the matmul casts it back. Leaving both out
-    changes no bit and saves a float32 copy of every layer's input. Only for use under autocast.
+    PEFT casts every LoRA input to the adapter's float32, and under bf16 autocast the matmul casts it back. Without both
+    casts no bit changes, and no float32 copy of every layer's input is needed. Use only under autocast.
     """
-    vars(model)["input_casts_off"] = None  # PEFT's context manager switches the casts on again when it is dropped
+    vars(model)["input_casts_off"] = (
+        None  # kept on the model, because PEFT's context manager enables the casts again when it is freed
+    )
     casts_off = disable_input_dtype_casting(model)
     casts_off.__enter__()
     vars(model)["input_casts_off"] = casts_off
 
 
 def adapter_parameters(peft_model: PeftModel, on_disk: Callable[[str], str]) -> dict[str, nn.Parameter]:
-    """{name in an adapter file: parameter} of LoRA matrices and the copies of modules_to_save; `on_disk` renames."""
+    """{name in an adapter file: parameter} of LoRA matrices and the copies of modules_to_save.
+
+    `on_disk` maps a module name to the one in files.
+    """
 
     def file_name(name: str) -> str:
         name = name.replace(f"modules_to_save.{ADAPTER}.", "").replace(f".{ADAPTER}.", ".")

@@ -1,6 +1,6 @@
-"""Sizes of the audio-grafted Qwen2-VL: from a checkpoint's headers, or the real model's; and what a clip makes of it.
+"""Sizes of the audio-grafted Qwen2-VL, from a checkpoint's headers or those of the real model.
 
-Torch-free: `surgvqa budget` must answer on a laptop, and fast.
+Torch-free, so that `surgvqa budget` is fast and runs on a laptop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BF16 = 2
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of a run depends on; the field names are transformers'. Defaults: the real model, 8.93 B."""
+    """The sizes that a run's memory depends on, with transformers' names. Defaults: the real model, 8.93 B."""
 
     hidden_size: int = 3584
     num_hidden_layers: int = 28
@@ -44,7 +44,7 @@ class Sizes:
     encoder_ffn_dim: int = 5120
     num_mel_bins: int = 128
     max_source_positions: int = 1500
-    """Audio tokens of a question."""
+    """Audio tokens of a whole 30 s window."""
 
     @property
     def head_dim(self) -> int:
@@ -52,7 +52,7 @@ class Sizes:
 
     @property
     def kv_size(self) -> int:
-        """Width of the key and of the value projection."""
+        """Width of the key projection and of the value projection."""
         return self.num_key_value_heads * self.head_dim
 
     @property
@@ -66,9 +66,9 @@ class Sizes:
         return {n.removesuffix(".weight"): (s[1], s[0]) for n, s in shapes.items() if len(s) == 2}
 
     def lora_targets(self, pattern: str) -> dict[str, list[int]]:
-        """{module name inside a layer: layers where `pattern` matches it}, as add_lora matches: the whole old name.
+        """{module name inside a layer: layers in which `pattern` matches it}; as in add_lora, the whole old name.
 
-        UsageError when the pattern is no regular expression or matches none.
+        Raises UsageError when the pattern is not a regular expression or matches nothing.
         """
         try:
             means = re.compile(pattern).fullmatch
@@ -89,8 +89,10 @@ class Sizes:
         return targets
 
     def weights(self) -> dict[str, list[int]]:
-        """{part: parameters of each tensor} as the architecture has them: lm, head, embeddings (none when they are the
-        head's), vision, audio, projector."""
+        """{part: parameters of each tensor} of the architecture.
+
+        Parts: lm, head, embeddings (none if tied to the head), vision, audio, projector.
+        """
         shapes = {
             **language_shapes(
                 hidden_size=self.hidden_size,
@@ -135,7 +137,7 @@ PART_OF = (
     ("audio_projector", "projector"),
     ("model.", "lm"),
 )
-"""Beginning of a tensor's (old) name -> the part that it belongs to; the first that fits."""
+"""(beginning of a tensor's old name, its part); the first match applies."""
 
 
 def _part_of(name: str) -> str:
@@ -143,7 +145,7 @@ def _part_of(name: str) -> str:
 
 
 def require_layers(count: int | None, layers: int) -> None:
-    """UsageError unless `count` of a language model's `layers` can recompute; None is no count."""
+    """Raises UsageError unless `count` is None or from 0 to `layers`, the number of the language model's layers."""
     if count is not None and not 0 <= count <= layers:
         raise UsageError(f"checkpointed_layers is {count}, expected 0 to {layers} (the language model's layers)")
 
@@ -151,7 +153,7 @@ def require_layers(count: int | None, layers: int) -> None:
 def checkpoint_sizes(folder: str | Path) -> tuple[Sizes, dict[str, list[int]]]:
     """Sizes and weights ({part: parameters of each tensor}) of a checkpoint, from its headers and config.json.
 
-    UsageError when it is damaged or no audio-grafted Qwen2-VL.
+    Raises UsageError when it is damaged or not an audio-grafted Qwen2-VL.
     """
     checkpoint = open_checkpoint(folder).require_sound()
     weights: dict[str, list[int]] = {part: [] for _, part in PART_OF}

@@ -1,21 +1,22 @@
-"""torch's private ground: everything private in torch that the model needs is named here and nowhere else in this room.
+"""torch's private names that we rely on. In this package, they are used only here.
 
 tests/surgvqa/model/test_internals.py asserts that each name exists with the signature used here, and that each switch
-still has its effect, so that a new torch fails there and not silently in training.
+still works, so that a new torch fails there and not silently in training.
 
-Dropout masks that a compiled layer computes again in its backward pass must be those of its forward pass. Inductor
-draws one seed for each dropout of a graph, in one operation, and makes the masks from the seeds. Two faults of torch
-give the backward pass other masks, without a word:
+A compiled layer that computes dropout masks again in its backward pass must get the masks of its forward pass. Inductor
+draws one seed for each dropout of a graph, in one operation, and computes the masks from the seeds. Two bugs in torch
+silently give the backward pass other masks:
 
-- With torch._functorch.config.aggressive_recomputation on, the partitioner bans the recomputation of some operations,
-  and drawing the seeds is not among them: the backward pass may draw new ones (torch 2.11 and 2.13, any device; it
-  happens in graphs with up to four dropouts, and always within a checkpoint; tests/surgvqa/model/test_layers.py).
-- From torch 2.13 on, on CUDA, a one-dimensional kernel makes other numbers from a seed than one with a reduction, such
-  as a norm's (https://github.com/pytorch/pytorch/issues/198333).
+- With torch._functorch.config.aggressive_recomputation, the partitioner bans the recomputation of some operations, but
+  not of drawing seeds, so the backward pass may draw new ones (torch 2.11 and 2.13, any device; in graphs with up to
+  four dropouts, and always with recomputing layers; tests/surgvqa/model/test_layers.py).
+- From torch 2.13 on, on CUDA, a one-dimensional kernel computes other numbers from a seed than one with a reduction,
+  such as a norm (https://github.com/pytorch/pytorch/issues/198333).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ SEEDS = ("prims::inductor_seed", "prims::inductor_seeds")
 
 
 class KeepSeeds(CustomGraphPass):
-    """Marks the drawing of seeds, 8 bytes each, as kept for the backward pass. Runs before the partitioner."""
+    """A pass, run before the partitioner, that keeps the drawn seeds (8 bytes each) for the backward pass."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         for node in graph.nodes:
@@ -35,12 +36,12 @@ class KeepSeeds(CustomGraphPass):
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self) -> bytes:
-        """Part of the key under which torch caches what it compiled; it changes with this file."""
+        """Part of the key of torch's compilation cache; it changes with this file."""
         return get_hash_for_files((__file__,))
 
 
 def keep_dropout_seeds() -> None:
-    """Works around both faults for all that is compiled from now on. Idempotent."""
+    """Works around both bugs in everything that is compiled from now on. Idempotent."""
     import torch._inductor.config
     from torch._inductor.codegen.triton import TritonOverrides
 
@@ -50,38 +51,40 @@ def keep_dropout_seeds() -> None:
 
 
 def configure_compiler(*, recompute_cheap: bool) -> None:
-    """Sets torch.compile up for layers that are compiled one by one. For the whole process.
+    """Configures torch.compile in this process for layers that are compiled one by one.
 
-    `recompute_cheap`: only matrix products and attention are kept for the backward pass.
+    `recompute_cheap`: keep only matrix products and attention for the backward pass.
     """
     import torch._dynamo
     import torch._functorch.config
 
     torch._dynamo.config.suppress_errors = True  # fall back to eager, with torch's own warning
-    # One graph serves all layers, whose parameters are its inputs. But transformers' flash-attn code reads the layer's
-    # number: treated as a constant, it would need one graph a layer, and past recompile_limit layers run uncompiled.
+    # All layers share one graph, which takes their parameters as inputs. But transformers' flash-attn code reads the
+    # layer's number. As a constant it would need one graph per layer, and beyond recompile_limit layers run uncompiled.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    # 8 by default, too few for all the kinds: a layer recomputes or not, is the first (whose input needs no gradient)
-    # or not, runs in training or in evaluation, with rows of the first length or of any other.
+    # The default of 8 is too low for all combinations: a layer recomputes or not, is the first (whose input needs no
+    # gradient) or not, runs in training or in evaluation, with rows of the first length or of any other.
     torch._dynamo.config.recompile_limit = 32
     torch._functorch.config.aggressive_recomputation = recompute_cheap
     keep_dropout_seeds()
 
 
 def start_compiler() -> None:
-    """Starts inductor's worker processes. They take seconds to import torch; until they are up, kernels are compiled
-    one after another in this process."""
+    """Starts inductor's worker processes, which take seconds to import torch.
+
+    Until they are ready, kernels are compiled one after another in this process.
+    """
     from torch._inductor.async_compile import maybe_warm_pool
 
     maybe_warm_pool()
 
 
 def compilations() -> dict[str, int]:
-    """What torch.compile has done so far in this process.
+    """Counts of torch.compile's work in this process so far.
 
-    graphs: compiled; recompiles: those of them that were needed because an earlier one did not fit, for instance
-    another length; graph_breaks: places within a layer where it goes on in plain Python; compile_failures: what it gave
-    up, after an error or at recompile_limit, and now runs uncompiled.
+    graphs: compiled graphs. recompiles: those compiled because an earlier one did not apply, for instance to another
+    length. graph_breaks: places in a layer where plain Python runs. compile_failures: code that runs uncompiled after
+    an error or because of recompile_limit.
     """
     import torch._dynamo.utils as dynamo
 
@@ -102,3 +105,10 @@ def sdpa_takes_cudnn(heads: int, kv_heads: int, width: int, device: torch.device
     )
     chosen: Any = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
     return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)
+
+
+def compiler_cache_dir() -> Path:
+    """The cache folder of torch.compile: TORCHINDUCTOR_CACHE_DIR, or a folder of the user in /tmp."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())

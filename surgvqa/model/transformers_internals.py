@@ -1,5 +1,7 @@
-"""What the model relies on in transformers beyond its documented interface. tests/surgvqa/model/test_internals.py
-asserts that each name exists with the signature used here."""
+"""transformers' undocumented names that the model relies on.
+
+tests/surgvqa/model/test_internals.py asserts that each exists with the signature used here.
+"""
 
 from __future__ import annotations
 
@@ -16,29 +18,29 @@ __all__ = [
     "is_flash_attention_requested",
     "register_attention",
     "set_attention",
-    "take_names_of",
+    "share_weight_names",
 ]
 
 
 def attention_of(config: PreTrainedConfig) -> str:
-    """The attention kernel that a (sub)model with this config runs: sdpa, eager, flash_attention_2."""
+    """The attention kernel of a (sub)model with this config: sdpa, eager or flash_attention_2."""
     return config._attn_implementation or ""
 
 
 def set_attention(config: Any, attention: str) -> None:
-    """Sets the kernel of a sub-config that transformers does not know to be one."""
+    """Sets the attention kernel of a config that transformers does not recognise as a sub-config."""
     config._attn_implementation = attention
 
 
 def register_attention(name: str, function: Any) -> None:
-    """Lets layers whose config names `name` attend by `function`, called as transformers' own are."""
+    """Registers `function`, with the signature of transformers' own, as the attention kernel called `name`."""
     AttentionInterface.register(name, function)
 
 
-def take_names_of(upstream: str, ours: type) -> None:
-    """Lets our class load and save checkpoints under the names of upstream's class.
+def share_weight_names(upstream: str, ours: type) -> None:
+    """Makes our class load and save checkpoints with the tensor names of upstream's class.
 
-    A subclass gets no built-in mapping from the checkpoint's names (visual.*, model.layers.*) to the module's, and its
-    tensors would go missing without an error.
+    A subclass does not inherit the mapping from the checkpoint's names (visual.*, model.layers.*) to the module's, and
+    its tensors would silently not be loaded.
     """
     register_checkpoint_conversion_mapping(ours.__name__, get_checkpoint_conversion_mapping(upstream), overwrite=True)

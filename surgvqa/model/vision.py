@@ -1,7 +1,7 @@
-"""How the vision tower runs: the frames of a call attend in one kernel, and nothing in it waits for the GPU.
+"""Runs the vision tower with one attention kernel for all frames of a call, and without waiting for the GPU.
 
-None of it changes what is computed beyond rounding. Upstream calls a kernel for each frame in each layer; beside busy
-data loaders the host then takes twice as long to launch these as the GPU to run them.
+This changes results only by rounding. Upstream launches a kernel for each frame in each layer. While data loaders keep
+the cores busy, launching those takes twice as long as the GPU needs to run them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from surgvqa.model.transformers_internals import (
 )
 
 FRAME_ATTENTION = "surgvqa_flash_frames"
-"""Name of `frame_attention` among transformers' attention functions. "flash" in it makes upstream hand over all frames
-at once, and with them where each begins."""
+"""Name of `frame_attention` among transformers' attention functions. Because it contains "flash", upstream passes all
+frames at once with their boundaries."""
 
 
 def frame_attention(
@@ -36,17 +36,19 @@ def frame_attention(
     max_length_q: int,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each frame: [1, patches, heads, size] from [1, heads, patches, size]. `cu_seq_lens_q`
-    [frames + 1], on the host, says where the frames begin and end, `max_length_q` how long the longest is."""
+    """Attention within each frame: [1, patches, heads, size] from [1, heads, patches, size].
+
+    `cu_seq_lens_q` [frames + 1], on the host, has the frames' boundaries; `max_length_q` is the longest frame's length.
+    """
     heads, patches, size = query.shape[1:]
     frames = cu_seq_lens_q.shape[0] - 1
-    if frames * max_length_q == patches:  # all equally long
+    if frames * max_length_q == patches:  # all of equal length
         q, k, v = (x[0].view(heads, frames, max_length_q, size).transpose(0, 1) for x in (query, key, value))
         found = F.scaled_dot_product_attention(q, k, v, scale=scaling)
         return found.transpose(1, 2).reshape(1, patches, heads, size), None
     lengths = cu_seq_lens_q.diff().tolist()
-    apart = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
-    parts = [F.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in apart]
+    per_frame = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    parts = [F.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in per_frame]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -54,8 +56,10 @@ register_attention(FRAME_ATTENTION, frame_attention)
 
 
 def sizes_of(visual: Any, image_grid_thw: Tensor, device: torch.device) -> dict[str, Any]:
-    """What the tower `visual` would otherwise ask the GPU for, layer by layer: where each of the frames
-    `image_grid_thw` [F, 3] (t, h, w) begins, how long the longest is, and where each patch stands."""
+    """Arguments for the tower `visual` that it would otherwise read from the GPU in each layer.
+
+    For the frames `image_grid_thw` [F, 3] (t, h, w): their boundaries, the longest length, and each patch's position.
+    """
     if attention_of(visual.config) == "sdpa":
         set_attention(visual.config, FRAME_ATTENTION)
     grid = image_grid_thw.cpu()

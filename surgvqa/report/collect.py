@@ -1,4 +1,4 @@
-"""What the page shows: samples joined with the answers of each model, by video, id and wording, never by id alone."""
+"""Joins samples with the answers of each model, by video, id and wording, never by id alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from surgvqa.config.workspace import Workspace
+from surgvqa.data.clusters import clusters_of
 from surgvqa.data.samples import Sample, read_samples
 from surgvqa.errors import UsageError
+from surgvqa.evaluation.compare import compare, pair
+from surgvqa.evaluation.interval import samples_of
 from surgvqa.evaluation.score import read_predictions, score
+from surgvqa.evaluation.sources import SCORES, find_source
 from surgvqa.files import read_json
-from surgvqa.runs.history import find_run
-
-PREDICTIONS, SCORES = "predictions.jsonl", "report.json"
 
 
 @dataclass
@@ -28,34 +29,36 @@ class Model:
     file: Path
     predictions: list[dict[str, Any]]
     scores: dict[str, Any]
-    """What `evaluate` reports: accuracies are shares, 0..1."""
+    """The report of `evaluate`; accuracies are shares, 0..1."""
+    clusters: list[int] | None = None
+    """The cluster of each prediction's sample; None if the samples are unknown."""
 
 
 @dataclass
 class Answer:
-    """What one model said to one sample."""
+    """One model's answer to one sample."""
 
     text: str
     marks: dict[str, bool]
-    """{"keyword": right?, "label": right?, …}: every `…_correct` of the prediction."""
+    """{"keyword": bool, "label": bool, …}: every `…_correct` of the prediction."""
     milliseconds: float | None = None
 
 
 @dataclass
 class Entry:
-    """One row of the page: a sample, or a prediction whose sample is not at hand."""
+    """One row of the page: a sample, or a prediction whose sample is unknown."""
 
     video: str
-    """Empty where a prediction does not say it."""
+    """Empty if a prediction does not name it."""
     id: str
     type: str
     question: str
     label: str
     reference: str
-    """The reference answer, a sentence."""
+    """The reference sentence."""
     sample: Sample | None = None
     answers: list[Answer | None] = field(default_factory=list)
-    """One for each model; None where it was not asked."""
+    """One for each model; None if it did not answer this sample."""
 
     @property
     def wording(self) -> str:
@@ -65,7 +68,7 @@ class Entry:
 
 @dataclass
 class Inputs:
-    """The files and runs that were named, read."""
+    """The contents of the given files and runs."""
 
     models: list[Model] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -74,9 +77,9 @@ class Inputs:
 
 
 def read_inputs(names: Iterable[str], workspace: Workspace) -> Inputs:
-    """Reads runs (by id, name or folder), prediction files and sample files, each recognised by what it holds.
+    """Reads runs (by id, name or folder), prediction files and sample files. Files are recognised by their content.
 
-    Raises UsageError that names the file for what cannot be read or found.
+    Raises UsageError, which names the file, for one that is missing or cannot be read.
     """
     inputs = Inputs()
     for name in names:
@@ -84,56 +87,66 @@ def read_inputs(names: Iterable[str], workspace: Workspace) -> Inputs:
         if path.is_file() and not _holds_predictions(path):
             inputs.samples += read_samples(path)
             continue
-        folder = None if path.is_file() else _run_folder(path, name, workspace)
-        file = path if folder is None else folder / PREDICTIONS
-        if not file.is_file():
-            raise UsageError(f"{name}: no {PREDICTIONS} in {folder}, expected a run of `surgvqa evaluate`")
-        predictions = read_predictions(file)
+        source = find_source(name, workspace)
+        predictions = read_predictions(source.file)
         scores = score(predictions)
-        if folder is not None:
-            info = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-            if (folder / SCORES).is_file():
-                scores = {**scores, **read_json(folder / SCORES)}
-            for option, value in _options(info).items():
-                inputs.defaults.setdefault(option, value)
-        label = path.stem if folder is None else folder.name
-        inputs.models.append(Model(label, file, predictions, scores))
-    _tell_apart(inputs.models)
+        if source.run and (source.run / SCORES).is_file():
+            scores = {**scores, **read_json(source.run / SCORES)}
+        for option, value in source.options.items():
+            inputs.defaults.setdefault(option, value)
+        inputs.models.append(Model(source.name, source.file, predictions, scores))
+    _make_names_unique(inputs.models)
     return inputs
 
 
+def find_clusters(models: Iterable[Model], samples: list[Sample]) -> list[str]:
+    """Adds clusters and clustered intervals to the models. Returns notes on why some have none."""
+    cluster_of = {(s.file, s.line): number for s, number in zip(samples, clusters_of(samples))}
+    notes = []
+    for model in models:
+        try:
+            answered = samples_of(model.predictions, samples, "the given samples")
+        except UsageError as error:
+            if model.scores.get("clusters") is None:
+                notes.append(f"{model.name}: its intervals treat the samples as independent: {error}")
+            continue
+        model.clusters = [cluster_of[s.file, s.line] for s in answered]
+        if model.scores.get("clusters") is None:
+            clustered = score(model.predictions, clusters=model.clusters)
+            model.scores |= {key: value for key, value in clustered.items() if "interval" in key or key == "clusters"}
+            intervals = {k: v for k, v in clustered["informative"].items() if k.endswith("_interval")}
+            known = model.scores["informative"]  # from report.json, which is not trusted
+            model.scores["informative"] = {**(known if isinstance(known, dict) else {}), **intervals}
+    return notes
+
+
+def compare_all(models: list[Model]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """({model: its comparison with the first (evaluation.compare)}, notes on why some have none)."""
+    found, notes = {}, []
+    for model in models[1:]:
+        first = models[0]
+        try:
+            later = pair(first.predictions, model.predictions, first.name, model.name)
+        except UsageError as error:
+            notes.append(f"{model.name} is not compared with {first.name}: {error}")
+            continue
+        found[model.name] = compare(first.predictions, later, clusters=first.clusters)
+    return found, notes
+
+
 def _holds_predictions(path: Path) -> bool:
-    """Whether the first line that is JSON has an answer in it; a file of samples has frames instead."""
+    """Whether the first valid line has an answer; a file of samples has frames instead."""
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             line = next((line for line in file if line.strip()), "")
         first = json.loads(line)
     except (OSError, ValueError, RecursionError):
-        return True  # whoever reads predictions says what is wrong with it
+        return True  # reading the predictions then reports what is wrong
     return not (isinstance(first, dict) and "frames" in first and "predicted_answer" not in first)
 
 
-def _run_folder(path: Path, name: str, workspace: Workspace) -> Path:
-    if (path / PREDICTIONS).is_file():
-        return path.resolve()
-    if os.sep in name or path.suffix == ".jsonl":
-        raise UsageError(f"{name}: no such file, expected a run, a file of predictions or a file of samples")
-    return find_run(name, [workspace.runs_dir], "evaluate")
-
-
-def _options(info: Mapping[str, Any]) -> dict[str, str]:
-    options = info.get("options")
-    found = {}
-    for name in ("eval_data_path", "frames_dir", "audio_dir", "eval_audio_dir"):
-        entry = options.get(name) if isinstance(options, dict) else None
-        value = entry.get("value") if isinstance(entry, dict) else entry
-        if isinstance(value, str) and value:
-            found[name] = value
-    return found
-
-
-def _tell_apart(models: list[Model]) -> None:
-    """Models of one name get their folder before it, and a number if that is the same as well."""
+def _make_names_unique(models: list[Model]) -> None:
+    """Makes the models' names unique: adds the folder, and a number if that is the same too."""
     twice = {name for name, count in Counter(model.name for model in models).items() if count > 1}
     for model in models:
         if model.name in twice:
@@ -146,12 +159,12 @@ def _tell_apart(models: list[Model]) -> None:
 
 
 def join(samples: list[Sample], models: list[Model]) -> tuple[list[Entry], list[str]]:
-    """One entry for each sample, then for each question that no sample has; and what could not be joined, in words.
+    """(an entry for each sample, then one for each question without a sample; notes on what could not be joined).
 
-    A prediction belongs to the sample of its video and id, or, without a video, to the only sample of its id. Where
-    both have a question, the wording must be the same: ids repeat over videos and over wordings.
+    A prediction belongs to the sample with its video and id or, without a video, to the only sample with its id. If
+    both have a question, the wording must be the same, because ids repeat over videos and over wordings.
     """
-    entries = [_of_sample(sample) for sample in samples]
+    entries = [_entry_of_sample(sample) for sample in samples]
     known: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
         _register(known, entry)
@@ -159,7 +172,7 @@ def join(samples: list[Sample], models: list[Model]) -> tuple[list[Entry], list[
     for number, model in enumerate(models):
         unknown = doubled = 0
         for prediction in model.predictions:
-            wanted = _of_prediction(prediction)
+            wanted = _entry_of_prediction(prediction)
             found = _candidates(known, wanted)
             if len(found) != 1:
                 unknown += bool(samples)
@@ -173,7 +186,7 @@ def join(samples: list[Sample], models: list[Model]) -> tuple[list[Entry], list[
                 continue
             answers[number] = _answer(prediction)
         if unknown:
-            notes.append(f"{model.name}: {unknown} of {len(model.predictions)} predictions fit no sample, or several")
+            notes.append(f"{model.name}: {unknown} of {len(model.predictions)} predictions match no sample, or several")
         if doubled:
             notes.append(f"{model.name}: {doubled} predictions repeat an earlier one of the same sample; left out")
     for entry in entries:
@@ -187,7 +200,7 @@ def _register(known: dict[tuple[str, ...], list[Entry]], entry: Entry) -> None:
 
 
 def _candidates(known: Mapping[tuple[str, ...], list[Entry]], wanted: Entry) -> list[Entry]:
-    """The entries that a prediction may belong to; the same sample in two files counts once."""
+    """The entries that a prediction may belong to. The same sample in two files counts once."""
     key = ("video", wanted.video, wanted.id) if wanted.video else ("id", wanted.id)
     found = known.get(key, []) if wanted.id else []
     if wanted.question:
@@ -195,13 +208,13 @@ def _candidates(known: Mapping[tuple[str, ...], list[Entry]], wanted: Entry) -> 
     return found
 
 
-def _of_sample(sample: Sample) -> Entry:
+def _entry_of_sample(sample: Sample) -> Entry:
     return Entry(
         sample.video_id, sample.id, sample.question_type, sample.question, sample.short_answer, sample.answer, sample
     )
 
 
-def _of_prediction(prediction: Mapping[str, Any]) -> Entry:
+def _entry_of_prediction(prediction: Mapping[str, Any]) -> Entry:
     def text(*names: str) -> str:
         values = (prediction.get(name) for name in names)
         return next((str(value) for value in values if isinstance(value, (str, int)) and str(value)), "")

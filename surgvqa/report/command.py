@@ -1,4 +1,4 @@
-"""`surgvqa report`: one HTML page of scores, samples with their frames and recordings, and answers side by side."""
+"""`surgvqa report`: one HTML page with scores, samples, their frames and recordings, and answers side by side."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from surgvqa.config.workspace import Workspace
 from surgvqa.data.samples import read_samples
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.outcome import Outcome
-from surgvqa.report.collect import Inputs, join, read_inputs
+from surgvqa.report.collect import Inputs, compare_all, find_clusters, join, read_inputs
 from surgvqa.report.media import Clip, Store, embed, find_media, link
 from surgvqa.report.page import GENERATOR, Page, render
 
 MEDIA = {"frames_dir": "frames", "audio_dir": "recordings"}
 NAMES_BYTES = 120
-"""What a clip's names of strip and recording, and its notes, add to the page."""
+"""Bytes that a clip's names and notes add to the page."""
 
 
 def check(options: ReportOptions) -> None:
-    """UsageError when the page would replace a file that is no report, or has no folder to be in."""
+    """Raises UsageError when the page would replace a file that is not a report, or when its folder is missing."""
     page = Path(options.output)
     if page.is_dir() or not page.resolve().parent.is_dir():
-        what = "a folder" if page.is_dir() else "in a folder that is not there"
+        what = "a folder" if page.is_dir() else "in a folder that does not exist"
         raise UsageError(f"output: {page} is {what}, expected a file name such as report.html")
     if page.exists():
         with open(page, "rb") as file:
             if GENERATOR.encode() not in file.read(4096):
-                raise UsageError(f"output: {page} is there and is no report of ours; name another file")
+                raise UsageError(f"output: {page} exists and is not a report of this program; name another file")
 
 
 def run(options: ReportOptions, workspace: Workspace) -> Outcome:
-    """Writes the page, whole or not at all."""
+    """Writes the page atomically."""
     began = time.monotonic()
     inputs = read_inputs(options.files or (), workspace)
     chosen = _folders(options, inputs, workspace)
@@ -43,6 +43,9 @@ def run(options: ReportOptions, workspace: Workspace) -> Outcome:
     if not samples and not inputs.models:
         raise UsageError("nothing to show: name a run, a file of predictions or a file of samples")
     entries, notes = join(samples, inputs.models)
+    notes += find_clusters(inputs.models, samples) if samples else []
+    comparisons, uncompared = compare_all(inputs.models)
+    notes += uncompared
     shown = entries[: options.limit] if options.limit else entries
     if len(shown) < len(entries):
         notes.append(f"only the first {len(shown)} of {len(entries)} samples are shown (--limit)")
@@ -53,6 +56,7 @@ def run(options: ReportOptions, workspace: Workspace) -> Outcome:
         entries=shown,
         clips=find_media([entry.sample for entry in shown], chosen["frames_dir"], chosen["audio_dir"]),
         notes=notes,
+        comparisons=comparisons,
         linked=options.link,
     )
     if samples:
@@ -72,8 +76,7 @@ def run(options: ReportOptions, workspace: Workspace) -> Outcome:
 
 
 def _folders(options: ReportOptions, inputs: Inputs, workspace: Workspace) -> dict[str, str | None]:
-    """Where samples, frames and recordings are: as the command line says, else as the run was given them, else as
-    surgvqa.toml says."""
+    """The paths of samples, frames and recordings: from the command line, else from the run, else from surgvqa.toml."""
     chosen: dict[str, str | None] = {}
     for name in ("eval_data_path", "frames_dir", "audio_dir", "eval_audio_dir"):
         asked, of_run = getattr(options, name), inputs.defaults.get(name)
@@ -86,7 +89,7 @@ def _folders(options: ReportOptions, inputs: Inputs, workspace: Workspace) -> di
 
 
 def _fill(page: Page, options: ReportOptions) -> int | None:
-    """Embeds or links frames and recordings, and notes what is not in the page. The thumbnails' width in pixels."""
+    """Embeds or links frames and recordings and notes what is missing. Returns the thumbnails' width in pixels."""
     store = None
     if options.link:
         link(page.clips, Path(options.output))
@@ -99,12 +102,12 @@ def _fill(page: Page, options: ReportOptions) -> int | None:
             page.notes.append(f"{count} {kind} did not fit into {room}; --max_mb N allows more, --link embeds none")
     lacking = sum(bool(clip.notes) for clip in page.clips)
     if lacking:
-        page.notes.append(f"{lacking} samples lack a frame or a recording, or have an unreadable one: Show, with notes")
+        page.notes.append(f"{lacking} samples have a missing or unreadable frame or recording: Show, with notes")
     return store.width if store else None
 
 
 def _embed(clips: Sequence[Clip], limit_bytes: float) -> Store:
-    """With a bar on the terminal."""
+    """Embeds the clips, with a progress bar on the terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -114,7 +117,7 @@ def _embed(clips: Sequence[Clip], limit_bytes: float) -> Store:
 
 
 def _write(file: Path, page: Page) -> int:
-    """Its size in bytes."""
+    """Writes the page atomically and returns its size in bytes. Raises SurgvqaError when it cannot be written."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8", errors="replace", newline="\n") as out:

@@ -1,6 +1,6 @@
-"""Frames and recordings for the page: small enough to be embedded, or referred to by path.
+"""Frames and recordings for the page, embedded in small size or linked by path.
 
-A clip becomes one WebP strip of its frames side by side: one header in place of eight, and one element of the page.
+A clip becomes one WebP strip of its frames side by side, which needs one header and one page element, not eight.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from surgvqa.data.samples import Sample
 from surgvqa.errors import UsageError
 
 WIDTHS = (320, 256, 208, 160, 128, 96)
-"""Widths of a thumbnail in pixels; the largest that keeps the page under its limit is taken."""
+"""Thumbnail widths in pixels. The largest that keeps the page below its limit is used."""
 QUALITY = 55
-MOST_FRAMES = 40  # in a strip: WebP ends at 16,383 pixels
-PROBED = 12  # clips that are encoded to choose the width
-AUDIO_SHARE = 0.6  # of the page, at most
+MOST_FRAMES = 40  # in a strip, because WebP is at most 16,383 pixels wide
+PROBED = 12  # clips encoded to choose the width
+AUDIO_SHARE = 0.6  # largest share of the page
 BASE64 = 4 / 3
 MIME = {".mp3": "audio/mpeg", ".wav": "audio/wav", ".flac": "audio/flac", ".ogg": "audio/ogg", ".m4a": "audio/mp4"}
 
@@ -33,37 +33,37 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Clip:
-    """The frames of one sample, and its recording, as the page refers to them."""
+    """The frames and the recording of one sample on the page."""
 
     names: list[str] = field(default_factory=list)
     files: list[Path | None] = field(default_factory=list)
-    """One for each name; None where it is missing."""
+    """One for each name; None if it is missing."""
     audio: Path | None = None
     notes: list[str] = field(default_factory=list)
-    """What is missing or cannot be read, in words."""
+    """Messages on what is missing or unreadable."""
     strip: str = ""
-    """Name of the embedded strip; empty without one."""
+    """Name of the embedded strip; empty if there is none."""
     ratio: float = 4 / 3
-    """Width by height of a frame."""
+    """Width of a frame divided by its height."""
     urls: list[str] = field(default_factory=list)
-    """Of the frames, where they are linked."""
+    """URLs of linked frames."""
     sound: str = ""
-    """Name of the embedded recording, or its address where it is linked."""
+    """Name of the embedded recording or URL of the linked one."""
 
 
 @dataclass
 class Store:
-    """What is embedded: {name: "mime;base64,…"}, and what had to be left out."""
+    """The embedded media, {name: "mime;base64,…"}, and counts of what did not fit."""
 
     limit_bytes: float
     parts: dict[str, str] = field(default_factory=dict)
     used_bytes: float = 0.0
     width: int = 0
-    """Of a thumbnail, in pixels."""
+    """Width of a thumbnail in pixels."""
     left_out: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, mime: str, content: bytes, kind: str) -> bool:
-        """Whether there was room."""
+        """Adds the content if it fits; returns whether it did."""
         size = len(content) * BASE64 + 60
         if self.used_bytes + size > self.limit_bytes:
             self.left_out[kind] = self.left_out.get(kind, 0) + 1
@@ -74,8 +74,7 @@ class Store:
 
 
 def find_media(samples: Sequence[Sample | None], frames_dir: str | None, audio_dir: str | None) -> list[Clip]:
-    """The files of each sample; whatever is not there is a note of its clip. Raises UsageError for a folder that is
-    not there."""
+    """The files of each sample. A missing file is noted in its clip, a missing folder raises UsageError."""
     frames = FrameIndex(frames_dir) if frames_dir else None
     audio = AudioIndex(audio_dir, [s for s in samples if s]) if audio_dir else None
     return [_clip(sample, frames, audio) if sample else Clip() for sample in samples]
@@ -106,7 +105,7 @@ def _clip(sample: Sample, frames: FrameIndex | None, audio: AudioIndex | None) -
 
 
 def link(clips: Iterable[Clip], page: Path) -> None:
-    """Refers to all files by their path from the page's folder."""
+    """Links all files by their path relative to the page's folder."""
     folder = page.resolve().parent
 
     def address(file: Path) -> str:
@@ -121,8 +120,10 @@ def link(clips: Iterable[Clip], page: Path) -> None:
 
 
 def embed(clips: Sequence[Clip], limit_bytes: float, progress: Progress = lambda done, total: None) -> Store:
-    """Puts recordings and strips into a store of at most `limit_bytes`: recordings first, then the largest thumbnails
-    that fit. `progress` is told (clips done, clips)."""
+    """Puts recordings, and then the largest thumbnails that fit, into a store of at most `limit_bytes`.
+
+    `progress` is called with (clips done, all clips).
+    """
     store = Store(limit_bytes)
     _embed_audio(clips, store)
     seen: dict[tuple[Path | None, ...], list[Clip]] = {}
@@ -143,7 +144,7 @@ def embed(clips: Sequence[Clip], limit_bytes: float, progress: Progress = lambda
 
 
 def _width(clips: Sequence[Clip], room: float) -> int:
-    """The largest width at which the clips fit into `room` bytes, judged by some of them."""
+    """The largest width at which the clips fit into `room` bytes, estimated from some of them."""
     probed = clips[:: max(1, len(clips) // PROBED)][:PROBED]
     for width in WIDTHS:
         sizes = [len(_strip(Clip(c.names, c.files), width)) * BASE64 for c in probed]
@@ -153,8 +154,10 @@ def _width(clips: Sequence[Clip], room: float) -> int:
 
 
 def _strip(clip: Clip, width: int) -> bytes:
-    """The clip's frames side by side as WebP, each `width` pixels wide; what cannot be read is a blank frame and a
-    note. Empty when none can be read."""
+    """The clip's frames side by side as WebP, each `width` pixels wide; empty if none can be read.
+
+    An unreadable frame is left blank and noted.
+    """
     from PIL import Image, ImageOps
 
     images: list[Image.Image | None] = []
@@ -163,7 +166,9 @@ def _strip(clip: Clip, width: int) -> bytes:
         if file is not None:
             try:
                 with Image.open(file) as opened:
-                    opened.draft("RGB", (6 * width // 5, 6 * width // 5))  # a JPEG decodes to a half or a quarter
+                    opened.draft(
+                        "RGB", (6 * width // 5, 6 * width // 5)
+                    )  # a JPEG can be decoded at a half or a quarter of its size
                     image = ImageOps.exif_transpose(opened).convert("RGB")
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 clip.notes.append(f"frame {name} cannot be read: {error}")
@@ -176,7 +181,10 @@ def _strip(clip: Clip, width: int) -> bytes:
     strip = Image.new("RGB", (width * len(images), height))
     for number, image in enumerate(images):
         if image:
-            small = ImageOps.contain(image, (width, height))
+            fits = (
+                abs(width * image.height / image.width - height) < 1
+            )  # ignores rounding, to avoid a black line beside it
+            small = image.resize((width, height)) if fits else ImageOps.contain(image, (width, height))
             strip.paste(small, (number * width + (width - small.width) // 2, (height - small.height) // 2))
     content = io.BytesIO()
     strip.save(content, "WEBP", quality=QUALITY, method=2)
@@ -184,7 +192,7 @@ def _strip(clip: Clip, width: int) -> bytes:
 
 
 def _embed_audio(clips: Sequence[Clip], store: Store) -> None:
-    """Recordings as they are; where they would take more than their share, as small MP3s if soundfile is here."""
+    """Embeds recordings unchanged or, if they exceed their share, as small MP3s (needs soundfile)."""
     asked: dict[Path, list[Clip]] = {}
     for clip in clips:
         if clip.audio:
@@ -209,7 +217,7 @@ def _embed_audio(clips: Sequence[Clip], store: Store) -> None:
 
 
 def _sound(file: Path, small: bool) -> tuple[bytes, str, str]:
-    """A recording's bytes and MIME type, or why it cannot be read."""
+    """(a recording's bytes, its MIME type, why it cannot be read or "")."""
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -219,14 +227,14 @@ def _sound(file: Path, small: bool) -> tuple[bytes, str, str]:
 
 
 def _smaller(content: bytes, mime: str) -> tuple[bytes, str]:
-    """The recording as a mono MP3 where that is smaller; as it is without soundfile or where it cannot be read."""
+    """The recording as a mono MP3 if that is smaller; unchanged without soundfile or if it cannot be decoded."""
     try:
         import soundfile
 
         sound, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
         encoded = io.BytesIO()
         soundfile.write(encoded, sound.mean(axis=1), rate, format="MP3", compression_level=0.8)
-    except Exception:  # no soundfile, no MP3 in its library, a damaged file: the page still has the original
+    except Exception:  # no soundfile, no MP3 support, or a damaged file: keep the original
         return content, mime
     if encoded.tell() < len(content):
         return encoded.getvalue(), "audio/mpeg"

@@ -1,4 +1,4 @@
-"""The page: one HTML document of the scores, the samples and their media. Jinja2 with autoescape; no framework."""
+"""Renders the page: one HTML document with scores, samples and media. Jinja2 with autoescape; no framework."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgvqa.evaluation.definitions import DEFINITIONS
 from surgvqa.report.collect import Answer, Entry, Model
 from surgvqa.report.media import Clip
+from surgvqa.report.probes import probes
 
 HERE = Path(__file__).parent
 GENERATOR = '<meta name="generator" content="surgvqa report">'
@@ -19,21 +21,23 @@ SUFFIX = "_accuracy"
 
 @dataclass
 class Page:
-    """What the template is given."""
+    """The template's variables."""
 
     title: str
     made: str
-    """Date and time, for people."""
+    """Date and time as text."""
     models: list[Model] = field(default_factory=list)
     entries: Sequence[Entry] = ()
     clips: Sequence[Clip] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    comparisons: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """{model: its comparison with the first}, see evaluation.compare."""
     linked: bool = False
 
 
 def render(page: Page) -> Iterator[str]:
-    """The document in pieces, ready to be written."""
+    """Yields the HTML document in pieces."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -41,6 +45,7 @@ def render(page: Page) -> Iterator[str]:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = percent
+    environment.filters["points"] = points
     style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     files = "data: file: 'self'" if page.linked else "data:"
     yield from environment.get_template("page.html").generate(
@@ -52,13 +57,15 @@ def render(page: Page) -> Iterator[str]:
         generator=Markup(GENERATOR),
         data=document(page),
         metrics=metrics(page.models),
+        definitions=DEFINITIONS,
         types=types(page.models),
+        probes=probes(page.models),
         figures=[(model.name, figures(model.scores)) for model in page.models],
     )
 
 
 def _digest(text: str) -> str:
-    """Of an inline style or script, as a content security policy names it."""
+    """The hash of an inline style or script in a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -67,12 +74,17 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def points(difference: float) -> str:
+    """0.0123 as +1.2."""
+    return f"{100 * difference:+.1f}"
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Score:
-    """One bar: a model's accuracy, its interval if there is one, and the figure to beat."""
+    """One bar: a model's accuracy, its interval if known, and the majority accuracy to beat."""
 
     model: str
     value: float
@@ -81,7 +93,7 @@ class Score:
 
 
 def metrics(models: Sequence[Model]) -> dict[str, list[Score]]:
-    """{metric: a bar for each model that has it}, of every `…_accuracy`; the informative types have their own."""
+    """{metric: a bar for each model that has it} for every `…_accuracy`, with separate ones for informative types."""
     found: dict[str, list[Score]] = {}
     for model in models:
         tables = {"": model.scores, "informative types: ": model.scores.get("informative")}
@@ -120,7 +132,7 @@ def _type_rows(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def _accuracies(table: Any) -> dict[str, float]:
-    """The shares of a table that are a model's own: not those of always giving the most frequent label."""
+    """The accuracies in a table, without majority accuracies."""
     if not isinstance(table, dict):
         return {}
     return {
@@ -145,7 +157,7 @@ def _counts(value: Any) -> dict[str, int]:
 
 
 def _confusion(value: Any) -> dict[str, dict[str, int]]:
-    """{label: {answered label: how often}}, with the same columns in every row; empty without a table."""
+    """{label: {answered label: count}} with the same columns in every row; {} without a table."""
     if not isinstance(value, dict) or not all(isinstance(row, dict) for row in value.values()):
         return {}
     columns = sorted({str(name) for row in value.values() for name in row}, key=lambda name: (name not in value, name))
@@ -153,7 +165,7 @@ def _confusion(value: Any) -> dict[str, dict[str, int]]:
 
 
 def figures(scores: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Every plain figure of the scores, tables by type left out: (name, text)."""
+    """(name, text) of every plain figure in the scores, without tables by type."""
     rows = []
     for name, value in scores.items():
         if isinstance(value, dict) and name != "by_type":
@@ -169,7 +181,7 @@ def figures(scores: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def document(page: Page) -> dict[str, Any]:
-    """What the script of the page reads; names are short because there is one of each in every sample."""
+    """The data for the page's script. Keys are short because every sample repeats them."""
     marks = list(dict.fromkeys(m for e in page.entries for a in e.answers if a for m in a.marks))
     return {
         "models": [model.name for model in page.models],
@@ -186,7 +198,7 @@ def _row(entry: Entry, clip: Clip) -> dict[str, Any]:
         "question": entry.question,
         "label": entry.label,
         "reference": entry.reference,
-        "answers": [_said(answer) for answer in entry.answers],
+        "answers": [_answer_row(answer) for answer in entry.answers],
         "frames": clip.names,
         "notes": list(dict.fromkeys(clip.notes)),
     }
@@ -199,7 +211,7 @@ def _row(entry: Entry, clip: Clip) -> dict[str, Any]:
     return row
 
 
-def _said(answer: Answer | None) -> dict[str, Any] | None:
+def _answer_row(answer: Answer | None) -> dict[str, Any] | None:
     if answer is None:
         return None
     took = {} if answer.milliseconds is None else {"ms": round(answer.milliseconds)}

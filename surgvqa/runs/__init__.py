@@ -1,1 +1,1 @@
-"""The run folder: everything that a job and its watchers share."""
+"""The run folder: everything that a job and its readers share."""

@@ -1,7 +1,7 @@
-"""Where Python keeps the compiled modules of large packages: where it cannot, every start compiles them anew.
+"""Where Python caches the compiled modules of large packages, if it cannot do so beside them.
 
-torch and transformers are 2,600 modules at the start of a training, which took 8 s on a GPU machine whose
-site-packages belonged to root and was installed without compiling. Standard library only.
+A training imports 2,600 modules of torch and transformers when it starts. Compiling them took 8 s at every start on a
+GPU machine where site-packages belonged to root and held no compiled modules. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import os
 import sys
 from pathlib import Path
 
+from surgvqa.files import user_folder
+
 LARGE = ("torch", "transformers")
 
 
 def uncompiled() -> str | None:
-    """Why large packages are compiled at every start of this Python, for people; None where they are not."""
+    """Why this Python compiles large packages at every start, as a message; None if it does not."""
     for name in LARGE:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.origin:
@@ -34,13 +36,12 @@ def uncompiled() -> str | None:
 
 
 def cache_folder() -> Path:
-    """This user's own place for compiled modules (XDG Base Directory Specification)."""
-    cache = os.environ.get("XDG_CACHE_HOME") or ""
-    return Path(cache if os.path.isabs(cache) else Path.home() / ".cache", "surgvqa", "bytecode")
+    """This user's own folder for compiled modules."""
+    return user_folder("cache") / "bytecode"
 
 
 def environment() -> dict[str, str]:
-    """What a job's environment needs so that its next start finds the modules compiled; {} where nothing is needed."""
+    """Environment variables with which a job keeps its compiled modules for the next start; {} if none are needed."""
     if uncompiled() is None:
         return {}
-    return {"PYTHONPYCACHEPREFIX": str(cache_folder()), "PYTHONDONTWRITEBYTECODE": ""}  # "" is not set
+    return {"PYTHONPYCACHEPREFIX": str(cache_folder()), "PYTHONDONTWRITEBYTECODE": ""}  # "" means not set

@@ -29,7 +29,7 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
 
     def show(console: Console) -> None:
         table = Table("run", "command", "state", "started", "steps", "name", box=None)
-        table.columns[0].no_wrap = table.columns[3].no_wrap = True  # the id is there to be copied
+        table.columns[0].no_wrap = table.columns[3].no_wrap = True  # users copy the id
         for r in listed:
             started = time.strftime("%m-%d %H:%M", time.localtime(r.started))
             table.add_row(*map(plain, (r.id, r.command, r.state, started, r.steps or "", r.name)))
@@ -42,7 +42,7 @@ def runs(arguments: Namespace, workspace: Workspace) -> Outcome:
 
 
 def follow(arguments: Namespace, workspace: Workspace) -> Outcome:
-    """Draws a run's events until it ends; Ctrl-C leaves the run alone."""
+    """Draws a run's events until it ends. Ctrl-C ends only the drawing, not the run."""
     folder = history.find_run(arguments.run_name, workspace.runs_dirs)
     view, tail = JobView(), EventTail(folder / "events.jsonl")
     try:
@@ -64,18 +64,17 @@ def follow(arguments: Namespace, workspace: Workspace) -> Outcome:
 
 
 def stop(arguments: Namespace, workspace: Workspace) -> Outcome:
-    """Asks a run to end, waits for it, and ends it by force after 30 s."""
+    """Asks a run to end, waits for it, and kills it after 30 s."""
     folder = history.find_run(arguments.run_name, workspace.runs_dirs)
-    before, began = state_of(folder), time.monotonic()
+    was_active, began = state_of(folder) in ("starting", "running"), time.monotonic()
     state = launch.stop(folder)
-    text = f"{folder.name}: {state}" + (
-        f" after {human_seconds(time.monotonic() - began)}" if before == "running" else " (it was not running)"
-    )
+    how = f" after {human_seconds(time.monotonic() - began)}" if was_active else " (it was not running)"
+    text = f"{folder.name}: {state}{how}"
     return Outcome({"run": folder.name, "state": state}, show=lambda console: console.print(plain(text)))
 
 
 def follow_events(folder: Path, tail: EventTail, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
-    """Events as they come out of `tail`, until the run has ended (or died)."""
+    """Yields the events of `tail` until the run has ended or died."""
     while True:
         ended = state_of(folder) not in ("starting", "running")
         for event in tail.read():

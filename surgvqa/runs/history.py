@@ -1,4 +1,4 @@
-"""The runs of a workspace: listed, found by name."""
+"""Lists the runs of a workspace and finds them by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 from surgvqa.errors import UsageError
 from surgvqa.runs.events import last_events
 from surgvqa.runs.process import job_processes
+from surgvqa.runs.ranks import run_of
 from surgvqa.runs.state import check_run_json, state_of
 
 NO_FOLDER = "(its folder is gone)"
-"""Stands for the name of a job that runs on without its run folder."""
+"""Shown in place of the name of a job that still runs without its run folder."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class RunSummary:
     """What is wrong with its run.json."""
 
     def data(self) -> dict[str, Any]:
-        """The row as JSON keys."""
+        """The row for --json."""
         return {**vars(self), "folder": str(self.folder)}
 
 
 def list_runs(runs_dir: Path) -> list[RunSummary]:
-    """Every run of a workspace, newest first, and every job here that still runs without its folder."""
+    """Every run in `runs_dir`, newest first, including jobs that still run although their folder was deleted."""
     runs_dir = Path(runs_dir).absolute()
     found = [summary(folder) for folder in (runs_dir.iterdir() if runs_dir.is_dir() else [])]
     known = {run.folder.name for run in found if run}
@@ -49,12 +50,12 @@ def list_runs(runs_dir: Path) -> list[RunSummary]:
 
 
 def newest_first(found: Iterable[RunSummary]) -> list[RunSummary]:
-    """The order of every run list."""
+    """The runs in the order of every run list."""
     return sorted(found, key=lambda run: (run.started, run.id), reverse=True)
 
 
 def summary(folder: Path) -> RunSummary | None:
-    """One run's row; None for a folder that is no run. A damaged run.json costs what it would have told, no more."""
+    """The row of one run; None for a folder that is not a run. Of a damaged run.json only its own fields are lost."""
     info, problem = check_run_json(folder)
     if not info and not problem:
         return None
@@ -88,27 +89,30 @@ def _read_id(run_id: str) -> tuple[str, float]:
 
 
 def run_name(info: dict[str, Any]) -> str:
-    """The name that the user gave to a run, or ''."""
+    """The name that the user gave the run, or ''."""
     named = info.get("options", {}).get("run_name")
     return str(named.get("value") or "") if isinstance(named, dict) else ""
 
 
 def last_step(folder: Path) -> int:
-    """The last optimiser step that the run reported, 0 for a job that has none; read from the end of the file."""
+    """The last optimiser step that the run reported, read from the end of its events; 0 for a job without steps."""
     return next((e["step"] for e in last_events(folder, b'"step"') if isinstance(e.get("step"), int)), 0)
 
 
 def find_run(name: str, runs_dirs: list[Path], command: str | None = None) -> Path:
-    """The run folder that `name` means: a folder, an id, the beginning of an id, a run name, or `last`.
+    """The run folder for `name`: a folder, an id, the beginning of an id, a run name, or `last`.
 
-    `last` is the newest run, of `command` where one is given and has any. Raises UsageError when nothing or more than
-    one thing fits.
+    `last` is the newest run of `command`, or the newest of all if `command` has none. Raises UsageError when no run or
+    more than one run matches.
     """
     if (Path(name) / "run.json").is_file():
         return Path(name).resolve()
     runs = sorted((r for d in runs_dirs for r in list_runs(d)), key=lambda r: r.started, reverse=True)
     if not runs:
         raise UsageError(f"{name}: no runs in {', '.join(map(str, runs_dirs))}")
+    ids = {r.id for r in runs}
+    # Of a run on several machines with one disk, the run's own folder is meant.
+    runs = [r for r in runs if r.id == name or run_of(r.id) == r.id or run_of(r.id) not in ids]
     if name == "last":
         return next((r for r in runs if r.command == command), runs[0]).folder
     exact = [r for r in runs if r.id == name] or [r for r in runs if r.name == name][:1]
@@ -116,7 +120,6 @@ def find_run(name: str, runs_dirs: list[Path], command: str | None = None) -> Pa
     if len(matches) == 1:
         return matches[0].folder
     if matches:
-        raise UsageError(
-            f"{name}: fits {len(matches)} runs ({', '.join(r.id for r in matches[:3])}, …); give more of the id"
-        )
+        named = ", ".join(r.id for r in matches[:3]) + (", …" if len(matches) > 3 else "")
+        raise UsageError(f"{name}: matches {len(matches)} runs ({named}); give more of the id")
     raise UsageError(f"{name}: no such run in {', '.join(map(str, runs_dirs))} (surgvqa runs lists them)")

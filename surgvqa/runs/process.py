@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+STOP_GRACE_S = 30.0
+"""Seconds from SIGTERM, on which a job saves a checkpoint and ends cleanly, to SIGKILL."""
 RUN_VARIABLE = "SURGVQA_RUN"
 """The environment variable of a detached job that holds its run folder's absolute path."""
 
 
+MACHINE_ID = Path("/etc/machine-id")
+
+
+def machine_id() -> str:
+    """An id that stays the same when the machine is renamed; '' on systems without one (macOS, some containers).
+
+    A hash of the id in machine-id(5), because that page calls the id itself confidential.
+    """
+    try:
+        text = MACHINE_ID.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+    return hashlib.sha256(f"surgvqa {text}".encode()).hexdigest()[:16] if text and text != "uninitialized" else ""
+
+
 def process_stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat (proc(5)) from the state on; the name before them may hold spaces and brackets."""
+    """The fields of /proc/PID/stat (proc(5)) from the state on; None if the process is gone.
+
+    The name before them is skipped, because it may contain spaces and brackets.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
@@ -24,7 +45,7 @@ def process_stat(pid: int) -> list[str] | None:
 def process_identity(pid: int) -> str | None:
     """Boot id and start time (clock ticks) of a live process; None when it is gone or a zombie.
 
-    A pid alone may be reused; the two together never are.
+    A pid can be reused; pid and identity together cannot.
     """
     if sys.platform != "linux":
         return _identity_without_proc(pid)
@@ -39,7 +60,7 @@ def process_identity(pid: int) -> str | None:
 
 
 def _identity_without_proc(pid: int) -> str | None:
-    import psutil  # not above: this module travels to hosts that have the standard library only
+    import psutil  # imported here because this module also runs on hosts that have only the standard library
 
     try:
         process = psutil.Process(pid)
@@ -65,9 +86,9 @@ def descendants(root: int) -> list[int]:
 
 
 def job_processes() -> dict[str, list[int]]:
-    """{run folder: the pids of its detached job, the job itself before its children}, also where the folder is gone.
+    """{run folder: pids of its detached job, the job before its children}, including jobs whose folder was deleted.
 
-    A job and all its children carry RUN_VARIABLE in the environment that they were started with. Only Linux tells it.
+    A job and all its children were started with RUN_VARIABLE in their environment. Only Linux exposes it.
     """
     found: dict[str, list[int]] = {}
     mark = f"{RUN_VARIABLE}=".encode()
@@ -75,21 +96,21 @@ def job_processes() -> dict[str, list[int]]:
         if entry.isdigit():
             try:
                 variables = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
-            except OSError:  # somebody else's, or gone
+            except OSError:  # another user's process, or gone
                 continue
             folder = next((v[len(mark) :] for v in variables if v.startswith(mark)), None)
             if folder and process_identity(int(entry)):
                 found.setdefault(os.fsdecode(folder), []).append(int(entry))
-    return {folder: _first_is_the_root(pids) for folder, pids in found.items()}
+    return {folder: _root_first(pids) for folder, pids in found.items()}
 
 
-def _first_is_the_root(pids: list[int]) -> list[int]:
+def _root_first(pids: list[int]) -> list[int]:
     parents = {pid: int((process_stat(pid) or ["", "0"])[1]) for pid in pids}
     return sorted(pids, key=lambda pid: (parents[pid] in parents, pid))
 
 
 def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
-    """Signals the process only if it still has this identity, without a race where the kernel has pidfd."""
+    """Signals the process only if it still has this identity; returns whether it did. Free of races with pidfd."""
     try:
         handle = os.pidfd_open(pid) if hasattr(os, "pidfd_open") else None
     except OSError:
@@ -110,7 +131,7 @@ def signal_exactly(pid: int, identity: str | None, number: int) -> bool:
 
 
 def end_all(pids: list[int], grace_s: float) -> int:
-    """Sends these processes SIGTERM and, after `grace_s` seconds, SIGKILL; returns how many were alive."""
+    """Sends these processes SIGTERM and, after `grace_s` seconds, SIGKILL. Returns how many were alive at first."""
     known = {pid: process_identity(pid) for pid in pids}
     known = {pid: identity for pid, identity in known.items() if identity}
     for number, patience in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 2.0)):

@@ -12,10 +12,10 @@ class Reporter(Protocol):
         """Reports one event; runs/folder.py lists the kinds and their fields."""
 
     def phase(self, name: str, text: str = "") -> None:
-        """Reports that a new part of the work begins."""
+        """Reports that a new phase of the work begins."""
 
     def progress(self, phase: str, done: float, total: float | None, unit: str, **fields: Any) -> None:
-        """Reports that `done` of `total` `unit`s of `phase` are done; `total` is None when unknown."""
+        """Reports that `done` of `total` units of `phase` are done; `total` is None when unknown."""
 
     def warning(self, text: str) -> None:
         """Reports something that the user should know and that does not end the work."""

@@ -1,15 +1,15 @@
-"""Keeps one detached job on a GPU host: starts it, passes signals on, sweeps up after it, records how it ended.
+"""Supervises one detached job on a GPU host: starts it, forwards signals, ends what it left, records how it ended.
 
     python -m surgvqa.runs.supervisor RUN_FOLDER
 
-reads RUN_FOLDER/start.json (argv, cwd, env with its secrets, locks; mode 0600, removed once it is read) and writes
+reads RUN_FOLDER/start.json (argv, cwd, env with secrets, locks; mode 0600, deleted once read) and writes
 
     supervisor.json   pid, identity, state ("running", or "busy" with the holder of the GPU)
     exit.json         exit_code or signal, stopped, swept (processes that the job left behind), ended
 
-It is a session leader and a child subreaper: whatever the job starts (torchrun's workers have sessions of their own,
-dataloader workers, W&B's service) is ours to end, even when the launcher was killed. Standard library only, Python 3.8:
-the SSH agent carries this file to hosts where we are not installed.
+It is a session leader and a child subreaper, so it can end everything that the job starts (torchrun's workers, which
+have sessions of their own, dataloader workers, W&B's service), even when the launcher was killed. Standard library
+only, Python 3.8: the SSH agent copies this file to hosts where surgvqa is not installed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ from typing import Any
 
 from surgvqa.files import write_json_atomic
 from surgvqa.runs.events import finished_event
-from surgvqa.runs.process import descendants, end_all, process_identity
+from surgvqa.runs.process import STOP_GRACE_S, descendants, end_all, process_identity
 
-STOP_GRACE_S = 30.0  # SIGTERM -> checkpoint and clean end; then SIGKILL
-SWEEP_GRACE_S = 3.0  # what the job left behind has this long to end by itself
+SWEEP_GRACE_S = 3.0  # processes that the job left behind have this long to end
 PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
@@ -39,28 +38,28 @@ PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def take_locks(paths: list[str], run_id: str) -> tuple[list[int], str]:
-    """Exclusive locks on all of these files, or none and the run id of who holds one.
+    """Locks all of these files exclusively; if one is locked, locks none and returns the run id of its holder.
 
-    The descriptors go on to the job, so a lock lasts as long as anything of the job does.
+    The job inherits the descriptors, so a lock lasts as long as any process of the job.
     """
-    held: list[int] = []
+    descriptors: list[int] = []
     for path in paths:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             holder = _holder(descriptor)
-            for one in [*held, descriptor]:
-                os.close(one)
+            for opened in [*descriptors, descriptor]:
+                os.close(opened)
             return [], holder
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, run_id.encode(), 0)
-        held.append(descriptor)
-    return held, ""
+        descriptors.append(descriptor)
+    return descriptors, ""
 
 
 def _holder(descriptor: int) -> str:
-    """The run that has the lock: it writes its name a moment after it took it, and takes it out when it ends."""
+    """The run that holds the lock. It writes its id just after locking and removes it when it ends."""
     for _ in range(40):
         name = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         if name:
@@ -70,7 +69,7 @@ def _holder(descriptor: int) -> str:
 
 
 def stop_grace_s(folder: Path) -> float:
-    """How long whoever asked us to stop wants to wait (stop.json), else STOP_GRACE_S."""
+    """The grace period in the stop request (stop.json) in seconds, else STOP_GRACE_S."""
     try:
         return float(json.loads((folder / "stop.json").read_text(encoding="utf-8"))["grace_s"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -78,7 +77,7 @@ def stop_grace_s(folder: Path) -> float:
 
 
 def close_events(folder: Path, code: int | None, killed_by: int | None, stopped: bool) -> None:
-    """A job that was killed could not say so: writes its `finished` event for it."""
+    """Writes the `finished` event of a job that was killed and so could not write it itself."""
     try:
         if finished_event(folder):
             return
@@ -96,11 +95,11 @@ def close_events(folder: Path, code: int | None, killed_by: int | None, stopped:
             broken = b"\n" if tail and not tail.endswith(b"\n") else b""
             file.write(broken + "".join(line + "\n" for line in lines).encode())
     except OSError:
-        return  # a full disk: state_of finds the process gone all the same
+        return  # a full disk; state_of still sees that the process is gone
 
 
-def note_end(file: Path, document: dict[str, Any]) -> None:
-    """Writes how the job ended, unless the disk is full or somebody has deleted the run folder."""
+def record_end(file: Path, document: dict[str, Any]) -> None:
+    """Writes how the job ended. A full disk or a deleted run folder is ignored."""
     with contextlib.suppress(OSError):
         write_json_atomic(file, document)
 
@@ -109,7 +108,7 @@ def note_end(file: Path, document: dict[str, Any]) -> None:
 
 
 def supervise(folder: Path) -> int:
-    """Runs the job of `folder` to its end; returns the exit code that it had."""
+    """Runs the job of `folder` to its end and returns its exit code."""
     start_file = folder / "start.json"
     start = json.loads(start_file.read_text(encoding="utf-8"))
     start_file.unlink()  # its environment may hold secrets
@@ -154,10 +153,12 @@ def supervise(folder: Path) -> int:
         if got and got.si_signo in (signal.SIGTERM, signal.SIGINT) and kill_at is None:
             kill_at = time.monotonic() + stop_grace_s(folder)
             with contextlib.suppress(ProcessLookupError):
-                os.kill(job.pid, signal.SIGTERM)  # not job.send_signal, which would take the exit status from us
+                os.kill(
+                    job.pid, signal.SIGTERM
+                )  # not job.send_signal, which would reap the job and lose its exit status
         if kill_at and time.monotonic() > kill_at:
             end_all(descendants(os.getpid()), 0.0)
-        while True:  # our job, and orphans that became our children
+        while True:  # reap the job and the orphans that this process inherited
             try:
                 pid, ended = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -167,7 +168,7 @@ def supervise(folder: Path) -> int:
             if pid == job.pid:
                 status = ended
     swept = 0
-    for _ in range(20):  # killing a parent may hand us its children
+    for _ in range(20):  # this process inherits the children of each killed parent
         left = descendants(os.getpid())
         if not left:
             break
@@ -177,7 +178,7 @@ def supervise(folder: Path) -> int:
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     code: int | None = None if killed_by else os.WEXITSTATUS(status)
     close_events(folder, code, killed_by, stopped=kill_at is not None)
-    note_end(
+    record_end(
         folder / "exit.json",
         {
             "v": 1,

@@ -1,1 +1,1 @@
-"""What a person sees in a terminal: figures as text, bars, a job as it runs."""
+"""Terminal output: figures as text, bars, and the view of a running job."""

@@ -1,4 +1,4 @@
-"""Bars, and the terminal that they are drawn on."""
+"""Bars, and consoles that are safe for untrusted text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from surgvqa.untrusted import printable
 
 
 def plain(value: object) -> Text:
-    """Text that may come from outside, as it is: no markup, and nothing that a terminal would obey."""
+    """Untrusted text, shown literally: without markup or control characters."""
     return Text(printable(str(value)))
 
 
-def bought(text: str, saves_gb: float) -> str:
-    """One line: a choice and how many GB (1e9 bytes) it saves or adds at the peak (memory.choices)."""
+def choice_line(text: str, saves_gb: float) -> str:
+    """A line with a choice and the GB (1e9 bytes) that it saves or adds at the peak (memory.choices)."""
     return f"  {abs(saves_gb):5.1f} GB {'less' if saves_gb >= 0 else 'more'}: {text}"
 
 
@@ -31,7 +31,7 @@ def bar(fraction: float, width: int = 30, alarm: bool = True) -> Text:
 
 
 class _OnlyText(RenderHook):
-    """Lets styles and rich's own cursor movements through, and writes out whatever else a terminal would obey."""
+    """Escapes all control characters in text, but keeps styles and rich's own cursor movements."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Printable(renderable) for renderable in renderables]
@@ -47,7 +47,7 @@ class _Printable:
 
 
 def console_on(stream: IO[str] | None = None, markup: bool = False) -> Console:
-    """A console on `stream` (default: stdout) through which no text, wherever it is from, can steer the terminal."""
+    """A console on `stream` (default: stdout) on which no text can control the terminal."""
     console = Console(file=stream, highlight=False, markup=markup, emoji=False)
     console.push_render_hook(_OnlyText())
     return console

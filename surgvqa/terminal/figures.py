@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Formats figures for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def amount(done: float, unit: str) -> str:
-    """A progress figure in its unit."""
+    """A progress figure with its unit."""
     return human_bytes(int(done)) if unit == "bytes" else f"{done:,.0f}"
 
 

@@ -1,4 +1,4 @@
-"""What a terminal shows of a job: its events, drawn; for a job in the foreground and for `surgvqa follow`."""
+"""Draws a job's events on the terminal, for a job in the foreground and for `surgvqa follow`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import contextlib
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from surgvqa.terminal.drawing import bought, console_on
+from surgvqa.terminal.drawing import choice_line, console_on
 from surgvqa.terminal.figures import amount, human_seconds
 from surgvqa.untrusted import cleaned
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 NOT_SHOWN = ("v", "t", "kind", "step", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
-"""Fields of an `eval` event that say nothing about the model."""
+"""Fields of an `eval` event that do not describe the model."""
 DRAWN = ("phase", "progress", "output", "metric", "eval", "checkpoint", "preset", "oom", "warning", "error", "finished")
 
 
 class JobView:
-    """Draws events on stderr: a bar for the phase at hand, a line for what stays. Plain lines without a terminal."""
+    """Draws events on stderr: a bar for the current phase, and lines that stay. Without a terminal, only lines."""
 
     def __init__(self, stream: Any = None):
         self.console = console_on(stream or sys.stderr, markup=True)
@@ -29,17 +31,17 @@ class JobView:
         self.progress: Progress | None = None
         self.phase = ""
         self.began: tuple[float, float] | None = None
-        """Time and amount of the phase's first progress event: a phase may resume in the middle."""
+        """Time and amount of the phase's first progress event, since a phase may resume in the middle."""
         self.last_line = 0.0
 
     def show(self, event: dict[str, Any]) -> None:
         """Draws one event. Unknown kinds are ignored, and so are events that lack the fields of their kind."""
         if event["kind"] in DRAWN:
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line, or another version's
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line, or one from another version
                 getattr(self, f"_{event['kind']}")(cleaned(event))
 
     def close(self) -> None:
-        """Takes the bar off the screen."""
+        """Removes the bar from the screen."""
         if self.progress:
             self.progress.stop()
             self.progress = None
@@ -56,7 +58,7 @@ class JobView:
         self.phase, self.began = event["name"], None
         self._say(f"[bold]{escape(event['name'])}[/bold] {escape(event.get('text', ''))}".rstrip())
         for choice in event.get("choices", ()):
-            self._say(escape(bought(**choice)))
+            self._say(escape(choice_line(**choice)))
 
     def _progress(self, event: dict[str, Any]) -> None:
         done, total, unit = event["done"], event.get("total"), event.get("unit", "")
@@ -70,6 +72,8 @@ class JobView:
             text += f", {amount(per_s, unit)}/s" if unit == "bytes" else f", {per_s:.2f}/s"
         if self.live:
             if not self.progress:
+                from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # not for one line
+
                 self.progress = Progress(
                     TextColumn("  {task.description}"),
                     BarColumn(),
@@ -87,10 +91,12 @@ class JobView:
             self._say(f"  {escape(event['phase'])}: {text}{left}")
 
     def _output(self, event: dict[str, Any]) -> None:
-        """The latest line of a program at work (pip): redrawn in place on a terminal, else one line every 10 s."""
+        """Shows the latest line of a program such as pip: redrawn in place on a terminal, else a line every 10 s."""
         text = event["text"].strip()
         if self.live:
             if not self.progress:
+                from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
                 columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
                 self.progress = Progress(*columns, console=self.console, transient=True)
                 self.progress.start()
@@ -142,9 +148,9 @@ class JobView:
 
 
 class OutputToLog:
-    """While a job runs in the foreground, its stdout and stderr (also of C libraries) go to log.txt.
+    """Redirects stdout and stderr of a job in the foreground, including those of C libraries, to log.txt.
 
-    The terminal keeps the drawn view; `terminal` is the true stderr to draw it on. Restored on exit.
+    `terminal` is the original stderr, for drawing the view. Restores both on exit.
     """
 
     def __init__(self, log: os.PathLike[str]):

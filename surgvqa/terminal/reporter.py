@@ -1,4 +1,4 @@
-"""The reporter of work that has no run folder: events are drawn on the terminal and not kept."""
+"""The reporter for work without a run folder: draws events on the terminal and does not store them."""
 
 from __future__ import annotations
 

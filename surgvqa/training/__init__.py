@@ -1,1 +1,1 @@
-"""A training run from its options to the adapter on disk."""
+"""Trains an adapter: from the options to the adapter on disk."""

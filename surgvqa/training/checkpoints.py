@@ -1,4 +1,4 @@
-"""The checkpoint-<step> folders of a training: listed, judged, put aside, published."""
+"""The checkpoint-<step> folders of a training: lists, checks, renames and publishes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgvqa.checkpoint.headers import read_header
 
 ADAPTER = "adapter_model.safetensors"
 RESUME_FILES = (ADAPTER, "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-"""What a checkpoint must have to be resumed from."""
+"""Files that a checkpoint needs for a resume."""
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -24,8 +24,8 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
 
 
-def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """(the newest checkpoint that can be resumed from, why each newer one cannot)."""
+def newest_complete_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint that can be resumed, messages on why newer ones cannot)."""
     skipped: list[str] = []
     for checkpoint in checkpoints(output_dir):
         damage = damage_of(checkpoint)
@@ -36,29 +36,29 @@ def newest_whole_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def newer_than(checkpoint: Path) -> list[Path]:
-    """The checkpoints of later steps beside it, the last one first."""
+    """The checkpoints of later steps in the same folder, the last one first."""
     return list(itertools.takewhile(lambda other: other != checkpoint, checkpoints(checkpoint.parent)))
 
 
-def put_aside(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint, so that it counts as none; its new place."""
+def rename_damaged(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint so that it no longer counts as one. Returns its new path."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, told from names, sizes and headers; None when it looks whole."""
+    """Why a checkpoint cannot be resumed, from names, sizes and headers; None if it looks complete."""
     for name in RESUME_FILES:
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # its directory stands at the end
+        if file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):  # a zip file's directory is at its end
             return f"{name} is truncated"
     try:
         step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
         if checkpoint.name != f"checkpoint-{step}":
-            return f"trainer_state.json is of step {step}"
+            return f"trainer_state.json is from step {step}"
     except (ValueError, KeyError, TypeError):
         return "trainer_state.json is damaged"
     _, problems = read_header(checkpoint / ADAPTER)
@@ -66,7 +66,7 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Renames a finished folder to its final name, its files on disk first; an older `final` makes room."""
+    """Syncs a finished folder's files to the disk and renames it to `final`, which it replaces."""
     for file in temporary.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())

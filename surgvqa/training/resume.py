@@ -1,11 +1,11 @@
-"""Going on from a checkpoint: what it holds goes on, what the options say holds from now on, and an evaluation that was
-cut short is made up for.
+"""Resumes from a checkpoint, applies the current options, and repeats an interrupted evaluation.
 
-Trainer takes the options of the optimiser and when to evaluate, save and log from the checkpoint, without a word.
+Trainer alone would silently use the checkpoint's options for the optimiser and for evaluating, saving and logging.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, results
 from surgvqa.training.trainer import EventTrainer
 
+A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Options that, with the number of GPUs, determine the samples per step."""
+
 
 def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path | None:
-    """The checkpoint to resume from: the one named, or the newest whole one of the run named.
+    """The checkpoint to resume from: the named one, or the newest complete one of the named run.
 
-    Newer ones in `output_dir` are damaged (train.check sees to that). They are renamed: the highest step counts as the
-    newest, and they would be kept in place of those to come.
+    Newer ones in `output_dir` are damaged (train.check ensures this). They are renamed, because the highest step counts
+    as the newest, and they would be kept instead of new ones.
     """
     if not options.resume:
         return None
@@ -32,73 +35,91 @@ def find_checkpoint(options: TrainOptions, output_dir: Path, run: Run) -> Path |
     if folder.name.startswith("checkpoint-") and not checkpoints.checkpoints(folder):
         damage = checkpoints.damage_of(folder)
         if damage:
-            raise UsageError(f"{folder}: cannot be resumed from: {damage}")
+            raise UsageError(f"{folder}: cannot be resumed: {damage}")
         checkpoint, newer = folder, checkpoints.newer_than(folder)
     else:
-        checkpoint, _ = checkpoints.newest_whole_checkpoint(folder)
+        checkpoint, _ = checkpoints.newest_complete_checkpoint(folder)
         newer = checkpoints.newer_than(checkpoint) if checkpoint else checkpoints.checkpoints(folder)
     for damaged in newer:
         damage = checkpoints.damage_of(damaged)
-        now = f"; it is now {checkpoints.put_aside(damaged).name}" if damaged.parent == output_dir else ""
+        now = f"; it is now {checkpoints.rename_damaged(damaged).name}" if damaged.parent == output_dir else ""
         run.warning(f"skipped {damaged.name}: {damage}{now}")
-    if checkpoint is None:  # gone since train.check saw it
+    if checkpoint is None:  # deleted since train.check
         raise UsageError(f"{folder}: no checkpoint to resume from")
     run.phase("resume", str(checkpoint))
-    written = results.read(checkpoint)
-    before, after = written and samples_a_step(written.options), samples_a_step(vars(options))
-    if before and before != after:
-        run.warning(
-            f"a step has {after} samples and had {before}: {checkpoint.name} stands for as many steps as before, but "
-            "for another place in the data, so that samples of this epoch come twice or not at all"
-        )
     return checkpoint
 
 
+def keep_samples_a_step(options: TrainOptions, checkpoint: Path, run: Run) -> None:
+    """Keeps the number of samples per step, which determines a step's position in the data.
+
+    On another number of GPUs it changes the accumulation accordingly. Warns if the options change the number.
+    """
+    written = results.read(checkpoint)
+    if not written:
+        return
+    before, after = samples_a_step(written.options), samples_a_step(vars(options))
+    same = all(written.options.get(name) == getattr(options, name) for name in A_STEP)
+    each = options.per_device_train_batch_size * int(options.gpus)
+    if before != after and same and written.options.get("gpus", "1") != options.gpus and before % each == 0:
+        options.gradient_accumulation_steps = before // each
+        run.warning(
+            f"gpus is {options.gpus}, but was {written.options.get('gpus', '1')}: gradient_accumulation_steps is now "
+            f"{before // each}, so that a step has {before} samples as before"
+        )
+    elif before != after:
+        run.warning(
+            f"a step has {after} samples, but had {before}: {checkpoint.name} counts as many steps as before, but "
+            "is at another position in the data, so samples of this epoch are used twice or not at all"
+        )
+
+
 def samples_a_step(options: dict[str, Any]) -> int:
-    """Samples of one optimiser step."""
-    return int(options["per_device_train_batch_size"]) * int(options["gradient_accumulation_steps"])
+    """Number of samples per optimiser step, on all GPUs."""
+    return math.prod(int(options[name]) for name in A_STEP) * int(options.get("gpus", "1"))
 
 
 def begin(trainer: EventTrainer) -> None:
-    """Once the checkpoint is loaded, before the first step."""
+    """Applies the current options, after the checkpoint is loaded and before the first step."""
     state = trainer.state
     state.compute_steps(trainer.args, state.max_steps)
     stateful: Any = state.stateful_callbacks
-    for callback in trainer.callback_handler.callbacks:  # the counter of early stopping, but not its patience
+    for callback in trainer.callback_handler.callbacks:  # keeps the counter of early stopping, but not its patience
         if isinstance(callback, ExportableState):
             saved = stateful.setdefault(type(callback).__name__, callback.state())
             for name, value in saved["attributes"].items():
                 setattr(callback, name, value)
     find_best(trainer)
-    if evaluation_is_due(trainer) and trainer._determine_best_metric(trainer._evaluate(None, None), None):
+    if evaluation_is_due(trainer) and trainer.is_best_now():
         state.best_model_checkpoint = str(trainer.resumed)
 
 
 def end_with(trainer: EventTrainer, checkpoint: Path) -> None:
-    """The result of a run whose last checkpoint is of its last step: the best state of it, or that one."""
+    """Sets the result of a run whose last checkpoint is already at its last step: the best state, or this one."""
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.load_state(checkpoint)
     begin(trainer)
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
-        trainer._load_best_model()
+        trainer.load_best()
 
 
 def find_best(trainer: EventTrainer) -> None:
-    """The best checkpoint so far, also where the folder has moved. When it is gone, the search begins anew."""
+    """Finds the best checkpoint so far, even if the folder has moved. If it is missing, starts the search again."""
     assert trainer.resumed
     state, folder = trainer.state, trainer.resumed.parent
     if not trainer.args.load_best_model_at_end or state.best_global_step is None:
         return
     places = [Path(state.best_model_checkpoint or folder), folder / f"checkpoint-{state.best_global_step}"]
-    best = next((place for place in places if (place / checkpoints.ADAPTER).is_file() and place != folder), None)
+    found = next((place for place in places if (place / checkpoints.ADAPTER).is_file() and place != folder), None)
+    best = trainer.ranks.share(str(found) if found else None, "best so far")[0]  # rank 0's disk counts
     if best is None:
-        trainer.events.warning(f"{places[1]}, the best so far, is gone: the best from now on counts")
+        trainer.events.warning(f"{places[1]}, the best so far, is missing: only later ones count now")
         state.best_metric = state.best_global_step = None
-    state.best_model_checkpoint = str(best) if best else None
+    state.best_model_checkpoint = best
 
 
 def evaluation_is_due(trainer: EventTrainer) -> bool:
-    """Whether the step at hand is one to evaluate and was not: a stop, or an error, came before the end of it."""
+    """Whether the evaluation of the current step is missing because of a stop or an error."""
     state, args = trainer.state, trainer.args
     if any(row.get("step") == state.global_step and "eval_loss" in row for row in state.log_history):
         return False

@@ -1,4 +1,4 @@
-"""What an out-of-memory error must not lose: the state before a step, and tensors that are on the host meanwhile."""
+"""Saves what an out-of-memory error would lose: the state before a step, and tensors that are moved to the host."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from surgvqa.memory.out_of_memory import empty_cache
 
 
 class OffloadedTensors:
-    """The optimiser's states and the inputs of the step in the making, on the host from an error until work goes on.
+    """The optimiser's states and the inputs of the current step, on the host from an error until work continues.
 
-    Each of them lies in whatever block was free when it was made. While they are away the emptied cache gives
-    everything back, and when they return they lie together.
+    Each of them is in a block that was free when it was allocated. While they are on the host, emptying the cache frees
+    all blocks, and afterwards they are allocated contiguously.
     """
 
     def __init__(self) -> None:
         self._places: list[tuple[dict[str, Any], str]] = []
 
     def put(self, holders: Iterable[dict[str, Any]], device: torch.device) -> None:
-        """Their tensors on the device go to the host, one for all who share it, and the cache is emptied."""
-        places = [  # by name: a tensor that is still referred to here would keep its place on the GPU
+        """Moves the holders' tensors from the device to the host (shared ones once) and empties the cache."""
+        places = [  # by key, because a reference to the tensor would keep its memory on the GPU
             (holder, name)
             for holder in holders
             for name, value in holder.items()
@@ -35,7 +35,7 @@ class OffloadedTensors:
         empty_cache()
 
     def bring_back(self, device: torch.device) -> None:
-        """To the device. May run out of memory itself; what has not come then comes the next time."""
+        """Moves the tensors back to the device. If this runs out of memory, the next call moves the remaining ones."""
         came: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         while self._places:
             holder, name = self._places[-1]
@@ -48,8 +48,7 @@ class OffloadedTensors:
 
 
 class OptimizerSnapshot:
-    """Trained parameters and the optimiser's states, on the CPU: an optimiser step that runs out of memory has changed
-    some of them."""
+    """A copy of trained parameters and optimiser states on the CPU: a step that runs out of memory changes some."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         def copy(value: Any) -> Any:
@@ -61,7 +60,7 @@ class OptimizerSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """As it was; states that were not there are gone."""
+        """Restores the copy and deletes states that did not exist."""
         for parameter, before in self.parameters:
             parameter.copy_(before)
         for parameter in list(self.optimizer.state):

@@ -1,6 +1,6 @@
-"""Saved states of a training: written whole or not at all, found again, put back.
+"""Writes the saved states of a training atomically, and loads them.
 
-A run can be stopped and resumed as if it had not been: a saved state holds adapter, optimiser, scheduler, position in
+A stopped run resumes as if it had never stopped, because a saved state has adapter, optimiser, scheduler, position in
 the data and random state as they were after the last optimiser step.
 """
 
@@ -24,100 +24,133 @@ from surgvqa.memory.reductions import SHOWN
 from surgvqa.model.adapter import adapter_parameters, save_adapter
 from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, optimiser, results
+from surgvqa.training.carry import CARRIED, carry
 from surgvqa.training.random_state import random_state, set_random_state
 from surgvqa.training.rollback import OffloadedTensors
-from surgvqa.training.step_down import StepDown, let_go
+from surgvqa.training.step_down import StepDown, TrainingOutOfMemory, release_memory
 from surgvqa.training.trainer_hooks import HookedTrainer, rotate_checkpoints
 
 
 @dataclass
 class Window:
-    """One optimiser step in the making."""
+    """The current optimiser step."""
 
     began: float
     waited_s: float = 0.0
     inputs: list[Batch] = field(default_factory=list)
-    """Of all its micro steps, on the training device."""
+    """Batches of all its micro steps, on the training device."""
     batches: list[Batch] = field(default_factory=list)
-    """Of the micro steps so far."""
+    """Batches of the micro steps so far."""
     losses: list[torch.Tensor] = field(default_factory=list)
-    """The micro steps' losses, each already divided by the window's supervised tokens."""
+    """Losses of the micro steps, each already divided by the window's supervised tokens."""
     random_state: dict[str, Any] | None = None
-    """Before the first micro step."""
+    """The state before the first micro step."""
+    failure: TrainingOutOfMemory | None = None
+    """This rank's error, until it is shared with the others."""
+    samples: int = 0
+    tokens: int = 0
+    """Sum over all ranks."""
+    rank_wait_s: list[float] = field(default_factory=list)
+    """How long each rank waited for the slowest one."""
     loss: float = math.nan
     grad_norm: float | None = None
     learning_rate: float | None = None
 
 
 class SavingTrainer(HookedTrainer):
-    """Trainer with saved states of ours."""
+    """Trainer with our own saved states."""
 
     def __init__(self, *, run: Run, record: results.Trained, step_down: StepDown, **arguments: Any):
         super().__init__(**arguments)
         self.events = run
+        self.ranks = run.ranks
         self.record = record
         self.step_down = step_down
         self.activity = "start"
-        """For an out-of-memory report: load batch, forward and backward, optimizer, report, evaluate or save."""
+        """For an out-of-memory report: load batch, forward and backward, optimizer, report, evaluate, or save (only on
+        the rank that writes)."""
         self.window = Window(time.monotonic())
         self.offloaded = OffloadedTensors()
         self.resumed: Path | None = None
-        """The saved state that this training goes on from."""
+        """The saved state that this training resumes from."""
         self._rng: dict[str, Any] | None = None
-        self._last_eval_loss: float | None = None
-        self._is_best_of: tuple[int, float] | None = None
-        """(step, evaluation loss) of the weights, once the best ones are back in the model."""
+        self._is_best_of: int | None = None
+        """The step of the best weights, after they have been loaded."""
 
     def on_best(self) -> None:
-        """Saved at once: with save_steps above eval_steps Trainer would keep an older state as best."""
+        """Saves at once, because with save_steps above eval_steps Trainer would keep an older state as the best."""
         if self.args.load_best_model_at_end:
             self.control.should_save = True
 
     def reported_eval_loss(self) -> float | None:
-        """The evaluation loss of the state that is the result."""
-        return self._is_best_of[1] if self._is_best_of else self._last_eval_loss
+        """The evaluation loss of the resulting state."""
+        return self.reported("eval_loss")
+
+    def reported(self, metric: str) -> float | None:
+        """A figure from the evaluation of the resulting state; None if it has none."""
+        rows = [row for row in self.state.log_history if metric in row]
+        if self._is_best_of is not None:
+            rows = [row for row in rows if row.get("step") == self._is_best_of]
+        return rows[-1][metric] if rows else None
 
     def write_adapter(self, folder: Path) -> None:
-        """The adapter with the record of how it was trained."""
-        step, loss = self._is_best_of or (self.state.global_step, self._last_eval_loss)
-        document = self.record.document() | {"step": step, "eval_loss": loss}
+        """Writes the adapter with the record of its training."""
+        step = self._is_best_of or self.state.global_step
+        document = self.record.document() | {"step": step, "eval_loss": self.reported_eval_loss()}
         save_adapter(self.model, folder, document)
 
-    def save_whole(self) -> None:
-        """As a whole checkpoint-<step>, tried twice when memory runs out."""
+    def save_checkpoint(self) -> None:
+        """Writes checkpoint-<step> atomically on the first rank; the others wait for it."""
+        if self.ranks.disconnected:  # the ranks no longer wait for each other
+            if self.ranks.first:
+                self._save_with_retry()
+            return
+        problem: SurgvqaError | None = None
+        if self.ranks.first:
+            try:
+                self._save_with_retry()
+            except SurgvqaError as error:
+                problem = error
+        text = None if problem is None else str(problem)
+        text, best = self.ranks.share([text, self.state.best_model_checkpoint], "save")[0]
+        if text is not None:
+            raise problem or SurgvqaError(text)
+        self.state.best_model_checkpoint = best
+
+    def _save_with_retry(self) -> None:
+        """Saves, and tries once more when memory runs out."""
         self.activity = "save"
         try:
-            return self._write_whole()
+            return self._write_checkpoint()
         except torch.OutOfMemoryError as error:
-            self.step_down.say(let_go(error, self), "trying again with an emptied cache")
+            self.step_down.report(release_memory(error, self), "trying again with an emptied cache")
         try:
-            return self._write_whole()
+            return self._write_checkpoint()
         except torch.OutOfMemoryError as error:
-            failure = let_go(error, self)
-        raise self.step_down.stop(failure, self, weights_whole=False)
+            failure = release_memory(error, self)
+        raise self.step_down.stop(failure, self, weights_intact=False)
 
-    def _write_whole(self) -> None:
-        """Written to a folder of its own and renamed when it is whole."""
+    def _write_checkpoint(self) -> None:
+        """Writes a temporary folder and renames it when it is complete."""
         final = self.folder / f"checkpoint-{self.state.global_step}"
-        staging = self.folder / ".saving"
+        staging = self.folder / (
+            f".saving-{self.ranks.rank}" if self.ranks.rank else ".saving"
+        )  # of one that took over
         shutil.rmtree(staging, ignore_errors=True)
-        self.writes_to = staging
+        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        if best.is_dir() or best == final:
+            self.state.best_model_checkpoint = str(best)
         try:
-            self.write_state()
-            best = final.with_name(f"checkpoint-{self.state.best_global_step}")
-            if best.is_dir() or best == final:
-                self.state.best_model_checkpoint = str(best)
-            self.state.save_to_json(str(staging / final.name / "trainer_state.json"))  # not with the staging path
-            checkpoints.publish(staging / final.name, final)
+            self.write_state(staging)
+            checkpoints.publish(staging, final)
         except torch.OutOfMemoryError:
             raise
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # errors of torch and safetensors on a full disk
             raise SurgvqaError(
-                f"{final}: the checkpoint cannot be saved ({first_line(error)}); free some disk space and go "
-                f"on with --resume {self.events.id}"
+                f"{final}: the checkpoint cannot be saved ({first_line(error)}); free some disk space and "
+                f"continue with --resume {self.events.id}"
             ) from error
         finally:
-            self.writes_to = None
             shutil.rmtree(staging, ignore_errors=True)
         rotate_checkpoints(
             output_dir=str(self.folder),
@@ -127,16 +160,16 @@ class SavingTrainer(HookedTrainer):
         self.events.emit("checkpoint", step=self.state.global_step, path=str(final))
 
     def save_last_step(self) -> None:
-        """A checkpoint of the last whole optimiser step, with the random state of then; none before the first step."""
+        """Saves the last complete optimiser step with its random state; nothing before the first step."""
         final = self.folder / f"checkpoint-{self.state.global_step}"
         if self.state.global_step == 0 or (final.is_dir() and not checkpoints.damage_of(final)):
             return
         if self._rng:
             set_random_state(self._rng)
-        self.save_whole()
+        self.save_checkpoint()
 
     def restore(self, folder: str | Path) -> None:
-        """Puts the adapter of a checkpoint into the model; every tensor must have its place."""
+        """Loads a checkpoint's adapter into the model. Raises UsageError when a tensor does not match."""
         path = Path(folder) / checkpoints.ADAPTER
         tensors, slots = load_file(path), adapter_parameters(self.model)
         for name in sorted(tensors.keys() | slots.keys()):
@@ -156,22 +189,22 @@ class SavingTrainer(HookedTrainer):
         self.resumed = folder
 
     def load_optimizer(self, load: Callable[[], None], folder: str | None) -> None:
-        """Learning rate and the like stay as they were asked for, not as they were saved."""
+        """Keeps the requested learning rate and other hyperparameters instead of the saved ones."""
         asked = optimiser.hyperparameters(self.optimizer)
         load()
         if folder:
-            optimiser.keep_asked(self.optimizer, self.lr_scheduler, asked, folder)
+            optimiser.keep_requested(self.optimizer, self.lr_scheduler, asked, folder)
 
     def load_best(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
-        self.restore(best)
-        written = results.read(Path(best))
-        if written:  # it may be from before the run stepped down, and is evaluated as it was trained
+        folder = carry(Path(best), self.ranks, self.args.device, self.events.folder / CARRIED)
+        self.restore(folder)
+        written = results.read(folder)
+        if written:  # it may be from before a step down, and has to be evaluated as it was trained
             self.record.options |= {name: written.options[name] for name in SHOWN if name in written.options}
             self.record.preset = written.preset
-        step, metric = self.state.best_global_step, self.state.best_metric
-        self._is_best_of = None if step is None or metric is None else (step, metric)
+        self._is_best_of = self.state.best_global_step
 
     def on_random_state(self) -> None:
         self._rng = random_state()

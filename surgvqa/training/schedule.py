@@ -1,4 +1,4 @@
-"""When a run evaluates and saves, and what is best."""
+"""When a run evaluates and saves, and which state is the best."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from surgvqa.config.options import TrainOptions
 
 
 def evaluates(options: TrainOptions) -> bool:
-    """Whether the run evaluates while it trains."""
+    """Whether the run evaluates during training."""
     return bool(options.eval_data_path) and options.do_eval and options.eval_strategy != "no"
 
 
 def schedule(options: TrainOptions) -> tuple[dict[str, Any], list[str]]:
-    """When to evaluate, to save and what is best, as TrainingArguments fields that agree with each other, and what had
-    to be changed for that.
+    """(consistent TrainingArguments fields for evaluating, saving and the best state; notes on what was changed).
 
-    transformers refuses to end with the best model unless it is saved when it is evaluated.
+    transformers refuses to end with the best model unless every evaluated state is saved.
     """
     notes: list[str] = []
     planned: dict[str, Any] = {
@@ -37,7 +36,7 @@ def schedule(options: TrainOptions) -> tuple[dict[str, Any], list[str]]:
             else "eval_strategy is no"
         )
         early = ", and nothing stops early" if options.early_stopping_patience else ""
-        notes.append(f"{why}: nothing is evaluated, so the last state is the result, not the best one{early}")
+        notes.append(f"{why}: no evaluation, so the result is the last state, not the best one{early}")
         planned |= {"eval_strategy": "no", "eval_steps": None, "load_best_model_at_end": False}
         planned |= {"metric_for_best_model": None, "greater_is_better": None}
         if options.save_strategy == "best":
@@ -57,7 +56,7 @@ def schedule(options: TrainOptions) -> tuple[dict[str, Any], list[str]]:
         if planned["save_strategy"] == "steps" and options.save_steps % every:
             planned["save_steps"] = (options.save_steps // every + 1) * every
             notes.append(
-                f"load_best_model_at_end: save_steps {options.save_steps} is no multiple of eval_steps {every}; saving "
-                f"every {planned['save_steps']} steps"
+                f"load_best_model_at_end: save_steps {options.save_steps} is not a multiple of eval_steps {every}; "
+                f"saving every {planned['save_steps']} steps"
             )
     return planned, notes

@@ -1,13 +1,13 @@
-"""When the GPU's memory runs out in training: say what happened, need less, go on at the same step; or save and stop.
+"""Handles out-of-memory errors in training: reports them, steps down and retries the step, or saves and stops.
 
-What is given up is decided in memory/reductions.py. The trainer does the work again that was cut off.
+memory/reductions.py decides what to give up. The trainer repeats the interrupted work.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,44 +22,56 @@ from surgvqa.memory.reductions import SHOWN, Forecast, Reduction, changed, next_
 from surgvqa.model import layers
 from surgvqa.model.encode import encode_again
 from surgvqa.runs.folder import Run
+from surgvqa.runs.ranks import Ranks
 from surgvqa.training import results
 from surgvqa.training.rollback import OffloadedTensors
 
 OWNERS_SHOWN = 6
-"""Rows of the predicted table in an `oom` event, the largest ones."""
+"""Number of rows, the largest ones, of the predicted table in an `oom` event."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOutOfMemory(OutOfMemory):
-    """An out-of-memory error of a training: where it came, and what held the memory."""
+    """An out-of-memory error in training: where it occurred, and what used the memory."""
 
     step: int
     activity: str
     memory: dict[str, int]
-    """Bytes by owner, as measured."""
+    """{owner: measured bytes}."""
+    rank: int = 0
+    """The rank that ran out of memory."""
 
 
-class Trains(Protocol):
-    """What stepping down needs of the trainer."""
+class AnyRankOutOfMemory(Exception):
+    """Raised on all ranks at the same place when one of them has run out of memory there."""
+
+    def __init__(self, failure: TrainingOutOfMemory):
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+class OomTrainer(Protocol):
+    """The parts of the trainer that stepping down needs."""
 
     model: Any
     optimizer: Any
     args: Any
-    """Of which `device` is read."""
+    """Only `device` is used."""
     state: Any
-    """Of which `global_step` is read."""
+    """Only `global_step` is used."""
+    ranks: Ranks
     activity: str
     window: Any
-    """Of which `inputs` are read: the batches of the optimiser step in the making."""
+    """Only `inputs` are used: the batches of the current optimiser step."""
     offloaded: OffloadedTensors
 
     def save_last_step(self) -> None:
-        """Saves a checkpoint of the last whole optimiser step."""
+        """Saves a checkpoint of the last complete optimiser step."""
         ...
 
 
 class StepDown:
-    """Steps down from a configuration that needs too much memory. `options` are those in force now."""
+    """Steps down from a configuration that needs too much memory. `options` are the current ones."""
 
     def __init__(
         self,
@@ -74,8 +86,8 @@ class StepDown:
         forecast: Forecast | None = None,
         limit_gb: float = float("inf"),
     ):
-        """`model`: below PEFT's wrapper. `recomputing`: how many of its layers recompute now. Without a `forecast`
-        every reduction counts as one that helps."""
+        """`model` has no PEFT wrapper. `recomputing` is the current number of recomputing layers. Without a `forecast`,
+        every reduction counts as sufficient."""
         self.options = changed(options)
         self.run = run
         self.record = record
@@ -86,73 +98,78 @@ class StepDown:
         self.forecast = forecast
         self.limit_gb = limit_gb
         self.defragmented = False
-        """Whether this step was already tried again with nothing given up."""
+        """Whether this step was already retried without giving anything up."""
 
     @property
     def allowed(self) -> bool:
-        """--on_oom step_down."""
+        """Whether --on_oom is step_down."""
         return self.options.on_oom == "step_down"
 
-    def make_room(self, failure: TrainingOutOfMemory, trainer: Trains, evaluating: bool = False) -> None:
-        """Makes room for another try. Raises SurgvqaError, the last step saved, when there is no way left.
+    def make_room(self, failure: TrainingOutOfMemory, trainer: OomTrainer, evaluating: bool = False) -> None:
+        """Frees memory for a retry, on all ranks at once, which all decide from the same `failure`.
 
-        For fragmentation the emptied cache is tried first; for everything else the next reduction is applied, also when
-        a reduction itself runs out of memory because the encoders come back for its frames.
+        For fragmentation, first tries an emptied cache. Otherwise applies the next reduction, also when a reduction
+        itself runs out of memory because the encoders return for its frames. Saves the last step and raises
+        SurgvqaError when there is nothing left to try.
         """
         if self.allowed and failure.is_fragmentation and not self.defragmented:
             self.defragmented = True
-            self.say(failure, "free memory lies in pieces: trying again with an emptied cache")
+            self.report(failure, "free memory is fragmented: trying again with an emptied cache")
             return
         reduction = self._next(evaluating) if self.allowed else None
         if reduction is None:
             raise self.stop(failure, trainer)
-        self.say(failure, f"going on with {reduction.text}", settings=reduction.settings)
+        self.report(failure, f"continuing with {reduction.text}", settings=reduction.settings)
+        own_failure = None
         try:
             self._apply(reduction, failure)
         except torch.OutOfMemoryError as error:
-            failure = let_go(error, trainer)
-        else:
-            return
-        self.make_room(failure, trainer, evaluating)
+            own_failure = release_memory(error, trainer)
+        again = failure_of_any_rank(self.run.ranks, own_failure)
+        if again:
+            self.make_room(again, trainer, evaluating)
 
-    def stop(self, failure: TrainingOutOfMemory, trainer: Trains, weights_whole: bool = True) -> SurgvqaError:
-        """Saves the last whole step and returns the error that names the way on.
+    def stop(self, failure: TrainingOutOfMemory, trainer: OomTrainer, weights_intact: bool = True) -> SurgvqaError:
+        """Saves the last complete step and returns the error, which says how to continue.
 
-        Not `weights_whole`: an optimiser step or a save was cut short, and the weights may be half updated; nothing is
-        saved.
+        If an optimiser step or a save was interrupted (not `weights_intact`), the weights may be partly updated, and
+        nothing is saved.
         """
         reduction = self._next(failure.activity == "evaluate") if failure.activity != "optimizer" else None
-        self.say(
+        self.report(
             failure,
             "stopping",
             next_preset=reduction.preset if reduction else None,
             next_settings=reduction.settings if reduction else None,
         )
-        if weights_whole:
+        if weights_intact:
             trainer.save_last_step()
         if reduction:
             settings = " ".join(f"--{name} {value}" for name, value in reduction.settings.items())
-            way_on = f"go on with {reduction.text}: surgvqa train --resume {self.run.id} {settings}"
+            advice = f"go on with {reduction.text}: surgvqa train --resume {self.run.id} {settings}"
         elif failure.activity == "optimizer":
-            way_on = "fewer frames would not help: take a smaller --lora_r, --optim adamw_bnb_8bit or a larger GPU"
+            advice = "fewer frames would not help: use a smaller --lora_r, --optim adamw_bnb_8bit or a larger GPU"
         elif self.forecast:
-            way_on = (
+            advice = (
                 f"no smaller setting is predicted to fit into {self.limit_gb:.1f} GB; "
-                "take a smaller --image_size or a larger GPU"
+                "use a smaller --image_size or a larger GPU"
             )
         else:
-            way_on = "this is already the smallest preset; take a smaller --image_size or a larger GPU"
-        return SurgvqaError(f"out of GPU memory at step {failure.step} ({failure.activity}): {failure.text}; {way_on}")
+            advice = "this is already the smallest preset; use a smaller --image_size or a larger GPU"
+        where = f"{self.run.ranks.name(failure.rank)}out of GPU memory at step {failure.step} ({failure.activity})"
+        return SurgvqaError(f"{where}: {failure.text}; {advice}")
 
-    def say(self, failure: TrainingOutOfMemory, action: str, **fields: Any) -> None:
-        """The `oom` event."""
+    def report(self, failure: TrainingOutOfMemory, action: str, **fields: Any) -> None:
+        """Emits the `oom` event, on the rank that ran out of memory."""
+        if failure.rank != self.run.ranks.rank:
+            return
         now = self.forecast.of(changed(self.options, checkpointed_layers=self.recomputing)) if self.forecast else None
         predicted = sorted(now.components, key=lambda c: c.bytes, reverse=True)[:OWNERS_SHOWN] if now else []
         self.run.emit(
             "oom",
             step=failure.step,
             phase=failure.activity,
-            text=f"{failure.text}: {action}",
+            text=f"{self.run.ranks.name(failure.rank)}{failure.text}: {action}",
             requested_bytes=failure.requested_bytes,
             allocated_bytes=failure.allocated_bytes,
             reserved_bytes=failure.reserved_bytes,
@@ -175,12 +192,12 @@ class StepDown:
         )
 
     def _apply(self, reduction: Reduction, failure: TrainingOutOfMemory) -> None:
-        """Changes layers and datasets, and writes down what holds from now on: for checkpoints, for --resume, and for
-        whoever evaluates the result."""
+        """Changes layers and datasets, and records the new settings for checkpoints, --resume and evaluations."""
         self.options = changed(self.options, **reduction.settings)
         self.record.options |= reduction.settings
         self.record.preset = reduction.preset or self.record.preset
-        write_json_atomic(self.record.folder / results.RECORD, self.record.document())
+        if self.run.ranks.first:
+            write_json_atomic(self.record.folder / results.RECORD, self.record.document())
         recomputing = reduction.settings.get("checkpointed_layers", self.recomputing)
         now = changed(self.options, checkpointed_layers=recomputing)
         predicted = self.forecast.of(now).peak_table if self.forecast else None
@@ -193,26 +210,30 @@ class StepDown:
         if "checkpointed_layers" in reduction.settings:
             self.recomputing = layers.checkpoint_layers(self.model, reduction.settings["checkpointed_layers"])
         if reduction.settings.keys() & set(SHOWN):
+            frames = self.datasets[0].shown[:2]
             for dataset in self.datasets:
-                dataset.show(self.options.num_frames, self.options.image_size)
-            encode_again(self.model, self.datasets, self.options, self.run)
+                dataset.show(*(getattr(self.options, name) for name in SHOWN))
+            if self.datasets[0].shown[:2] != frames:  # the cache has all features of a question anyway
+                encode_again(self.model, self.datasets, self.options, self.run)
             if self.forecast and self.datasets[0].store is None:
                 self.forecast.overrides |= {"cached_features": False, "encoders_resident": True}
             evaluating = failure.activity == "evaluate"
             self.run.phase("evaluate" if evaluating else "train", f"again at step {failure.step}, {reduction.text}")
 
 
-def let_go(error: torch.OutOfMemoryError, trainer: Trains, drop_gradients: bool = False) -> TrainingOutOfMemory:
-    """Reads what the error says and what holds the memory; then frees what the work held that was cut off, and moves
-    what the next try needs to the host."""
+def release_memory(
+    error: torch.OutOfMemoryError, trainer: OomTrainer, drop_gradients: bool = False
+) -> TrainingOutOfMemory:
+    """Returns the failure's figures, frees the interrupted work's memory, and moves what a retry needs to the host."""
     figures = read(error)
     failure = TrainingOutOfMemory(
         **vars(figures),
         step=trainer.state.global_step,
         activity=trainer.activity,
         memory=owners(trainer, figures.allocated_bytes),
+        rank=trainer.ranks.rank,
     )
-    traceback.clear_frames(error.__traceback__)  # they hold the activations
+    traceback.clear_frames(error.__traceback__)  # frees the activations that the frames refer to
     if drop_gradients:
         trainer.model.zero_grad(set_to_none=True)
     states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
@@ -220,8 +241,17 @@ def let_go(error: torch.OutOfMemoryError, trainer: Trains, drop_gradients: bool 
     return failure
 
 
-def owners(trainer: Trains, allocated: int) -> dict[str, int]:
-    """Bytes by owner: what the model and the optimiser hold on the training device, and the rest of the allocated."""
+def failure_of_any_rank(ranks: Ranks, own_failure: TrainingOutOfMemory | None) -> TrainingOutOfMemory | None:
+    """The failure that all ranks act on: that of the first rank that failed; None if none did.
+
+    `own_failure` is this rank's.
+    """
+    failures = ranks.share(asdict(own_failure) if own_failure else None, "memory")
+    return next((TrainingOutOfMemory(**found) for found in failures if found), None)
+
+
+def owners(trainer: OomTrainer, allocated: int) -> dict[str, int]:
+    """{owner: bytes} of the model and the optimiser on the training device, and of the rest of `allocated`."""
     device = trainer.args.device.type
 
     def size(tensors: Any) -> int:
@@ -229,10 +259,10 @@ def owners(trainer: Trains, allocated: int) -> dict[str, int]:
 
     parameters = list(trainer.model.parameters())
     states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()
-    held = {
+    owned = {
         "frozen weights": size(p for p in parameters if not p.requires_grad),
         "adapters": size(p for p in parameters if p.requires_grad),
         "gradients": size(p.grad for p in parameters),
         "optimiser states": size(value for state in states for value in state.values()),
     }
-    return held | {"activations and temporaries": max(0, allocated - sum(held.values()))}
+    return owned | {"activations and temporaries": max(0, allocated - sum(owned.values()))}

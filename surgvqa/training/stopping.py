@@ -1,4 +1,4 @@
-"""A stop that was asked for: SIGTERM (surgvqa stop, the panel) or Ctrl-C."""
+"""Requested stops: SIGTERM (surgvqa stop, the panel) or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 
 class StopRequested(Exception):
-    """Raised between micro steps, where nothing is half done."""
+    """Raised between micro steps, where no work is interrupted."""
 
 
 @contextmanager
 def stop_on_signals(request: Callable[[], None]) -> Iterator[None]:
-    """While entered, the first SIGTERM or Ctrl-C calls `request`, the second ends at once (KeyboardInterrupt).
+    """Inside the context, the first SIGTERM or Ctrl-C calls `request`, and the second raises KeyboardInterrupt.
 
-    `request` runs in a signal handler: it may set a flag and nothing else. The handlers that stood before come back.
+    `request` runs in a signal handler, so it may only set a flag. Restores the earlier handlers.
     """
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     owner, asked = os.getpid(), False
 
     def handle(number: int, frame: Any) -> None:
         nonlocal asked
-        if os.getpid() != owner:  # a data loader's worker, forked with our handlers; its parent ends it
+        if os.getpid() != owner:  # a data loader's worker, forked with our handlers, which its parent ends
             if number == signal.SIGTERM:
                 os._exit(0)
             return

@@ -1,4 +1,4 @@
-"""Weights & Biases: its files stay in the run folder, and without a key it logs offline."""
+"""Configures Weights & Biases: its files stay in the run folder, and without a key it logs offline."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from surgvqa.runs.folder import Run
 
 @contextmanager
 def wandb_environment(report_to: str, run: Run) -> Iterator[None]:
-    """Sets what wandb reads from the environment while a run trains, if `report_to` names it, and ends its run after.
+    """Sets wandb's environment variables while a run trains, if `report_to` names it, and ends wandb's run afterwards.
 
-    What the user has set (WANDB_PROJECT, WANDB_MODE, …) stays. No key is read into the program, printed or logged.
+    Variables that the user has set (WANDB_PROJECT, WANDB_MODE, …) stay. No key is printed or logged.
     """
-    if not {"wandb", "all"} & set(report_to.split(",")):
+    if run.ranks.rank or not {"wandb", "all"} & set(report_to.split(",")):  # Trainer logs only on rank 0
         yield
         return
     wanted = {"WANDB_DIR": str(run.folder), "WANDB_PROJECT": "surgvqa", "WANDB_SILENT": "true"}
@@ -34,6 +34,6 @@ def wandb_environment(report_to: str, run: Run) -> Iterator[None]:
 
         if wandb.run is not None:
             wandb.finish()
-        wandb.teardown()  # it keeps what it read from the environment for the next run of the process
+        wandb.teardown()  # otherwise it would reuse the environment in the process's next run
         for name in added:
             os.environ.pop(name, None)

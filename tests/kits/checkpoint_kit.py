@@ -12,7 +12,7 @@ from surgvqa.checkpoint.folder import open_checkpoint
 from surgvqa.checkpoint.headers import DTYPE_BYTES, header_bytes
 from surgvqa.checkpoint.names import INDEX_FILE
 from surgvqa.checkpoint.shards import Copy, Files, plan_shards
-from surgvqa.checkpoint.writer import Job, Writer, file_identity
+from surgvqa.checkpoint.writer import NewCheckpoint, Writer, file_identity
 
 Spec = dict[str, tuple[str, tuple[int, ...]]]
 SHARDS = [{f"layer.{k}.{i}": ("BF16", (30, 7 + i)) for i in range(4)} for k in range(5)]
@@ -91,9 +91,9 @@ class Recorder:
         return [e for e in self.events if e["kind"] == kind]
 
 
-def make_job(base: Path, output: Path, max_bytes: int = 2000) -> Job:
+def new_checkpoint(base: Path, output: Path, max_bytes: int = 2000) -> NewCheckpoint:
     checkpoint, files = open_checkpoint(base), Files()
-    return Job(
+    return NewCheckpoint(
         output=output,
         shards=plan_shards([Copy(n, t, files) for n, t in checkpoint.tensors.items()], max_bytes),
         inputs={f.name: file_identity(f) for f in checkpoint.files},
@@ -102,9 +102,9 @@ def make_job(base: Path, output: Path, max_bytes: int = 2000) -> Job:
     )
 
 
-def write(job: Job, workers: int = 2) -> Recorder:
+def write(checkpoint: NewCheckpoint, workers: int = 2) -> Recorder:
     recorder = Recorder()
-    with Writer(job, recorder, workers) as writer:  # type: ignore[arg-type]  # stands in for Run
+    with Writer(checkpoint, recorder, workers) as writer:  # type: ignore[arg-type]  # stands in for Run
         if not writer.finished:
             writer.write_shards()
             writer.publish({"seconds": 1})

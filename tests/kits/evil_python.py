@@ -10,6 +10,7 @@ stdin = i = sys.stdin.buffer
 code = zlib.decompress(stdin.read(int(stdin.readline()))).decode()
 exec(compile(code.rsplit("\n", 1)[0], "agent", "exec"))
 agent = sys.modules["remote.agent.main"]
+known = agent.operation
 scenario = Path(__file__).with_name("scenario.py")
 exec(compile(scenario.read_text(), str(scenario), "exec"))
 agent.main(stdin)

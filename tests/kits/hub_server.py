@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from local_server import LocalServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub:
+class Hub(LocalServer):
     """Serves the files of `folder` as the model `hub_id`, safetensors as large files; `got` counts their GETs."""
 
     def __init__(self, folder: Path, hub_id: str = "someone/stage-1"):
         self.folder, self.hub_id, self.got = folder, hub_id, 0
         self.break_once: set[str] = set()
         """Files whose next download ends half-way."""
-        hub = self
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                """Silent."""
-
-            def do_GET(self) -> None:
-                hub.answer(self, body=True)
-
-            def do_HEAD(self) -> None:
-                hub.answer(self, body=False)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-
-    def answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        body = request.command != "HEAD"
         path = request.path.partition("?")[0]
         if path in (f"/api/models/{self.hub_id}", f"/api/models/{self.hub_id}/revision/{COMMIT}"):
             self._send(request, json.dumps(self._info()).encode(), {"Content-Type": "application/json"}, body)

@@ -25,7 +25,8 @@ class VirtualClock:
 class FakeLambda:
     """`faults`: what the next requests meet, in order, each as (operation, fault); an operation is the last part of the
     path (launch, terminate, instances, …) or "*". Faults: 429, 500, lost (done, but no answer), dropped (not done, no
-    answer), garbage, capacity, unhealthy, late_ip, deaf (terminate answers and does nothing)."""
+    answer), garbage, capacity, unhealthy, late_ip, deaf (terminate answers and does nothing), unknown (a machine that
+    is there is answered with 404). `other_account`: the key is one of an account that has no machines."""
 
     def __init__(self, clock: VirtualClock, skew_s: float = 0.0):
         self.clock, self.skew_s = clock, skew_s
@@ -34,6 +35,7 @@ class FakeLambda:
         self.keys: list[dict] = []
         self.capacity = {"gpu_1x_a10": ["us-east-1", "us-west-1"], "gpu_1x_h100_pcie": []}
         self.asked: list[tuple[float, str]] = []
+        self.other_account = False
 
     def transport(self) -> httpx.MockTransport:
         return httpx.MockTransport(self.handle)
@@ -72,9 +74,9 @@ class FakeLambda:
         if path == "instance-types":
             return self._ok({name: self._type(name) for name in self.capacity})
         if path == "instances":
-            return self._ok([self._shown(m) for m in self.alive()])
+            return self._ok([] if self.other_account else [self._shown(m) for m in self.alive()])
         if path.startswith("instances/"):
-            found = self.machines.get(path.split("/")[1])
+            found = None if fault == "unknown" or self.other_account else self.machines.get(path.split("/")[1])
             return self._ok(self._shown(found)) if found else self._error(404, "global/object-does-not-exist")
         if path == "ssh-keys" and method == "GET":
             return self._ok(self.keys)

@@ -11,6 +11,7 @@ from surgvqa.runs import folder, state
 from tui.app import Panel
 from tui.targets.local import LocalTarget
 from tui.widgets.head import TITLES
+from tui.widgets.timeline_view import TimelineView
 
 SIZES = [(80, 24), (120, 36)]
 
@@ -58,3 +59,8 @@ async def go(app: Panel, pilot, mode: str) -> None:
     await settle(pilot, lambda: app.front is not None and app.front.MODE in TITLES)
     await pilot.press(str(list(TITLES).index(mode) + 1))
     await settle(pilot, lambda: app.front is not None and mode == app.front.MODE and (app.focused or mode == "monitor"))
+
+
+def timeline(app: Panel) -> list[str]:
+    """The texts of the visible entries of Monitor's timeline."""
+    return [entry.text for entry in app.screen.query_one(TimelineView).visible_entries]

@@ -104,6 +104,7 @@ def build(root: Path, samples: int = 8) -> SimpleNamespace:
                 "image_size": 84,
                 "max_new_tokens": 8,
                 "batch_size": 3,
+                "answer_cache": "off",  # else a test of how answers are made would find them made
                 "device": "cpu",
                 **changes,
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -49,6 +50,7 @@ class Sshd:
 
     def __init__(self, root: Path, name: str = "gpuhost", address: str = "127.0.0.1", extra: str = ""):
         self.root, self.name, self.address, self.extra = root, name, address, extra
+        self.limits = "MaxStartups 100"
         self.environment = ""  # further NAME=value of the sessions
         self.home = root / "home"
         self.home.mkdir(parents=True)
@@ -95,7 +97,7 @@ class Sshd:
             f"AuthorizedKeysFile {self.root / 'authorized_keys'}\nPidFile none\nUsePAM no\nStrictModes no\n"
             "PermitRootLogin yes\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
             f"SetEnv HOME={self.home} TMPDIR={self.root} {self.environment}\n"
-            f"MaxStartups 100\nSubsystem sftp internal-sftp\n{self.extra}\n"
+            f"{self.limits}\nSubsystem sftp internal-sftp\n{self.extra}\n"
         )
         self.log = open(self.root / "sshd.log", "ab")  # noqa: SIM115
         seen = self.log.tell()
@@ -139,6 +141,11 @@ class Sshd:
             self.log.close()
 
 
+def one_line(error: Exception) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
 def cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -155,9 +162,16 @@ class Relay:
         self.passed = 0
         """Bytes from the client to the host."""
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self.broken = 0
+        """Connections that `break_next` broke."""
+        self._fault: tuple[str, int] | None = None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def break_next(self, how: str, at: int) -> None:
+        """The next connection is "cut" or "stalled" once the client has sent `at` bytes of it."""
+        self._fault = how, at
 
     def _accept(self) -> None:
         while True:
@@ -174,22 +188,51 @@ class Relay:
                 client.close()
                 continue
             self._pairs.append((client, server))
-            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+            stalled = threading.Event()
+            fault, self._fault = self._fault, None
+            if fault and fault[1] == 0:
+                self._break((client, server), stalled, fault[0])
+            threading.Thread(target=self._pump, args=(client, server, stalled, fault), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client, stalled), daemon=True).start()
 
-    def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+    def _break(self, pair: tuple[socket.socket, socket.socket], stalled: threading.Event, how: str) -> None:
+        self.broken += 1
+        if how == "cut":
+            self._reset(pair)
+        stalled.set()
+
+    def _pump(
+        self,
+        source: socket.socket,
+        target: socket.socket,
+        stalled: threading.Event,
+        fault: tuple[str, int] | None = ("", -1),
+    ) -> None:
+        from_client, sent = fault != ("", -1), 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 while self.frozen.is_set():
                     time.sleep(0.02)
-                if counted:
+                if from_client:
+                    sent += len(data)
                     self.passed += len(data)
                     if self.bytes_per_s:
                         time.sleep(len(data) / self.bytes_per_s)
-                target.sendall(data)
+                    if fault and sent >= fault[1] and not stalled.is_set():
+                        self._break((source, target), stalled, fault[0])
+                if not stalled.is_set():
+                    target.sendall(data)
         for one in (source, target):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _reset(pair: tuple[socket.socket, socket.socket]) -> None:
+        for one in pair:
+            with contextlib.suppress(OSError):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                one.shutdown(socket.SHUT_RDWR)
+                one.close()
 
     def freeze(self) -> None:
         self.frozen.set()
@@ -201,10 +244,7 @@ class Relay:
         """Every connection is reset, as by a router that restarted."""
         pairs, self._pairs = self._pairs, []
         for pair in pairs:
-            for one in pair:
-                with contextlib.suppress(OSError):
-                    one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    one.close()
+            self._reset(pair)
 
     def close(self) -> None:
         self._listener.close()
@@ -246,6 +286,16 @@ class Laptop:
         )
         assert check is None or done.returncode == check, done.stdout + done.stderr
         return done
+
+    def here(self, *words: str, check: int = 0) -> dict:
+        """As `json`, in this process, which spares the start of another."""
+        from remote.cli.main import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.chdir(self.workspace), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([*words, "--json"])
+        assert code == check, err.getvalue()
+        return json.loads(out.getvalue())
 
     def json(self, *words: str, check: int | None = 0) -> dict:
         return json.loads(self.command(*words, "--json", check=check).stdout)
@@ -296,7 +346,7 @@ def end_processes_below(folder: Path) -> None:
 
 
 STUB_TRAIN = '''
-"""Stands in for surgvqa.training.command on the host: launching without a model, all else is real."""
+"""Stands in for surgvqa.evaluation.train on the host: launching without a model, all else is real."""
 import os, subprocess, sys, time, types
 from pathlib import Path
 
@@ -316,6 +366,10 @@ def run(options, run):
         os.kill(os.getpid(), 9)
     if "fails" in how:
         raise RuntimeError("no such luck")
+    if "saves" in how:
+        (run.folder / "checkpoint-1").mkdir()
+        (run.folder / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"saved")
+        run.emit("checkpoint", step=1, path="checkpoint-1")
     steps = options.max_steps if options.max_steps > 0 else 100000
     print("training starts", flush=True)
     for step in range(1, steps + 1):
@@ -326,9 +380,9 @@ def run(options, run):
     (run.folder / "adapter" / "optimizer.pt").write_bytes(b"x" * 1000)
     return Outcome({"steps": steps, "train_loss": 1.0 / steps})
 
-module = types.ModuleType("surgvqa.training.command")
+module = types.ModuleType("surgvqa.evaluation.train")
 module.run = run
-sys.modules["surgvqa.training.command"] = module
+sys.modules["surgvqa.evaluation.train"] = module
 '''
 
 

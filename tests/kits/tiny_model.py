@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from transformers import Qwen2VLConfig
 
 from surgvqa.checkpoint.names import to_old_name
+from surgvqa.config.options import LoraOptions
 from surgvqa.data.collate import Collator
+from surgvqa.model.adapter import adapter_parameters
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
 from surgvqa.model.loading import load_model
 
@@ -137,17 +139,38 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
+def encoded(sample: dict) -> dict:
+    """A sample of `sample` as data/dataset.py encodes it: arrays, and how many audio tokens it has."""
+    one_row = ("input_ids", "labels", "input_features")
+    arrays = {name: (t[0] if name in one_row else t).numpy() for name, t in sample.items()}
+    return arrays | {"audio_tokens": int((arrays["input_ids"] == AUDIO).sum())}
+
+
 def packed(samples: list[dict], multiple_of: int = 1) -> dict:
     """As training packs them, without the mask that the trainer leaves out."""
-    items = [
-        {
-            name: t[0].numpy() if name in ("input_ids", "labels", "input_features") else t.numpy()
-            for name, t in s.items()
-        }
-        for s in samples
-    ]
+    items = [encoded(s) for s in samples]
     processors = types.SimpleNamespace(pad_token_id=PAD, image_token_id=IMAGE, merge_size=2)
     batch = Collator(processors, multiple_of=multiple_of, packed=True)(items)
     assert batch["input_ids"].shape == (1, int(batch["cu_seq_lens"][-1]))
     assert batch.pop("attention_mask").sum() == sum(s["input_ids"].shape[1] for s in samples)
     return batch
+
+
+def gradients(model, batch) -> dict:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def lora_options(**changes) -> LoraOptions:
+    return LoraOptions(**({"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0} | changes))
+
+
+def with_weights(peft_model):
+    """The adapter with random B matrices: a fresh LoRA adds nothing."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(peft_model).items():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return peft_model

@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from panels import SIZES, panel, settle, text, training
+from panels import SIZES, panel, settle, text, timeline, training
 from places import ROOT
 from rich.segment import Segment
 from textual.color import Color
 from textual.content import Content
-from textual.widgets import Log, OptionList
+from textual.widgets import OptionList
 
 from surgvqa.runs.folder import Run
 from tui.dialogs.confirm import Confirm
@@ -32,14 +32,14 @@ async def test_a_run_name_with_brackets_is_shown_whole(root, name, size):
     training(root, name=name)
     app = panel(root)
     async with app.run_test(size=size) as pilot:
-        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.query_one(Log).lines)
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and timeline(app))
         await settle(pilot, lambda: name in drawn(app))
         assert not [segment for strip in app.screen._compositor.render_strips() for segment in strip
                     if segment.style and "@click" in segment.style.meta]  # fmt: skip
         assert app.is_running
 
 
-@pytest.mark.parametrize("mode", ["1", "2", "3", "4"])
+@pytest.mark.parametrize("mode", ["1", "2", "3", "4", "5"])
 async def test_no_widget_and_no_title_sends_what_a_terminal_obeys(root, mode):
     """Whatever reaches a screen's texts, titles, notices, lists and logs, by whichever way."""
     run = training(root, name="x")
@@ -47,9 +47,9 @@ async def test_no_widget_and_no_title_sends_what_a_terminal_obeys(root, mode):
     (run.folder / "log.txt").write_text(f"{ATTACK}\n")
     app = panel(root)
     async with app.run_test(size=(120, 36)) as pilot:
-        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.query_one(Log).lines)
+        await settle(pilot, lambda: isinstance(app.screen, MonitorScreen) and timeline(app))
         await pilot.press(mode)
-        await settle(pilot, lambda: app.current_mode == ["merge", "upload", "train", "monitor"][int(mode) - 1])
+        await settle(pilot, lambda: app.current_mode == ["merge", "upload", "train", "monitor", "ask"][int(mode) - 1])
         for widget in app.screen.query("*"):
             widget.border_title = widget.border_subtitle = Content(ATTACK)
             if hasattr(widget, "update"):

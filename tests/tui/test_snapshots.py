@@ -13,10 +13,13 @@ from panels import SIZES, die, go, options, panel, settle, text
 from surgvqa.machine import gpu
 from surgvqa.runs.folder import Run
 from tui.dialogs.help import Help
+from tui.screens.compare import CompareScreen
 from tui.widgets.chart import Chart
+from tui.widgets.run_list import RunList
 
 NOON = 1_796_040_000.0
 LACK = "tried to allocate 2.1 GB"
+PREDICTED = {"language model": 15.2e9, "kept activations": 7.1e9, "vision encoder": 1.4e9, "optimiser": 0.6e9}
 H100 = {"device": 0, "backend": "cuda", "name": "NVIDIA H100 80GB HBM3", "total_bytes": 85.5e9}
 
 
@@ -66,10 +69,9 @@ def a_training(root) -> Run:
     live = run(root, 3, run_name="colon-8f", ago=280)
     gpu_event = {"kind": "gpu", **H100, "process_bytes": 25.9e9, "allocated_bytes": 21.2e9, "reserved_bytes": 25.1e9,
                  "peak_bytes": 26.8e9, "utilization_percent": 97, "temperature_c": 61, "power_w": 612.0}  # fmt: skip
-    predicted = {"language model": 15.2e9, "kept activations": 7.1e9, "vision encoder": 1.4e9, "optimiser": 0.6e9}
     write(live, [
         {"t": NOON - 279, "kind": "phase", "name": "load model", "text": "merged"},
-        {"t": began, "kind": "phase", "name": "train", "text": "200 steps", "predicted": predicted},
+        {"t": began, "kind": "phase", "name": "train", "text": "200 steps", "predicted": PREDICTED},
         *steps(1, 60, began),
         {"t": began + 121, "kind": "eval", "step": 60, "eval_loss": 0.92},
         {"t": began + 121, "kind": "checkpoint", "step": 60, "path": "checkpoints/checkpoint-60"},
@@ -81,6 +83,23 @@ def a_training(root) -> Run:
     ])  # fmt: skip
     (live.folder / "log.txt").write_text("loading merged\n192 samples, 8 frames each\n")
     return live
+
+
+def on_two_hosts(root) -> None:
+    """Two cards on each of two hosts, the last of which is the slowest; on the second host a third card has another
+    user."""
+    began = NOON - 260
+    live = run(root, 4, run_name="colon-8f", ago=280)
+    other = {"index": 2, "name": H100["name"], "used_bytes": 61e9, "total_bytes": 85.5e9}
+    write(live, [{"t": NOON - 279, "kind": "ranks", "hosts": ["lambda-1", "lambda-1", "lambda-2", "lambda-2"]},
+                 {"t": began, "kind": "phase", "name": "train", "text": "200 steps", "predicted": PREDICTED},
+                 *({**step, "rank_wait": [0.14, 0.15, 0.13, 0.0]} for step in steps(1, 125, began))])  # fmt: skip
+    for rank, used in enumerate((25.9e9, 25.8e9, 25.9e9, 27.4e9)):
+        cards = [{"index": index, "used_bytes": 25e9, "total_bytes": 85.5e9} for index in (0, 1) if index != rank % 2]
+        write(live, [{"t": NOON - 1, "kind": "gpu", **H100, "device": rank % 2, "rank": rank, "process_bytes": used,
+                      "allocated_bytes": used - 4e9, "reserved_bytes": used - 0.8e9, "peak_bytes": used + 0.9e9,
+                      "utilization_percent": 97 - 12 * (rank < 3),
+                      "other_gpus": cards + [other] * (rank > 1)}])  # fmt: skip
 
 
 def an_evaluation(root) -> None:
@@ -111,13 +130,34 @@ def everything(root) -> None:
     a_training(root)
 
 
+def a_sample(root) -> None:
+    """One sample with two frames, a red and a striped one, and its recording."""
+    frames = root / "frames" / "v"
+    frames.mkdir(parents=True)
+    (root / "audio").mkdir()
+    (root / "audio" / "q1.wav").touch()
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (80, 60), (170, 40, 50)).save(frames / "v_10.png")
+    striped = image.new("RGB", (80, 60), (60, 90, 60))
+    striped.paste((220, 220, 200), (20, 0, 40, 60))
+    striped.save(frames / "v_11.png")
+    row = {"id": "q1", "video_id": "v", "frames": ["v_10", "v_11"], "question": "Which way does the tool move?",
+           "question_type": "motion", "answer": "It moves to the right.", "short_answer": "right"}  # fmt: skip
+    (root / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    (root / "surgvqa.toml").write_text(
+        'eval_data_path = "eval.jsonl"\nframes_dir = "frames"\naudio_dir = "audio"\n[train]\nmodel_name_or_path = "m"\n'
+    )
+
+
 async def drawn(pilot, condition) -> None:
-    """Waits for a condition, and then until the picture no longer changes."""
+    """Waits for a condition, and then until another second's look at everything changes nothing in the picture."""
     await settle(pilot, condition)
-    before = None
-    while (now := pilot.app.export_screenshot()) != before:
+    before, app = None, pilot.app
+    while (now := [list(strip) for strip in app.screen._compositor.render_strips()]) != before:
         before = now
-        await pilot.pause(0.1)
+        await app._refresh()
+        await app.workers.wait_for_complete()
+        await pilot.pause()
 
 
 @pytest.mark.parametrize("size", SIZES, ids=["80x24", "120x36"])
@@ -129,6 +169,16 @@ class TestPictures:
         async def look(pilot):
             await go(app, pilot, "monitor")
             await drawn(pilot, lambda: "125/200" in text(app, "#facts") and "25.9 GB" in text(app, "#gauge"))
+
+        assert snap_compare(app, terminal_size=size, run_before=look)
+
+    def test_monitor_of_a_run_on_two_hosts(self, snap_compare, workspace, size):
+        on_two_hosts(workspace)
+        app = panel(workspace)
+
+        async def look(pilot):
+            await go(app, pilot, "monitor")
+            await drawn(pilot, lambda: "125/200" in text(app, "#facts") and "lambda-2" in text(app, "#gauge"))
 
         assert snap_compare(app, terminal_size=size, run_before=look)
 
@@ -180,7 +230,12 @@ class TestPictures:
             await go(app, pilot, "merge")
             await settle(pilot, lambda: "Choose the" in text(app, "#merge-text"))
             await pilot.press("question_mark")
-            await drawn(pilot, lambda: isinstance(app.screen, Help))
+            await drawn(
+                pilot,
+                lambda: (
+                    isinstance(app.screen, Help) and any(dialog.region.width for dialog in app.screen.query(".dialog"))
+                ),
+            )
 
         assert snap_compare(app, terminal_size=size, run_before=look)
 
@@ -190,5 +245,29 @@ class TestPictures:
         async def look(pilot):
             await go(app, pilot, "upload")
             await drawn(pilot, lambda: "Nothing to send" in text(app, "#plan-text"))
+
+        assert snap_compare(app, terminal_size=size, run_before=look)
+
+    def test_ask(self, snap_compare, workspace, size):
+        a_sample(workspace)
+        app = panel(workspace)
+
+        async def look(pilot):
+            await go(app, pilot, "ask")
+            await drawn(pilot, lambda: "▀" in text(app, "#clip") and "Which way" in text(app, "#ask-answer"))
+
+        assert snap_compare(app, terminal_size=size, run_before=look)
+
+    def test_two_runs_compared(self, snap_compare, workspace, size):
+        everything(workspace)
+        app = panel(workspace)
+
+        async def look(pilot):
+            await go(app, pilot, "monitor")
+            await settle(pilot, lambda: "125/200" in text(app, "#facts"))
+            app.screen.query_one(RunList).marked = ["20261130-115003-train-003", "20261130-115001-train-001"]
+            await pilot.press("d")
+            await settle(pilot, lambda: isinstance(app.screen, CompareScreen))
+            await drawn(pilot, lambda: len([s for s in app.screen.query_one(Chart).series if s.xs]) == 3)
 
         assert snap_compare(app, terminal_size=size, run_before=look)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -11,6 +12,7 @@ from surgvqa.runs.history import RunSummary
 from surgvqa.terminal.figures import amount
 from tui import words
 from tui.content import report
+from tui.content.outcome import outcome, per_point
 from tui.content.report import MUTED
 from tui.follow.follower import Follower
 from tui.follow.run_model import RunModel
@@ -30,22 +32,60 @@ def facts(follower: Follower, width: int, resumable: bool) -> Content:
     lr = "" if rate is None else f"lr {rate:.2e}"
     rows: list[Content | str | None] = [
         Content.assemble(standing(follower), "  ", (model.command, "bold")),
+        recorded(follower),
         phase(follower, width) if follower.active and model.phase else None,
     ]
+    ended = not follower.active and model.command in ("train", "evaluate")
+    if ended:  # what came of it, in place of a bar that moves no more
+        known = outcome(model, follower.target.price_per_hour)
+        rows += [Content.assemble((f"{name:<17}", MUTED), words.clip(text, width - 17)) for name, text in known]
+        figures = [text for text in (words.clip(count, width) if model.total_steps else "",) if text]
+        rows += [*joined(figures, width), *preset_and_judged(model, width)]
+        return report.lines(*rows, *ending(follower, resumable))
     if share is not None:
         bar = words.bar(width - PERCENT_WIDTH, share, "$primary")
         rows += [Content.assemble(bar, (f" {100 * share:5.1f} %", "bold"))]
-    figures = [figure for figure in (words.clip(count, width), left, speed, waiting(follower)) if figure]
-    rows += joined(figures, width)
+    figures = [words.clip(count, width), left, speed, waiting(follower), slowest(follower), money(follower)]
+    rows += joined([figure for figure in figures if figure], width)
     if lr:
         rows.append(Content.assemble(f"{lr}  ", (sparkline(model.learning_rate.ys, width - len(lr) - 2), "$secondary")))
-    for name, text in judged(model):
-        rows.append(Content.assemble((f"{name} ", MUTED), words.clip(text, width - len(name) - 1)))
-    if model.preset and model.command == "train":
-        rows.append(Content.assemble(("preset ", MUTED), model.preset))
+    rows += preset_and_judged(model, width)
     if best:
         rows.append(Content.assemble(("best eval ", MUTED), f"{best[1]:.4g}", (f" at step {best[0]:,}", MUTED)))
     return report.lines(*rows, *ending(follower, resumable))
+
+
+def facts_alone(follower: Follower, width: int, resumable: bool) -> Content:
+    """For a terminal without room for a chart: state, bar, loss, time left."""
+    model = follower.model
+    share, count = how_far(follower)
+    loss, best = model.train.last(), model.best_eval()
+    figures = [
+        f"loss {loss:.4g}" if loss is not None else "",
+        f"eval {model.eval.last():.4g}" if best else "",
+        words.clip(count, width),
+        time_left(follower),
+        pace(follower),
+    ]
+    bar = None
+    if share is not None:
+        bar = Content.assemble(words.bar(width - PERCENT_WIDTH, share, "$primary"), (f" {100 * share:5.1f} %", "bold"))
+    return report.lines(
+        Content.assemble(standing(follower), "  ", (model.command, "bold")),
+        bar,
+        *joined([figure for figure in figures if figure], width),
+        *ending(follower, resumable),
+    )
+
+
+def preset_and_judged(model: RunModel, width: int) -> list[Content]:
+    """With what it was trained, or what it judges."""
+    rows = [
+        Content.assemble((f"{name} ", MUTED), words.clip(text, width - len(name) - 1)) for name, text in judged(model)
+    ]
+    if model.preset and model.command == "train":
+        rows.append(Content.assemble(("preset ", MUTED), model.preset))
+    return rows
 
 
 def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Content:
@@ -53,15 +93,17 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     ended badly the whole of it, and what to do."""
     model = follower.model
     share, count = how_far(follower)
-    head = Content.assemble(standing(follower), "  ", (model.command, "bold"))
+    what = "recording" if follower.recording else model.command
+    head = Content.assemble(standing(follower), "  ", (what, "bold"))
     if share is not None:
         head = Content.assemble(head, "  ", words.bar(12, share, "$primary"), (f" {100 * share:.0f} %", "bold"))
     if follower.active:
         head = Content.assemble(head, "  ", phase(follower, max(8, width - head.cell_length - 2)))
     rate = model.learning_rate.last()
-    last = waiting(follower, least=STARVED) or ("" if rate is None else f"lr {rate:.2e}")
+    waited = waiting(follower, least=STARVED) or slowest(follower, where=False)
+    last = waited or ("" if rate is None else f"lr {rate:.2e}")
     figures = [count, pace(follower), time_left(follower), last]
-    figures += [f"{name} {text}" for name, text in judged(model)]
+    figures += [money(follower), *(f"{name} {text}" for name, text in judged(model))]
     second = report.waiting("  ·  ".join(figure for figure in figures if figure))
     trouble = ending(follower, resumable)
     if follower.state not in ("failed", "died"):
@@ -69,17 +111,22 @@ def facts_in_two_lines(follower: Follower, width: int, resumable: bool) -> Conte
     return report.lines(head, second, *trouble)
 
 
-def run_row(run: RunSummary, attached: bool) -> Content:
-    """A run in the list: state, when it began, command and name."""
+def run_row(run: RunSummary, attached: bool, marked: bool = False, width: int = 38) -> Content:
+    """A run in the list: state, when it began, command and name; the name below, where it would be cut."""
     part = run.id.rsplit("-", 1)[-1]  # runs that continue each other have one name
-    name = f"{words.clip(run.name, 13)} {part}" if run.name else part
-    return Content.assemble(
-        ("▸" if attached else " ", "bold $accent"),
+    name = f"{run.name} {part}" if run.name else part
+    head: list[tuple[str, str] | str] = [
+        ("▸" if attached else "◆" if marked else " ", "bold $accent"),
         (words.STATE_MARKS.get(run.state, "?"), words.STATE_STYLES.get(run.state, "")),
         (f" {words.ago(run.started):<6} ", MUTED),
         f"{run.command:<9}",
-        (words.clip(name, 18), "bold" if attached else MUTED),
-    )
+    ]
+    style = "bold" if attached or marked else MUTED
+    row = Content.assemble(*head, (name, style))
+    if row.cell_length <= width:
+        return row
+    lines = [name[i : i + width - 3] for i in range(0, len(name), width - 3)]
+    return Content("\n").join([Content.assemble(*head), *(Content.assemble(("   " + line, style)) for line in lines)])
 
 
 def judged(model: RunModel) -> list[tuple[str, str]]:
@@ -110,6 +157,11 @@ def silent(seconds: float) -> Content:
     return Content.assemble((f"◌ silent: no news for {words.seconds(seconds)}", "bold $warning"))
 
 
+def recorded(follower: Follower) -> Content | None:
+    """That this is no run of the user's."""
+    return Content.assemble((str(follower.model.info["recording"]), "$warning")) if follower.recording else None
+
+
 def joined(figures: list[str], width: int) -> list[str]:
     """Figures on as few lines as they fit on."""
     lines: list[str] = []
@@ -135,6 +187,17 @@ def how_far(follower: Follower) -> tuple[float | None, str]:
     of_total = f"/{amount(total, unit)}" if total else ""
     name = "" if unit == "bytes" else f"{unit} "
     return (done / total if total else None), f"{name}{amount(done, unit)}{of_total}"
+
+
+def money(follower: Follower) -> str:
+    """`$0.52, $1.40 at its end`: what a run at work costs on a host with a price; ''."""
+    price, model = follower.target.price_per_hour, follower.model
+    if not price or model.elapsed_s is None or not follower.active:
+        return ""
+    so_far, left = price * model.elapsed_s / 3600, model.left_s if model.total_steps else None
+    end = "" if left is None else f", {words.price(so_far + price * left / 3600)} at its end"
+    worth = per_point(model.elapsed_s, price, model)
+    return f"{words.price(so_far)}{end}{', ' if worth else ''}{worth}"
 
 
 def time_left(follower: Follower) -> str:
@@ -167,6 +230,17 @@ def waiting(follower: Follower, least: float = 0.0) -> str:
     """The share of the last training step that went by waiting for data, when it is at least `least`."""
     share = follower.model.metric.get("data_wait")
     return "" if share is None or share < least else f"{100 * share:.0f} % waiting for data"
+
+
+def slowest(follower: Follower, where: bool = True) -> str:
+    """Which rank the others wait for, when that costs one of them a share of STARVED or more of the last step."""
+    model = follower.model
+    waits = model.rank_waits
+    if not waits or max(waits) < STARVED:
+        return ""
+    rank = waits.index(min(waits))
+    host = f" on {words.clip(model.hosts[rank], 20)}" if where and rank < len(model.hosts) else ""
+    return f"{100 * max(waits):.0f} % waiting for rank {rank}{host}"
 
 
 def phase(follower: Follower, width: int) -> Content:
@@ -208,7 +282,7 @@ def out_of_memory(oom: dict[str, Any] | None) -> list[str]:
     return [f"out of GPU memory{step}: {'; '.join(part for part in (action, happened) if part)}"]
 
 
-def sparkline(values: list[float], width: int) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """Values as a line of bars at most `width` long; the mean of each stretch."""
     known = [v for v in values if v == v]
     if not known or width < 4:

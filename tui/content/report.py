@@ -257,54 +257,6 @@ def audit(data: dict[str, Any]) -> Content:
     )
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
-def evaluation(result: dict[str, Any], width: int) -> Content:
-    """Accuracy by question type, a bar each, with the majority label's accuracy as the mark to beat."""
-    overall = [
-        (name.replace("_", " "), float(value))
-        for name in ("keyword_accuracy", "label_accuracy", "majority_accuracy")
-        if isinstance(value := result.get(name), (int, float))
-    ]
-    rows: list[Content | str] = [
-        Content.assemble(*(part for name, v in overall for part in ((f"{name} ", MUTED), (f"{percent(v)}   ", "bold"))))
-    ]
-    by_type = result.get("by_type") or {}
-    label = min(28, max((len(t) for t in by_type), default=0))
-    bar = max(8, min(50, width - label - 34))
-    most = max((len(str(entry.get("n", ""))) for entry in by_type.values()), default=0)
-    collapsed = set(result.get("collapsed_types") or [])
-    for name, entry in sorted(by_type.items()):
-        value = next(
-            (entry[k] for k in ("keyword_accuracy", "accuracy") if isinstance(entry.get(k), (int, float))), 0.0
-        )
-        majority = entry.get("majority_accuracy")
-        style = "$success" if majority is None or value > majority else "$warning"
-        rows.append(
-            Content.assemble(
-                (f"{words.clip(name, label):<{label}} ", "bold $warning" if name in collapsed else ""),
-                words.bar(bar, value, style),
-                f" {percent(value):>7}",
-                (f" of {entry['n']:<{most}}" if "n" in entry else "", MUTED),
-                (f"  majority {percent(majority)}" if majority is not None else "", MUTED),
-            )
-        )
-    if collapsed:
-        rows += [
-            "",
-            Content.assemble(
-                ("! ", "bold $warning"), (f"almost always the same answer: {', '.join(sorted(collapsed))}", "$warning")
-            ),
-        ]
-    return lines(*rows)
-
-
-def percent(share: float) -> str:
-    """0.3604 as `36.0 %`."""
-    return f"{100 * share:.1f} %"
-
-
 # --- upload and setup ------------------------------------------------------------------------------------------------
 
 WAYS = {
@@ -325,7 +277,7 @@ def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
     for way in plan["ways"]:
         there = max(0, way["total_bytes"] - way["send_bytes"] - way["download_bytes"])
         rows.append(
-            _way(
+            _way_row(
                 WAYS[way["name"]],
                 way["send_bytes"],
                 there,
@@ -336,12 +288,12 @@ def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
             )
         )
     if not plan["ways"]:
-        rows.append(_way(WAYS["data"], 0, None, 0.0, name, marked == "data", False))
+        rows.append(_way_row(WAYS["data"], 0, None, 0.0, name, marked == "data", False))
     elif marked == "data":
-        rows.append(_way("no checkpoint", 0, None, 0.0, name, True, False))
+        rows.append(_way_row("no checkpoint", 0, None, 0.0, name, True, False))
     if data["files"]:
         label = f"+ data, {data['files']:,} files"
-        rows.append(_way(label, data["send_bytes"], None, data["send_bytes"] / rate, name, False, False))
+        rows.append(_way_row(label, data["send_bytes"], None, data["send_bytes"] / rate, name, False, False))
     way = next((w for w in plan["ways"] if w["name"] == marked), {"send_bytes": 0, "seconds": 0.0})
     sent, seconds = way["send_bytes"] + data["send_bytes"], way["seconds"] + data["send_bytes"] / rate
     enough = (
@@ -367,7 +319,7 @@ def upload_plan(plan: dict[str, Any], marked: str, width: int) -> Content:
     return lines(*rows)
 
 
-def _way(
+def _way_row(
     label: str, send: float, there: float | None, seconds: float, name: int, marked: bool, cheapest: bool
 ) -> Content:
     style = "bold" if marked else ""
@@ -382,7 +334,7 @@ def _way(
 
 
 def upload_progress(follower: Follower, width: int) -> Content:
-    """An upload at work: all of it, each item, and the file at hand."""
+    """An upload at work: all of it, each item, and the current file."""
     model = follower.model
     if not model.items:
         return job_progress(follower, width)
@@ -416,8 +368,10 @@ def upload_progress(follower: Follower, width: int) -> Content:
 
 
 def remote_end(follower: Follower) -> Content:
-    """How an upload or a setup ended."""
+    """How an upload, a setup, or a machine's rent or end went."""
     result = follower.model.result
+    if follower.model.command in ("rent", "end"):
+        return job_end(follower)
     done = Content.assemble(
         words.state(follower.state), (f"  after {words.seconds(follower.model.elapsed_s)}  ", MUTED)
     )

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical
-from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
+
+from tui import keys
+from tui.dialogs.keys_line import KeysLine
 
 
 def when_yes(do: Callable[[], object]) -> Callable[[bool | None], None]:
@@ -26,10 +28,7 @@ def when_yes(do: Callable[[], object]) -> Callable[[bool | None], None]:
 class Confirm(ModalScreen[bool]):
     """A question; y or Enter is yes."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter", "answer(True)", "yes"),
-        Binding("n,escape,q", "answer(False)", "no"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("question")
 
     def __init__(self, question: str, detail: str, yes: str) -> None:
         super().__init__()
@@ -39,13 +38,7 @@ class Confirm(ModalScreen[bool]):
         with Vertical(classes="dialog"):
             yield Static(self.question, classes="question", markup=False)
             yield Static(self.detail, classes="detail", markup=False)
-            keys: list[str | tuple[str, str]] = [
-                ("y", "$footer-key-foreground"),
-                f" {self.yes}   ",
-                ("n", "$footer-key-foreground"),
-                " leave it",
-            ]
-            yield Static(Content.assemble(*keys), classes="keys")
+            yield KeysLine({"yes": self.yes})
 
     def action_answer(self, yes: bool) -> None:
         self.dismiss(yes)

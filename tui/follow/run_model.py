@@ -10,6 +10,10 @@ from typing import Any
 from tui import words
 from tui.follow.series import Mark, Series
 
+KEPT = 50
+"""Warnings and errors kept in memory."""
+MOST_RANKS = 1024
+
 
 @dataclass
 class Progress:
@@ -100,14 +104,26 @@ class RunModel:
         self.total_steps: int | None = None
         self.metric: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {}
+        """Of a training: what its newest answers to held-out samples were worth."""
         self.samples_per_s: float | None = None
         self._speeds: list[float] = [0.0, 0.0]
         """Sum and number of the steps' samples a second."""
         self.train = Series("train", "chart--train", noisy=True)
         self.eval = Series("eval", "chart--eval", dots=True)
         self.learning_rate = Series("learning rate", "chart--train")
+        self.grad_norm = Series("grad norm", "chart--train", noisy=True)
+        self.accuracy = Series("accuracy", "chart--eval", dots=True)
+        self.speed = Series("samples/s", "chart--train", noisy=True)
+        self.memory = Series("memory GB", "chart--train")
+        """The highest of each step."""
         self.marks: list[Mark] = []
+        self.saved: list[Mark] = []
+        """Checkpoints, by step."""
         self.devices: dict[str, Device] = {}
+        """By rank; "0" is that of a run of one process."""
+        self.hosts: list[str] = []
+        """Of a run on several machines: that of each rank."""
         self.predicted: dict[str, float] = {}
         """Bytes of each component at the predicted peak, as the run goes now."""
         self.fit = ""
@@ -116,6 +132,7 @@ class RunModel:
         self.preset: str | None = self.info.get("preset")
         self.warnings: list[str] = []
         self.errors: list[str] = []
+        """The last KEPT of either; the timeline and the files have the others."""
         self.oom: dict[str, Any] | None = None
         self.oom_survived = True
         """Whether steps were done after the last out-of-memory error."""
@@ -150,7 +167,7 @@ class RunModel:
 
     @property
     def current(self) -> Progress | None:
-        """The progress of the phase at hand; of an ended job, that of the last phase that had any."""
+        """The progress of the current phase; of an ended job, that of the last phase that had any."""
         last = list(self.progress.values())[-1] if self.progress and self.finished else None
         return self.progress.get(self.phase) or last
 
@@ -180,6 +197,12 @@ class RunModel:
         if isinstance(said, (int, float)):
             return float(said)
         return self._speeds[0] / self._speeds[1] if self._speeds[1] else None
+
+    @property
+    def rank_waits(self) -> list[float]:
+        """Of each rank the share of the last step that it waited for the slowest one, 0..1; [] for one process."""
+        waits = self.metric.get("rank_wait")
+        return [_number(wait) for wait in waits] if isinstance(waits, list) else []
 
     def best_eval(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest evaluation loss."""
@@ -247,7 +270,9 @@ class RunModel:
         self.shards.setdefault(shard, Progress(shard)).update(whole)
 
     def _on_metric(self, event: dict[str, Any]) -> None:
-        step = int(event.get("step") or 0)
+        if "step" not in event:  # it was damaged: at step 0 it would take back the whole curve
+            return
+        step = int(event["step"])
         self.oom_survived = True
         if step < self.step:  # resumed, or redone after an out-of-memory error
             self.first_step = None
@@ -256,29 +281,55 @@ class RunModel:
         self.total_steps = event.get("total_steps") or self.total_steps
         if event.get("samples_per_s"):
             self.samples_per_s = float(event["samples_per_s"])
+            self.speed.add(step, self.samples_per_s)
             self._speeds = [self._speeds[0] + self.samples_per_s, self._speeds[1] + 1]
         self.first_step = self.first_step or (step, event.get("t", 0.0))
         self.last_step = (step, event.get("t", 0.0))
         if "loss" in event:
             self.train.add(step, _number(event["loss"]))
-        if event.get("learning_rate") is not None:
-            self.learning_rate.add(step, _number(event["learning_rate"]))
+        for name, series in (("learning_rate", self.learning_rate), ("grad_norm", self.grad_norm)):
+            if name in event:  # null: it was no number, which is a gap
+                series.add(step, _number(event[name]))
 
     def _on_eval(self, event: dict[str, Any]) -> None:
         self.evaluation = event
+        if "step" not in event:
+            return
         if "eval_loss" in event:
-            self.eval.add(int(event.get("step") or 0), _number(event["eval_loss"]))
+            self.eval.add(int(event["step"]), _number(event["eval_loss"]))
+        named = next((name for name in event if name.endswith("accuracy")), None)
+        if named:
+            self.accuracy.add(int(event["step"]), _number(event[named]))
+
+    def _on_answers(self, event: dict[str, Any]) -> None:
+        """Types whose answers have become all alike since the last time are marked on the curve."""
+        collapsed = [str(kind) for kind in event.get("collapsed_types") or []]
+        if self.answers and set(collapsed) - set(self.answers["collapsed_types"]):
+            self.marks.append(Mark(int(event.get("step") or self.step), "collapsed", "chart--oom"))
+        self.answers = {**event, "collapsed_types": collapsed}
 
     def _on_gpu(self, event: dict[str, Any]) -> None:
-        device = self.devices.setdefault(str(event.get("device", 0)), Device())
+        rank = int(event.get("rank") or 0)
+        if not 0 <= rank < MOST_RANKS:
+            return
+        device = self.devices.setdefault(str(rank), Device())
         device.sample = event
         device.peak_bytes = max(device.peak_bytes, used_bytes(event), float(event.get("peak_bytes") or 0))
+        if self.step:
+            self.memory.highest(self.step, used_bytes(event) / 1e9)
+
+    def _on_ranks(self, event: dict[str, Any]) -> None:
+        self.hosts = [str(host) for host in event.get("hosts") or []][:MOST_RANKS]
 
     def _on_checkpoint(self, event: dict[str, Any]) -> None:
-        self.checkpoints.append(str(event.get("path", "")))
+        path = str(event.get("path", ""))
+        self.checkpoints.append(path)
+        self.saved.append(Mark(int(event.get("step") or self.step), path.rstrip("/").rpartition("/")[2]))
 
     def _on_retreat(self, event: dict[str, Any]) -> None:
         self.predicted, self.fit = event.get("predicted") or {}, ""
+        named = ", ".join(f"{name} {words.value(value)}" for name, value in (event.get("settings") or {}).items())
+        self.marks.append(Mark(int(event.get("step") or self.step), f"step down: {named}" if named else "step down"))
 
     def _on_preset(self, event: dict[str, Any]) -> None:
         self.preset = event.get("name")
@@ -291,10 +342,10 @@ class RunModel:
         self.marks.append(Mark(int(event.get("step") or self.step), "OOM", "chart--oom"))
 
     def _on_warning(self, event: dict[str, Any]) -> None:
-        self.warnings.append(str(event.get("text", "")))
+        self.warnings = [*self.warnings[1 - KEPT :], str(event.get("text", ""))]
 
     def _on_error(self, event: dict[str, Any]) -> None:
-        self.errors.append(str(event.get("text", "")))
+        self.errors = [*self.errors[1 - KEPT :], str(event.get("text", ""))]
 
     def _on_finished(self, event: dict[str, Any]) -> None:
         self.finished = event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
@@ -14,11 +15,13 @@ class Series:
     component: str
     """The component class that colours it."""
     dots: bool = False
-    """Whether each point is marked: for series with few points."""
+    """Whether only its points are drawn: for series with few points."""
     noisy: bool = False
     """Whether its running mean is drawn over it: for what jumps from step to step."""
-    xs: list[float] = field(default_factory=list)
-    ys: list[float] = field(default_factory=list)
+    smooth_only: bool = False
+    """Whether the mean alone is drawn: where several runs share a chart."""
+    xs: array[float] = field(default_factory=lambda: array("d"))
+    ys: array[float] = field(default_factory=lambda: array("d"))
 
     def add(self, x: float, y: float) -> None:
         """Appends a point. An x at or before the last one takes back what came after it: those steps are redone."""
@@ -27,6 +30,22 @@ class Series:
             del self.xs[keep:], self.ys[keep:]
         self.xs.append(x)
         self.ys.append(y)
+
+    def highest(self, x: float, y: float) -> None:
+        """As `add`, but of the values at one x the highest is kept."""
+        if self.xs and self.xs[-1] == x and self.ys[-1] == self.ys[-1]:
+            self.ys[-1] = max(self.ys[-1], y)
+        else:
+            self.add(x, y)
+
+    def near(self, x: float) -> tuple[float, float] | None:
+        """The point whose x is nearest; None without points."""
+        if not self.xs:
+            return None
+        right = min(bisect_left(self.xs, x), len(self.xs) - 1)
+        left = max(0, right - 1)
+        index = left if abs(self.xs[left] - x) <= abs(self.xs[right] - x) else right
+        return self.xs[index], self.ys[index]
 
     def last(self) -> float | None:
         """The newest value that is a number."""

@@ -1,29 +1,36 @@
-"""What the four screens share: head with tabs, a line for errors in place, footer, dialogs."""
+"""What the screens share: head with tabs, a line for errors in place, footer, dialogs."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import psutil
+from textual import work
 from textual.actions import parse
 from textual.app import ComposeResult
 from textual.binding import ActiveBinding, Binding, BindingsMap, BindingType
 from textual.containers import Container
 from textual.content import Content
+from textual.events import DescendantFocus
 from textual.message import Message
+from textual.reactive import Reactive
 from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Static
 from textual.worker import Worker, WorkerState
 
 from remote.jobs.launch import EXCLUSIVE
 from surgvqa.errors import SurgvqaError
-from tui import log, words
+from tui import keys, log, words
 from tui.dialogs.confirm import Confirm, when_yes
 from tui.session import Session
+from tui.settings.save import save
 from tui.settings.settings import Settings
-from tui.targets.target import Target, newest_running
+from tui.targets.target import ACTIVE, Target, newest_running
 from tui.targets.threads import in_thread
 from tui.widgets.form import Field
 from tui.widgets.head import Head, Notice, Where
@@ -33,10 +40,20 @@ from tui.widgets.pane import Pane
 logger = logging.getLogger(__name__)
 
 WIDE = 108  # columns from which there is room for two panels side by side
+LOW, SMALL, TINY = (72, 23), (56, 17), (36, 10)
+"""Columns and rows below which there is room for the chart but not for the timeline; for figures alone; for nothing."""
 
 
 class RunStarted(Message):
     """A screen has started a run that is to be followed on Monitor."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__()
+        self.run_id = run_id
+
+
+class JobHere(Message):
+    """A job of this machine for a host was started; Upload shows it."""
 
     def __init__(self, run_id: str) -> None:
         super().__init__()
@@ -54,16 +71,17 @@ class PanelScreen(Screen[None]):
     ABOUT: ClassVar[str] = ""
     """What the screen is for, in the help."""
     AUTO_FOCUS = None
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("v", "set_up", "set up host", tooltip="Install this version of surgvqa on the host")
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("screen")
     _possible: list[bool | None] | None = None
+    focused: Reactive[Widget | None] = Reactive(None, repaint=False)
+    """As Screen has it, which would draw the whole screen anew whenever the focus moves."""
 
     def __init__(self, session: Session) -> None:
         super().__init__()
         self.session = session
 
     def compose(self) -> ComposeResult:
+        yield Static("", id="tiny", markup=False)
         yield Head(self.MODE)
         yield Where(id="where")
         with Container(id="body"):
@@ -103,10 +121,20 @@ class PanelScreen(Screen[None]):
             if active.binding.action not in every_screen and not active.binding.system
         ]
 
+    def name_key(self, binding: Binding) -> str:
+        """What a key does, as the palette lists it."""
+        return binding.description
+
+    def about_key(self, binding: Binding) -> str:
+        """What a key does, for the help."""
+        return binding.tooltip or binding.description
+
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "set_up":
             host = self.session.host
             return host is not None and host.connection.kind == "connected" and bool(host.skew)
+        if action == "end_machine":
+            return self.session.rented_host() is not None
         return True
 
     def keys_changed(self) -> None:
@@ -122,7 +150,25 @@ class PanelScreen(Screen[None]):
         work: Callable[[], Any] = self.tick
         self.run_worker(work, group="tick", exclusive=True, exit_on_error=False)
 
+    def on_descendant_focus(self, event: DescendantFocus) -> None:
+        """The panel that has the keys is bright. By a class: `:focus-within` would restyle all that is in it at each
+        key."""
+        around = set(event.widget.ancestors_with_self)
+        for panel in self.query(".panel"):
+            panel.set_class(panel in around, "-keys")
+
+    def on_descendant_blur(self) -> None:
+        if self.focused is None:
+            self.query(".panel").set_class(False, "-keys")
+
     def on_resize(self) -> None:
+        width, height = self.app.size
+        self.set_class(width < LOW[0] or height < LOW[1], "-low")
+        self.set_class(width < SMALL[0] or height < SMALL[1], "-small")
+        tiny = width < TINY[0] or height < TINY[1]
+        self.set_class(tiny, "-tiny")
+        if tiny:
+            self.query_one("#tiny", Static).update(f"{width}×{height}: the panel needs {TINY[0]}×{TINY[1]}")
         self.show_where()
 
     def show_where(self) -> None:
@@ -133,11 +179,29 @@ class PanelScreen(Screen[None]):
         place = Content(self.session.here.name) if host is None else words.connection(host.name, host.connection)
         self.query_one(Where).show_place(place, self.workspace_root, self.next_launch())
         heard = host is None or host.connection.kind == "connected"
-        running = [r for r in self.session.listed if r.state == "running" and heard]
-        text = f"● {running[0].command} running" if running else ""
-        if len(running) > 1:
-            text = f"● {len(running)} jobs running"
-        self.query_one("#busy", Pane).show(Content(text))
+        jobs = [r for r in self.session.shown_runs() if r.state in ("running", "silent") and heard]
+        silent = sum(r.state == "silent" for r in jobs)
+        what = jobs[0].command if len(jobs) == 1 else f"{len(jobs)} jobs"
+        busy = Content.assemble((f"◌ {what} silent" if silent == len(jobs) else f"◌ {silent} silent", "bold $warning"))
+        if silent < len(jobs):
+            busy = Content("  ").join([Content(f"● {what} running"), *([busy] if silent else [])])
+        self.query_one("#busy", Pane).show(
+            Content("  ").join(part for part in (self._money(), busy if jobs else "") if part)
+        )
+
+    def _money(self) -> Content:
+        """What costs money now."""
+        parts = []
+        idle = self.session.idle()
+        for one in self.session.rented:
+            paid = f"{one.name} {words.price(one.price_per_hour, '/h')}, {words.price(one.cost)} so far"
+            if one.not_ended:
+                parts.append(Content.assemble((f"{paid}: NOT ENDED", "bold $error")))
+            elif idle and self.session.host and one.name == self.session.host.name:
+                parts.append(Content.assemble((f"{paid}: idle, x ends it", "bold $warning")))
+            else:
+                parts.append(Content.assemble((paid, "$warning")))
+        return Content("  ").join(parts)
 
     def next_launch(self) -> list[tuple[str, str]]:
         """What the head says of the settings with which the next training would start."""
@@ -146,8 +210,28 @@ class PanelScreen(Screen[None]):
     def action_set_up(self) -> None:
         self.post_message(SetUpHost())
 
-    async def take(self, event: Field.Edited, settings: Settings) -> bool:
-        """Takes what was typed into the settings. What is no value is said, and stays in its field to be mended."""
+    def action_end_machine(self) -> None:
+        """Asks first; says what is not here yet."""
+        one, here = self.session.rented_host(), self.session.here
+        if one is None:
+            return
+        known = {run.id: run.state for run in self.session.listed_here}
+        going = [run.id for run in self.session.listed if run.state in ACTIVE]
+        away = [run.id for run in self.session.listed if run.id not in known and run.id not in going]
+        detail = f"It has cost {words.price(one.cost)}. Its disk goes with it."
+        detail += f"\nNot here yet, and fetched first: {', '.join(away)}" if away else "\nEvery run is verified first."
+        detail += f"\nStill running, so it is refused until they end: {', '.join(going)}" if going else ""
+        go = partial(here.launch, "end", one.name, module="remote")
+        self.app.push_screen(Confirm(f"End {one.name}?", detail, "end it"), when_yes(lambda: self._end_machine(go)))
+
+    @work(group="launch", exit_on_error=False)
+    async def _end_machine(self, go: Callable[[], Awaitable[str]]) -> None:
+        run_id = await self.start(go, "ending: what is there comes home first …")
+        if run_id:
+            self.post_message(JobHere(run_id))
+
+    async def apply_edit(self, event: Field.Edited, settings: Settings) -> bool:
+        """Writes what was typed into the settings. False if it is invalid; its field then keeps it."""
         try:
             settings.edit(event.field.key, event.text)
         except SurgvqaError as error:
@@ -155,6 +239,20 @@ class PanelScreen(Screen[None]):
             await event.field.action_edit(event.text)
             return False
         self.say("")
+        return True
+
+    def save_settings(self, settings: Settings, preset: str | None = None) -> bool:
+        """Writes what was typed to surgvqa.toml; whether anything was written."""
+        if not settings.edited and preset == settings.workspace.preset:
+            self.say("nothing was edited")
+            return False
+        try:
+            written = save(settings.workspace, settings.command, settings.edited, preset)
+        except SurgvqaError as error:
+            self.say(str(error), "error")
+            return False
+        settings.edited.clear()
+        self.say(f"written to {settings.workspace.file.name}: {', '.join(written)}", "success")
         return True
 
     def ask_beside(self, what: str, go: Callable[[bool], object]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Vertical, VerticalScroll
-from textual.content import Content
 
 from surgvqa.config.options import MergeOptions
 from surgvqa.config.settings import settings_of
-from tui import words
+from tui import keys, words
 from tui.content import report
 from tui.dialogs.confirm import Confirm, when_yes
 from tui.follow.follower import Follower
@@ -24,7 +22,7 @@ from tui.session import Session
 from tui.settings.settings import Settings
 from tui.targets.target import newest_running
 from tui.widgets.form import Field, Form
-from tui.widgets.pane import Pane
+from tui.widgets.pane import Drawing, Pane
 from tui.widgets.titles import set_subtitle, set_title
 
 FIELDS = {
@@ -59,13 +57,7 @@ class MergeScreen(PanelScreen):
         "Adds the Stage-2 LoRA adapter to the Stage-1 checkpoint and writes a full BF16 checkpoint. The plan is a dry "
         "run: sizes and free disk, nothing written. The merge is a job of its own: it goes on when the panel is closed."
     )
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("m", "merge", "merge"),
-        Binding("p", "plan", "plan again", tooltip="A dry run: sizes, free disk, what would be merged"),
-        Binding("s", "stop", "stop"),
-        Binding("a", "audit", "audit", tooltip="Read the dtype and shape of every tensor of the merged checkpoint"),
-        Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("merge")
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -73,7 +65,6 @@ class MergeScreen(PanelScreen):
         self.session.edited["merge"] = self.settings.edited
         self.follower: Follower | None = None
         self.planning = False
-        self.picture: Content | Callable[[int], Content] = Content("")
 
     def body(self) -> ComposeResult:
         known = settings_of(MergeOptions)
@@ -95,9 +86,10 @@ class MergeScreen(PanelScreen):
         elif not self.show_finished():
             self.action_plan()
 
-    def on_resize(self) -> None:
-        super().on_resize()
-        self.call_after_refresh(self.draw)
+    def reload(self) -> None:
+        """surgvqa.toml has other values now."""
+        self.query_one(Form).fill(self.settings, None)
+        self.action_plan()
 
     @on(Field.Focused)
     def _focused(self, event: Field.Focused) -> None:
@@ -109,7 +101,7 @@ class MergeScreen(PanelScreen):
 
     @on(Field.Edited)
     async def _edited(self, event: Field.Edited) -> None:
-        if await self.take(event, self.settings):
+        if await self.apply_edit(event, self.settings):
             self.query_one(Form).fill(self.settings, None)
             self.action_plan()
 
@@ -118,6 +110,11 @@ class MergeScreen(PanelScreen):
         if field and self.settings.revert(field.key):
             self.query_one(Form).fill(self.settings, None)
             self.action_plan()
+
+    def action_save_settings(self) -> None:
+        if self.save_settings(self.settings, self.settings.workspace.preset):
+            self.query_one(Form).fill(self.settings, None)
+            self.keys_changed()
 
     @work(group="plan", exclusive=True, exit_on_error=False)
     async def action_plan(self) -> None:
@@ -154,22 +151,16 @@ class MergeScreen(PanelScreen):
         """Where the merged checkpoint is or will be."""
         return Path(self.workspace_root, self.settings.resolve(None)[0].options.output_path)
 
-    def show(self, title: str, picture: Content | Callable[[int], Content]) -> None:
-        """Fills the lower panel; what depends on the width is drawn again when that changes."""
-        self.picture = picture
+    def show(self, title: str, drawing: Drawing) -> None:
+        """Fills the lower panel."""
         set_title(self.query_one("#merge-result"), title)
-        self.draw()
-
-    def draw(self) -> None:
-        """The lower panel at its present width."""
-        width = max(20, self.query_one("#merge-text").size.width)
-        self.query_one("#merge-text", Pane).show(self.picture(width) if callable(self.picture) else self.picture)
+        self.query_one("#merge-text", Pane).show(drawing)
 
     # --- the job -----------------------------------------------------------------------------------------------------
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         merging = self.follower is not None and self.follower.active
-        if action == "revert":
+        if action in ("revert", "save_settings"):
             return bool(self.settings.edited) and not merging
         if action in ("merge", "plan", "audit"):
             return not merging

@@ -1,119 +1,102 @@
-"""Monitor: the runs of this machine or of a host, and one of them live: loss, memory, pace, log."""
+"""Monitor: the runs of this machine or of a host, and one of them live: charts, memory, pace, timeline."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
-from textual import on, work
+from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
 from textual.widgets import ContentSwitcher, OptionList
-from textual.widgets.option_list import Option
 
-from surgvqa.errors import SurgvqaError
-from surgvqa.terminal.figures import counted
-from tui import words
-from tui.content import report
-from tui.content.facts import facts, facts_in_two_lines, run_row
-from tui.dialogs.confirm import Confirm, when_yes
+from tui import keys, words
+from tui.content import report, scores
+from tui.content.facts import facts, facts_alone, facts_in_two_lines
+from tui.content.source import output_around, source_line
+from tui.dialogs.entry import EntryDialog
 from tui.follow.follower import Follower
 from tui.follow.run_model import RunModel
-from tui.follow.series import Series
-from tui.screens.base import WIDE, PanelScreen, RunStarted
+from tui.follow.timeline import ERROR, OUTPUT, Entry
+from tui.screens.base import WIDE
+from tui.screens.compare import CompareScreen
+from tui.screens.run_keys import RunKeys
 from tui.session import Session
 from tui.targets.target import newest_running
-from tui.targets.threads import watched
-from tui.widgets.chart import Chart, tick_text
+from tui.widgets.charts import Charts, figures_of
 from tui.widgets.gauge import Gauge
-from tui.widgets.log_panel import LogPanel, Search
 from tui.widgets.pane import Pane
+from tui.widgets.run_list import RunList
+from tui.widgets.search import Search
+from tui.widgets.timeline_panel import TimelinePanel
+from tui.widgets.timeline_view import TimelineView
 from tui.widgets.titles import set_subtitle, set_title
 
-NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nWhat runs appears here by itself."
+NO_RUNS = "No runs yet.\nMerge with 1, then start training with 3.\nRuns appear here automatically."
 NO_RUNS_THERE = "No runs on {host} yet.\nSend checkpoint and data with 2, then start training with 3."
-ZOOM = "Zoom into the newest part, and out"
 FIRST_LOSS = "The first loss comes with the first optimiser step."
 
 
-class MonitorScreen(PanelScreen):
-    """Run list, figures and memory beside the chart and the log."""
+class MonitorScreen(RunKeys):
+    """Run list, figures and memory beside the charts and the timeline."""
 
     MODE = "monitor"
     ABOUT = (
         "Follows a run through its folder: closing the panel, or losing the terminal, never touches the job; open it "
-        "again and it goes on from the same files. Choose a run in the list and press Enter to attach to it."
+        "again and it goes on from the same files. Choose a run in the list and press Enter to follow it; Space marks "
+        "runs, d compares them. Tab goes from the list to the timeline."
     )
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("s", "stop", "stop", tooltip="Save a checkpoint and end the run"),
-        Binding("c", "resume", "continue", tooltip="Go on from the last checkpoint of this run"),
-        Binding("e", "evaluate", "evaluate", tooltip="Evaluate this run's adapter on the evaluation samples"),
-        Binding("a", "attach", "attach", tooltip="Follow the run chosen in the list"),
-        Binding("r", "runs", "runs", tooltip="The run list"),
-        Binding("g", "log_scale", "scale", tooltip="Loss on a logarithmic or a linear axis"),
-        Binding("plus,equals_sign", "zoom(0.5)", "zoom", key_display="+ −", tooltip=ZOOM),
-        Binding("minus", "zoom(2.0)", "zoom", show=False, key_display="+ −", tooltip=ZOOM),
-        Binding("left", "pan(-0.25)", "earlier", show=False),
-        Binding("right", "pan(0.25)", "later", show=False),
-        Binding("0", "whole", "whole run", show=False),
-        Binding("o", "way_on", "go on smaller", tooltip="Out of memory: go on from the last checkpoint as proposed"),
-        Binding("f", "fetch", "fetch", tooltip="Bring the run's adapters, checkpoints and logs here, verified"),
-        Binding("t", "follow_log", "follow log", tooltip="Jump to the end of the log and stay there"),
-        Binding("slash", "search", "find", key_display="/", tooltip="Find text in the log"),
-        Binding("n", "search_again", "next match", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("monitor")
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
-        self.follower: Follower | None = None
         self.shown_target = self.session.target
         self.kept: dict[str, Follower] = {}
         """What is followed on the other machines, by their names."""
-        self.shown_list: list[object] = []
+        self.drawn: tuple[object, ...] = ()
+        """Run and version of what the figures show."""
 
     def body(self) -> ComposeResult:
-        empty = [Series("train", "chart--train")]
         with Horizontal(id="monitor"):
             with Vertical(id="side"):
-                yield OptionList(id="runs", classes="panel", markup=False)
+                runs = RunList(id="runs", classes="panel")
+                yield runs
+                yield runs.search
                 yield Pane(id="facts", classes="panel")
                 with VerticalScroll(id="memory-panel", classes="panel", can_focus=False):
                     yield Gauge(id="gauge")
             with Vertical(id="main"):
-                with ContentSwitcher(initial="chart-panel", id="picture"):
-                    with Vertical(id="chart-panel", classes="panel"):
-                        yield Pane(id="legend")
-                        yield Chart(empty, empty=NO_RUNS, id="chart")
+                with ContentSwitcher(initial="charts", id="picture"):
+                    yield Charts(NO_RUNS, id="charts")
                     with VerticalScroll(id="text-panel", classes="panel", can_focus=True):
                         yield Pane(id="text")
-                yield LogPanel(id="log-panel", classes="panel")
+                yield TimelinePanel(id="timeline-panel", classes="panel")
 
     def next_launch(self) -> list[tuple[str, str]]:
         """Nothing: here the run's own preset and budget count."""
         return []
 
     async def on_mount(self) -> None:
-        titles = {"runs": "runs", "memory-panel": "memory", "chart-panel": "loss", "facts": "run"}
-        for id, title in titles.items():
+        for id, title in {"runs": "runs", "memory-panel": "memory", "facts": "run"}.items():
             set_title(self.query_one(f"#{id}"), title)
         if self.follower is None:
             self.attach_newest()
         self.show_list()
-        self.query_one(OptionList).focus()
+        self.query_one(RunList).focus()
 
     def on_resize(self) -> None:
         super().on_resize()
         self.call_after_refresh(self._resized)
 
     def _resized(self) -> None:
-        """The panels have their new widths, and the list, where it is back, the keys again."""
+        """Narrow and wide show other things; the list, where it is back, has the keys again."""
         self.show_figures()
-        options = self.query_one("#runs", OptionList)
-        if self.focused is None and options.focusable and self.app.size.width >= WIDE:
-            options.focus()
+        runs = self.query_one(RunList)
+        if self.focused is None and runs.focusable and self.app.size.width >= WIDE:
+            runs.focus()
 
     # --- attaching and following -------------------------------------------------------------------------------------
 
@@ -122,8 +105,7 @@ class MonitorScreen(PanelScreen):
         if self.session.listed:
             self.attach((newest_running(self.session.listed) or self.session.listed[0]).id)
         else:
-            self.query_one(Chart).empty = self.no_runs()
-            self.query_one(Chart).redraw()
+            self.query_one(Charts).show(figures_of(RunModel()), [], [], self.no_runs())
 
     def no_runs(self) -> str:
         """What an empty list means."""
@@ -139,33 +121,32 @@ class MonitorScreen(PanelScreen):
         old, target = self.follower, self.session.target
         if old is not None and (old.target, old.run_id) == (target, run_id):
             return
-        if old is not None and old.target is target:
-            old.feed.close()
-        self.show_follower(Follower(target, run_id))
+        if old is not None and old.target is target and not old.active:
+            self.session.forget(old)
+        self.show_follower(self.session.follow(target, run_id))
 
     def show_follower(self, follower: Follower | None) -> None:
         """Puts a run on the screen; None: there is none."""
-        self.follower = follower
+        self.follower, self.drawn = follower, ()
         self.say("")
         if not self.is_mounted:
             return
+        charts = self.query_one(Charts)
+        charts.whole()
+        charts.title = ""
         model = follower.model if follower else RunModel()
-        chart = self.query_one(Chart)
-        chart.empty = FIRST_LOSS if follower else self.no_runs()
-        chart.series, chart.marks, chart.window = [model.train, model.eval], model.marks, None
-        chart.redraw()
-        self.query_one(LogPanel).clear()
+        charts.show(figures_of(model), model.marks, model.saved, FIRST_LOSS if follower else self.no_runs())
         if follower is None:
-            self.query_one("#picture", ContentSwitcher).current = "chart-panel"
-            for pane in ("#facts", "#legend"):
+            self.query_one("#picture", ContentSwitcher).current = "charts"
+            for pane in ("#facts", "#text"):
                 self.query_one(pane, Pane).show(Content(""))
             self.query_one(Gauge).show_devices({}, 0.0)
             set_title(self.query_one("#facts"), "run")
         self.show_list()
-        options = self.query_one("#runs", OptionList)
-        if follower and follower.run_id in {option.id for option in options.options}:
-            options.highlighted = options.get_option_index(follower.run_id)
-        work: Callable[[], Any] = partial(self.tick, first=True)
+        runs = self.query_one(RunList)
+        if follower and follower.run_id in {option.id for option in runs.options}:
+            runs.highlighted = runs.get_option_index(follower.run_id)
+        work: Callable[[], Any] = self.tick
         self.run_worker(work, group="attach", exclusive=True, exit_on_error=False)
 
     def change_target(self) -> None:
@@ -175,7 +156,7 @@ class MonitorScreen(PanelScreen):
         self.shown_target = self.session.target
         self.show_follower(self.kept.pop(self.session.target.name, None))
 
-    async def tick(self, first: bool = False) -> None:
+    async def tick(self) -> None:
         if self.shown_target is not self.session.target:
             self.change_target()
             return
@@ -184,20 +165,17 @@ class MonitorScreen(PanelScreen):
         if follower is None:
             self.attach_newest()
             return
-        lines = await follower.poll()
+        await follower.poll()
         if self.follower is not follower:
             return
-        if lines is None and not first:
+        drawn = (follower, follower.version)
+        if drawn == self.drawn:
             if follower.active:
                 self.show_facts()  # the clock goes on
                 self.show_memory()
-            elif self.query_one("#picture", ContentSwitcher).current == "text-panel":
-                self.show_picture()  # at the width that the panel has by now
             return
-        chart = self.query_one(Chart)
-        chart.series, chart.marks = [follower.model.train, follower.model.eval], follower.model.marks
-        chart.empty = FIRST_LOSS
-        self.query_one(LogPanel).show(follower.log if first else lines or [])
+        self.drawn = drawn
+        self.query_one(TimelinePanel).show(follower.timeline)
         self.show_figures()
         self.keys_changed()
 
@@ -205,80 +183,48 @@ class MonitorScreen(PanelScreen):
 
     def show_figures(self) -> None:
         """Chart or report, the run's facts, its memory."""
-        self.show_picture()
         self.show_facts()
+        self.show_picture()
         self.show_memory()
 
     def show_list(self) -> None:
-        """The run list, when it changed; the highlight stays on its run."""
-        attached = self.follower.run_id if self.follower else None
-        shown: list[object] = [attached, *((run.id, run.state, run.name) for run in self.session.listed)]
-        if shown == self.shown_list:
-            return
-        self.shown_list = shown
-        options = self.query_one("#runs", OptionList)
-        chosen = options.highlighted_option.id if options.highlighted_option else attached
-        options.clear_options()
-        options.add_options([Option(run_row(run, run.id == attached), id=run.id) for run in self.session.listed])
-        if chosen in {run.id for run in self.session.listed}:
-            options.highlighted = options.get_option_index(str(chosen))
-        set_subtitle(self.query_one("#runs"), f"{len(self.session.listed)}" if self.session.listed else "")
+        """The run list, when it changed."""
+        self.query_one(RunList).show_runs(self.session.shown_runs(), self.follower.run_id if self.follower else None)
 
     def show_facts(self) -> None:
-        """Phase, step, pace, time left; or how it ended and what to do."""
+        """Phase, step, pace, time left; or how it ended, what came of it, and what to do."""
         follower = self.follower
         if follower is None:
             return
+        name = str(follower.model.option("run_name") or follower.run_id)
         panel = self.query_one("#facts", Pane)
-        name = words.clip(str(follower.model.option("run_name") or follower.run_id), 36)
-        set_title(panel, name)
+        set_title(panel, words.clip(name, 36))
         narrow = self.app.size.width < WIDE
-        set_title(self.query_one("#chart-panel"), f"loss · {name}" if narrow else "loss")
-        draw, width = (facts_in_two_lines, self.app.size.width - 2) if narrow else (facts, panel.size.width)
-        panel.show(draw(follower, max(20, width), self.resumable()))
+        self.query_one(Charts).title = words.clip(name, 36) if narrow else ""
+        draw = facts_alone if self.has_class("-small") else facts_in_two_lines if narrow else facts
+        resumable = self.resumable()
+        panel.show(lambda width: draw(follower, max(20, width), resumable))
 
     def show_picture(self) -> None:
-        """The loss curve; bars for an evaluation; phases and report for a merge."""
+        """The charts; bars for an evaluation; phases and report for a merge."""
         follower = self.follower
         if follower is None:
             return
         model = follower.model
         curve = model.command == "train" or bool(model.train.xs)
-        switcher, shown = self.query_one("#picture", ContentSwitcher), "chart-panel" if curve else "text-panel"
-        if switcher.current != shown:
-            switcher.current = shown
-            self.call_after_refresh(self.show_picture)  # when the panel that was hidden has its width
+        self.query_one("#picture", ContentSwitcher).current = "charts" if curve else "text-panel"
         if curve:
-            self.show_chart(model)
+            self.query_one(Charts).show(figures_of(model), model.marks, model.saved, FIRST_LOSS, follower.active)
             return
-        panel = self.query_one("#text-panel")
-        set_title(panel, model.command or "job")
-        width = max(20, panel.size.width - 4)
-        if follower.active:
-            content = report.job_progress(follower, width)
-        elif model.result.get("by_type"):
-            content = report.evaluation(model.result, width)
-        else:
-            content = report.job_end(follower)
-        self.query_one("#text", Pane).show(content)
+        set_title(self.query_one("#text-panel"), model.command or "job")
+        self.query_one("#text", Pane).show(partial(self._report, follower))
 
-    def show_chart(self, model: RunModel) -> None:
-        """Chart and legend."""
-        chart = self.query_one(Chart)
-        chart.redraw()
-        parts: list[Content] = []
-        for series, style in ((model.train, "$chart-train"), (model.eval, "$chart-eval")):
-            last = series.last()
-            if series.xs:
-                parts.append(
-                    Content.assemble(
-                        ("● ", style), f"{series.name} ", (tick_text(last) if last is not None else "–", "bold")
-                    )
-                )
-        scale = "log" if chart.logarithmic else "linear"
-        view = "zoomed · 0 whole run" if chart.window else "whole run"
-        set_subtitle(self.query_one("#chart-panel"), f"{scale} · {view}")
-        self.query_one("#legend", Pane).show(Content("   ").join(parts))
+    @staticmethod
+    def _report(follower: Follower, width: int) -> Content:
+        if follower.active:
+            return report.job_progress(follower, width)
+        result = follower.model.result
+        return scores.evaluation(result, width) if result.get("by_type") else report.job_end(follower)
 
     def show_memory(self) -> None:
         """The gauge against the run's own budget."""
@@ -295,45 +241,28 @@ class MonitorScreen(PanelScreen):
             follower.model.predicted,
             compact=self.app.size.width < WIDE,
             fit=follower.model.fit,
+            hosts=follower.model.hosts,
+            waits=follower.model.rank_waits,
         )
 
     # --- what the keys do --------------------------------------------------------------------------------------------
 
-    def resumable(self) -> bool:
-        """Whether a training ended early and left a checkpoint."""
-        follower = self.follower
-        return bool(
-            follower
-            and follower.model.command == "train"
-            and follower.state in ("stopped", "failed", "died")
-            and follower.model.checkpoints
-        )
-
-    def way_on(self) -> tuple[str, list[str]] | None:
-        """What to go on with after an out-of-memory error that ended the training."""
-        follower = self.follower
-        ended = follower and follower.model.command == "train" and follower.state in ("failed", "died")
-        return follower.model.way_on if follower and ended else None
-
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         follower = self.follower
-        if action == "stop":
-            return follower is not None and follower.active
-        if action == "resume":
-            return self.resumable()
-        if action == "way_on":
-            return self.way_on() is not None
-        if action == "fetch":
-            return bool(follower and not follower.active and self.session.host)
-        if action == "evaluate":
-            return bool(follower and follower.model.command == "train" and follower.state in ("finished", "stopped"))
+        if not self.is_mounted:
+            return super().check_action(action, parameters)
+        runs = self.query_one(RunList)
         if action == "attach":
-            option = self.query_one("#runs", OptionList).highlighted_option if self.is_mounted else None
+            option = runs.highlighted_option
             return bool(option and (follower is None or option.id != follower.run_id))
-        if action in ("log_scale", "zoom", "pan", "whole"):
+        if action == "compare":
+            return len(runs.marked) > 1
+        if action in ("log_scale", "zoom", "pan", "whole", "cursor", "metric"):
             return bool(follower and follower.model.train.xs) and not isinstance(self.focused, Search)
-        if action in ("follow_log", "search", "search_again"):
-            return bool(follower and follower.log) and (action != "follow_log" or self.query_one(LogPanel).unseen > 0)
+        if action == "follow_end":
+            return not self.query_one(TimelineView).following
+        if action in ("search_again", "level", "wrap", "copy", "timeline"):
+            return bool(follower and follower.timeline.entries)
         return super().check_action(action, parameters)
 
     @on(OptionList.OptionHighlighted)
@@ -346,96 +275,101 @@ class MonitorScreen(PanelScreen):
         self.attach(str(event.option.id))
 
     def action_attach(self) -> None:
-        self.query_one("#runs", OptionList).action_select()
+        self.query_one(RunList).action_select()
 
     def action_runs(self) -> None:
         """To the list; where there is no room for it, it takes the place of the chart and back."""
         self.toggle_class("-list")
-        self.query_one("#runs", OptionList).focus()
+        self.query_one(RunList).focus()
+
+    def action_timeline(self) -> None:
+        """To the timeline; where there is no room for it, it takes the place of the chart and back."""
+        self.toggle_class("-timeline")
+        self.query_one(TimelineView).focus()
+
+    def action_compare(self) -> None:
+        """The marked runs beside each other."""
+        marked = self.query_one(RunList).marked
+        listed = [run for id in marked for run in self.session.listed if run.id == id]
+        self.app.push_screen(CompareScreen(self.session, listed))
 
     def action_log_scale(self) -> None:
-        self.query_one(Chart).toggle_log()
-        self.show_picture()
+        self.query_one(Charts).toggle_log()
+
+    def action_metric(self) -> None:
+        self.query_one(Charts).next_figure()
 
     def action_zoom(self, factor: float) -> None:
-        self.query_one(Chart).zoom(factor)
-        self.show_picture()
+        self.query_one(Charts).zoom(factor)
 
     def action_pan(self, share: float) -> None:
-        self.query_one(Chart).pan(share)
+        self.query_one(Charts).pan(share)
+
+    def action_cursor(self, by: int) -> None:
+        self.query_one(Charts).move_cursor(by)
 
     def action_whole(self) -> None:
-        self.query_one(Chart).follow()
-        self.show_picture()
+        self.query_one(Charts).whole()
 
-    def action_follow_log(self) -> None:
-        self.query_one(LogPanel).follow()
+    def action_follow_end(self) -> None:
+        self.query_one(TimelineView).follow()
+        self._timeline_changed()
+
+    def action_level(self) -> None:
+        self.say(f"timeline: {self.query_one(TimelineView).next_level()}")
+        self._timeline_changed()
+
+    def action_wrap(self) -> None:
+        self.query_one(TimelineView).toggle_wrap()
+        self._timeline_changed()
+
+    def _timeline_changed(self) -> None:
+        self.query_one(TimelinePanel).show_subtitle()
         self.keys_changed()
 
     def action_search(self) -> None:
-        self.query_one(LogPanel).ask()
+        """In the timeline; the run list has a filter of its own."""
+        self.query_one(TimelinePanel).ask()
 
-    def action_search_again(self) -> None:
-        self.query_one(LogPanel).search()
+    def action_search_again(self, by: int) -> None:
+        self.query_one(TimelinePanel).find("", by)
+        self.keys_changed()
 
-    @on(LogPanel.Found)
-    def _found(self, event: LogPanel.Found) -> None:
-        if event.lines:
-            self.say(f"{counted(event.lines, 'line')} with {event.sought!r}; n goes to the next")
+    @on(TimelinePanel.Found)
+    def _found(self, event: TimelinePanel.Found) -> None:
+        if event.entries:
+            self.say(f"{event.entries:,} with {event.sought!r}; n goes to the next")
         else:
-            self.say(f"no line of the log holds {event.sought!r}", "warning")
+            self.say(f"no entry of the timeline holds {event.sought!r}", "warning")
 
-    def action_stop(self) -> None:
-        """Asks first."""
-        follower = self.follower
+    def action_copy(self) -> None:
+        """Through the terminal (OSC 52), in base64: no sequence in it is obeyed."""
+        entry = self.query_one(TimelineView).entry
+        if entry:
+            self.app.copy_to_clipboard(entry.text)
+            self.say(f"copied: {words.clip(entry.text, 60)}")
+
+    @on(TimelineView.Moved)
+    def _moved(self, event: TimelineView.Moved) -> None:
+        self._timeline_changed()
+
+    @on(TimelineView.Opened)
+    def _opened(self, event: TimelineView.Opened) -> None:
+        """The chart's cursor goes there; an error or a warning opens, with the output around it."""
+        entry, follower = event.entry, self.follower
         if follower is None:
             return
-        detail = f"{follower.run_id}\nIt saves what it has and ends; after 30 s it is ended by force."
-        self.app.push_screen(
-            Confirm("Stop this run?", detail, "stop it"), when_yes(lambda: self._stop(follower.run_id))
-        )
+        if entry.step is not None and follower.model.train.xs:
+            self.query_one(Charts).go_to_step(entry.step)
+        if entry.level in (ERROR, "warning", OUTPUT) or entry.step is None:
+            self._open(entry, follower)
 
-    @work(group="stop", exit_on_error=False)
-    async def _stop(self, run_id: str) -> None:
-        self.say("stopping: waiting for its checkpoint …")
-        state = await self.stop_run(run_id)
-        if state:
-            self.say(f"{run_id}: {state}", "success" if state in ("stopped", "finished") else "warning")
-
-    def action_resume(self) -> None:
-        self._resume("Continue this training")
-
-    def action_way_on(self) -> None:
-        """Applies what the out-of-memory error proposed."""
-        way_on = self.way_on()
-        assert way_on
-        self._resume("Go on with this training", *way_on[1])
-
-    def _resume(self, what: str, *changes: str) -> None:
-        assert self.follower
-        target, run_id = self.session.target, self.follower.run_id
-        self.ask_beside(what, lambda share: self._launch(partial(target.resume, run_id, *changes, share=share)))
-
-    def action_evaluate(self) -> None:
-        assert self.follower
-        launch = partial(self.session.target.launch, "evaluate", "--checkpoint", self.follower.run_id)
-        self.ask_beside("Evaluate", lambda share: self._launch(partial(launch, share=share)))
-
-    @work(group="launch", exit_on_error=False)
-    async def _launch(self, launch: Callable[[], Awaitable[str]]) -> None:
-        run_id = await self.start(launch)
-        if run_id:
-            self.post_message(RunStarted(run_id))
-
-    @work(group="fetch", exclusive=True, exit_on_error=False)
-    async def action_fetch(self) -> None:
-        """Brings the run home; what has arrived stays when the panel is closed, and the next fetch goes on there."""
-        host, follower = self.session.host, self.follower
-        assert host and follower
-        try:
-            done = await watched(partial(host.fetch, follower.run_id), self.say)
-        except (SurgvqaError, OSError) as error:
-            self.say(str(error), "error")
-            return
-        folders = ", ".join(words.short_path(folder, self.workspace_root) for folder in done["folders"])
-        self.say(f"fetched {done['files']} files, verified: {folders}", "success")
+    def _open(self, entry: Entry, follower: Follower) -> None:
+        same, lines = output_around(follower.timeline.entries, entry)
+        if same is not None and same is not entry:
+            self.query_one(TimelineView).go_to_entry(same)
+        parts = [("what the process wrote", "\n".join(line.text for line in lines))] if lines else []
+        found = source_line(entry.text, self.workspace_root if self.session.host is None else None)
+        parts += [found] if found else []
+        step = "" if entry.step is None else f" at step {entry.step:,}"
+        self.app.push_screen(EntryDialog(f"{entry.level}{step}", entry.text, parts))

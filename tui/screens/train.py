@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from textual import on, work
+from textual.actions import parse
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
@@ -15,14 +16,17 @@ from presets import Preset, PresetError, load_presets
 from surgvqa.config.options import TrainOptions
 from surgvqa.config.settings import settings_of
 from surgvqa.errors import SurgvqaError
-from tui import words
+from tui import keys, words
 from tui.content import report
 from tui.content.memory import memory_bar, predicted_bar, predicted_legend
-from tui.screens.base import WIDE, PanelScreen, RunStarted
+from tui.screens.base import WIDE, RunStarted
+from tui.screens.launch_look import LaunchLook
 from tui.session import Session
-from tui.settings.prediction import Prediction, predict
+from tui.settings.prediction import PredictedPeak, predict
 from tui.settings.settings import Settings, preset_changes
 from tui.widgets.form import Field, Form
+from tui.widgets.pane import Pane
+from tui.widgets.search import Search
 from tui.widgets.titles import set_subtitle, set_title
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -36,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "eval_audio_dir",
         "output_dir",
     ),
-    "what the model sees": ("num_frames", "image_size", "input_mode"),
+    "what the model sees": ("num_frames", "image_size", "input_mode", "audio_span", "audio_margin_s"),
     "schedule": (
         "num_train_epochs",
         "max_steps",
@@ -63,12 +67,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "device",
     ),
 }
-PRESET_KEYS = tuple(f"f{number}" for number in range(5, 13))
 LEAST_BAR = 6
 """Columns below which a bar would say nothing."""
 
 
-class TrainScreen(PanelScreen):
+class TrainScreen(LaunchLook):
     """Settings on the left; presets, what a switch would change, and the memory on the right."""
 
     MODE = "train"
@@ -77,58 +80,41 @@ class TrainScreen(PanelScreen):
         "preset, surgvqa.toml, or what was typed here. F-keys look at another preset; Enter applies it, Esc leaves it. "
         "The job goes on when the panel is closed."
     )
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("l", "launch", "launch"),
-        Binding("enter", "apply", "apply", priority=True),
-        Binding("escape", "leave", "leave", priority=True),
-        Binding(
-            PRESET_KEYS[0],
-            "preview(0)",
-            "presets",
-            key_display="F5 …",
-            priority=True,
-            tooltip="What the first preset would change; F6 the second, and so on",
-        ),
-        *(
-            Binding(key, f"preview({i})", f"preset {i + 1}", key_display=key.upper(), priority=True, show=False)
-            for i, key in enumerate(PRESET_KEYS)
-            if i
-        ),
-        Binding("x", "revert", "reset", tooltip="Forget what was typed into the field"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("train")
 
     def __init__(self, session: Session) -> None:
-        super().__init__(session)
-        self.settings = Settings("train", self.session.here.workspace)
+        super().__init__(session, Settings("train", session.here.workspace))
         self.settings.edited.update(self.session.edited.get("train", {}))  # a checkpoint merged before this was opened
         self.session.edited["train"] = self.settings.edited
         self.presets: list[Preset] = []
         self.previewed: str | None = None
-        self.predictions: dict[str, Prediction] = {}
+        self.folded: set[str] = set()
+        """Groups of settings of which only the first is shown."""
         self.shown_for: tuple[object, ...] | None = None
         """Preset, machine and merged checkpoint for which this is drawn."""
-        self.widths: tuple[int, ...] = ()
-        """Of the panels beside the form, for which they are drawn."""
 
     def body(self) -> ComposeResult:
         known = settings_of(TrainOptions)
         with Horizontal(id="train"):
+            yield Search("find a setting", done=self._find_setting, left=self._to_form, id="settings-search")
             with Form(id="train-form", classes="panel"):
                 for group, names in GROUPS.items():
                     yield Static(group, classes="group", markup=False)
                     for name in names:
                         is_path = known[name].type.__name__ == "Path_"
-                        yield Field(name, width=28, is_path=is_path, help=known[name].help)
+                        yield Field(name, width=28, is_path=is_path, help=known[name].help, group=group)
             with VerticalScroll(id="train-side"):
-                yield Static("", id="presets", classes="panel", markup=False)
-                yield Static("", id="memory", classes="panel", markup=False)
-                yield Static("", id="about", classes="panel", markup=False)
+                yield Pane(id="presets", classes="panel")
+                yield Pane(id="memory", classes="panel")
+                yield Pane(id="data", classes="panel")
+                yield Pane(id="about", classes="panel", fixed=True)
 
     def on_mount(self) -> None:
         for id, title in {
             "train-form": "settings",
             "presets": "presets",
             "memory": "memory",
+            "data": "data",
             "about": "about",
         }.items():
             set_title(self.query_one(f"#{id}"), title)
@@ -138,20 +124,19 @@ class TrainScreen(PanelScreen):
             self.say(str(error), "error")
         self.query_one(Form).field("run_name").focus()
         self.show_all()
+        try:
+            self.check_data_here()
+        except SurgvqaError as error:
+            self._say_of_data(report.problem(str(error)))
+
+    def on_resize(self) -> None:
+        super().on_resize()
+        self.show_about()
 
     async def tick(self) -> None:
         """Nothing on this screen moves by itself; a preset or a host chosen elsewhere is the exception."""
         if self.shown_for != self._shown():
             self.show_all()
-        widths = tuple(self.query_one(panel).size.width for panel in ("#presets", "#memory"))
-        if widths != self.widths:
-            self.widths = widths
-            self._preview_changed()
-
-    def on_resize(self) -> None:
-        super().on_resize()
-        if self.presets:
-            self.call_after_refresh(self._preview_changed)  # when the panels have their new widths
 
     def _shown(self) -> tuple[object, ...]:
         return (self.session.preset, self.session.target.name, self.session.checkpoint)
@@ -173,13 +158,14 @@ class TrainScreen(PanelScreen):
         self.show_about()
 
     def show_presets(self) -> None:
-        """The list with a predicted peak each, or what the switch at hand would change."""
-        panel = self.query_one("#presets", Static)
-        width = max(20, panel.size.width or 40)
+        """The list with a predicted peak each, or what the shown preset would change."""
+        self.query_one("#presets", Pane).show(self._presets)
+
+    def _presets(self, width: int) -> Content:
         named = 7 + max((len(preset.name) for preset in self.presets), default=0)
         rows: list[Content] = []
         crowded = self.previewed is not None and self.app.size.width < WIDE  # what would change matters more
-        for key, preset in zip(PRESET_KEYS, self.presets):
+        for key, preset in zip(keys.PRESET_KEYS, self.presets):
             chosen, looked_at = preset.name == self.session.preset, preset.name == self.previewed
             if crowded and not (chosen or looked_at):
                 continue
@@ -193,9 +179,9 @@ class TrainScreen(PanelScreen):
                 line = Content.assemble(line, " " * (named - line.cell_length), self._peak_bar(peak, width - named - 9))
                 line = Content.assemble(line, " " * max(1, width - line.cell_length - len(text)), (text, fits))
             rows.append(line)
-        panel.update(report.lines(*rows, *(self._changes() if self.previewed else [])))
+        return report.lines(*rows, *(self._changes() if self.previewed else []))
 
-    def _peak_bar(self, found: Prediction, width: int) -> Content:
+    def _peak_bar(self, found: PredictedPeak, width: int) -> Content:
         """A predicted peak against the budget, on the scale that all presets share; nothing where there is no room."""
         if width < LEAST_BAR:
             return Content("")
@@ -216,7 +202,7 @@ class TrainScreen(PanelScreen):
         field = next((f for f in self.query(Field) if f.has_focus_within), None)
         if field:
             rows += [Content.assemble((f"--{field.key}", "bold")), report.waiting(field.help)]
-        self.query_one("#about", Static).update(report.lines(*rows))
+        self.query_one("#about", Pane).show(report.lines(*rows))
         room = self.app.size.width - 8
         below = (
             words.clip(field.help, room) if field and self.app.size.width < WIDE else ""
@@ -261,29 +247,26 @@ class TrainScreen(PanelScreen):
             self.predictions[preset.name] = await predict(self.settings, preset.name, here=self.session.host is None)
         self.show_presets()
         self.show_memory()
-        self.call_after_refresh(self._preview_changed)  # at the width that the panels have with all that in them
 
     def show_memory(self) -> None:
         """The configuration's predicted memory against the budget."""
-        panel = self.query_one("#memory", Static)
-        width = max(20, panel.size.width or 40)
+        self.query_one("#memory", Pane).show(self._memory)
+
+    def _memory(self, width: int) -> Content:
         found = self.predictions.get(self.previewed or self.session.preset or "")
         if found is None or not found.peak_bytes:
-            panel.update(report.waiting(found.problem if found else "predicting …"))
-            return
+            return report.waiting(found.problem if found else "predicting …")
         over = found.peak_bytes - found.budget_bytes
         verdict = ("fits", "bold $success") if over <= 0 else (f"over by {words.gb(over)}", "bold $error")
-        panel.update(
-            report.lines(
-                Content.assemble(
-                    (words.gb(found.peak_bytes), "bold"),
-                    (f" predicted of {words.gb(found.budget_bytes)}  ", "$muted"),
-                    verdict,
-                ),
-                predicted_bar(width, found.parts, found.peak_bytes, found.budget_bytes),
-                predicted_legend(found.parts, width),
-                *(report.waiting(note) for note in found.notes),
-            )
+        return report.lines(
+            Content.assemble(
+                (words.gb(found.peak_bytes), "bold"),
+                (f" predicted of {words.gb(found.budget_bytes)}  ", "$muted"),
+                verdict,
+            ),
+            predicted_bar(width, found.parts, found.peak_bytes, found.budget_bytes),
+            predicted_legend(found.parts, width),
+            *(report.waiting(note) for note in found.notes),
         )
 
     # --- what the keys do --------------------------------------------------------------------------------------------
@@ -297,7 +280,22 @@ class TrainScreen(PanelScreen):
             return len(self.presets) > int(str(parameters[0]))
         if action == "revert":
             return bool(self.settings.edited)
+        if action == "save_settings":
+            return bool(self.settings.edited) or self.session.preset != self.settings.workspace.preset
         return super().check_action(action, parameters)
+
+    def about_key(self, binding: Binding) -> str:
+        preset = self._preset_of(binding)
+        return f"What the preset {preset} would change" if preset else super().about_key(binding)
+
+    def name_key(self, binding: Binding) -> str:
+        return self._preset_of(binding) or super().name_key(binding)
+
+    def _preset_of(self, binding: Binding) -> str:
+        """The preset that a key looks at."""
+        name, arguments = parse(binding.action)[1:]
+        index = int(str(arguments[0])) if name == "preview" else -1
+        return self.presets[index].name if 0 <= index < len(self.presets) else ""
 
     def action_preview(self, index: int) -> None:
         """Looks at a preset; the same key again, or the one in use, leaves it."""
@@ -325,7 +323,7 @@ class TrainScreen(PanelScreen):
 
     @on(Field.Edited)
     async def _edited(self, event: Field.Edited) -> None:
-        if await self.take(event, self.settings):
+        if await self.apply_edit(event, self.settings):
             self.show_all()
             self.keys_changed()
 
@@ -335,6 +333,62 @@ class TrainScreen(PanelScreen):
             self.say("")
             self.show_all()
             self.keys_changed()
+
+    def action_save_settings(self) -> None:
+        if self.save_settings(self.settings, self.session.preset):
+            self.show_all()
+            self.keys_changed()
+
+    def action_search(self) -> None:
+        """Finds a setting by a part of its name."""
+        self.query_one("#settings-search", Search).ask()
+
+    def _find_setting(self, text: str) -> None:
+        """The first setting whose name holds the words, else whose help does; its group is unfolded."""
+        wanted = text.strip().lower().replace(" ", "_")
+        fields = list(self.query(Field))
+        found = [field for field in fields if wanted in field.key] or [
+            field for field in fields if text.strip().lower() in field.help.lower()
+        ]
+        if not wanted or not found:
+            self.say(f"no setting holds {text!r}" if wanted else "", "warning")
+            self._to_form()
+            return
+        self._unfold(found[0].group)
+        self.screen.set_focus(found[0])
+        names = ", ".join(field.key for field in found[1:5])
+        self.say(f"also: {names}" if names else "")
+
+    def _to_form(self) -> None:
+        form = self.query_one(Form)
+        self.screen.set_focus(next((f for f in form.query(Field) if f.has_focus), None) or form.field("run_name"))
+
+    def action_fold(self) -> None:
+        """Folds the group of the setting that has the keys; with its heading alone it can be unfolded again."""
+        field = next((f for f in self.query(Field) if f.has_focus_within), None)
+        if self.folded and field is None:
+            self._unfold(*self.folded)
+        elif field is not None:
+            if field.group in self.folded:
+                self._unfold(field.group)
+            else:
+                self.folded.add(field.group)
+                self.show_groups()
+
+    def _unfold(self, *groups: str) -> None:
+        self.folded -= set(groups)
+        self.show_groups()
+
+    def show_groups(self) -> None:
+        """Of a folded group its heading and its first setting are left."""
+        seen: set[str] = set()
+        for field in self.query(Field):
+            field.display = field.group not in self.folded or field.group not in seen
+            seen.add(field.group)
+        for heading, group in zip(self.query(".group"), GROUPS):
+            count = len(GROUPS[group]) - 1
+            more = Content.assemble(group, (f"  and {count} more · z unfolds", "$muted"))
+            heading.update(more if group in self.folded else Content(group))  # type: ignore[attr-defined]  # a Static
 
     def action_launch(self) -> None:
         """Starts training; asks first while another job has the GPU there."""

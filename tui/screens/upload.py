@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.widgets import Static
 
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs.state import read_run_json
-from tui import words
+from tui import keys, words
 from tui.content import report
 from tui.dialogs.confirm import Confirm, when_yes
 from tui.follow.follower import Follower
 from tui.screens.base import PanelScreen
 from tui.session import Session
-from tui.settings.upload_plan import Item, file_plan
-from tui.targets.host import HostTarget
+from tui.settings.upload_plan import PlanRow, file_plan
 from tui.targets.target import ACTIVE
 from tui.targets.threads import in_thread, watched
 from tui.widgets.pane import Pane
@@ -34,7 +32,11 @@ NO_HOST = (
     "No host is set: everything runs on this machine. h chooses a GPU host.\n"
     'To begin there always, put  host = "NAME"  into {file} (a name of ~/.ssh/config or hosts.toml).'
 )
-JOBS = ("upload", "setup")
+
+if TYPE_CHECKING:
+    from tui.targets.host import HostTarget
+
+JOBS = ("upload", "setup", "rent", "end")
 
 
 class UploadScreen(PanelScreen):
@@ -45,12 +47,7 @@ class UploadScreen(PanelScreen):
         "Compares the ways to have checkpoint and data on the host, by what it lacks; u accepts and sends. The upload "
         "is a process of its own: it goes on when the panel is closed, and begins again where it was broken off."
     )
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("u", "upload", "upload", tooltip="Send it by the marked way"),
-        Binding("w", "other_way", "other way", tooltip="Mark another way than the cheapest"),
-        Binding("p", "plan", "plan again", tooltip="Read the files again"),
-        Binding("s", "stop", "stop", tooltip="End the upload; the next one goes on there"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("upload")
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
@@ -64,7 +61,7 @@ class UploadScreen(PanelScreen):
     def body(self) -> ComposeResult:
         with VerticalScroll(id="upload", can_focus=True):
             yield Pane(id="host-text", classes="panel")
-            yield Static("", id="plan-text", classes="panel", markup=False)
+            yield Pane(id="plan-text", classes="panel")
             yield Pane(id="job-text", classes="panel")
 
     def on_mount(self) -> None:
@@ -79,19 +76,24 @@ class UploadScreen(PanelScreen):
         """Another host was chosen: its plan, and what is being done for it."""
         self.host = self.session.host
         self.what, self.plan, self.planned, self.follower = "auto", None, False, None
-        host = self.host
-        for run in self.session.listed_here:
-            if (
-                host
-                and run.command in JOBS
-                and run.state in ACTIVE
-                and _host_of(read_run_json(run.folder)) == host.name
-            ):
-                self.follower = Follower(self.session.here, run.id)
-                break
+        self.find_job()
         self.show_host()
         self.show_job()
         self.action_plan()
+
+    def find_job(self) -> None:
+        """What is being done for the host, whoever has started it."""
+        for run in self.session.listed_here if self.host else []:
+            at_work = run.command in JOBS and run.state in ACTIVE
+            if self.host and at_work and _host_of(read_run_json(run.folder)) == self.host.name:
+                self.follower = Follower(self.session.here, run.id)
+                return
+
+    def follow_job(self, run_id: str) -> None:
+        """Shows a job of this machine that was just started."""
+        self.follower = Follower(self.session.here, run_id)
+        self.keys_changed()
+        self.call_after_refresh(self.query_one("#job-text").scroll_visible, animate=False)
 
     async def tick(self) -> None:
         if self.host is not self.session.host:
@@ -100,6 +102,8 @@ class UploadScreen(PanelScreen):
         self.show_host()
         if host and host.connection.kind == "connected" and not self.planned and not self.planning and not self.working:
             self.action_plan()
+        if not self.working:  # a machine that was rented is set up, then sent to, by one process
+            self.find_job()
         follower = self.follower
         if follower is None:
             return
@@ -141,7 +145,7 @@ class UploadScreen(PanelScreen):
         if reached:
             at = f"{reached.user}@{reached.hostname}:{reached.port}"
             entry = reached.entry
-            price = "" if entry.price_per_hour is None else f"{entry.price_per_hour:.2f} per hour"
+            price = "" if entry.price_per_hour is None else words.price(entry.price_per_hour, " per hour")
             rows.append(report.waiting("  ·  ".join(part for part in (at, entry.gpus, price) if part)))
         if host.connection.kind == "refused":
             rows.append(report.key_hints(("h", "tries it again, or chooses another")))
@@ -161,45 +165,45 @@ class UploadScreen(PanelScreen):
     @work(group="plan", exclusive=True, exit_on_error=False)
     async def action_plan(self) -> None:
         """Reads the files in a thread; on a host also asks what it has."""
-        host, panel = self.host, self.query_one("#plan-text", Static)
+        host, panel = self.host, self.query_one("#plan-text", Pane)
         asked = host is not None and host.connection.kind == "connected"
         self.planning, self.planned, self.plan = True, asked, None
         self.keys_changed()
-        panel.update(report.waiting("reading the files …"))
+        panel.show(report.waiting("reading the files …"))
         try:
             if host is None or not asked:
                 items = await in_thread(file_plan, self.session.here.workspace, self.session.checkpoint)
-                panel.update(self.table(items) if items else Content(NOTHING))
+                panel.show(partial(self.table, items) if items else Content(NOTHING))
                 return
             await self._plan_for(host, panel)
         except (OSError, SurgvqaError) as error:
             hint = "w plans without a checkpoint, p reads the files again" if asked and self.what != "data" else ""
-            panel.update(report.lines(report.problem(str(error)), report.waiting(hint)))
+            panel.show(report.lines(report.problem(str(error)), report.waiting(hint)))
         finally:
             self.planning = False
             self.keys_changed()
 
-    async def _plan_for(self, host: HostTarget, panel: Static) -> None:
+    async def _plan_for(self, host: HostTarget, panel: Pane) -> None:
         ask = partial(host.plan, self.what, self.session.checkpoint)
-        plan = await watched(ask, lambda line: panel.update(report.waiting(line)))
+        plan = await watched(ask, lambda line: panel.show(report.waiting(line)))
         if self.host is host:
             self.plan = plan
             self.show_plan()
 
     def show_plan(self) -> None:
         """Each way with what it would send and how long that takes; the marked one is what u does."""
-        panel = self.query_one("#plan-text", Static)
         if self.plan:
-            self.call_after_refresh(panel.update, report.upload_plan(self.plan, self.marked, max(40, panel.size.width)))
+            drawing = partial(report.upload_plan, self.plan, self.marked)
+            self.query_one("#plan-text", Pane).show(lambda width: drawing(max(40, width)))
 
     @property
     def marked(self) -> str:
         """The way that u takes: merged, adapter or data."""
         return self.what if self.what != "auto" or self.plan is None else self.plan["chosen"] or "data"
 
-    def table(self, items: list[Item]) -> Content:
+    def table(self, items: list[PlanRow], width: int) -> Content:
         """The files, a row an item, as wide as the screen."""
-        width = max(40, self.query_one("#plan-text").size.width)
+        width = max(40, width)
         where = width - WHAT - FILES - SIZE
         muted = "$muted"
         lines = [Content.assemble((f"{'what':<{WHAT}}{'where':<{where}}{'files':>{FILES}}{'size':>{SIZE}}", muted))]
@@ -280,10 +284,8 @@ class UploadScreen(PanelScreen):
         run_id = await self.start(launch, "starting …")
         if run_id is None:
             return
-        self.follower = Follower(self.session.here, run_id)
-        self.keys_changed()
+        self.follow_job(run_id)
         await self.tick()
-        self.call_after_refresh(self.query_one("#job-text").scroll_visible, animate=False)
 
     def action_stop(self) -> None:
         """Asks first."""
@@ -310,5 +312,6 @@ NOTHING = (
 
 def _host_of(info: dict[str, Any]) -> str | None:
     """The host that a run of surgvqa-remote was for."""
-    entry = (info.get("options") or {}).get("host")
+    options = info.get("options") or {}
+    entry = options.get("host") or options.get("name")
     return entry.get("value") if isinstance(entry, dict) else None

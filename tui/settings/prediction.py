@@ -20,7 +20,7 @@ SHOWN = 7  # parts with a colour of their own; the smaller ones are shown togeth
 
 
 @dataclass
-class Prediction:
+class PredictedPeak:
     """Allocated peak and its components in bytes; `problem` says why there are none."""
 
     budget_bytes: float
@@ -31,13 +31,13 @@ class Prediction:
     problem: str = ""
 
 
-async def predict(settings: Settings, preset: str, here: bool = True) -> Prediction:
+async def predict(settings: Settings, preset: str, here: bool = True) -> PredictedPeak:
     """Predicts in a thread: the checkpoint's headers are read from the disk. `here`: the training would run on this
     machine."""
     return await asyncio.to_thread(_predict, settings, preset, here)
 
 
-def _predict(settings: Settings, preset: str, here: bool) -> Prediction:
+def _predict(settings: Settings, preset: str, here: bool) -> PredictedPeak:
     try:
         options = settings.resolve(preset)[0].options
         folder = options.model_name_or_path
@@ -45,7 +45,7 @@ def _predict(settings: Settings, preset: str, here: bool) -> Prediction:
         configuration = predict_module.configuration(sizes, options)
         found = predict_module.predict(sizes, configuration, weights)
     except SurgvqaError as error:
-        return Prediction(0.0, problem=f"no prediction: {error}")
+        return PredictedPeak(0.0, problem=f"no prediction: {error}")
     notes = [] if folder else ["of the real model: no checkpoint is chosen"]
     if options.gradient_checkpointing and options.checkpointed_layers is None:
         fitted = fit.fit(sizes, configuration, options.budget_gb, weights)
@@ -54,9 +54,9 @@ def _predict(settings: Settings, preset: str, here: bool) -> Prediction:
             notes.append(f"spare for speed: {words.gb(fitted.peak_bytes)}, {count} of {fitted.layers} layers recompute")
     if here and not gpu.any_gpu():
         notes.append(NO_GPU)
-    return Prediction(options.budget_gb * GB, found.peak_bytes, parts(found), notes)
+    return PredictedPeak(options.budget_gb * GB, found.peak_bytes, parts(found), notes)
 
 
-def parts(found: predict_module.Prediction) -> list[Part]:
+def parts(found: predict_module.MemoryPrediction) -> list[Part]:
     """The components of the peak, largest first; what is small goes together."""
     return largest((Part(name, nbytes) for name, nbytes in found.peak_table.items()), SHOWN)

@@ -13,8 +13,8 @@ from surgvqa.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Item:
-    """One row of the plan."""
+class PlanRow:
+    """A checkpoint, or a kind of data."""
 
     what: str
     path: str
@@ -24,7 +24,7 @@ class Item:
     """Why it cannot be sent as it is."""
 
 
-def file_plan(workspace: Workspace, checkpoint: Path | None = None) -> list[Item]:
+def file_plan(workspace: Workspace, checkpoint: Path | None = None) -> list[PlanRow]:
     """The merged checkpoint, the adapter, and the data: JSONL files and only the frames and audio that they name.
 
     `checkpoint`: one that was just merged, in place of the one that surgvqa.toml names."""
@@ -47,22 +47,22 @@ def file_plan(workspace: Workspace, checkpoint: Path | None = None) -> list[Item
     return items
 
 
-def _folder(what: str, path: Path, absent: str) -> Item:
+def _folder(what: str, path: Path, absent: str) -> PlanRow:
     if not path.is_dir():
-        return Item(what, str(path), 0, 0, absent)
+        return PlanRow(what, str(path), 0, 0, absent)
     return _files(what, path, (p for p in path.rglob("*") if p.is_file()))
 
 
-def _files(what: str, path: Path, files: Iterable[Path], problem: str = "") -> Item:
+def _files(what: str, path: Path, files: Iterable[Path], problem: str = "") -> PlanRow:
     sizes = [file.stat().st_size for file in set(files)]
-    return Item(what, str(path), len(sizes), sum(sizes), problem)
+    return PlanRow(what, str(path), len(sizes), sum(sizes), problem)
 
 
-def _data(what: str, path: Path, frames_dir: str | None, audio_dir: str | None) -> list[Item]:
+def _data(what: str, path: Path, frames_dir: str | None, audio_dir: str | None) -> list[PlanRow]:
     try:
         samples = read_samples(path)
     except UsageError as error:
-        return [Item(f"{what} samples", str(path), 0, 0, str(error))]
+        return [PlanRow(f"{what} samples", str(path), 0, 0, str(error))]
     items = [_files(f"{what} samples", path, [path])]
     if frames_dir:
         index = FrameIndex(frames_dir)
@@ -75,7 +75,7 @@ def _data(what: str, path: Path, frames_dir: str | None, audio_dir: str | None) 
     return items
 
 
-def _named(what: str, folder: str, finders) -> Item:
+def _named(what: str, folder: str, finders) -> PlanRow:
     found, problems = set(), []
     for find in finders:
         try:

@@ -21,9 +21,7 @@ class Line(Remote):
 
     def begin(self, op: str, params: dict[str, Any]) -> Any:
         """Opens a channel and asks; the answers are to be read from it."""
-        self.open()
-        assert self._fabric is not None
-        channel = self._fabric.create_session()
+        channel = self.session()
         channel.settimeout(timeouts.SILENCE_S)
         channel.exec_command(bootstrap(self.host.entry.python))
         channel.sendall(payload({"op": op, "workspace": self.host.entry.workspace, **params}))

@@ -38,6 +38,10 @@ class HostTarget:
         return self.link.connection
 
     @property
+    def price_per_hour(self) -> float | None:
+        return self.link.host.entry.price_per_hour if self.link.host else None
+
+    @property
     def skew(self) -> str:
         """One line when the host has no or another version of us; ''. A venv of the user's own is theirs to keep."""
         host = self.link.host

@@ -6,7 +6,8 @@ import logging
 import threading
 from typing import Any
 
-from remote.jobs.follower import BACKOFF_S, Follower
+from remote.jobs.run_events import RunEvents
+from remote.ssh.patience import pause_s
 from surgvqa.errors import SurgvqaError
 from tui.targets.connection_state import Detached
 from tui.targets.link import Link, Port
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class HostFeed:
-    """remote's Follower of one run, in a thread of its own; `read` hands on what it has heard and never waits."""
+    """remote's RunEvents of one run, in a thread of its own; `read` hands on what it has heard and never waits."""
 
     def __init__(self, link: Link, run_id: str) -> None:
         self.link, self.run_id = link, run_id
@@ -60,7 +61,7 @@ class HostFeed:
                 text = str(error) if isinstance(error, SurgvqaError) else f"{type(error).__name__}: {error}"
                 log.warning("cannot follow %s", self.run_id, exc_info=error)
             attempt = 0 if self._offsets != read_before else attempt
-            pause = BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]
+            pause = pause_s(attempt)
             with self._lock:
                 self._state, self._problem = "unknown", f"{text}; trying again every {pause} s"
             self._port.wait(pause)
@@ -71,7 +72,7 @@ class HostFeed:
         log_lines = LogLines()
         if "log.txt" not in self._offsets:
             self._offsets["log.txt"] = self._log_size()
-        for event in Follower(self._port, self.run_id, self._offsets):  # type: ignore[arg-type]  # as a Remote
+        for event in RunEvents(self._port, self.run_id, self._offsets):  # type: ignore[arg-type]  # as a Remote
             if event["kind"] in ("connection", "log"):
                 lines = log_lines.feed(event["text"].encode()) if event["kind"] == "log" else []
                 with self._lock:
@@ -110,8 +111,8 @@ class HostFeed:
             info, state = self._run_json(parent)
             if state in ACTIVE:
                 break
-            follower = Follower(self._port, parent, {"log.txt": self._log_size(parent, tail=0)})  # type: ignore[arg-type]  # a stand-in for a target
-            events = [self._in_our_time(e) for e in curve_events(list(follower))] + events
+            ended = RunEvents(self._port, parent, {"log.txt": self._log_size(parent, tail=0)})  # type: ignore[arg-type]  # a stand-in for a target
+            events = [self._in_our_time(e) for e in curve_events(list(ended))] + events
         return events
 
     def _log_size(self, run_id: str | None = None, tail: int = LOG_TAIL_BYTES) -> int:

@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from remote.jobs.follower import BACKOFF_S
+from remote.ssh.answers import checked
 from remote.ssh.errors import Unreachable
 from remote.ssh.host_keys import UnknownHostKey
 from remote.ssh.hosts import Host, resolve
-from surgvqa.errors import SurgvqaError, UsageError
+from remote.ssh.patience import pause_s
+from surgvqa.errors import SurgvqaError
 from surgvqa.runs.history import RunSummary
 from tui.targets.connection_state import ConnectionState, Detached
 from tui.targets.exchange import Exchange, Line
@@ -82,7 +83,8 @@ class Link:
         """The agent's messages as they come; raises what it answers as an error."""
         exchange = self.request(op, params, patient)
         try:
-            yield from exchange
+            for message in exchange:
+                yield checked(self.host, op, params, message) if self.host else message
         finally:
             self.leave(exchange)
 
@@ -142,18 +144,18 @@ class Link:
                 continue
             except UnknownHostKey as unknown:
                 self.connection = ConnectionState("unknown key", str(unknown), key=unknown)
-            except SurgvqaError as error:
-                # A name that cannot be looked up is a laptop without a network, once the host was reached.
-                if isinstance(error, Unreachable) or (self.facts and isinstance(error, UsageError)):
-                    since = self.connection.since if self.connection.kind == "unreachable" else time.time()
-                    self.connection = ConnectionState("unreachable", str(error), since)
-                    pause = BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]
-                    attempt += 1
-                else:
-                    self.connection = ConnectionState("refused", str(error))
             except Exception as error:  # whatever it is, the panel goes on and says so
-                log.exception("the connection to %s failed", self.name)
-                self.connection = ConnectionState("refused", f"{self.name}: {type(error).__name__}: {error}")
+                known = isinstance(error, SurgvqaError)
+                if not known:
+                    log.exception("the connection to %s failed", self.name)
+                text = str(error) if known else f"{self.name}: {type(error).__name__}: {error}"
+                if known and not isinstance(error, Unreachable):
+                    self.connection = ConnectionState("refused", text)
+                else:  # all but an answer of the server (remote.ssh.patience)
+                    since = self.connection.since if self.connection.kind == "unreachable" else time.time()
+                    self.connection = ConnectionState("unreachable", text, since)
+                    pause = pause_s(attempt)
+                    attempt += 1
             self._drop()
             self._rest(pause)
         self._drop(Detached(f"{self.name}: the link was ended"))
@@ -209,7 +211,8 @@ class Link:
         self._listing, self._list_due = None, time.monotonic() + LIST_EVERY_S
         with contextlib.suppress(SurgvqaError):  # the next one may be heard
             for answer in listing:
-                self.listed = [self._summary(row) for row in answer["runs"]]
+                assert self.host
+                self.listed = [self._summary(row) for row in checked(self.host, "runs", {}, answer)["runs"]]
 
     def _summary(self, row: dict[str, Any]) -> RunSummary:
         known = {name: row[name] for name in RunSummary.__dataclass_fields__}

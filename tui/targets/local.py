@@ -13,6 +13,7 @@ from typing import Any
 
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import SurgvqaError
+from surgvqa.files import open_regular
 from surgvqa.runs import history
 from surgvqa.runs import launch as launch_module
 from surgvqa.runs.events import EventTail
@@ -57,9 +58,10 @@ class LocalFeed:
         earlier: list[dict[str, Any]] = []
         if not self._earlier_read and info.get("pid"):
             self._earlier_read, earlier = True, self._read_earlier(info)
-        events = self.events.read()
+        events = self.events.read_some()
         damage = f"events.jsonl: {self.events.problems[0]}" if self.events.problems else run_json_problem
-        return RunUpdate(info, state, earlier, events, self._read_log(), problem, damage)
+        lines = [] if self.events.more else self._read_log()
+        return RunUpdate(info, state, earlier, events, lines, problem, damage, self.events.more)
 
     def _gone(self, state: str) -> str:
         then = "its job runs on without it" if state in ACTIVE else "what was read of it is still shown"
@@ -84,7 +86,7 @@ class LocalFeed:
 
     def _read_log(self) -> list[str]:
         try:
-            with open(self.folder / "log.txt", "rb") as file:
+            with open_regular(self.folder / "log.txt") as file:
                 size = os.fstat(file.fileno()).st_size
                 if self.log_offset is None or size < self.log_offset:
                     self.log_offset, self._log = max(0, size - LOG_TAIL_BYTES), LogLines()
@@ -103,6 +105,7 @@ class LocalTarget:
 
     name = "this machine"
     connection = None
+    price_per_hour = None
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace

@@ -35,6 +35,8 @@ class RunUpdate:
     """Why the run cannot be followed at the moment."""
     damage: str = ""
     """What could not be read of its files; the rest was."""
+    more: bool = False
+    """Whether there is more to read at once: no look takes in all of a long run, so that memory stays bounded."""
 
 
 class Feed(Protocol):
@@ -61,6 +63,11 @@ class Target(Protocol):
     @property
     def connection(self) -> ConnectionState | None:
         """How it stands with the connection; None for this machine."""
+        ...
+
+    @property
+    def price_per_hour(self) -> float | None:
+        """US dollars; None where it is not known, or nothing is paid."""
         ...
 
     def runs(self) -> list[RunSummary]:

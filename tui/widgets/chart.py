@@ -1,119 +1,48 @@
-"""A live line chart in braille dots, drawn line by line: ten thousand points a second cost a few per cent of a core.
+"""A live line chart, drawn line by line: ten thousand points a second cost a few per cent of a core.
 
-Each terminal cell holds 2×4 dots. Points are decimated to their minimum and maximum in each dot column, so that a spike
-is never lost. NaN is a gap. The view follows the newest point until the user zooms; then it stays where it was put.
+The view follows the newest point until the user zooms; then it stays where it was put.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
 from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
+from textual import events
+from textual.geometry import Region, Size
+from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
 from tui.follow.series import Mark, Series
+from tui.widgets.canvas import Canvas, Column, decimate, log_ticks, logarithms, nice_ticks, running_mean, tick_text
 
-DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-"""Braille bit of a dot, by row (0..3) and column (0..1) in its cell: Unicode chapter 21.1."""
 LABEL_WIDTH = 8
 MEAN_FROM = 60
 """Points in view from which a noisy series is drawn with its mean."""
 MEAN_PART = 40
 """The mean reaches this part of the view to either side."""
+CHECKPOINT = "▴"
+ROOM = 8
+"""The room at the right is at most this part of the curve."""
 
 
-@dataclass
-class Column:
-    """What falls into one dot column."""
-
-    index: int
-    low: float
-    high: float
-    first: float
-    last: float
-    joined: bool
-    """Whether a line leads here from the column before (no gap between)."""
-    total: float
-    count: int
-    """Sum and number of the points."""
+def extent_of(series: list[Series], span: tuple[float, float] | None = None) -> tuple[float, float] | None:
+    """First and last x of these lines, `span` included; None without points."""
+    ends = [(s.xs[0], s.xs[-1]) for s in series if s.xs]
+    ends += [span] if ends and span else []
+    return (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else None
 
 
-def decimate(xs: list[float], ys: list[float], x0: float, x1: float, columns: int) -> list[Column]:
-    """The points of [x0, x1] and one neighbour on either side, reduced to one `Column` for each dot column they meet.
-
-    Neighbours get an index outside 0..columns-1, so that lines leave the window at the right slope.
-    """
-    start = max(0, bisect_left(xs, x0) - 1)
-    stop = min(len(xs), bisect_right(xs, x1) + 1)
-    scale = (columns - 1) / (x1 - x0) if x1 > x0 else 0.0
-    found: list[Column] = []
-    joined = False
-    while start < stop:
-        index = round((xs[start] - x0) * scale)
-        end = bisect_left(xs, x0 + (index + 0.5) / scale, start + 1, stop) if scale else stop
-        part = ys[start:end]  # slices, min and max run at the speed of C: most columns hold many points
-        known = part if sum(part) == sum(part) else [y for y in part if y == y]
-        if known:
-            joined = joined and part[0] == part[0]
-            found.append(Column(index, min(known), max(known), known[0], known[-1], joined, sum(known), len(known)))
-        joined = part[-1] == part[-1]
-        start = end
-    return found
-
-
-def running_mean(columns: list[Column], reach: int) -> list[Column]:
-    """The mean of all points at most `reach` dot columns away, at each column."""
-    found: list[Column] = []
-    start = stop = count = 0
-    total = 0.0
-    for column in columns:
-        while stop < len(columns) and columns[stop].index <= column.index + reach:
-            total, count, stop = total + columns[stop].total, count + columns[stop].count, stop + 1
-        while columns[start].index < column.index - reach:
-            total, count, start = total - columns[start].total, count - columns[start].count, start + 1
-        mean = total / count
-        found.append(Column(column.index, mean, mean, mean, mean, column.joined, mean, 1))
-    return found
-
-
-def nice_ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round values (1, 2 or 5 times a power of ten apart) within [low, high]."""
-    if not high > low or wanted < 1:
-        return [low]
-    raw = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(raw))
-    ticks: list[float] = []
-    for step in (m * power for m in (10, 5, 2, 1, 0.5, 0.2)):  # the coarsest that gives what is wanted, and at least 2
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if len(ticks) >= 2 and last - first + 1 > wanted + 1:
-            break
-        ticks = [k * step for k in range(first, last + 1)]
-    return ticks
-
-
-def log_ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Ticks for a logarithmic axis over [low, high] > 0: 1-2-5 series, or round values when that gives too few."""
-    series = [
-        m * 10.0**e
-        for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for m in (1, 2, 5)
-        if low <= m * 10.0**e <= high
-    ]
-    if len(series) > 2 * wanted:
-        series = [t for t in series if abs(math.log10(t) - round(math.log10(t))) < 1e-9]
-    return series if len(series) >= 2 else nice_ticks(low, high, wanted)
-
-
-def tick_text(value: float) -> str:
-    """A tick's label in at most seven characters."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.4g}"
+def changed_part(y: int, old: Strip, new: Strip) -> Region:
+    """The columns of row `y` in which two strips differ."""
+    cells = [[(character, style) for text, style, _ in strip for character in text] for strip in (old, new)]
+    differ = [x for x, (a, b) in enumerate(zip(*cells)) if a != b] or [0]
+    if len(cells[0]) != len(cells[1]):
+        return Region(0, y, max(old.cell_length, new.cell_length), 1)
+    return Region(differ[0], y, differ[-1] - differ[0] + 1, 1)
 
 
 class Chart(Widget):
@@ -123,47 +52,90 @@ class Chart(Widget):
         "chart--train",
         "chart--noise",
         "chart--eval",
+        "chart--second",
+        "chart--third",
         "chart--axis",
         "chart--grid",
         "chart--mark",
         "chart--oom",
+        "chart--cursor",
+        "chart--checkpoint",
         "chart--empty",
     }
+
+    class Pointed(Message):
+        """The mouse points at a step; None: it left."""
+
+        def __init__(self, x: float | None) -> None:
+            super().__init__()
+            self.x = x
+
+    class Wheel(Message):
+        """The wheel zooms about a step."""
+
+        def __init__(self, factor: float, about: float) -> None:
+            super().__init__()
+            self.factor, self.about = factor, about
 
     def __init__(self, series: list[Series], *, empty: str = "", id: str | None = None) -> None:
         super().__init__(id=id)
         self.series = series
         self.marks: list[Mark] = []
+        self.checkpoints: list[Mark] = []
+        """Marked below the curve; their names are in the legend, at the cursor."""
         self.empty = empty
         self.logarithmic = False
+        self.live = False
+        """Whether more points will come."""
+        self.span: tuple[float, float] | None = None
+        """Steps that are in view besides its own: those of the charts beside it."""
         self.window: tuple[float, float] | None = None
+        self.cursor: float | None = None
+        """The step whose values are read."""
         self._strips: list[Strip] = []
+        self._drawn_at: Size | None = None
+        """The size for which the strips were drawn; None when they are not those of the data."""
 
     # --- what the user may do ----------------------------------------------------------------------------------------
 
     def redraw(self) -> None:
-        """The data changed."""
-        self._strips = []
-        self.refresh()
+        """The data changed: the rows that are other ones now are sent to the terminal."""
+        size, old = self.size, self._strips
+        if self._drawn_at != size or not size:
+            self._drawn_at = None
+            self.refresh()
+            return
+        self._strips = self._draw(size.width, size.height)
+        changed = [changed_part(y, a, b) for y, (a, b) in enumerate(zip(old, self._strips)) if a != b]
+        if len(old) != len(self._strips):
+            self.refresh()
+        elif changed:
+            self.refresh(*changed)
 
     def toggle_log(self) -> None:
         """Linear or logarithmic y axis."""
         self.logarithmic = not self.logarithmic
         self.redraw()
 
-    def zoom(self, factor: float) -> None:
-        """Narrows (factor < 1) or widens the window about its middle; wide enough is the whole run again."""
+    def zoom(self, factor: float, about: float | None = None) -> None:
+        """Narrows (factor < 1) or widens the window, about a step that keeps its place, else about the middle; wide
+        enough is the whole run again."""
         whole = self.extent()
         if whole is None:
             return
         x0, x1 = self.window or whole
-        middle, half = (x0 + x1) / 2, max((x1 - x0) * factor, 2.0) / 2
-        if self.window is None and factor < 1:  # what one looks at is the newest part
-            self.window = (x1 - 2 * half, x1)
-        elif 2 * half >= whole[1] - whole[0]:
+        width = max((x1 - x0) * factor, 2.0)
+        if width >= whole[1] - whole[0]:
             self.window = None
+        elif about is not None:
+            left = about - (about - x0) / ((x1 - x0) or 1.0) * width
+            left = max(whole[0], min(left, whole[1] - width))
+            self.window = (left, left + width)
+        elif self.window is None and factor < 1:  # what one looks at is the newest part
+            self.window = (x1 - width, x1)
         else:
-            self.window = (middle - half, middle + half)
+            middle = (x0 + x1) / 2
+            self.window = (middle - width / 2, middle + width / 2)
         self.redraw()
 
     def pan(self, share: float) -> None:
@@ -183,21 +155,56 @@ class Chart(Widget):
 
     def extent(self) -> tuple[float, float] | None:
         """First and last x of all series; None without points."""
-        ends = [(s.xs[0], s.xs[-1]) for s in self.series if s.xs]
-        return (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else None
+        return extent_of(self.series, self.span)
+
+    def view(self) -> tuple[float, float] | None:
+        """The steps at the left and the right edge. While the run goes on there is room at the right, so that a new
+        point moves no other."""
+        whole = self.window or self.extent()
+        if whole and self.live and self.window is None and whole[1] > whole[0]:
+            grain = 2.0 ** math.floor(math.log2(whole[1] - whole[0])) / ROOM
+            return whole[0], whole[0] + math.ceil((whole[1] - whole[0]) / grain) * grain
+        if whole is None or whole[1] > whole[0]:
+            return whole
+        return whole[0] - 0.5, whole[1] + 0.5
+
+    def step_at(self, column: int) -> float | None:
+        """The step that a column of the widget stands for."""
+        view, width = self.view(), self.size.width - LABEL_WIDTH
+        if view is None or width < 2:
+            return None
+        share = max(0.0, min(1.0, (column - LABEL_WIDTH) / (width - 1)))
+        return view[0] + share * (view[1] - view[0])
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        x = self.step_at(event.x)
+        if x is not None:
+            self.post_message(self.Pointed(x))
+
+    def on_leave(self) -> None:
+        self.post_message(self.Pointed(None))
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        self._wheel(0.7, event)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        self._wheel(1 / 0.7, event)
+
+    def _wheel(self, factor: float, event: events.MouseEvent) -> None:
+        about = self.step_at(event.x)
+        if about is not None:
+            event.stop()
+            self.post_message(self.Wheel(factor, about))
 
     # --- drawing -----------------------------------------------------------------------------------------------------
 
-    def on_resize(self) -> None:
-        self._strips = []
-
     def notify_style_update(self) -> None:
         super().notify_style_update()
-        self._strips = []
+        self._drawn_at = None
 
     def render_line(self, y: int) -> Strip:
-        if not self._strips:
-            self._strips = self._draw(self.size.width, self.size.height)
+        if self._drawn_at != self.size:  # also before the Resize event has come
+            self._strips, self._drawn_at = self._draw(self.size.width, self.size.height), self.size
         return self._strips[y] if y < len(self._strips) else Strip.blank(self.size.width, self.rich_style)
 
     def _style(self, component: str) -> Style:
@@ -205,30 +212,37 @@ class Chart(Widget):
 
     def _draw(self, width: int, height: int) -> list[Strip]:
         plot_width, plot_height = width - LABEL_WIDTH, height - 1
-        whole = self.extent()
+        view = self.view()
         if plot_width < 10 or plot_height < 3:
             return []
-        if whole is None:
+        if view is None:
             return self._draw_empty(width, height)
-        x0, x1 = self.window or whole
-        if x1 <= x0:
-            x0, x1 = x0 - 0.5, x0 + 0.5
+        x0, x1 = view
         drawn = [
             (component, columns, series.dots or len(columns) == 1)
             for series in self.series
             for component, columns in self._lines(series, x0, x1, plot_width * 2)
         ]
+        drawn.sort(key=lambda line: line[0] != "chart--noise")  # what is smoothed lies on top
         bounds = self._bounds([c for _, columns, _ in drawn for c in columns if 0 <= c.index < plot_width * 2])
         canvas = Canvas(plot_width, plot_height)
         ticks = self._y_ticks(bounds, plot_height)
+
+        def column_of(x: float) -> int:
+            return round((x - x0) / (x1 - x0) * (plot_width - 1))
+
         for row in ticks:
             canvas.horizontal(row, "chart--grid")
         for level, mark in enumerate(m for m in self.marks if x0 <= m.x <= x1):
-            column = round((mark.x - x0) / (x1 - x0) * (plot_width - 1))
-            canvas.vertical(column, mark.text, level % min(4, plot_height), mark.component)
+            canvas.vertical(column_of(mark.x), mark.text, level % min(4, plot_height), mark.component)
+        if self.cursor is not None and x0 <= self.cursor <= x1:
+            canvas.vertical(column_of(self.cursor), "", 0, "chart--cursor", "│")
         for component, columns, dots in drawn:
             canvas.line(columns, bounds, component, dots)
-        rows = canvas.strips(self._style, self.rich_style)
+        for mark in self.checkpoints:
+            if x0 <= mark.x <= x1:
+                canvas.points.setdefault((plot_height - 1) * plot_width + column_of(mark.x), "chart--checkpoint")
+        rows = canvas.strips(self._style, self.rich_style, {"chart--checkpoint": CHECKPOINT})
         axis, blank = self._style("chart--axis"), self.rich_style
         strips = []
         for row, segments in enumerate(rows):
@@ -252,8 +266,10 @@ class Chart(Widget):
         found = decimate(series.xs, series.ys, x0, x1, columns)
         lines = [(series.component, found)]
         if series.noisy and sum(c.count for c in found) >= MEAN_FROM:
-            lines = [("chart--noise", found), (series.component, running_mean(found, columns // MEAN_PART))]
-        return [(component, _logarithms(c) if self.logarithmic else c) for component, c in lines]
+            lines = [(series.component, running_mean(found, columns // MEAN_PART))]
+            if not series.smooth_only:
+                lines.insert(0, ("chart--noise", found))
+        return [(component, logarithms(c) if self.logarithmic else c) for component, c in lines]
 
     @staticmethod
     def _bounds(columns: list[Column]) -> tuple[float, float]:
@@ -294,103 +310,3 @@ class Chart(Widget):
         if all(c == " " for c in line[: LABEL_WIDTH - 1]):
             line[LABEL_WIDTH - 2 - len(step) : LABEL_WIDTH - 2] = step
         return "".join(line)
-
-
-def _logarithms(columns: list[Column]) -> list[Column]:
-    kept = []
-    for c in columns:
-        if c.high <= 0:
-            continue
-        floor = min(v for v in (c.low, c.first, c.last, c.high) if v > 0)
-        low, high, first, last = (math.log10(v if v > 0 else floor) for v in (c.low, c.high, c.first, c.last))
-        kept.append(Column(c.index, low, high, first, last, c.joined and c.low > 0, c.total, c.count))
-    return kept
-
-
-class Canvas:
-    """A grid of cells with braille dots, lines behind them, and words over them."""
-
-    def __init__(self, width: int, height: int) -> None:
-        self.width, self.height = width, height
-        self.bits = [0] * (width * height)
-        self.owner: list[str] = [""] * (width * height)
-        self.glyphs: dict[int, tuple[str, str]] = {}
-        self.points: dict[int, str] = {}
-
-    def horizontal(self, row: int, component: str) -> None:
-        """A faint line across, seen where no dot is."""
-        for cell in range(row * self.width, (row + 1) * self.width):
-            self.glyphs[cell] = ("┈", component)
-
-    def vertical(self, column: int, text: str, row: int, component: str) -> None:
-        """A line from top to bottom with a word beside it in `row`, seen where no dot is."""
-        for cell in range(column, self.width * self.height, self.width):
-            self.glyphs[cell] = ("┊", component)
-        start = column + 1 if column + 1 + len(text) <= self.width else max(0, column - len(text))
-        for i, character in enumerate(text[: self.width - start]):
-            self.glyphs[row * self.width + start + i] = (character, component)
-
-    def line(self, columns: list[Column], bounds: tuple[float, float], component: str, dots: bool) -> None:
-        """One series through its columns; `bounds` are the values at the bottom and the top."""
-        low, high = bounds
-        rows = self.height * 4
-        scale = (rows - 1) / (high - low)
-
-        def row_of(value: float) -> int:
-            return max(0, min(rows - 1, rows - 1 - round((value - low) * scale)))
-
-        previous: Column | None = None
-        for column in columns:
-            if previous is not None and column.joined:
-                self._join(previous, column, row_of, component)
-            self._stroke(column.index, row_of(column.high), row_of(column.low), component)
-            if dots and 0 <= column.index < self.width * 2:
-                self.points[(row_of(column.last) // 4) * self.width + column.index // 2] = component
-            previous = column
-
-    def _join(self, left: Column, right: Column, row_of, component: str) -> None:
-        a, b = row_of(left.last), row_of(right.first)
-        span = right.index - left.index
-        before = a
-        for step in range(max(1, -left.index), span + 1):
-            index = left.index + step
-            if index >= self.width * 2:
-                break
-            row = round(a + (b - a) * step / span)
-            self._stroke(index, min(before, row), max(before, row), component)
-            before = row
-
-    def _stroke(self, column: int, top: int, bottom: int, component: str) -> None:
-        if not 0 <= column < self.width * 2:
-            return
-        x, side = column >> 1, column & 1
-        for row in range(top, bottom + 1):
-            cell = (row >> 2) * self.width + x
-            if self.owner[cell] != component:  # a cell has one colour: the line on top has it for itself
-                self.owner[cell], self.bits[cell] = component, 0
-            self.bits[cell] |= DOTS[row & 3][side]
-
-    def strips(self, style_of, blank: Style) -> list[list[Segment]]:
-        """The rows as segments, neighbours of one style joined."""
-        styles = {name: style_of(name) for name in {*self.owner, *(c for _, c in self.glyphs.values())} if name}
-        styles.update({name: style_of(name) for name in self.points.values()})
-        rows = []
-        for row in range(self.height):
-            segments: list[Segment] = []
-            text: list[str] = []
-            current = ""
-            for cell in range(row * self.width, (row + 1) * self.width):
-                if cell in self.points:
-                    character, component = "●", self.points[cell]
-                elif self.bits[cell]:
-                    character, component = chr(0x2800 + self.bits[cell]), self.owner[cell]
-                else:
-                    character, component = self.glyphs.get(cell, (" ", ""))
-                if component != current and text:
-                    segments.append(Segment("".join(text), styles.get(current, blank)))
-                    text = []
-                current = component
-                text.append(character)
-            segments.append(Segment("".join(text), styles.get(current, blank)))
-            rows.append(segments)
-        return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from textual import on
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.message import Message
@@ -17,7 +17,7 @@ from textual.suggester import Suggester
 from textual.widget import Widget
 from textual.widgets import Input
 
-from tui import words
+from tui import keys, words
 from tui.settings.settings import EDITED, Settings
 
 
@@ -43,11 +43,7 @@ class PathSuggester(Suggester):
 class Editor(Input):
     """The input of a field that is being edited; its keys stand in the footer. Moving on keeps what was typed."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "submit", "save"),
-        Binding("tab", "complete", "complete", tooltip="Complete the path as it is shown"),
-        Binding("escape", "leave", "cancel"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("editor")
 
     def __init__(self, text: str, suggester: Suggester | None) -> None:
         super().__init__(text, suggester=suggester, compact=True, select_on_focus=False)
@@ -78,7 +74,7 @@ class Editor(Input):
 class Field(Widget, can_focus=True):
     """One setting on one line: its name, its value, and where the value comes from. Drawn whole: there are many."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "edit", "edit")]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("field")
 
     class Edited(Message):
         """The user typed a new value."""
@@ -94,10 +90,12 @@ class Field(Widget, can_focus=True):
             super().__init__()
             self.field = field
 
-    def __init__(self, name: str, label: str = "", *, width: int, is_path: bool = False, help: str = "") -> None:
+    def __init__(
+        self, name: str, label: str = "", *, width: int, is_path: bool = False, help: str = "", group: str = ""
+    ) -> None:
         super().__init__(id=f"field-{name}")
         self.key, self.label, self.label_width = name, label or name, width
-        self.is_path, self.help = is_path, help
+        self.is_path, self.help, self.group = is_path, help, group
         self.text = self.origin = ""
         self.problem = False
         self.editor: Editor | None = None
@@ -186,13 +184,10 @@ class Field(Widget, can_focus=True):
 class Form(VerticalScroll, can_focus=False):
     """Fields below each other; up and down move between them."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up,k", "move(-1)", "previous", show=False),
-        Binding("down,j", "move(1)", "next", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = keys.bindings("form")
 
     def action_move(self, by: int) -> None:
-        fields = list(self.query(Field))
+        fields = [field for field in self.query(Field) if field.display]
         here = next((i for i, field in enumerate(fields) if field.has_focus_within), None)
         if fields:
             self.screen.set_focus(fields[0 if here is None else (here + by) % len(fields)])

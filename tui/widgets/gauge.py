@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from textual.content import Content
@@ -23,6 +25,12 @@ from tui.content.memory import (
 from tui.follow.run_model import Device
 from tui.widgets.pane import Pane
 
+WORTH_SAYING = 0.02
+"""Share of a step that a rank waits, from which it is said."""
+FIGURES = 46
+"""Cells that the figures before a bar on the same line take, so that the bars stand below each other."""
+LEAST_BAR = 8
+"""Cells of a bar that is worth drawing."""
 PREDICTED = 3
 """Components of the prediction that the gauge names; the smaller ones are shown together."""
 
@@ -37,6 +45,8 @@ class Gauge(Pane):
         self.fit = ""
         self.budget = 0.0
         self.compact = False
+        self.hosts: Sequence[str] = ()
+        self.waits: Sequence[float] = ()
 
     def show_devices(
         self,
@@ -45,30 +55,105 @@ class Gauge(Pane):
         predicted: dict[str, float] | None = None,
         compact: bool = False,
         fit: str = "",
+        hosts: Sequence[str] = (),
+        waits: Sequence[float] = (),
     ) -> None:
-        """New samples, the components of the predicted peak in bytes, and how the run was fitted (`fit`); drawn at the
-        width that the widget has. `compact` takes two lines for the run's own device and one for each other."""
+        """New samples by rank, the components of the predicted peak in bytes, and how the run was fitted (`fit`); drawn
+        at the width that the widget has. `compact` takes two lines for the run's own device and one for each other.
+        Several ranks have a row each, below the name of their machine (`hosts`), with the share of the last step that
+        they waited for the slowest (`waits`)."""
+        self.hosts, self.waits = hosts, waits
         self.devices, self.budget, self.compact, self.fit = devices, budget_bytes, compact, fit
         self.predicted = largest((Part(name, nbytes) for name, nbytes in (predicted or {}).items()), PREDICTED)
-        self.show(self._content())
+        self.show(self._content)
 
-    def on_resize(self) -> None:
-        self.show(self._content())
-
-    def _content(self) -> Content:
+    def _content(self, width: int) -> Content:
         if not self.devices:
             return Content.assemble(("no memory figures yet", "$muted"))
-        blocks = [self._block(name, device) for name, device in sorted(self.devices.items())]
-        return Content("\n").join(blocks)
+        if len(self.devices) > 1:
+            return Content("\n").join(self._rows(width))
+        (device,) = self.devices.values()
+        return self._block(str(device.sample.get("device", 0)), device, width)
 
-    def _block(self, name: str, device: Device) -> Content:
-        width = max(10, self.size.width)
+    def _limits(self, device: Device) -> tuple[float, float]:
+        """The bytes that the run may take of a device, and those that its bar stands for. Of a card that is smaller
+        than the budget it may take the card."""
+        used, total = device.used_bytes, float(device.sample.get("total_bytes") or 0)
+        limit = total if total and not device.is_host else self.budget
+        budget = min(self.budget, limit) or total or used or 1.0
+        return budget, max(budget * 1.08, used, device.peak_bytes) if self.budget else max(total, used, 1.0)
+
+    def _bar(self, device: Device, width: int) -> Content:
+        budget, scale = self._limits(device)
+        held = holders(device, level_style(device.used_bytes, budget))
+        parts = [(nbytes, style) for _, nbytes, style in held]
+        return memory_bar(width, parts, scale, budget, device.peak_bytes)
+
+    def _rows(self, width: int) -> list[Content]:
+        """The ranks of each machine, the GPUs there that the run does not use, and once what is predicted for each."""
+        lines: list[Content] = []
+        ranks = sorted(self.devices, key=int)
+        for host, group in groupby(ranks, self._host):
+            members = list(group)
+            if host and not self.compact:
+                lines.append(Content.assemble((words.clip(host, width), "bold $accent")))
+            for rank in members:
+                lines += self._row(rank, host, width)
+            ours = {str(self.devices[rank].sample.get("device")) for rank in members}
+            others = self.devices[members[0]].sample.get("other_gpus") or []
+            further = [self._further(gpu, width) for gpu in others if str(gpu.get("index")) not in ours]
+            lines += [line for gpu in further for line in (gpu[:1] if self.compact else gpu)]
+        if self.predicted and not self.compact:
+            budget, scale = self._limits(self.devices[ranks[0]])
+            lines += self._prediction(width, scale, budget, " of each")
+        return lines
+
+    def _host(self, rank: str) -> str:
+        return self.hosts[int(rank)] if int(rank) < len(self.hosts) else ""
+
+    def _row(self, rank: str, host: str, width: int) -> list[Content]:
+        """Figures and a bar, on one line in a small terminal; and what is wrong with the card."""
+        device = self.devices[rank]
+        sample, used, budget = device.sample, device.used_bytes, self._limits(device)[0]
+        name = f"rank {rank}" if device.is_host else f"GPU {sample.get('device', rank)}"
+        busy = sample.get("utilization_percent")
+        over = max(device.peak_bytes, used) > budget
+        facts = [(self._wait(int(rank)), "")]
+        if over or not self.compact:
+            facts.append((f"peak {words.gb(device.peak_bytes)}", "$error" if over else "$muted"))
+        if busy is not None and not device.is_host and not self.compact:
+            facts.append((f"{busy:.0f} %", "$muted"))
+        figures = Content.assemble(
+            (f"{words.clip(host, 12)} " if host and self.compact else "", "bold $accent"),
+            (f"{name}  ", "bold"),
+            (f"{used / words.GB:.1f}", "bold"),
+            (f" of {words.gb(budget)}", BUDGET_STYLE),
+        )
+        for text, style in facts:
+            if text and figures.cell_length + len(text) + 3 <= width:
+                figures = Content.assemble(figures, (f" · {text}", style))
+        if not self.compact:
+            lines = [figures, self._bar(device, width)]
+        else:
+            gap = 2 + max(0, FIGURES - figures.cell_length)
+            room = width - figures.cell_length - gap
+            bar = Content.assemble(" " * gap, self._bar(device, room)) if room >= LEAST_BAR else ""
+            lines = [Content.assemble(figures, bar)]
+        if sample.get("problem"):
+            lines.append(Content.assemble((words.clip(str(sample["problem"]), width), "$error")))
+        return lines
+
+    def _wait(self, rank: int) -> str:
+        """For how much of the last step a rank waited, or that the others waited for it."""
+        if rank >= len(self.waits) or max(self.waits) < WORTH_SAYING:
+            return ""
+        return "slowest" if self.waits[rank] == min(self.waits) else f"waits {100 * self.waits[rank]:.0f} %"
+
+    def _block(self, name: str, device: Device, width: int) -> Content:
         sample, used = device.sample, device.used_bytes
-        total = float(sample.get("total_bytes") or 0)
-        budget = self.budget or total or used or 1.0
-        scale = max(budget * 1.08, used, device.peak_bytes) if self.budget else max(total, used, 1.0)
+        budget, scale = self._limits(device)
         held = holders(device, level_style(used, budget))
-        bar = memory_bar(width, [(nbytes, style) for _, nbytes, style in held], scale, budget, device.peak_bytes)
+        bar = self._bar(device, width)
         title = Content.assemble((device_title(name, sample), "bold"))
         now = Content.assemble(
             (words.gb(used), "bold"), (" of ", "$muted"), (f"{words.gb(budget)} budget", BUDGET_STYLE)
@@ -100,14 +185,16 @@ class Gauge(Pane):
         if sample.get("others"):
             lines.append(Content.assemble((words.clip(f"others: {processes(sample['others'])}", width), "$warning")))
         if self.predicted:
-            peak = sum(part.bytes for part in self.predicted)
-            lines.append(Content.assemble(("predicted peak ", "$muted"), (words.gb(peak), "bold")))
-            shares = [(part.bytes, PART_STYLES[i]) for i, part in enumerate(self.predicted)]
-            lines += [memory_bar(width, shares, scale, budget), predicted_legend(self.predicted, width)]
-            if self.fit:
-                lines.append(Content.assemble((self.fit, "$muted")))
+            lines += self._prediction(width, scale, budget)
         lines += [line for gpu in further for line in gpu]
         return Content("\n").join(lines)
+
+    def _prediction(self, width: int, scale: float, budget: float, of: str = "") -> list[Content]:
+        peak = sum(part.bytes for part in self.predicted)
+        shares = [(part.bytes, PART_STYLES[i]) for i, part in enumerate(self.predicted)]
+        fit = [Content.assemble((self.fit, "$muted"))] if self.fit else []
+        title = Content.assemble((f"predicted peak{of} ", "$muted"), (words.gb(peak), "bold"))
+        return [title, memory_bar(width, shares, scale, budget), predicted_legend(self.predicted, width), *fit]
 
     def _further(self, gpu: dict[str, Any], width: int) -> list[Content]:
         """A GPU that the run does not use: a line with a bar, and one for who does."""

@@ -13,11 +13,11 @@ from surgvqa.untrusted import printable
 from tui import words
 from tui.widgets.pane import Pane
 
-TITLES = {"merge": "Merge", "upload": "Upload", "train": "Train", "monitor": "Monitor"}
+TITLES = {"merge": "Merge", "upload": "Upload", "train": "Train", "monitor": "Monitor", "ask": "Ask"}
 
 
 class Tab(Static):
-    """One of the four tabs; a click goes there."""
+    """One of the tabs; a click goes there."""
 
     def __init__(self, number: int, mode: str, active: bool) -> None:
         label = Content.assemble((f"{number} ", "$muted"), TITLES[mode])

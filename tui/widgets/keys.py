@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal
+from textual.screen import Screen
 from textual.widgets import Footer
 
 from tui.textual_internals import FooterKey
@@ -15,6 +16,19 @@ class Keys(Footer):
     """Textual's footer with a right end that is never cut off."""
 
     ALWAYS: ClassVar[tuple[str, ...]] = ("help", "quit")
+
+    _drawn: tuple[object, ...] = ()
+
+    def bindings_changed(self, screen: Screen) -> None:
+        """Draws it anew when other keys are shown: composing it costs more than all else that a key does."""
+        shown = tuple(
+            (active.binding.key, active.binding.description, active.enabled)
+            for active in screen.active_bindings.values()
+            if active.binding.show
+        )
+        if shown != self._drawn:
+            self._drawn = shown
+            super().bindings_changed(screen)
 
     def compose(self) -> ComposeResult:
         last = []

@@ -8,7 +8,8 @@ from lambda_fake import KEY, FakeLambda, VirtualClock
 from remote.cli import cloud, main
 from remote.cloud.api_key import ApiKey
 from remote.cloud.lambda_cloud import LambdaCloud
-from remote.cloud.ledger import Ledger
+from remote.cloud.ledger import Ledger, this_laptop
+from remote.cloud.local import LocalMachines
 from remote.cloud.renting import rent
 
 
@@ -20,7 +21,9 @@ def lambda_cloud(tmp_path, monkeypatch):
     fake = FakeLambda(clock)
     provider = LambdaCloud(ApiKey(KEY), clock, fake.transport())
     provider.add_key("laptop", "ssh-ed25519 AAAA me")
-    monkeypatch.setattr(cloud, "_provider", lambda: provider)
+    monkeypatch.setenv("LAMBDA_API_KEY", KEY)
+    local = LocalMachines()
+    monkeypatch.setattr(cloud, "provider_of", lambda name="lambda": local if name == "local" else provider)
     return provider, clock
 
 
@@ -41,21 +44,42 @@ def test_offers_come_cheapest_first_with_what_fits(lambda_cloud, tmp_path, capsy
     assert main.main(["offers"]) == 0
     shown = capsys.readouterr().out
     assert "nowhere" in shown and "us-east-1" in shown and "on one card" in shown
+    assert "takes, costs: not known; " in shown and {offer["cost"] for offer in found["offers"]} == {None}
+
+
+def test_offers_say_what_the_training_would_take_and_cost(lambda_cloud, tmp_path, capsys):
+    line = {"video_id": "v", "frames": ["v_1"], "question": "Which?", "question_type": "t", "answer": "It is.",
+            "short_answer": "is"}  # fmt: skip
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line | {"id": f"q{n}"}) + "\n" for n in range(400)))
+    data = 'train_data_path = "train.jsonl"\nframes_dir = "f"\naudio_dir = "a"\nmodel_name_or_path = "m"\n'
+    (tmp_path / "surgvqa.toml").write_text(f"{data}num_train_epochs = 10\n")
+    _, found = answered(capsys, "offers")
+    a10, h100 = found["offers"]
+    assert h100["seconds"] == pytest.approx(400 * 10 * 3880 * 70e-6 * 989 / 756, rel=0.2)
+    assert a10["seconds"] > 5 * h100["seconds"] and h100["cost"] == pytest.approx(
+        h100["seconds"] * 2.49 / 3600, abs=0.01
+    )
+    assert main.main(["offers"]) == 0
+    assert f"${h100['cost']:.2f}" in capsys.readouterr().out
 
 
 def test_rented_shows_what_runs_and_fails_on_a_machine_that_nobody_knows(lambda_cloud, capsys):
     provider, clock = lambda_cloud
-    assert answered(capsys, "rented") == (0, {"rented": [], "orphans": []})
+    assert answered(capsys, "rented") == (0, {"rented": [], "orphans": [], "others": []})
     offer = next(offer for offer in provider.offers() if offer.regions)
     rent(provider, Ledger(), clock, offer, offer.regions[0], "a", "laptop")
     code, found = answered(capsys, "rented")
     (row,) = found["rented"]
     assert code == 0 and (row["name"], row["type"], row["state"]) == ("a", offer.type, "booting") and row["cost"] > 0
-    provider.launch(offer.type, offer.regions[0], "surgvqa-b-0000", "laptop")
+    provider.launch(offer.type, offer.regions[0], f"surgvqa-{this_laptop()}-b-0000", "laptop")
+    provider.launch(offer.type, offer.regions[0], "surgvqa-ffffff-c-0000", "laptop")
     code, found = answered(capsys, "rented")
-    assert code == 1 and [orphan["name"] for orphan in found["orphans"]] == ["surgvqa-b-0000"]
+    assert code == 1 and [orphan["name"] for orphan in found["orphans"]] == [f"surgvqa-{this_laptop()}-b-0000"]
+    assert [other["name"] for other in found["others"]] == ["surgvqa-ffffff-c-0000"]
     assert main.main(["rented"]) == 1
-    assert "WAS NOT RENTED FROM HERE: surgvqa-b-0000" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"NO RECORD KNOWS IT: surgvqa-{this_laptop()}-b-0000" in shown
+    assert "from another laptop: surgvqa-ffffff-c-0000" in shown
 
 
 def test_a_machine_that_the_provider_does_not_list_is_said(lambda_cloud, capsys):

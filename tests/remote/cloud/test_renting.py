@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from lambda_fake import KEY, FakeLambda, VirtualClock
 
 from remote.cloud.api_key import ApiKey
-from remote.cloud.lambda_cloud import LambdaCloud
+from remote.cloud.lambda_cloud import SETTLES_S, LambdaCloud
 from remote.cloud.ledger import Ledger
+from remote.cloud.pace import Pace
 from remote.cloud.provider import AnswerLost, CloudError, NoCapacity
 from remote.cloud.renting import end, reconcile, rent, wait_active
 from surgvqa.errors import SurgvqaError, UsageError
@@ -26,8 +27,8 @@ class Bench:
     def rent(self, name="a"):
         return rent(self.cloud, self.ledger, self.clock, self.offer, "us-east-1", name, "laptop")
 
-    def end(self, name="a", unfetched=()):
-        return end(self.cloud, self.ledger, self.clock, name, lambda: list(unfetched))
+    def end(self, name="a", unfetched=(), forget=False):
+        return end(self.cloud, self.ledger, self.clock, name, lambda: list(unfetched), forget)
 
 
 @pytest.fixture
@@ -58,6 +59,52 @@ def test_a_launch_that_may_have_worked_is_not_sent_again(bench):
             bench.rent()
     assert [what for _, what in bench.fake.asked].count("launch") == 1
     assert reconcile(bench.cloud, bench.ledger).rented[0][1] is None
+
+
+def test_a_launch_that_did_not_happen_settles_and_frees_its_name(bench):
+    bench.fake.faults = [("launch", "dropped")]
+    with pytest.raises(AnswerLost):
+        bench.rent()
+    bench.clock.sleep(SETTLES_S)
+    lost = bench.end()
+    assert (lost.state, lost.cost(bench.clock.now)) == ("lost", 0.0)
+    assert bench.rent().state == "rented" and len(bench.fake.machines) == 1
+
+
+def test_a_machine_that_came_after_all_is_found_however_late(bench):
+    bench.fake.faults = [("launch", "lost"), *[("instances", "500")] * 6]
+    with pytest.raises(CloudError):
+        bench.rent()
+    bench.clock.sleep(10 * SETTLES_S)
+    assert bench.rent().machine_id == "i0000" and len(bench.fake.machines) == 1
+
+
+def test_one_answer_that_it_is_unknown_does_not_count_as_its_end(bench):
+    bench.rent()
+    bench.fake.faults = [("terminate", "deaf"), ("instances", "none"), *[("instances", "unknown")] * 2]
+    assert bench.end().state == "ended" and bench.fake.alive() == []
+
+
+def test_with_the_key_of_another_account_nothing_counts_as_ended(bench):
+    bench.rent()
+    bench.fake.other_account = True
+    with pytest.raises(CloudError, match="is this the key of the account that rented it"):
+        bench.end()
+    assert bench.ledger.read("a").open and len(bench.fake.alive()) == 1
+    assert bench.end(forget=True).state == "ended"
+
+
+def test_processes_on_one_account_share_the_pace(tmp_path):
+    clock, file = VirtualClock(), tmp_path / "state" / "pace"
+    for _ in range(3):
+        Pace(clock, file).wait({"request": 1.0, "launch": 12.0})
+    assert clock.now - VirtualClock().now == 24
+    file.write_text("launch nonsense\nrequest 1e99\nrequest")
+    Pace(clock, file).wait({"request": 1.0, "launch": 12.0})
+    clock.now -= 1e6  # the clock was set back
+    before = clock.now
+    Pace(clock, file).wait({"launch": 12.0})
+    assert clock.now - before == 12 and file.stat().st_mode & 0o077 == 0
 
 
 def test_a_refused_launch_costs_nothing_and_may_be_tried_again(bench):
@@ -119,9 +166,9 @@ def test_two_commands_do_not_rent_one_name(bench):
 
 FAULTS = st.tuples(
     st.sampled_from(["launch", "terminate", "instances", "*"]),
-    st.sampled_from(["429", "500", "lost", "dropped", "garbage", "capacity", "unhealthy", "deaf"]),
+    st.sampled_from(["429", "500", "lost", "dropped", "garbage", "capacity", "unhealthy", "deaf", "unknown"]),
 )
-STEPS = st.lists(st.one_of(st.sampled_from(["rent", "end", "end unfetched"]), FAULTS), max_size=14)
+STEPS = st.lists(st.one_of(st.sampled_from(["rent", "end", "end unfetched", "later"]), FAULTS), max_size=14)
 
 
 @settings(max_examples=60, deadline=None)
@@ -132,6 +179,9 @@ def test_whatever_fails_one_machine_at_most_and_all_of_them_listed(steps):
         for step in steps:
             if isinstance(step, tuple):
                 bench.fake.faults.append(step)
+                continue
+            if step == "later":
+                bench.clock.sleep(SETTLES_S)
                 continue
             before = {m["id"] for m in bench.fake.machines.values() if "ends" in m}
             try:

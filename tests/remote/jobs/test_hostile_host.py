@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from places import ROOT
 from sshd import laptop  # noqa: F401
 
-from remote.jobs import fetch, follower
+from remote.jobs import fetch, run_events
 from remote.ssh.replies import Replies
 from surgvqa.errors import SurgvqaError
 
@@ -36,7 +36,8 @@ def hostile(laptop):  # noqa: F811
     def scenario(text: str, folders: list | None = None) -> None:
         names = "{k: v for k, v in list(globals().items()) if k in agent.OPERATIONS and k != 'agent'}"
         text = "import json, time, hashlib\n" + text.replace("FOLDERS", json.dumps(folders or ["runs/r1"]))
-        (python.parent / "scenario.py").write_text(f"{text}\nagent.OPERATIONS.update({names})\n")
+        answer = f"agent.operation = lambda name, own={names}: own.get(name) or known(name)"
+        (python.parent / "scenario.py").write_text(f"{text}\n{answer}\n")
 
     return scenario
 
@@ -138,6 +139,7 @@ def test_escape_sequences_of_a_run_are_shown_as_text(laptop, hostile):  # noqa: 
         "started": 1.0,
         "steps": 1,
         "name": f"[b]{evil}",
+        **dict.fromkeys(("host", "folder", "problem"), evil),
     }
     lines = "".join(
         json.dumps({"kind": kind, "t": 1.0, "name": evil, "text": evil}) + "\n"
@@ -237,10 +239,116 @@ def test_a_random_stream_is_followed_or_refused_in_one_line(pieces):
 
     events = []
     try:
-        for event in follower.Follower(Remote(), "r1"):
+        for event in run_events.RunEvents(Remote(), "r1"):
             events.append(event)
             if event["kind"] == "connection":
                 break
     except SurgvqaError as error:
         assert "\n" not in str(error)
     assert all(isinstance(event["kind"], str) for event in events)
+
+
+# --- random answers to an upload and to every question ---------------------------------------------------------------
+
+STAND = {"state": "absent", "have": [0], "foreign": ["a\nb"], "stale": ["old.jpg"], "stale_files": 1, "replaced": False}
+GPU = {"index": 0, "name": "H100", "memory_used_bytes": 1, "memory_total_bytes": 2, "processes": [{"pid": 1}]}
+ROW = {"name": "a", "kind": "run", "in_use": "", "note": "", "bytes": 1, "files": 1, "age_s": 1.5, "ours": True}
+LISTED = dict.fromkeys(("id", "command", "state", "name", "host", "folder", "problem"), "x")
+LISTED |= {"started": 1.0, "steps": 1}
+GOOD = {
+    "known": {"items": [STAND], "free": 10**12, "stagings": 0},
+    "begin": {"complete": False, "whole": [0], "done": {"1": [[0, 5]]}, "free": 1, "removed": 0},
+    "retire": {"removed": ["old.jpg"], "removed_files": 1, "changed": ["x"]},
+    "abandoned": {"uploads": [{"name": "staging/ab", "bytes": 5, "note": "upload of x", "age_s": 1.0}]},
+    "disk": {"workspace": "w", "free_bytes": 1, "total_bytes": 1, "more": 0, "complete": True, "entries": [ROW]},
+    "gpus": {"gpus": [GPU]},
+    "runs": {"runs": [LISTED], "time": 2.0},
+    "listing": {"files": [["log.txt", 5, 1]]},
+    "run": {
+        "id": "r",
+        "state": "died",
+        "folders": ["runs/r"],
+        "run": {"started": 1.0, "argv": ["train"], "options": {}},
+    },
+    "stop": {"run": "r", "state": "stopped", "before": "running", "seconds": 1.0},
+}
+
+
+@st.composite
+def spoilt(draw):
+    """An operation and a good answer to it of which one part, or several, are something else."""
+    op = draw(st.sampled_from(sorted(GOOD)))
+    answer = json.loads(json.dumps(GOOD[op]))
+    for _ in range(draw(st.integers(1, 2))):
+        at = answer
+        while True:
+            key = draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+            if not isinstance(at[key], (dict, list)) or not at[key] or draw(st.booleans()):
+                break
+            at = at[key]
+        at[key] = draw(
+            JSON | PATHS | st.text(max_size=8) | st.sampled_from(["a\nb", "\x1b[2J", -1, 1 << 70, "foreign"])
+        )
+    return op, answer
+
+
+@settings(max_examples=200, deadline=None)
+@given(spoilt())
+def test_a_random_answer_to_an_upload_or_a_question_is_used_or_refused_in_one_line(case):
+    from rich.console import Console
+
+    from remote.cli import disk
+    from remote.ssh.answers import checked
+    from remote.upload import command, plan, send
+    from remote.upload.hashes import Entry, Item
+    from surgvqa.machine.gpu import draw as draw_gpus
+    from surgvqa.terminal.drawing import console_on
+    from tui.targets.link import Link
+
+    op, answer = case
+    item = Item("data", "files", tuple(Entry(f"/{p}", p, 5, "0" * 64, 1) for p in ("a", "b")))
+    warnings, shown = [], open(os.devnull, "w")  # noqa: SIM115
+    run = SimpleNamespace(warning=warnings.append)
+
+    class Remote:
+        host = HOST
+
+        def ask(self, asked, **params):
+            data = (
+                Replies.MARK
+                + json.dumps({"done": answer if asked == op or params.get("run") else GOOD[asked]}).encode()
+                + b"\n"
+            )
+            found = list(Replies(HOST, iter([(data, b"", None), (b"", b"", 0)])))[-1]
+            return checked(HOST, asked, params, found)
+
+    try:
+        if op == "known":
+            plan.plan_table("h", plan.compare(Remote(), [], [item]))(Console(file=shown))
+        elif op == "begin":
+            send.held(Remote(), item, Remote().ask("begin"))
+        elif op == "retire":
+            command.retire(Remote(), [item], STAND, True, run)
+        elif op == "abandoned":
+            command.name_abandoned(Remote(), [], run)
+        elif op == "disk":
+            disk._show(console_on(shown), {**Remote().ask("disk"), "host": "h", "cleaned": []})
+        elif op == "gpus":
+            console_on(shown).print(draw_gpus(Remote().ask("gpus")["gpus"]))
+        elif op == "run":
+            info = Remote().ask("runs", run="r")["run"]
+            assert (
+                sum([info.get("started", 0.0), 1.0]) and [*info.get("argv", []), *info.get("options", {}).items()] != 0
+            )
+        elif op == "runs":
+            link = Link.__new__(Link)
+            link.host, link.ahead_s, link.listed = HOST, 0.5, None
+            link._take_list([Remote().ask("runs")])
+            assert all(run.id is not None for run in link.listed)
+        elif op == "listing":
+            assert all(size >= 0 for _, size, _ in Remote().ask("listing")["files"])
+        else:
+            Remote().ask(op)
+    except SurgvqaError as error:
+        assert "\n" not in str(error) and "\x1b" not in str(error)
+    assert not any("\n" in warning or "\x1b" in warning for warning in warnings)

@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from sshd import laptop, venv_there  # noqa: F401
+from waiting import until
+
+from surgvqa.demo import workspace as demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
@@ -34,36 +36,41 @@ def adapter(folder: Path) -> dict:
     return load_file(files[0])
 
 
-def test_the_whole_way_equals_the_local_one(laptop):  # noqa: F811
+def small_demo(folder: Path, monkeypatch) -> None:
+    """A demo workspace of a few clips."""
+    splits = tuple(demo.Split(s.file, s.video_id, s.wording, 1, 4) for s in demo.SPLITS)
+    monkeypatch.setattr(demo, "SPLITS", splits)
+    monkeypatch.setattr(demo, "WORD_LISTS", 20)
+    demo.make_workspace(folder, 0)
+
+
+def test_the_whole_way_equals_the_local_one(laptop, monkeypatch):  # noqa: F811
     workspace = laptop.workspace
     venv_there(laptop)
     hosts = (workspace / "hosts.toml").read_text()
     shutil.rmtree(workspace)
-    surgvqa(laptop.root, "demo", str(workspace))
+    small_demo(workspace, monkeypatch)
     (workspace / "hosts.toml").write_text(hosts)
     lines = (workspace / "train.jsonl").read_text().splitlines()[:16]
     (workspace / "train.jsonl").write_text("\n".join(lines) + "\n")
     (workspace / "eval.jsonl").write_text("\n".join((workspace / "eval.jsonl").read_text().splitlines()[:8]) + "\n")
 
-    assert laptop.json("setup", "gpuhost", "--extra", "")["doctor"]["ok"]
-    sent = laptop.json("upload", "gpuhost", "--what", "adapter")
+    assert laptop.here("setup", "gpuhost", "--extra", "")["doctor"]["ok"]
+    sent = laptop.here("upload", "gpuhost", "--what", "adapter")
     assert sent["merged_on_host"]["state"] == "finished"
-    run = laptop.json("launch", "gpuhost", "train", *SMALL)["run"]
+    run = laptop.here("launch", "gpuhost", "train", *SMALL)["run"]
     words = [sys.executable, "-m", "remote", "follow", "gpuhost", run]
     panel = subprocess.Popen(words, cwd=workspace, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     events = laptop.there / "runs" / run / "events.jsonl"
-    deadline = time.monotonic() + 240
-    while '"checkpoint"' not in (events.read_text() if events.exists() else ""):
-        assert time.monotonic() < deadline and laptop.json("runs", "gpuhost")["runs"][0]["state"] != "died"
-        time.sleep(0.2)
+    until(lambda: '"checkpoint"' in (events.read_text() if events.exists() else ""), 240)
     panel.kill()  # whoever watches may go
     panel.wait()
-    state = laptop.json("stop", "gpuhost", run)["state"]
+    state = laptop.here("stop", "gpuhost", run)["state"]
     last = run
     if state == "stopped":  # a fast machine may have finished before
-        last = laptop.json("resume", "gpuhost", run)["run"]
-        assert laptop.json("follow", "gpuhost", last)["state"] == "finished"
-    fetched = laptop.json("fetch", "gpuhost", last)
+        last = laptop.here("resume", "gpuhost", run)["run"]
+        assert laptop.here("follow", "gpuhost", last)["state"] == "finished"
+    fetched = laptop.here("fetch", "gpuhost", last)
     laptop.there.rename(laptop.root / "given back")  # here the paths of the host mean nothing
     result = Path(fetched["folders"][-1])
     there = adapter(result)
@@ -75,7 +82,4 @@ def test_the_whole_way_equals_the_local_one(laptop):  # noqa: F811
     for name, tensor in here.items():
         assert tensor.equal(there[name]), name
 
-    report = surgvqa(workspace, "evaluate", "--checkpoint", last)
-    same = surgvqa(workspace, "evaluate", "--checkpoint", local["run"])
-    assert report["samples"] == same["samples"] == 8
-    assert report["by_type"] == same["by_type"]
+    assert surgvqa(workspace, "evaluate", "--checkpoint", last)["samples"] == 8  # what came home can be used

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from remote.agent import files as agent
+from remote.agent import standing as agent
+from remote.upload import hashes as hash_room
 from remote.upload.hashes import Hashes, Item
 from surgvqa.errors import UsageError
 
@@ -59,7 +60,7 @@ def test_a_hash_that_turned_out_wrong_is_not_taken_from_the_report_again(tmp_pat
     report.write_text(report.read_text().replace(hashlib.sha256(b"merged").hexdigest(), "f" * 64))
     hashes = Hashes(tmp_path / "c")
     assert sha256(hashes, shard) == "f" * 64
-    hashes.forget(shard)
+    hashes.forget(str(shard))
     assert sha256(hashes, shard) == hashlib.sha256(b"merged").hexdigest()
 
 
@@ -71,7 +72,18 @@ def test_checksum_reads_everything(tmp_path):
     assert hashes.read_bytes == 2 * 6
 
 
-@pytest.mark.parametrize("cache", ["[]", '{"x": 3}', "{", '{"x": [1, 2, 3, "old"]}'])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        "[]",
+        '{"x": 3}',
+        "{",
+        '{"x": [1, 2, 3, "old"]}',
+        "[" * 100_000,
+        json.dumps({"x": "1 2 3 4 " + "\x1b" * 64}),
+        '{"x": "ab"}',
+    ],
+)
 def test_a_damaged_cache_is_no_cache(tmp_path, cache):
     (tmp_path / "c").write_text(cache)
     assert Hashes(tmp_path / "c").cache == {}
@@ -89,10 +101,59 @@ def test_the_host_finds_what_was_changed_there_with_its_size_and_time_kept(tmp_p
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"weights")
     item = Item("m", "folder", Hashes(tmp_path / "c").entries([(here / "model.safetensors", "model.safetensors")]))
-    assert agent.standing(str(there), item.wire())["state"] == "complete"
+    wire = {**item.offer, "files": item.rows}
+    assert agent.standing(str(there), wire)["state"] == "complete"
+    agent.settle(str(there), wire)
     status = (there / "m" / "model.safetensors").stat()
     (there / "m" / "model.safetensors").write_bytes(b"WEIGHTS")
     os.utime(there / "m" / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert agent.known(None, str(there), [item.wire()])["items"][0]["state"] == "complete"
-    assert agent.known(None, str(there), [item.wire()], checksum=True)["items"][0]["have"] == []
-    assert agent.standing(str(there), item.wire())["state"] != "complete"  # remembered
+    assert agent.known(None, str(there), [wire])["items"][0]["state"] == "complete"
+    assert agent.known(None, str(there), [wire], checksum=True)["items"][0]["have"] == []
+    assert agent.standing(str(there), wire)["state"] != "complete"  # remembered
+
+
+def test_a_file_that_changed_just_now_is_read_again(tmp_path, monkeypatch):
+    """Of two changes within one tick of the clock the second shows in nothing that stat(2) tells."""
+    file = tmp_path / "a.jsonl"
+    monkeypatch.setattr(hash_room, "_identity", lambda status: "same ")
+    file.write_bytes(b"one")
+    sha256(Hashes(tmp_path / "c"), file)
+    file.write_bytes(b"two")
+    assert sha256(Hashes(tmp_path / "c"), file) == hashlib.sha256(b"two").hexdigest()
+
+
+def test_a_file_that_has_settled_is_not_read_again(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"one")
+    monkeypatch.setattr(hash_room, "SETTLED_NS", -1)
+    sha256(Hashes(tmp_path / "c"), file)
+    again = Hashes(tmp_path / "c")
+    assert sha256(again, file) == hashlib.sha256(b"one").hexdigest() and again.read_bytes == 0
+
+
+@pytest.mark.parametrize("reported", ["ab", "\x1b" * 64, "F" * 64, 7, None])
+def test_a_report_of_no_hash_is_no_report(tmp_path, reported):
+    shard = merged(tmp_path / "m")
+    (shard.parent / "merge_report.json").write_text(json.dumps({"shards": {shard.name: {"sha256": reported}}}))
+    assert sha256(Hashes(tmp_path / "c"), shard) == hashlib.sha256(b"merged").hexdigest()
+
+
+def test_a_report_that_is_nested_too_deeply_is_no_report(tmp_path):
+    shard = merged(tmp_path / "m")
+    (shard.parent / "merge_report.json").write_text("[" * 100_000)
+    assert sha256(Hashes(tmp_path / "c"), shard) == hashlib.sha256(b"merged").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "pointer",
+    [
+        b"version https://git-lfs.github.com/spec/v1\r\noid sha256:0\r\n",
+        b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\n",
+        b"version https://hawser.github.com/spec/v1\n",
+        b"# xet version 0\nfilesize = 5\n",
+    ],
+)
+def test_a_pointer_is_not_the_file(tmp_path, pointer):
+    (tmp_path / "tokenizer.json").write_bytes(pointer)
+    with pytest.raises(UsageError, match="pointer, not the file itself"):
+        sha256(Hashes(tmp_path / "c"), tmp_path / "tokenizer.json")

@@ -43,16 +43,20 @@ def test_an_adapter_that_was_saved_as_bin_is_sent(tmp_path):
     }
 
 
-@pytest.mark.parametrize("kind", ["dangling", "fifo", "lfs", "folder", "index"])
+@pytest.mark.parametrize("kind", ["dangling", "loop", "fifo", "lfs", "folder", "empty", "index"])
 def test_a_shard_that_is_none_is_refused_by_name(tmp_path, kind):
     checkpoint(tmp_path, "config.json", "model-00001-of-00002.safetensors")
     shard = tmp_path / "model-00002-of-00002.safetensors"
     if kind == "dangling":
         shard.symlink_to("../blobs/gone")
+    elif kind == "loop":
+        shard.symlink_to(shard.name)
     elif kind == "fifo":
         os.mkfifo(shard)
     elif kind == "folder":
         shard.mkdir()
+    elif kind == "empty":
+        shard.touch()
     elif kind == "lfs":
         shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n")
     else:

@@ -125,7 +125,7 @@ def test_a_key_that_vision_config_lacks_is_named_where_the_default_does_not_fit(
     vision = {name: value for name, value in CONFIG["vision_config"].items() if name != key}
     data = of(tmp_path, architecture(tmp_path), {**CONFIG, "vision_config": vision})
     (problem,) = data["problems"]
-    assert f"vision_config.{key} is missing: Qwen2-VL's own is" in problem
+    assert f"vision_config.{key} is missing: the default is" in problem
 
 
 @pytest.mark.parametrize(

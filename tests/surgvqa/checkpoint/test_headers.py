@@ -60,8 +60,8 @@ def entry(begin: int, end: int, dtype: str = "BF16", shape: tuple[int, ...] = (2
         ({"a": entry(0, 2, shape=(True,))}, 2, "a: a shape or offset that is negative, fractional or too large"),
         ({"a": {**entry(0, 4), "dtype": ["BF16"]}}, 4, "a: dtype is"),
         ({"a": {**entry(0, 4), "dtype": "Q" * 10_000}}, 4, "unknown dtype QQQQ"),
-        ({"a" * 5000: entry(0, 4)}, 4, "no name of a tensor"),
-        ({"a\x1b]52;c;aGk=\x07": entry(0, 4)}, 4, "no name of a tensor"),
+        ({"a" * 5000: entry(0, 4)}, 4, "not a valid tensor name"),
+        ({"a\x1b]52;c;aGk=\x07": entry(0, 4)}, 4, "not a valid tensor name"),
         (b"[1]", 4, "damaged header: expected an object, found a list"),
     ],
 )
@@ -103,9 +103,9 @@ def test_what_is_no_file_of_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone")
     for name, text in (
         ("pointer", "a git-LFS pointer, not the weights; fetch them with `git lfs pull`"),
-        ("pipe", "is no ordinary file"),
-        ("folder", "is no ordinary file"),
-        ("link", "a link that leads nowhere"),
+        ("pipe", "not a regular file"),
+        ("folder", "not a regular file"),
+        ("link", "a broken link"),
     ):
         file = tmp_path / f"{name}.safetensors"
         assert read_header(file) == ({}, [f"{file}: {text}"])
@@ -118,7 +118,7 @@ def test_what_stands_in_place_of_a_file_is_named(tmp_path: Path, name: str, made
     file = tmp_path / "c" / name
     file.unlink()
     {"link": lambda: file.symlink_to("gone"), "folder": file.mkdir, "pipe": lambda: os.mkfifo(file)}[made]()
-    text = "a link that leads nowhere" if made == "link" else "is no ordinary file"
+    text = "a broken link" if made == "link" else "not a regular file"
     problems = open_checkpoint(tmp_path / "c").problems
     assert any(name in problem and text in problem for problem in problems), problems
 
@@ -126,7 +126,7 @@ def test_what_stands_in_place_of_a_file_is_named(tmp_path: Path, name: str, made
 def test_a_tokenizer_file_that_cannot_be_carried_over_is_named(tmp_path: Path) -> None:
     write_folder(tmp_path / "c", SHARDS)
     (tmp_path / "c" / "vocab.json").symlink_to("gone")
-    with pytest.raises(UsageError, match=r"vocab\.json: a link that leads nowhere; mend it, or move it away"):
+    with pytest.raises(UsageError, match=r"vocab\.json: a broken link; repair it, or move it away"):
         side_files(open_checkpoint(tmp_path / "c"), {})
 
 
@@ -158,7 +158,7 @@ def test_a_name_in_the_other_unicode_form_is_found(tmp_path: Path, form: str) ->
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({}, "config.json: has nothing in it"),
+        ({}, "config.json: is empty"),
         ({"model_type": ["x"]}, "config.json: model_type is a list, expected text"),
         ({"vision_config": [1]}, "config.json: vision_config is a list, expected an object"),
         ({"text_config": "x"}, "config.json: text_config is text, expected an object"),
@@ -184,7 +184,7 @@ def test_a_config_json_that_is_none_is_named(tmp_path: Path, config: dict[str, A
 def test_an_index_names_plain_files_only(tmp_path: Path, name: Any) -> None:
     write_folder(tmp_path / "c", SHARDS)
     (tmp_path / "c" / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(UsageError, match=r"is no plain name of a \.safetensors file") as caught:
+    with pytest.raises(UsageError, match=r"is not the plain name of a \.safetensors file") as caught:
         open_checkpoint(tmp_path / "c")
     assert len(str(caught.value)) < 500
 
@@ -233,7 +233,7 @@ def test_duplicates_and_folders_without_index(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such checkpoint folder"):
         open_checkpoint(tmp_path / "nowhere")
     (tmp_path / "c" / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "../../etc/x"}}))
-    with pytest.raises(UsageError, match="is no plain name of a"):
+    with pytest.raises(UsageError, match="is not the plain name of a"):
         open_checkpoint(tmp_path / "c")
 
 

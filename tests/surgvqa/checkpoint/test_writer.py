@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_kit import PAGES, is_whole, make_job, read_tensors, write, write_folder
+from checkpoint_kit import PAGES, is_whole, new_checkpoint, read_tensors, write, write_folder
 
 from surgvqa import files
 from surgvqa.checkpoint import shard_writer, writer
@@ -25,7 +25,7 @@ from surgvqa.errors import SurgvqaError
 
 
 def test_written_checkpoint_is_read_by_the_safetensors_library(tmp_path: Path, base: Path) -> None:
-    recorder = write(make_job(base, tmp_path / "out"))
+    recorder = write(new_checkpoint(base, tmp_path / "out"))
     is_whole(tmp_path / "out", base)
     index = json.loads((tmp_path / "out" / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(len(b) for b in read_tensors(base).values())
@@ -63,7 +63,7 @@ def test_past_the_page_cache_or_not_the_bytes_are_the_same(
 
     monkeypatch.setattr(os, "pwrite", write_some)
     monkeypatch.setattr(fcntl, "fcntl", set_flags)
-    write(make_job(tmp_path / "base", tmp_path / "out", 30_000))
+    write(new_checkpoint(tmp_path / "base", tmp_path / "out", 30_000))
     monkeypatch.undo()
     is_whole(tmp_path / "out", tmp_path / "base")
     with open(tmp_path / "probe", "wb") as probe, contextlib.suppress(OSError):
@@ -87,7 +87,7 @@ def test_any_number_of_workers_writes_the_same(
 
     monkeypatch.setattr(Copy, "fill", at_its_own_pace)
     base, most = sized
-    recorder = write(make_job(base, tmp_path / "out", most), workers)
+    recorder = write(new_checkpoint(base, tmp_path / "out", most), workers)
     is_whole(tmp_path / "out", base)
     done = [e["done"] for e in recorder.of("progress")]
     assert done == sorted(done) and done[-1] == recorder.of("progress")[-1]["total"]
@@ -105,11 +105,11 @@ def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     """
     monkeypatch.setattr(shard_writer, "BUFFER_BYTES", 8192)
     monkeypatch.setattr(writer, "MAX_WORKERS", 16)
-    room = shard_writer.HELD_BLOCKS * 8192
+    room = shard_writer.MAX_BLOCKS * 8192
     small = {f"small.{i}": ("BF16", (30, 40 + i)) for i in range(40)}
     write_folder(tmp_path / "base", [small, {"large": ("BF16", (30, 3000)), **{f"x.{n}": s for n, s in small.items()}}])
-    job = make_job(tmp_path / "base", tmp_path / "out", 30 * 6000)
-    assert len(job.shards) > 1 and room < 30 * 6000
+    checkpoint = new_checkpoint(tmp_path / "base", tmp_path / "out", 30 * 6000)
+    assert len(checkpoint.shards) > 1 and room < 30 * 6000
     begin, pwrite, held, full = shard_writer.ShardWriter._begin, os.pwrite, [], threading.Event()
     prepared: list[str] = []
     monkeypatch.setattr(Copy, "prepare", lambda self: prepared.append(self.name))
@@ -117,8 +117,8 @@ def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     def watched(self: shard_writer.ShardWriter) -> Any:
         block = begin(self)
         if block:
-            held.append((self.held, len(block.buffer)))
-        elif self.held + 8192 > room:
+            held.append((self.block_bytes, len(block.buffer)))
+        elif self.block_bytes + 8192 > room:
             full.set()
         return block
 
@@ -128,7 +128,7 @@ def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(shard_writer.ShardWriter, "_begin", watched)
     monkeypatch.setattr(os, "pwrite", slow)
-    write(job, workers)
+    write(checkpoint, workers)
     assert all(total <= room or total == block for total, block in held)
     assert max(total for total, _ in held) > room
     assert prepared and len(set(prepared)) == len(prepared)
@@ -137,26 +137,26 @@ def test_what_is_held_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_one_shard_has_no_index(tmp_path: Path, base: Path) -> None:
-    write(make_job(base, tmp_path / "out", 10**9))
+    write(new_checkpoint(base, tmp_path / "out", 10**9))
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / INDEX_FILE).exists()
     assert read_tensors(tmp_path / "out") == read_tensors(base)
 
 
 def test_a_damaged_shard_is_found_and_written_again(tmp_path: Path, base: Path) -> None:
-    write(make_job(base, tmp_path / "out"))
+    write(new_checkpoint(base, tmp_path / "out"))
     victim = sorted((tmp_path / "out").glob("*.safetensors"))[1]
     content = bytearray(victim.read_bytes())
     content[-3] ^= 1
     victim.write_bytes(content)
-    recorder = write(make_job(base, tmp_path / "out"))
+    recorder = write(new_checkpoint(base, tmp_path / "out"))
     assert [e["file"] for e in recorder.of("shard")] == [victim.name]
-    assert "its content is not what was written" in recorder.of("warning")[0]["text"]
+    assert "its content has changed" in recorder.of("warning")[0]["text"]
     is_whole(tmp_path / "out", base)
 
 
 def test_empty_output_folder_is_taken(tmp_path: Path, base: Path) -> None:
     (tmp_path / "out").mkdir()
-    write(make_job(base, tmp_path / "out"))
+    write(new_checkpoint(base, tmp_path / "out"))
     is_whole(tmp_path / "out", base)
 
 
@@ -170,26 +170,26 @@ def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path: Path, base
     (tmp_path / "small").mkdir()
     link = tmp_path / "small" / "merged"
     link.symlink_to(large)
-    write(make_job(base, link))
+    write(new_checkpoint(base, link))
     is_whole(large, base)
     assert link.is_symlink() and [f.name for f in link.parent.iterdir()] == ["merged"]
 
 
 def test_disk_is_checked_first(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "free_bytes", lambda _: 5_000)
-    job = make_job(base, tmp_path / "deep" / "er" / "out")
+    checkpoint = new_checkpoint(base, tmp_path / "deep" / "er" / "out")
     text = r"needs 1\d\.\d kB, 5\.0 kB are free; free some or name a folder on another"
     with pytest.raises(SurgvqaError, match=text):
-        write(job)
+        write(checkpoint)
     assert list((tmp_path / "deep" / "er").iterdir()) == []
 
 
 def test_base_that_changes_under_the_merge_is_an_error(tmp_path: Path, base: Path) -> None:
-    job = make_job(base, tmp_path / "out")
+    checkpoint = new_checkpoint(base, tmp_path / "out")
     file = base / "model-00003-of-00005.safetensors"
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(SurgvqaError, match="the file changed while it was read"):
-        write(job)
+        write(checkpoint)
     assert not (tmp_path / "out").exists()
 
 

@@ -15,7 +15,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from checkpoint_kit import SHARDS, is_whole, make_job, read_tensors, write, write_folder
+from checkpoint_kit import SHARDS, is_whole, new_checkpoint, read_tensors, write, write_folder
 from places import ROOT
 from waiting import until
 
@@ -28,14 +28,14 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would we
 sys.path[:0] = {path!r}
 from pathlib import Path
-from checkpoint_kit import Copy, make_job, write
+from checkpoint_kit import Copy, new_checkpoint, write
 fill = Copy.fill
 def slow(self, start, out):
     time.sleep({delay})
     fill(self, start, out)
 Copy.fill = slow
 print("ready", flush=True)
-write(make_job(Path({base!r}), Path({output!r})))
+write(new_checkpoint(Path({base!r}), Path({output!r})))
 """
 
 
@@ -67,9 +67,9 @@ def test_kill_9_and_rerun(tmp_path: Path, base: Path, done: int) -> None:
     process.wait()
     assert not output.exists()
     kept = entered()
-    recorder = write(make_job(base, output))
+    recorder = write(new_checkpoint(base, output))
     is_whole(output, base)
-    assert len(recorder.of("shard")) == len(make_job(base, output).shards) - kept
+    assert len(recorder.of("shard")) == len(new_checkpoint(base, output).shards) - kept
     assert bool(kept) == any(e["name"] == "resume" for e in recorder.of("phase"))
 
 
@@ -79,7 +79,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path, base: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate()[1]
     assert not (tmp_path / "out").exists()
-    recorder = write(make_job(base, tmp_path / "out"))
+    recorder = write(new_checkpoint(base, tmp_path / "out"))
     is_whole(tmp_path / "out", base)
     assert any(e["name"] == "resume" for e in recorder.of("phase"))
 
@@ -89,11 +89,11 @@ def test_two_at_once(tmp_path: Path, base: Path) -> None:
     try:
         until(lambda: (tmp_path / "out.partial" / MANIFEST_FILE).exists())
         with pytest.raises(SurgvqaError, match="another process is writing it"):
-            write(make_job(base, tmp_path / "out"))
+            write(new_checkpoint(base, tmp_path / "out"))
     finally:
         process.kill()
         process.wait()
-    write(make_job(base, tmp_path / "out"))
+    write(new_checkpoint(base, tmp_path / "out"))
     is_whole(tmp_path / "out", base)
 
 
@@ -116,10 +116,10 @@ def test_full_disk_at_any_byte(
 
     monkeypatch.setattr(os, "pwrite", limited)
     with pytest.raises(SurgvqaError, match=r"the disk is full; \d+ of \d+ shards are kept in out\.partial: free some"):
-        write(make_job(base, output, most), workers)
+        write(new_checkpoint(base, output, most), workers)
     monkeypatch.setattr(os, "pwrite", pwrite)
     assert not output.exists()
-    write(make_job(base, output, most), workers)
+    write(new_checkpoint(base, output, most), workers)
     is_whole(output, base)
 
 
@@ -134,15 +134,15 @@ def test_truly_full_disk(tmp_path: Path, base: Path) -> None:
         pytest.skip("mounting a tmpfs needs root")
     try:
         with pytest.raises(SurgvqaError, match=r"needs 11\.\d kB, 8\.2 kB are free"):
-            write(make_job(base, disk / "out"))
+            write(new_checkpoint(base, disk / "out"))
         assert list(disk.iterdir()) == []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writer, "free_bytes", lambda _: 10**9)  # the space went after the check
             with pytest.raises(SurgvqaError, match="the disk is full"):
-                write(make_job(base, disk / "out"))
+                write(new_checkpoint(base, disk / "out"))
         assert not (disk / "out").exists()
         subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
-        write(make_job(base, disk / "out"))
+        write(new_checkpoint(base, disk / "out"))
         is_whole(disk / "out", base)
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -217,11 +217,11 @@ def test_power_loss_and_rerun(tmp_path: Path, sized: tuple[Path, int], seed: int
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch, chance.randrange(90))
         with contextlib.suppress(Crash):
-            write(make_job(base, output, most), workers=1)
+            write(new_checkpoint(base, output, most), workers=1)
         disk.crash([partial, output], chance)
     if output.exists():
         is_whole(output, base)  # the name is only ever given to a whole folder
-    write(make_job(base, output, most))
+    write(new_checkpoint(base, output, most))
     is_whole(output, base)
 
 
@@ -231,7 +231,7 @@ def test_other_inputs_start_again_and_say_so(tmp_path: Path, base: Path) -> None
     process.kill()
     process.wait()
     write_folder(base, [{n: (d, (s[0], s[1] + 1)) for n, (d, s) in shard.items()} for shard in SHARDS])
-    recorder = write(make_job(base, tmp_path / "out"))
+    recorder = write(new_checkpoint(base, tmp_path / "out"))
     assert "made from other inputs" in recorder.of("warning")[0]["text"]
     assert "starting again" in recorder.of("warning")[0]["text"]
     is_whole(tmp_path / "out", base)
@@ -243,7 +243,7 @@ def test_what_others_made_is_never_touched(tmp_path: Path, base: Path) -> None:
         place.mkdir()
         (place / "thesis.tex").write_text("years of work")
         with pytest.raises(SurgvqaError, match="move it away"):
-            write(make_job(base, output))
+            write(new_checkpoint(base, output))
         assert (place / "thesis.tex").read_text() == "years of work"
         shutil.rmtree(place)
     assert not partial.exists()
@@ -253,12 +253,12 @@ def test_what_others_made_is_never_touched(tmp_path: Path, base: Path) -> None:
     process.wait()
     (partial / "thesis.tex").write_text("years of work")
     with pytest.raises(SurgvqaError, match=r"thesis\.tex was not written by this command"):
-        write(make_job(base, output))
+        write(new_checkpoint(base, output))
     assert (partial / "thesis.tex").exists()
     output.write_text("a file")
     (partial / "thesis.tex").unlink()
     with pytest.raises(SurgvqaError, match="is a file"):
-        write(make_job(base, output))
+        write(new_checkpoint(base, output))
     assert output.read_text() == "a file"
 
 
@@ -266,5 +266,5 @@ def test_death_before_the_first_manifest_leaves_nothing_in_the_way(tmp_path: Pat
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / f".{MANIFEST_FILE}.4711.tmp").write_text('{"made_by"')
-    write(make_job(base, tmp_path / "out"))
+    write(new_checkpoint(base, tmp_path / "out"))
     is_whole(tmp_path / "out", base)

@@ -102,7 +102,7 @@ def test_every_option_says_what_it_is():
 def test_workspace_presets_replace_those_that_a_run_steps_down_through(tmp_path):
     import presets
 
-    assert [p.rung for p in presets.step_down_presets()] == [0, 1, 2, 3]
+    assert [p.rung for p in presets.step_down_presets()] == [0, 1, 2, 3, 4]
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "small.toml").write_text(
         'reason = "r"\ngives_up = "g"\nrung = 0\n[settings]\nnum_frames = 2\n'

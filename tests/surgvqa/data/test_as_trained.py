@@ -88,11 +88,11 @@ def test_a_folder_of_one_video_and_side(room):
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("", "no --audio_dir and no --frames_dir in it"),
+        ("", "has neither --audio_dir nor --frames_dir"),
         ("python train.py --audio_dir 'audio", "is a quote missing?"),
-        ({"args": "--audio_dir audio"}, "args is no list of texts"),
-        ("{" * 10, "not JSON that can be read"),
-        ('{"args":' + "[" * 100_000, "not JSON that can be read"),
+        ({"args": "--audio_dir audio"}, "args is not a list of texts"),
+        ("{" * 10, "not valid JSON"),
+        ('{"args":' + "[" * 100_000, "not valid JSON"),
         ("\x00" * 1_000_001, "over 1 MB"),
         ("x --audio_dir /etc --frames_dir /etc", "/etc of old is not below the current folder"),
         ("x --audio_dir ../.. --frames_dir .", "is not below the current folder"),
@@ -115,4 +115,4 @@ def test_in_words(room, capsys):
          "--frames_dir", ".")  # fmt: skip
     assert main(["check-data", "train.jsonl", "--as_trained", "old", "--frames_dir", "."]) == 1
     shown = " ".join(capsys.readouterr().out.split())
-    assert "1 100.0 % heard two seconds of silence" in shown and "1 100.0 % saw nothing but black frames" in shown
+    assert "1 100.0 % heard two seconds of silence" in shown and "1 100.0 % saw only black frames" in shown

@@ -38,7 +38,7 @@ def test_a_part_of_a_question_is_never_heard(tmp_path, extension):
     file.write_bytes(data)
     assert len(load_audio(file)) == pytest.approx(32_000, abs=2500)
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UsageError, match=rf"part\.{extension} (is cut short|cannot be decoded)") as error:
+    with pytest.raises(UsageError, match=rf"part\.{extension} (is truncated|cannot be decoded)") as error:
         load_audio(file)
     assert "\n" not in str(error.value)
 
@@ -80,3 +80,12 @@ def test_an_mp4_box_that_ends_beyond_the_file():
 )
 def test_any_bytes_get_an_answer(data):
     assert missing_part(data) is None or "\n" not in missing_part(data)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 900_000])
+def test_a_sample_rate_of_no_recording_is_named(tmp_path, rate):
+    """Of 1 Hz, two seconds would become nine hours, and 2 GB."""
+    data = written(tmp_path, "wav")
+    (tmp_path / "q.wav").write_bytes(data[:24] + struct.pack("<I", rate) + data[28:])
+    with pytest.raises(UsageError, match=r"q\.wav says .* samples a second|q\.wav cannot be decoded"):
+        load_audio(tmp_path / "q.wav")

@@ -1,6 +1,7 @@
 """`surgvqa check-data` on small workspaces, each with one thing wrong, and on the real files."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,7 +107,7 @@ def test_later_files_may_have_audio_of_their_own(room):
     [
         ({"frames": "nowhere", "train": [line()]}, "nowhere: no such folder of frames"),
         ({"audio": "nowhere", "train": [line()]}, "nowhere: no such folder of spoken questions"),
-        ({"train": []}, "train.jsonl: empty, expected one JSON object a line"),
+        ({"train": []}, "train.jsonl: empty, expected one JSON object per line"),
     ],
 )
 def test_what_cannot_be_asked(room, arguments, told):
@@ -118,20 +119,25 @@ def test_what_cannot_be_asked(room, arguments, told):
 @pytest.mark.model  # no model, but librosa, which takes seconds to import
 def test_deep_decodes_everything(room):
     image, soundfile, numpy = (pytest.importorskip(m) for m in ("PIL.Image", "soundfile", "numpy"))
-    image.new("RGB", (64, 48), "red").save("frames/v1/v1_1.jpg")
-    image.new("RGB", (64, 48), "red").save("frames/v1/2.jpg")
-    soundfile.write("audio/v1/qa_1.wav", numpy.ones(800) / 2, 16_000)
+    for name in ("v1_1", "2"):
+        image.effect_noise((64, 48), 90).save(f"frames/v1/{name}.jpg")
+    soundfile.write("audio/v1/qa_1.wav", numpy.sin(numpy.arange(8000)) / 2, 16_000)
     soundfile.write("audio/v1/qa_2.mp3", numpy.zeros(8000), 16_000)
     lines = [line(), line("qa_2")]
     code, data = room("--deep", train=lines)
     assert code == 0 and data["silent_audio_list"] == ["audio/v1/qa_2.mp3"]
-    assert data["long_audio_list"] == data["same_audio_list"] == []
-    soundfile.write("audio/v1/qa_1.wav", numpy.ones(31 * 16_000) / 2, 16_000)
+    assert [data[name] for name in data if name.endswith(("audio_list", "frames_list"))] == [
+        *([], []),  # missing
+        *(["audio/v1/qa_2.mp3"], [], [], []),  # silent, short, long, same
+        *([], []),  # blank, odd sizes
+    ]
+    soundfile.write("audio/v1/qa_1.wav", numpy.sin(numpy.arange(31 * 16_000)) / 2, 16_000)
     Path("audio/v1/qa_2.mp3").rename("kept.mp3")
     Path("audio/v1/qa_2.wav").write_bytes(Path("audio/v1/qa_1.wav").read_bytes())
     code, data = room("--deep", train=[line(), line("qa_2", question="Something else?")])
-    assert code == 0 and len(data["long_audio_list"]) == 2 and "31.0 s, heard are 30 s" in data["long_audio_list"][0]
-    assert len(data["same_audio_list"]) == 1 and "asks another than" in data["same_audio_list"][0]
+    assert code == 0 and len(data["long_audio_list"]) == 2
+    assert "31.0 s, but only 30 s are heard" in data["long_audio_list"][0]
+    assert len(data["same_audio_list"]) == 1 and "ask different questions" in data["same_audio_list"][0]
     assert room("--deep", train=lines)[1]["same_audio_list"] == [], "the same question may sound the same"
     Path("audio/v1/qa_2.wav").unlink()
     Path("kept.mp3").rename("audio/v1/qa_2.mp3")
@@ -142,6 +148,77 @@ def test_deep_decodes_everything(room):
         "frame frames/v1/2.jpg",
         "audio audio/v1/qa_1.wav",
     ]
+
+
+@pytest.mark.model  # no model, but librosa
+def test_deep_points_out_what_decodes_and_yet_is_odd(room):
+    """A frame of one colour, one of another size (a turned one too), silence that is no zero, and the same sound in
+    another container."""
+    image, exif, soundfile, numpy = (
+        pytest.importorskip(m) for m in ("PIL.Image", "PIL.ExifTags", "soundfile", "numpy")
+    )
+    names = [f"v1_{n}" for n in range(1, 6)]
+    for name in names:
+        image.effect_noise((64, 48), 90).save(f"frames/v1/{name}.jpg")
+    turn = image.Exif()
+    turn[exif.Base.Orientation] = 6
+    image.effect_noise((64, 48), 90).save("frames/v1/v1_2.jpg", exif=turn)
+    image.effect_noise((1, 1), 90).save("frames/v1/v1_4.jpg")
+    image.new("RGB", (64, 48), (3, 2, 1)).save("frames/v1/v1_5.jpg")
+    tone = (numpy.sin(numpy.arange(8000)) * 9000).astype("int16")
+    soundfile.write("audio/v1/qa_1.wav", tone, 16_000)
+    soundfile.write("audio/v1/qa_2.flac", tone, 16_000)
+    Path("audio/v1/qa_2.mp3").unlink()
+    soundfile.write("audio/v1/qa_3.wav", numpy.full(8000, 0.5), 16_000)
+    soundfile.write("audio/v1/qa_4.wav", tone[:160], 16_000)
+    asked = [line(f"qa_{n}", frames=names, question=f"Question {n}?") for n in range(1, 5)]
+    code, data = room("--deep", train=asked)
+    assert code == 0
+    assert data["blank_frames_list"] == ["frames/v1/v1_4.jpg", "frames/v1/v1_5.jpg"]
+    assert data["odd_size_frames_list"] == [
+        "frames/v1/v1_2.jpg: 48×64 pixels, 3 of the video's 5 are 64×48",
+        "frames/v1/v1_4.jpg: 1×1 pixels, 3 of the video's 5 are 64×48",
+    ]
+    assert data["silent_audio_list"] == ["audio/v1/qa_3.wav"]
+    assert data["short_audio_list"] == ["audio/v1/qa_4.wav: 0.01 s"]
+    assert data["same_audio_list"] == [
+        "audio/v1/qa_2.flac has the same sound as audio/v1/qa_1.wav, but train.jsonl:2 and train.jsonl:1 ask different "
+        "questions"
+    ]
+
+
+@pytest.mark.parametrize("made", ["pipe", "folder", "dangling link", "link to itself", "endless file"])
+def test_what_is_no_regular_file_is_missing_and_nobody_waits_for_it(room, made):
+    def put(path: str) -> None:
+        Path(path).unlink(missing_ok=True)
+        if made == "pipe":
+            os.mkfifo(path)
+        elif made == "folder":
+            Path(path).mkdir()
+        else:
+            target = {"dangling link": "gone", "link to itself": Path(path).name, "endless file": "/dev/zero"}[made]
+            Path(path).symlink_to(target)
+
+    put("frames/v1/v1_1.jpg")
+    put("audio/v1/qa_1.wav")
+    code, data = room(train=[line(frames=["v1_1"])])
+    assert code == 1 and (data["missing_frames"], data["missing_audio"]) == (1, 1)
+    put("train.jsonl")
+    assert main(["check-data", "train.jsonl"]) == 2
+
+
+def test_the_same_question_about_the_same_frames_with_another_label_is_told(room, capsys):
+    data = room(frames=None, audio=None, train=[line(), line("qa_2"), line("qa_3", label="yes")])[1]
+    assert data["duplicates_list"] == ["train.jsonl:2", "train.jsonl:3"]
+    assert data["contradictions_list"] == ["train.jsonl:3"]
+    assert main(["check-data", "train.jsonl"]) == 0
+    assert "samples among these with a different label: 1, as train.jsonl:3" in capsys.readouterr().out
+
+
+def test_deep_on_the_base_install_names_the_extra(room, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, error = room("--deep", train=[line()])
+    assert code == 1 and "numpy, librosa not installed here; check-data --deep needs: pip install" in error
 
 
 def test_the_text_alone_is_enough(room, capsys):

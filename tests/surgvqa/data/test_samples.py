@@ -82,8 +82,8 @@ def test_byte_order_mark_crlf_and_blank_end_are_tolerated(tmp_path):
         ('{"id": "a", "id": "b"}', "id is given twice, expected each key once"),
         ('{"id": "a", "support": {"x": 1, "y": 2, "x": 1}}', "x is given twice, expected each key once"),
         (json.dumps(record(note=["\ud800"])), "note holds half of a surrogate pair, expected text"),
-        ("[" * 100_000, "not JSON that can be read"),
-        ('{"id": ' + "9" * 10_000 + "}", "not JSON that can be read"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"id": ' + "9" * 10_000 + "}", "not valid JSON"),
     ],
 )
 def test_a_bad_line_is_told_with_its_place(tmp_path, line, told):
@@ -233,6 +233,19 @@ def test_an_id_of_two_questions_in_one_video_needs_the_composite_name(tmp_path):
         heard(tmp_path, *samples)
     touch(tmp_path, "002-001_qa_1_t.mp3", "002-001_qa_1_u.mp3")
     assert heard(tmp_path, *samples) == ["002-001_qa_1_t.mp3", "002-001_qa_1_u.mp3"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ({"id": "3_4", "video": "2"}, {"id": "4", "video": "2_3"}, "2_3_4_t.mp3"),  # two samples, one composite name
+        ({"id": "4", "video": "2"}, {"id": "2_4_t", "video": "9"}, "2_4_t.mp3"),  # an id that is another's composite
+    ],
+)
+def test_a_name_that_stands_for_two_questions_in_different_ways_serves_neither(tmp_path, one, other, name):
+    touch(tmp_path, name)
+    with pytest.raises(UsageError, match=r"stands for two questions"):
+        heard(tmp_path, sample(**one), sample(**other, question="B?", line=2))
 
 
 def test_the_file_name_tells_the_wording(tmp_path):

@@ -19,6 +19,9 @@ from presets import step_down_presets  # noqa: E402
 from surgvqa.cli.main import main  # noqa: E402
 from surgvqa.config import resolve  # noqa: E402
 from surgvqa.config.workspace import load_workspace  # noqa: E402
+from surgvqa.data.boxes import Boxes  # noqa: E402
+from surgvqa.data.samples import Sample  # noqa: E402
+from surgvqa.data.visibility import MOTION, SUPPORTED, visibility  # noqa: E402
 from surgvqa.demo import workspace  # noqa: E402
 from surgvqa.demo.questions import QUESTION_TYPES  # noqa: E402
 from surgvqa.demo.shots import CLIP_FRAMES, Shot, clips_of, draw_shots  # noqa: E402
@@ -103,11 +106,57 @@ def test_pictures_show_what_the_shot_says():
     ("lesion", "axis", "sign"), [("left", 0, -1), ("right", 0, 1), ("up", 1, -1), ("down", 1, 1), ("stable", 0, 0)]
 )
 def test_the_lesion_moves_as_labelled(lesion, axis, sign):
-    from surgvqa.demo.paint import Painter
+    from surgvqa.demo.paint import DRIFT_LENGTH, Painter
 
     path = np.array(Painter(Shot("v", 3, "tunnel", lesion=lesion), 0).lesion)
     moved = path[-1] - path[0]
-    assert moved[axis] == pytest.approx(1.05 * sign) and moved[1 - axis] == pytest.approx(0)
+    assert moved[axis] == pytest.approx(DRIFT_LENGTH * sign) and moved[1 - axis] == pytest.approx(0)
+
+
+def test_the_boxes_support_every_label_and_none_that_is_planted(tmp_path):
+    from surgvqa.demo.paint import HEIGHT, WIDTH, Painter
+
+    split = workspace.SPLITS[1]
+    clips = clips_of(draw_shots(np.random.default_rng(0), split.video_id, split.groups))
+    rows, samples = [], []
+    for shot in {clip.shot.number: clip.shot for clip in clips if clip.shot.lesion}.values():
+        painter = Painter(shot, 0)
+        rows += [(shot.frame_name(i), WIDTH, HEIGHT, "a", *(painter.lesion_box(i) or ("",) * 4))
+                 for i in range(shot.length)]  # fmt: skip
+    workspace.write_boxes(tmp_path / "boxes.csv", rows)
+    boxes, labels = Boxes(tmp_path / "boxes.csv"), ("left", "right", "up", "down", "stable")
+    for clip in clips:
+        for label in labels if clip.shot.lesion else ():
+            told = "q", clip.shot.video_id, tuple(clip.frames), "?", MOTION, clip.shot.lesion, label
+            samples.append(Sample(*told))
+    found = visibility(samples, boxes, 0.05)
+    assert len(samples) >= 5 * len(labels)
+    assert [one.verdict == SUPPORTED for one in found] == [s.answer == s.short_answer for s in samples]
+
+
+@pytest.mark.parametrize(("there", "back"), [("left", "right"), ("up", "down"), ("advancing", "withdrawing")])
+def test_twins_are_the_same_film_run_backwards(there, back):
+    """Nothing but the order of its frames may tell which way a clip moves."""
+    from surgvqa.demo.paint import Painter
+
+    kind = "travel" if there == "advancing" else "lesion"
+    first, second = (Shot("v", number, "tunnel", place=5, **{kind: way}) for number, way in enumerate((there, back)))
+    for i in (0, 5, 11):
+        here = np.asarray(Painter(first, 0).frame(i), np.float32)
+        assert np.abs(here - np.asarray(Painter(second, 0).frame(11 - i), np.float32)).mean() < 4  # grain
+
+
+def test_opposite_ways_are_filmed_at_the_same_places():
+    def looks(shots: list[Shot], ways: tuple[str, ...]) -> list[list[tuple]]:
+        return [sorted((s.place, s.lighting, str(s.tool), s.dye, s.flush) for s in shots if way in (s.lesion, s.travel))
+                for way in ways]  # fmt: skip
+
+    shots = draw_shots(np.random.default_rng(0), "101-001", 3)
+    alone = draw_shots(np.random.default_rng(0), "101-001", 3, twins=False)
+    assert len(shots) == len(alone) and len({shot.place for shot in alone}) == len(alone)
+    for ways in (("left", "right"), ("up", "down"), ("advancing", "withdrawing")):
+        one, other = looks(shots, ways)
+        assert one == other and len(one) == 6
 
 
 @pytest.mark.parametrize("way", ["left", "right", "up", "down"])
@@ -121,7 +170,7 @@ def test_a_lumen_that_leaves_the_screen_is_drawn(way):
 
 def test_every_voice_speaks_the_same_each_time():
     """Some breathe as the clock says, in seconds: the demo's weights and figures hung on when it was made."""
-    from surgvqa.demo.speech import LANGUAGES, VARIANTS, Synthesiser, Voice
+    from surgvqa.prepare.espeak import LANGUAGES, VARIANTS, Synthesiser, Voice
 
     def spoken() -> dict[str, bytes]:
         with Synthesiser() as espeak:
@@ -135,8 +184,8 @@ def test_every_voice_speaks_the_same_each_time():
 
 
 def test_every_question_fits_into_the_audio_window():
-    from surgvqa.demo.speech import Synthesiser, draw_voice
     from surgvqa.demo.weights import DemoSizes
+    from surgvqa.prepare.espeak import Synthesiser, draw_voice
 
     rng = np.random.default_rng(1)
     window = DemoSizes().audio_positions / 50
@@ -205,7 +254,7 @@ def test_settings_and_presets_are_valid_and_a_run_steps_down_through_the_presets
 
 @pytest.fixture
 def small(monkeypatch):
-    """A demo of 17 + 17 shots and a few samples."""
+    """A demo of 25 + 25 shots and a few samples."""
     splits = [workspace.Split(s.file, s.video_id, s.wording, 1, 4) for s in workspace.SPLITS]
     monkeypatch.setattr(workspace, "SPLITS", tuple(splits))
     monkeypatch.setattr(workspace, "WORD_LISTS", 20)

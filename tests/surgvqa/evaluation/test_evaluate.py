@@ -113,7 +113,7 @@ def test_an_adapter_needs_its_base(world, tmp_path):
     with pytest.raises(UsageError, match=r"no \*\.safetensors"):
         evaluate.check(world.evaluate_options(checkpoint=str(tmp_path / "empty")))
     (tmp_path / "empty" / results.RECORD).write_text('{"options": {}}')
-    with pytest.raises(UsageError, match="no adapter has been saved yet"):
+    with pytest.raises(UsageError, match="has not saved an adapter yet"):
         evaluate.check(world.evaluate_options(checkpoint=str(tmp_path / "empty")))
 
 
@@ -243,7 +243,7 @@ def test_as_many_are_answered_at_once_as_fit_the_budget(world, tmp_path, monkeyp
     assert told(batch_size=None, budget_gb=5.2)[0] == 2  # 3 would fit, but then 1 would be left
     assert told(batch_size=None, budget_gb=1)[0] == 1
     count, text = told(batch_size=4, budget_gb=5.1)
-    assert count == 4 and "the batch is halved when memory runs out" in text
+    assert count == 4 and "the batch is halved if memory runs out" in text
 
 
 @model

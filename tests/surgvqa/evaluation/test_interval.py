@@ -68,7 +68,9 @@ def test_the_baselines_and_informative_types():
     lines = [line("a", "yes", "yes"), line("a", "yes", "yes"), line("a", "no", "yes"), line("one", "ok", "normal ok")]
     report = score(lines, training={"a": "no", "one": "bad"})
     assert report["majority_accuracy"] == 0.75 and report["train_majority_accuracy"] == 0.25
-    assert report["informative"] == {
+    plain = {key: value for key, value in report["informative"].items() if not key.endswith("_interval")}
+    assert report["informative"]["label_interval"] == pytest.approx(interval([True, True, False]))
+    assert plain == {
         "types": 1,
         "samples": 3,
         "keyword_accuracy": pytest.approx(2 / 3),
@@ -175,6 +177,57 @@ def test_the_command_clusters_by_the_evaluation_and_leaves_no_run_folder(tmp_pat
     assert "not clustered: prediction 2 (qa_1) answers no sample" in warning and report["clusters"] is None
     assert main(other) == 0
     assert "as if the samples were independent" in " ".join(capsys.readouterr().out.split())
+
+
+def test_in_and_out_of_template_side_by_side(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    training = write(tmp_path / "train.jsonl", [row(0, "no", 0)])
+    lines = [
+        {"question_type": kind, "question": question, "short_answer": "no", "predicted_answer": said}
+        for kind, question, said in (
+            ("t", " any? ", "No."), ("t", "Any?", "Yes."), ("t", "None?", "No."), ("u", "Any?", "No."), ("t", "", "No.")
+        )
+    ]  # fmt: skip
+    command = ["evaluate", "--predictions", write(tmp_path / "p.jsonl", lines), "--train_data_path", training]
+    assert main([*command, "--json"]) == 0
+    sides = json.loads(capsys.readouterr().out)["by_template"]
+    assert (sides["in"]["samples"], sides["in"]["keyword_accuracy"]) == (2, 0.5)
+    assert (sides["out"]["samples"], sides["out"]["label_accuracy"]) == (2, 1.0)
+    assert sides["in"]["keyword_interval"] == pytest.approx(interval([True, False]))
+    assert main(command) == 0
+    assert "in template 2 samples, keyword 50.0 %" in " ".join(capsys.readouterr().out.split())
+
+
+def test_sentence_scores_when_asked_for(tmp_path, monkeypatch, capsys):
+    from surgvqa.machine import packages
+
+    monkeypatch.chdir(tmp_path)
+    line = {
+        "question_type": "t",
+        "short_answer": "no",
+        "predicted_answer": "No it is not",
+        "ground_truth": "No it is not",
+    }
+    command = ["evaluate", "--predictions", write(tmp_path / "p.jsonl", [line]), "--text_scores"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text_scores"]["precision_4gram"] == 1.0
+    assert main(command) == 0
+    assert "ROUGE-L 100.0" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
+    assert main(command) == 1
+    assert "pip install 'surgvqa[text-scores]'" in capsys.readouterr().err
+
+
+def test_scores_written_beside_old_ones_are_ours_and_json(tmp_path, monkeypatch, capsys):
+    """What a file says of itself does not survive a new scoring; a time that is no number is none."""
+    monkeypatch.chdir(tmp_path)
+    line = {"question_type": "t", "short_answer": "no", "predicted_answer": "Yes.", "correct": "1", "exact_match": 1}
+    predictions = write(tmp_path / "p.jsonl", [{**line, "inference_time_ms": math.nan}])
+    assert main(["evaluate", "--predictions", predictions, "--output_file", "o.jsonl", "--json"]) == 0
+    scored = json.loads((tmp_path / "o.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (scored["correct"], scored["exact_match"], scored["inference_time_ms"]) == (0, 0, None)
+    capsys.readouterr()
+    assert main(["evaluate", "--predictions", predictions, "--resume", "last"]) == 2
 
 
 def test_scoring_needs_no_torch(tmp_path, monkeypatch, capsys):

@@ -58,7 +58,7 @@ def test_a_right_merge_answers_as_the_adapter_does(world, tmp_path, capsys):
     found = data["verify"]
     assert code == 0 and found["ok"] and found["samples"] == 2
     assert found["largest_logit_gap"] > 0 and found["gap_share"] < 0.2 and found["unexplained_share"] == 0
-    assert found["verdict"].startswith("the same model but for rounding: ")
+    assert found["verdict"].startswith("the same model except for rounding: ")
 
 
 def test_a_merge_that_left_the_adapter_out_fails(world, tmp_path, capsys, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_merge_that_left_one_module_out_fails(world, tmp_path, capsys):
     ("words", "text"),
     [
         ([], "--verify needs samples to answer: missing --eval_data_path, --frames_dir, --audio_dir"),
-        (["--projector", "PROJECTOR"], "know nothing of --projector"),
+        (["--projector", "PROJECTOR"], "do not include --projector"),
         (["--eval_data_path", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )

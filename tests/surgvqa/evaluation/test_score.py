@@ -1,12 +1,18 @@
 """Scoring: the published figure reproduced, and the stricter metric's rules one by one."""
 
 import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from places import REAL_DATA
 
 from surgvqa.errors import UsageError
+from surgvqa.evaluation.definitions import DEFINITIONS
 from surgvqa.evaluation.score import LabelSet, keyword_correct, read_predictions, score
+from surgvqa.evaluation.text_scores import text_scores
 
 needs_real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"{REAL_DATA} is not here")
 
@@ -127,7 +133,7 @@ def test_prediction_files_as_people_have_them(tmp_path, content):
         ("{", ":1: not JSON"),
         ('{"question_type": "a", "short_answer": "b"}', ":1: predicted_answer is missing, expected text"),
         ("[1]", ":1: the line is a list, expected a JSON object"),
-        ("\n", ": empty, expected one JSON object a line"),
+        ("\n", ": empty, expected one JSON object per line"),
         (f"{GOOD}\n\n{GOOD[:-1]}, {GOOD[1:]}", ":3: question_type is given twice"),
         (f'{GOOD[:-1]}, "ground_truth": 5}}', ":1: ground_truth is a number, expected text"),
         (f'{GOOD[:-1]}, "question": ["?"]}}', ":1: question is a list, expected text"),
@@ -145,3 +151,59 @@ def test_bad_prediction_files_are_named(tmp_path, text, problem):
     assert problem in str(caught.value)
     with pytest.raises(UsageError, match="No such file or directory, expected a JSONL file of predictions"):
         read_predictions(tmp_path / "absent.jsonl")
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    ("The lesion is on the left.", "The lesion is on the right."),
+    ("Yes.", "Yes, the scope is moving."),
+    ("", "The view is clear and clean now."),
+    ("The scopes are moving fast", "The scope is moving fast"),
+]
+
+
+def grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = re.findall(r"[A-Za-z]+|[.,]", text)
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def test_sentence_scores_against_their_formulas():
+    pytest.importorskip("sacrebleu")
+    found = text_scores(*zip(*PAIRS, ("Anything", None), ("Nothing", " ")))
+    assert found["samples"] == 4
+    precisions = []
+    for n in range(1, 5):
+        said = [Counter(grams(a, n)) for a, _ in PAIRS]
+        hits = sum((s & Counter(grams(r, n))).total() for s, (_, r) in zip(said, PAIRS))
+        precisions.append(hits / sum(s.total() for s in said))
+    lengths = [sum(len(grams(pair[side], 1)) for pair in PAIRS) for side in (0, 1)]
+    penalty = math.exp(1 - lengths[1] / lengths[0])
+    assert found["precision_4gram"] == pytest.approx(precisions[3]) == pytest.approx(2 / 6)
+    assert found["brevity_penalty"] == pytest.approx(penalty)
+    assert found["bleu_4"] == pytest.approx(penalty * math.prod(precisions) ** 0.25)
+    # longest common subsequences 5 of 6 and 6 words, 1 of 1 and 5, 0, 3 of 5 and 5
+    assert found["rouge_l"] == pytest.approx((5 / 6 + 2 * 0.2 / 1.2 + 0 + 3 / 5) / 4)
+    # matched 6 of 7 and 7 tokens in 2 chunks; 2 of 2 and 7 in 2; none; 4 (scopes by its stem) of 5 and 5 in 2
+    by_hand = []
+    for matched, answer, reference, chunks in ((6, 7, 7, 2), (2, 2, 7, 2), (4, 5, 5, 2)):
+        precision, recall = matched / answer, matched / reference
+        mean = precision * recall / (0.9 * precision + 0.1 * recall)
+        by_hand.append(mean * (1 - 0.5 * (chunks / matched) ** 3))
+    assert found["meteor"] == pytest.approx(sum(by_hand) / 4)
+    with pytest.raises(UsageError, match="no prediction has a ground_truth"):
+        text_scores(["a"], [None])
+
+
+def test_reference_sentences_have_full_marks_and_a_wrong_label_nearly():
+    """What misleads about them: one word of twelve decides."""
+    pytest.importorskip("sacrebleu")
+    reference = "The lesion drifts toward the left side of the screen in this clip."
+    same, wrong = (text_scores([said], [reference]) for said in (reference, reference.replace("left", "right")))
+    assert same["bleu_4"] == pytest.approx(1) and same["rouge_l"] == 1
+    assert wrong["rouge_l"] > 0.9 and wrong["meteor"] > 0.9 and wrong["bleu_4"] > 0.6
+
+
+def test_docs_and_report_define_the_scores_alike():
+    text = (Path(__file__).parents[3] / "docs" / "scores.md").read_text()
+    assert [d.name for d in DEFINITIONS if not all(part in text for part in d)] == []

@@ -222,7 +222,7 @@ def test_one_call_to_blas_gives_the_bits_of_two(
 ) -> None:
     """Over several tiles and blocks; whatever this machine's BLAS allows, and the two steps."""
     if one_call is False:
-        monkeypatch.setattr(arithmetic, "adds_last", lambda *_: False)
+        monkeypatch.setattr(arithmetic, "addmm_is_exact", lambda *_: False)
     monkeypatch.setattr("surgvqa.checkpoint.shards.BLOCK_BYTES", 100_000)
     monkeypatch.setattr(arithmetic, "TILE_ROWS", 64)
     monkeypatch.setattr(arithmetic, "TILE_NUMEL", 64 * 200)
@@ -236,7 +236,7 @@ def test_a_blas_that_adds_in_another_order_is_found_out(monkeypatch: pytest.Monk
             w += b[:, k : k + 1] * a[k]
         return w
 
-    tried = arithmetic.adds_last.__wrapped__  # not the cached one
+    tried = arithmetic.addmm_is_exact.__wrapped__  # not the cached one
     monkeypatch.setattr(torch.Tensor, "addmm_", lambda w, b, a: w.add_(b @ a))
     assert tried(64, 16, 200)
     monkeypatch.setattr(torch.Tensor, "addmm_", from_w_on)

@@ -3,7 +3,7 @@
 import pytest
 
 torch = pytest.importorskip("torch")
-from tiny_model import IMAGE, PAD, built, generate, sample  # noqa: E402
+from tiny_model import IMAGE, PAD, built, encoded, generate, sample  # noqa: E402
 
 from surgvqa.data.collate import Collator  # noqa: E402
 from surgvqa.model import generation  # noqa: E402
@@ -29,9 +29,7 @@ def model(request):
 
 def right_padded(samples, multiple_of=1):
     processors = type("Processors", (), {"pad_token_id": PAD, "image_token_id": IMAGE, "merge_size": 2})
-    one_row = ("input_ids", "labels", "input_features")
-    items = [{name: (t[0] if name in one_row else t).numpy() for name, t in s.items()} for s in samples]
-    return Collator(processors, multiple_of=multiple_of)(items)
+    return Collator(processors, multiple_of=multiple_of)([encoded(s) for s in samples])
 
 
 def answers(model, samples, multiple_of=1, end=-1, tokens=6):

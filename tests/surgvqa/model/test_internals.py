@@ -49,6 +49,11 @@ def test_compiler_settings_exist(module, names):
         pass
 
 
+def test_the_compilers_cache_is_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    assert torch_internals.compiler_cache_dir() == tmp_path / "compiled"
+
+
 def test_the_compilers_counts_exist():
     from torch._dynamo.utils import CompilationMetrics
     from torch._inductor.async_compile import maybe_warm_pool

@@ -9,7 +9,9 @@ import pytest
 from chromium import chromium_page
 
 from surgvqa.cli.main import main
-from surgvqa.report.collect import join, read_inputs
+from surgvqa.data.samples import read_samples
+from surgvqa.evaluation.interval import paired_interval
+from surgvqa.report.collect import find_clusters, join, read_inputs
 from surgvqa.report.page import metrics, types
 
 Image = pytest.importorskip("PIL.Image")
@@ -143,7 +145,7 @@ def test_without_a_video_the_wording_decides_and_an_id_of_two_samples_never_does
     entries, notes = join(inputs.samples, inputs.models)
     assert [bool(entry.answers[0]) for entry in entries[:3]] == [False, False, True]
     assert all(entry.sample is None for entry in entries[3:])
-    assert "fit no sample, or several" in notes[0]
+    assert "match no sample, or several" in notes[0]
 
 
 def test_another_wording_is_another_question(workspace):
@@ -153,7 +155,7 @@ def test_another_wording_is_another_question(workspace):
     assert len(entries) == 4
     assert entries[0].answers == [None]
     assert entries[3].question == "Does the scope move?"
-    assert notes == ["out: 1 of 1 predictions fit no sample, or several"]
+    assert notes == ["out: 1 of 1 predictions match no sample, or several"]
 
 
 def test_a_prediction_given_twice_counts_once_and_is_said(workspace):
@@ -233,6 +235,23 @@ def test_predictions_alone_need_no_media(workspace):
     assert "keyword accuracy" in page.text
 
 
+def test_models_of_the_same_samples_are_compared_and_their_intervals_clustered(workspace):
+    """q1 and q2 of v1 lie 200 frame numbers apart: three clusters. Right: one 1 0 0, two 0 1 0."""
+    assert report("one.jsonl", "two.jsonl", "eval.jsonl") == 0
+    text = " ".join(" ".join(read_page(workspace / "report.html").text).split())
+    assert "Compared with one" in text
+    low, high = paired_interval([-1, 1, 0], [0, 1, 2])
+    assert f"label +0.0 {100 * low:+.1f} to {100 * high:+.1f} 1 1 1" in text
+    inputs = read_inputs(["one.jsonl"], None)
+    assert find_clusters(inputs.models, read_samples("eval.jsonl")) == []
+    (model,) = inputs.models
+    assert model.scores["clusters"] == 3 and len(set(model.clusters)) == 3
+    write_lines(workspace / "fewer.jsonl", [prediction(sample("v1", "q1", "Is the scope moving?"), "no")])
+    assert report("one.jsonl", "fewer.jsonl", "eval.jsonl") == 0
+    text = " ".join(read_page(workspace / "report.html").text)
+    assert "Compared with" not in text and "fewer is not compared with one" in text
+
+
 def test_a_run_brings_its_own_data(workspace):
     folder = workspace / "runs" / "20260101-000000-evaluate-abc"
     folder.mkdir(parents=True)
@@ -269,7 +288,7 @@ def test_what_is_missing_is_said_and_the_rest_shown(workspace):
     assert "v1_101 is missing" in first["notes"][0] and first["strip"]
     assert "v2_200 cannot be read" in second["notes"][0] and second["strip"]
     assert "no spoken question" in third["notes"][0] and "sound" not in third
-    assert "3 samples lack" in "".join(page.text)
+    assert "3 samples have a missing" in "".join(page.text)
 
 
 def test_thumbnails_shrink_until_the_page_fits_and_what_does_not_fit_is_said(workspace, capsys):
@@ -300,6 +319,16 @@ def test_an_exif_orientation_is_applied(workspace):
     assert read_page(workspace / "report.html").samples[0]["ratio"] == 0.5
 
 
+def test_a_thumbnail_has_no_black_line_where_its_height_was_rounded(workspace):
+    for name in ("v1_100", "v1_101", "v1_102", "v1_103"):
+        Image.new("RGB", (200, 159), "white").save(workspace / "frames" / "v1" / f"{name}.jpg")
+    assert report("eval.jsonl") == 0
+    page = read_page(workspace / "report.html")
+    strip = Image.open(io.BytesIO(base64.b64decode(page.scripts[page.samples[0]["strip"]].partition(",")[2])))
+    assert strip.size == (4 * 320, 254)
+    assert min(low for low, _ in strip.convert("RGB").getextrema()) > 200
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -310,8 +339,8 @@ def test_an_exif_orientation_is_applied(workspace):
         (["nowhere/p.jsonl"], "nowhere/p.jsonl: no such file"),
         (["norun"], "norun: no runs in"),
         (["broken.jsonl"], "broken.jsonl:1: not JSON"),
-        (["eval.jsonl", "--output", "nowhere/page.html"], "folder that is not there"),
-        (["eval.jsonl", "--output", "one.jsonl"], "no report of ours"),
+        (["eval.jsonl", "--output", "nowhere/page.html"], "folder that does not exist"),
+        (["eval.jsonl", "--output", "one.jsonl"], "not a report of this program"),
         (["eval.jsonl", "--frames_dir", "nowhere"], "no such folder of frames"),
     ],
 )
@@ -390,3 +419,18 @@ def test_in_a_browser(workspace, tmp_path):
         assert page.value("document.title") == "one and two"
         assert not [address for address in page.requests if not address.startswith(("file:", "data:"))]
         assert page.complaints == []
+
+
+def test_a_probe_has_a_picture_and_its_conclusions(workspace):
+    run = workspace / "runs" / "20261127-010000-probe-abc"
+    run.mkdir(parents=True)
+    write_lines(
+        run / "predictions.jsonl", json.loads(f"[{','.join((workspace / 'one.jsonl').read_text().splitlines())}]")
+    )
+    row = {"influence": 0.93, "influence_interval": [0.89, 0.97], "difference": -0.5}
+    conditions = {"other_question": row, "silence": {"influence": "much"}, EVIL: {"influence": 0.1, "difference": 9}}
+    (run / "report.json").write_text(json.dumps({"conditions": conditions, "conclusion": ["sound: follows", EVIL]}))
+    assert report(str(run)) == 0
+    page = Reader((workspace / "report.html").read_text())
+    assert "sound: follows" in page.text and "a question of another type is spoken" in page.text
+    assert "93.0 %" in page.text and "accuracy -50.0 points" in page.text and "silence" not in page.text

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import until
 
 from surgvqa import files
 from surgvqa.cli import main
@@ -25,13 +26,6 @@ from surgvqa.runs.state import FIELDS as RUN_FIELDS
 from surgvqa.runs.state import read_run_json, state_of
 from surgvqa.terminal.job_view import DRAWN
 from surgvqa.untrusted import parse_json
-
-
-def wait_for(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_run_writes_what_a_reader_reads(tmp_path):
@@ -124,7 +118,7 @@ def test_a_killed_job_died_and_a_reused_pid_is_not_it(tmp_path):
     files.write_json_atomic(run.folder / "run.json", info)
     assert state_of(run.folder) == "running"
     job.kill()
-    wait_for(lambda: state_of(run.folder) == "died")  # a zombie until somebody waits: dead all the same
+    until(lambda: state_of(run.folder) == "died")  # a zombie until somebody waits: dead all the same
     job.wait()
     info |= {"pid": os.getpid(), "identity": "another boot:1"}
     files.write_json_atomic(run.folder / "run.json", info)
@@ -146,7 +140,24 @@ def test_stop_asks_first_then_insists_and_takes_the_children_along(tmp_path):
     files.write_json_atomic(run.folder / "run.json", info)
     assert launch.stop(run.folder, grace_s=0.3) == "died"
     assert job.wait(5) == -signal.SIGKILL
-    wait_for(lambda: not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: not grandchild.is_running() or grandchild.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_stops_that_come_late_do_not_kill_what_has_ended_as_stopped(tmp_path):
+    """Python puts back the default of every handler before it exits: a late SIGTERM killed, exit code -15."""
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from surgvqa.cli.jobs import run_job; from surgvqa.runs.folder import Run\n"
+        "try: run_job(Run.create(Path(sys.argv[1]), 'merge'), lambda run: print('up', flush=True) or time.sleep(60))\n"
+        "except KeyboardInterrupt: sys.exit(1)"
+    )
+    argv, detached = [sys.executable, "-c", program, str(tmp_path)], os.environ | {"SURGVQA_DETACHED": "1"}
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=detached) as job:
+        assert job.stdout.readline() == b"up\n"
+        while job.poll() is None:
+            job.terminate()
+            time.sleep(0.0005)
+    assert job.returncode == 1
 
 
 def test_stop_never_touches_a_process_that_is_not_the_run(tmp_path):
@@ -164,7 +175,7 @@ def test_stop_never_touches_a_process_that_is_not_the_run(tmp_path):
 
 def test_a_launched_job_has_its_own_session_and_leaves_its_words(tmp_path):
     folder = launch.launch("merge", ["--stage1_model_path", "nowhere", "--stage2_adapter_path", "nowhere"], tmp_path)
-    wait_for(lambda: state_of(folder) == "failed", 30)
+    until(lambda: state_of(folder) == "failed", 30)
     assert "nowhere" in (folder / "log.txt").read_text() and "Traceback" not in (folder / "log.txt").read_text()
     (error,) = [e for e in EventTail(folder / "events.jsonl").read() if e["kind"] == "error"]
     assert "nowhere" in error["text"]
@@ -186,17 +197,34 @@ def test_a_run_is_found_by_id_prefix_name_and_last(tmp_path):
     assert history.find_run("last", [tmp_path]).name == evaluation.id
     assert history.find_run("last", [tmp_path], "train").name == ids[1]
     assert history.find_run("last", [tmp_path], "merge").name == evaluation.id  # which says that it is no merge
-    with pytest.raises(UsageError, match="fits 3 runs"):
+    with pytest.raises(UsageError, match="matches 3 runs"):
         history.find_run("2026", [tmp_path])
+    with pytest.raises(UsageError, match=r"matches 2 runs \(20260101-00000\d-train-..., 20260101-00000\d-train-...\);"):
+        history.find_run("20260101", [tmp_path])
     with pytest.raises(UsageError, match="no such run"):
         history.find_run("x", [tmp_path])
 
 
 def test_a_folder_of_another_host_is_unknown_not_dead(tmp_path):
     run = Run.create(tmp_path, "train")
-    files.write_json_atomic(run.folder / "run.json", read_run_json(run.folder) | {"host": "elsewhere", "pid": 1})
+    elsewhere = {"host": "elsewhere", "machine": "another", "pid": 1}
+    files.write_json_atomic(run.folder / "run.json", read_run_json(run.folder) | elsewhere)
     assert state_of(run.folder) == "unknown"
     assert state_of(tmp_path / "gone") == "unknown"
+
+
+@pytest.mark.parametrize(("noted", "state"), [("the id\n", "died"), ("", "unknown")])
+def test_a_machine_that_was_renamed_is_the_same_machine(tmp_path, monkeypatch, noted, state):
+    """Its job died before; where there is no machine-id, the name is all that is known."""
+    monkeypatch.setattr(process, "MACHINE_ID", tmp_path / "machine-id")
+    process.MACHINE_ID.write_text(noted)
+    run = Run.create(tmp_path / "runs", "train")
+    info = read_run_json(run.folder)
+    assert "the id" not in json.dumps(info)  # it is confidential
+    files.write_json_atomic(run.folder / "run.json", info | {"pid": 1, "identity": "gone:1"})
+    assert state_of(run.folder) == "died"
+    monkeypatch.setattr(platform, "node", lambda: "renamed")
+    assert state_of(run.folder) == state
 
 
 def test_a_job_that_runs_here_is_running_whatever_the_machine_is_called_by_now(tmp_path, monkeypatch):
@@ -326,7 +354,7 @@ def test_a_job_whose_folder_was_deleted_is_listed_and_can_be_stopped(tmp_path, l
         (child,) = psutil.Process(job.pid).children()
         assert launch.stop(found, grace_s=5) == "stopped"
         assert job.wait(5) == -signal.SIGTERM
-        wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
         assert [row.state for row in history.list_runs(tmp_path / "runs")] == (["unknown"] if folder.is_dir() else [])
     finally:
         job.kill()
@@ -344,7 +372,7 @@ def test_a_launch_of_another_time_is_not_starting(tmp_path, skew_s):
 def test_a_launched_job_is_found_without_its_folder(tmp_path):
     (tmp_path / "sleeper.py").write_text("import time; time.sleep(60)")  # stands in for our command line
     folder = launch.launch("train", [], tmp_path, module="sleeper")
-    wait_for(lambda: str(folder) in process.job_processes(), 10)
+    until(lambda: str(folder) in process.job_processes(), 10)
     shutil.rmtree(folder)
     (row,) = history.list_runs(tmp_path / "runs")
     assert (row.id, row.state) == (folder.name, "running")
@@ -391,3 +419,18 @@ def test_an_error_with_brackets_is_followed_as_it_is(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     assert main.main(["follow", "last"]) == 1
     assert "error: no key [/x] in C:\\data\\ [red] :warning:" in capsys.readouterr().err
+
+
+def test_what_is_no_regular_file_keeps_nobody_waiting(tmp_path):
+    """A FIFO's reader waits for ever, a device has no end: neither takes the run list down."""
+    for name in ("run.json", "events.jsonl"):
+        folder = tmp_path / f"r-{name}"
+        folder.mkdir()
+        if name != "run.json":
+            (folder / "run.json").write_text('{"id": "r", "started": 1.0, "pid": 1}')
+        os.mkfifo(folder / name)
+    (tmp_path / "r-device").mkdir()
+    (tmp_path / "r-device/run.json").symlink_to("/dev/zero")
+    found = {run.id: run for run in history.list_runs(tmp_path)}
+    assert found["r-run.json"].problem == found["r-device"].problem == "run.json: no regular file"
+    assert found["r-events.jsonl"].state == "died" and EventTail(tmp_path / "r-events.jsonl/events.jsonl").read() == []

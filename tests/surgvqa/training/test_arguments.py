@@ -1,15 +1,18 @@
 """The optimiser that is taken, and what is said when it is not the one that was meant."""
 
+import functools
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from surgvqa.config.options import TrainOptions  # noqa: E402
 from surgvqa.errors import UsageError  # noqa: E402
 from surgvqa.training import recipe  # noqa: E402
-from surgvqa.training.arguments import bitsandbytes_problem, choose_optimiser  # noqa: E402
+from surgvqa.training.arguments import bitsandbytes_problem, choose_optimiser, training_arguments  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -69,3 +72,20 @@ def test_a_last_step_that_cannot_be_saved_is_said(tmp_path):
     (text,) = said
     assert "step 7 could not be saved after ValueError" in text and "No space left" in text
     assert text.endswith("the newest saved state is none")
+
+
+def test_options_become_training_arguments():
+    paths = ("model_name_or_path", "train_data_path", "frames_dir", "audio_dir", "eval_data_path")
+    options_for = functools.partial(TrainOptions, **dict.fromkeys(paths, "x"))
+    assert training_arguments(options_for(max_steps=0, device="cpu"), Path("out")).max_steps == -1
+    options = options_for(warmup_ratio=0.25, save_total_limit=1, device="cpu", optim="auto", report_to="none")
+    options.extra = {"lr_scheduler_type": "cosine", "weight_decay": "0.1", "dataloader_drop_last": "true"}
+    arguments = training_arguments(options, Path("out"))
+    assert arguments.get_warmup_steps(200) == 50
+    assert (arguments.lr_scheduler_type, arguments.weight_decay, arguments.dataloader_drop_last) == (
+        "cosine",
+        0.1,
+        True,
+    )
+    assert arguments.learning_rate == 2e-4 and arguments.gradient_accumulation_steps == 4
+    assert arguments.optim == "adamw_torch" and not arguments.bf16 and arguments.report_to == []

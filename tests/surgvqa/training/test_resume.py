@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import small
 from watched import Watched, assert_same_adapter
 
 from surgvqa.config.workspace import load_workspace
@@ -24,11 +23,6 @@ pytestmark = pytest.mark.model
 
 EPOCHS = {"eval_strategy": "epoch", "max_steps": 8, "learning_rate": 0.01}
 """Two epochs of four steps."""
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.build(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
@@ -98,7 +92,7 @@ def test_states_of_another_optimiser_are_told(four_steps, again):
 
 def test_another_number_of_samples_a_step_is_warned_of(four_steps, again):
     run = again(four_steps, max_steps=6, per_device_train_batch_size=2)
-    assert any("4 samples and had 2" in event["text"] for event in run.of("warning"))
+    assert any("4 samples, but had 2" in event["text"] for event in run.of("warning"))
 
 
 # --- what was cut short -----------------------------------------------------------------------------------------------
@@ -168,7 +162,7 @@ def test_an_error_between_steps_costs_no_step(world, tmp_path, monkeypatch):
     options.extra = {"dataloader_num_workers": "1", "dataloader_prefetch_factor": "1"}
     run = Watched(options, tmp_path / "runs")
     assert str(run.error) == "the frame is gone"
-    checkpoint, _ = checkpoints.newest_whole_checkpoint(run.output)
+    checkpoint, _ = checkpoints.newest_complete_checkpoint(run.output)
     assert int(checkpoint.name.partition("-")[2]) == max(run.losses()) >= 3
 
 
@@ -183,7 +177,7 @@ def test_steps_that_are_not_finite_leave_the_last_good_one(world, tmp_path, monk
 
     monkeypatch.setattr(EventTrainer, "compute_loss", compute_loss)
     run = Watched(world.train_options(max_steps=8, save_strategy="no"), tmp_path)
-    checkpoint, _ = checkpoints.newest_whole_checkpoint(run.output)
+    checkpoint, _ = checkpoints.newest_complete_checkpoint(run.output)
     assert "steps 4 to 6 are not finite" in str(run.error) and f"checkpoint: {checkpoint};" in str(run.error)
 
 
@@ -195,7 +189,7 @@ def test_going_back_needs_a_folder_of_its_own(four_steps, world, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(four_steps.output, output)
     back = {**four_steps.options, "resume": str(output / "checkpoint-2"), "save_total_limit": 1, "max_steps": 3}
-    with pytest.raises(UsageError, match=r"checkpoint-4: is of a later step than checkpoint-2.*output_dir"):
+    with pytest.raises(UsageError, match=r"checkpoint-4: is from a later step than checkpoint-2.*output_dir"):
         command.check(world.train_options(**back, output_dir=str(output)))
     other = world.train_options(**back, output_dir=str(tmp_path / "other"))
     command.check(other)
@@ -241,7 +235,7 @@ def test_a_moved_folder_still_has_its_best_state_and_a_lost_one_is_told(four_ste
     document = json.loads(state.read_text())
     state.write_text(json.dumps(document | {"best_global_step": 3, "best_metric": 0.001}))
     lost = Watched(world_options(four_steps, output_dir=str(moved), resume=str(moved)), tmp_path / "runs")
-    assert any("checkpoint-3, the best so far, is gone" in event["text"] for event in lost.of("warning"))
+    assert any("checkpoint-3, the best so far, is missing" in event["text"] for event in lost.of("warning"))
     assert lost.result["eval_loss"] != 0.001 and lost.result["best_checkpoint"] is None
 
 
@@ -278,9 +272,9 @@ def test_two_trainings_do_not_share_an_output_folder(world, tmp_path, monkeypatc
         assert other.stdout.readline() == "held\n"
         monkeypatch.setattr(results, "BUSY_S", 0.3)
         options = world.train_options(output_dir=str(output), max_steps=1)
-        with pytest.raises(UsageError, match="at work there"):
+        with pytest.raises(UsageError, match="working there"):
             command.check(options)
-        with Run.create(tmp_path / "runs", "train") as run, pytest.raises(UsageError, match="at work there"):
+        with Run.create(tmp_path / "runs", "train") as run, pytest.raises(UsageError, match="working there"):
             command.run(options, run)
         assert not list(output.iterdir())
         other.stdin.close()
@@ -310,11 +304,11 @@ def test_resume_goes_on_from_the_newest_state_however_often_it_failed_to_begin(f
     for name in ("20260101-000001-train-aaa", "20260101-000002-train-bbb", "last"):
         assert results.find(name, workspace).folder == output
     begun_and_ended(tmp_path / "runs", "20260101-000003-train-ccc", "--resume", str(output), "--learning_rate", "1e-5")
-    with pytest.raises(UsageError, match=r"had asked for --learning_rate 1e-5; name them again"):
+    with pytest.raises(UsageError, match=r"had the options --learning_rate 1e-5; give them again"):
         results.find("last", workspace)
     assert results.find("last", workspace, {"learning_rate"}).folder == output
     begun_and_ended(tmp_path / "runs", "20260101-000004-train-ddd", "--frames_dir", "nowhere")
-    with pytest.raises(UsageError, match="nothing to resume; start it anew"):
+    with pytest.raises(UsageError, match="nothing to resume; start it again"):
         results.find("last", workspace)
 
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from tui.content.facts import how_far, out_of_memory, time_left, waiting
+from tui.content.facts import how_far, money, out_of_memory, time_left, waiting
 from tui.follow import run_model
 from tui.follow.run_model import RunModel
 
@@ -48,3 +48,20 @@ def test_what_a_phase_has_done_is_not_what_the_training_has(monkeypatch):
     ended.feed([{"kind": "progress", "phase": "generate", "done": 9, "total": 9}, {"kind": "phase", "name": "score"}])
     ended.feed([{"kind": "finished", "state": "finished"}])
     assert how_far(SimpleNamespace(model=ended, active=False))[0] == 1
+
+
+def test_what_a_run_costs_now_and_at_its_end_where_a_price_is_known(monkeypatch):
+    monkeypatch.setattr(run_model.time, "time", lambda: 1803.0)
+    model = RunModel({"command": "train", "started": 3.0})
+    model.feed([{"kind": "metric", "t": 3.0 + 18 * n, "step": n, "total_steps": 200, "loss": 2.0} for n in range(101)])
+    rented = SimpleNamespace(model=model, active=True, target=SimpleNamespace(price_per_hour=2.0))
+    assert money(rented) == "$1.00, $2.00 at its end"
+    answers = {"kind": "answers", "step": 100, "label_accuracy": 0.75, "majority_accuracy": 0.5, "collapsed_types": []}
+    model.feed([answers])
+    assert money(rented) == "$1.00, $2.00 at its end, $0.04 a point above the majority"
+    model.feed([answers | {"label_accuracy": 0.5}])
+    assert money(rented) == "$1.00, $2.00 at its end, accuracy not above the majority"
+    model.feed([answers | {"majority_accuracy": None}])
+    assert money(rented) == "$1.00, $2.00 at its end"
+    rented.target.price_per_hour = None
+    assert money(rented) == ""

@@ -40,7 +40,7 @@ def test_the_model_goes_on_after_an_event_that_it_cannot_read():
         {"kind": "gpu", "t": 1.0, "process_bytes": [1]},
         {"kind": "metric", "t": 2.0, "step": 2, "loss": 1.0},
     ])  # fmt: skip
-    assert model.train.xs == [1, 2] and "progress" in model.damage
+    assert model.train.xs.tolist() == [1, 2] and "progress" in model.damage
 
 
 def test_the_speed_of_an_ended_run_is_that_of_the_whole_run():

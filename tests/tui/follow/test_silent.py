@@ -6,6 +6,7 @@ import time
 from panels import die, panel, settle, text, training
 
 from tui.screens.monitor import MonitorScreen
+from tui.widgets.run_list import RunList
 
 
 def grow_old(run, seconds: float) -> None:
@@ -26,9 +27,13 @@ async def test_a_run_without_news_is_silent_until_it_speaks(root):
         facts = text(app, "#facts")
         assert "no news for 1 min" in facts and "left" not in facts and "samples/s" not in facts
         assert app.screen.query_one("#gauge").has_class("-old")
+        await settle(pilot, lambda: text(app, "#busy") == "◌ train silent")
+        await settle(pilot, lambda: "◌" in str(app.screen.query_one(RunList).get_option_at_index(0).prompt))
         run.emit("metric", step=31, total_steps=100, loss=0.1, t=time.time())
         await settle(pilot, lambda: "● running" in text(app, "#facts"))
         await settle(pilot, lambda: not app.screen.query_one("#gauge").has_class("-old"))
+        await settle(pilot, lambda: text(app, "#busy") == "● train running")
+        await settle(pilot, lambda: "●" in str(app.screen.query_one(RunList).get_option_at_index(0).prompt))
 
 
 async def test_a_run_that_died_took_until_its_last_event(root):

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("textual")
 from surgvqa.config.workspace import load_workspace
-from tui.content import report
+from tui.content import report, scores
 from tui.follow.run_model import RunModel
 from tui.screens.merge import target_problems
 from tui.session import Session
@@ -81,7 +81,7 @@ def test_what_to_do_next_is_said() -> None:
 
 def test_types_of_different_counts_stand_below_each_other() -> None:
     types = {name: {"n": n, "keyword_accuracy": 0.5, "majority_accuracy": 0.5} for name, n in (("a", 8), ("b", 120))}
-    rows = report.evaluation({"by_type": types}, 100).plain.splitlines()[1:]
+    rows = scores.evaluation({"by_type": types}, 100).plain.splitlines()[1:]
     assert len({row.index("majority") for row in rows}) == 1
 
 

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import json
 
 import pytest
 from panels import SIZES, go, panel, settle, text, training
 from textual.events import AppBlur, AppFocus, Key
-from textual.widgets import Footer, Input
+from textual.widgets import Footer
 
 from surgvqa.config import workspace
 from surgvqa.errors import UsageError
@@ -22,9 +23,9 @@ async def test_letters_typed_into_a_field_are_not_keys(root):
     async with app.run_test(size=(120, 36)) as pilot:
         await go(app, pilot, "train")
         await pilot.press("enter")  # the first field is run_name
-        await settle(pilot, lambda: app.screen.query(Input) and app.screen.query_one(Input).has_focus)
+        await settle(pilot, lambda: app.screen.query(Editor) and app.screen.query_one(Editor).has_focus)
         await pilot.press(*"q1lx4", "enter")
-        await settle(pilot, lambda: app.screen.settings.edited and not app.screen.query(Input))
+        await settle(pilot, lambda: app.screen.settings.edited and not app.screen.query(Editor))
         assert app.is_running and app.current_mode == "train"
         field = app.screen.query_one("#field-run_name", Field)
         assert field.text == "q1lx4" and field.origin == "edited here"
@@ -54,7 +55,7 @@ async def test_moving_on_keeps_what_was_typed(root, key):
         await pilot.press("down", "enter", *"base")
         await pilot.press(key)
         await settle(pilot, lambda: app.screen.settings.edited == {"model_name_or_path": "base"})
-        await settle(pilot, lambda: not app.screen.query(Input))
+        await settle(pilot, lambda: not app.screen.query(Editor))
         assert app.screen.query_one("#field-model_name_or_path", Field).has_focus == (key == "shift+tab")
 
 
@@ -66,7 +67,7 @@ async def test_another_window_in_front_leaves_the_editor_open(root):
         app.post_message(AppBlur())
         await settle(pilot, lambda: not app.app_focus)
         app.post_message(AppFocus())
-        await settle(pilot, lambda: app.app_focus and app.screen.query_one(Input).has_focus)
+        await settle(pilot, lambda: app.app_focus and app.screen.query_one(Editor).has_focus)
         await pilot.press(*"f", "enter")
         await settle(pilot, lambda: app.screen.settings.edited == {"run_name": "half"})
 
@@ -92,8 +93,8 @@ async def test_a_bad_value_is_refused_in_place_and_stays_to_be_mended(root):
         await pilot.press("enter", "x", "enter")
         await settle(pilot, lambda: "whole number" in text(app, "#notice"))
         assert app.screen.settings.edited == {} and text(app, "#notice").count("num_frames") == 1
-        await settle(pilot, lambda: app.screen.query(Input))
-        assert app.screen.query_one(Input).value == "x"  # the text was selected: typing replaced it
+        await settle(pilot, lambda: app.screen.query(Editor))
+        assert app.screen.query_one(Editor).value == "x"  # the text was selected: typing replaced it
         await pilot.press("backspace", "6", "enter")
         await settle(pilot, lambda: app.screen.settings.edited == {"num_frames": "6"})
         await settle(pilot, lambda: text(app, "#notice") == "")
@@ -104,7 +105,7 @@ async def test_a_preset_is_shown_before_it_is_applied(root, size):
     app = panel(root)
     async with app.run_test(size=size) as pilot:
         await go(app, pilot, "train")
-        await pilot.press("f8")
+        await pilot.press("f9")
         await settle(pilot, lambda: "would change" in text(app, "#presets"))
         shown = text(app, "#presets")
         assert "would change" in shown and "8 → 6" in shown
@@ -113,7 +114,7 @@ async def test_a_preset_is_shown_before_it_is_applied(root, size):
         await pilot.press("escape")
         await settle(pilot, lambda: "would change" not in text(app, "#presets"))
         assert app.session.preset == "baseline-8f-512px"
-        await pilot.press("f8", "enter")
+        await pilot.press("f9", "enter")
         await settle(pilot, lambda: "oom-6f-384px" in text(app, "#where"))
         assert app.session.preset == "oom-6f-384px"
         assert app.screen.query_one("#field-num_frames", Field).text == "6"
@@ -196,6 +197,23 @@ async def test_the_prediction_is_as_wide_as_its_panel(root, size):
         await settle(pilot, lambda: "predicted of 28.5 GB" in text(app, "#memory"))
         for id in ("#memory", "#presets"):
             await settle(pilot, lambda id=id: len(text(app, id).splitlines()[1]) == app.screen.query_one(id).size.width)
+
+
+async def test_the_data_is_checked_beside_the_memory(root):
+    """As soon as the screen is there, and again by its key when the file has changed."""
+    sample = {"id": "q", "video_id": "v", "frames": ["v_1"], "question": "Is it?", "question_type": "t"}
+    (root / "train.jsonl").write_text(json.dumps(sample | {"answer": "It is.", "short_answer": "yes"}) + "\n")
+    (root / "surgvqa.toml").write_text('train_data_path = "train.jsonl"\n')
+    app = panel(root)
+    async with app.run_test(size=(120, 36)) as pilot:
+        await go(app, pilot, "train")
+        await settle(pilot, lambda: "✓ 1 samples" in text(app, "#data"))
+        assert "not looked at: frames and audio" in text(app, "#data")
+        memory, data = app.screen.query_one("#memory"), app.screen.query_one("#data")
+        assert memory.display and data.display and memory.region.x == data.region.x
+        (root / "train.jsonl").write_text("{")
+        await pilot.press("d")
+        await settle(pilot, lambda: "1 lines that are wrong" in text(app, "#data"))
 
 
 async def test_launch_is_refused_with_the_checks_own_line(root):

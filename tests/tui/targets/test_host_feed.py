@@ -30,7 +30,7 @@ class Port:
 def test_a_feed_that_fails_shows_why_and_goes_on_where_it_was(monkeypatch, error):
     begun = []
 
-    class Follower:
+    class RunEvents:
         def __init__(self, port, run, offsets):
             begun.append(dict(offsets))
             self.offsets = offsets
@@ -48,7 +48,7 @@ def test_a_feed_that_fails_shows_why_and_goes_on_where_it_was(monkeypatch, error
     import threading
 
     gate = threading.Event()
-    monkeypatch.setattr(host_feed, "Follower", Follower)
+    monkeypatch.setattr(host_feed, "RunEvents", RunEvents)
     monkeypatch.setattr(host_feed, "Port", Port)
     feed = HostFeed(types.SimpleNamespace(listed=None, ahead_s=0.0, look=lambda: None), "r")
     events = []

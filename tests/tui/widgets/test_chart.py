@@ -1,6 +1,7 @@
 """The braille chart, the bars and the run model: what is drawn, from numbers alone."""
 
 import math
+from array import array
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,8 @@ from tui.content.memory import memory_bar
 from tui.follow.run_model import Device, Progress, RunModel
 from tui.follow.series import Mark, Series
 from tui.targets.local import LocalTarget
-from tui.widgets.chart import Canvas, Chart, Column, decimate, log_ticks, nice_ticks, running_mean, tick_text
+from tui.widgets.canvas import Canvas, Column, decimate, log_ticks, nice_ticks, running_mean, tick_text
+from tui.widgets.chart import Chart
 from tui.widgets.form import PathSuggester
 from tui.words import bar, clip
 
@@ -80,7 +82,7 @@ def test_steps_that_are_done_again_replace_what_was_there():
     for step in (1, 2, 3, 4, 5):
         series.add(step, float(step))
     series.add(3, 30.0)  # resumed from the checkpoint of step 2
-    assert series.xs == [1, 2, 3] and series.ys == [1.0, 2.0, 30.0]
+    assert (series.xs.tolist(), series.ys.tolist()) == ([1, 2, 3], [1.0, 2.0, 30.0])
 
 
 # --- ticks -----------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def test_a_gap_stays_empty():
 
 
 def test_the_view_follows_until_the_user_zooms():
-    series = Series("train", "chart--train", xs=[float(i) for i in range(101)], ys=[1.0] * 101)
+    series = Series("train", "chart--train", xs=array("d", range(101)), ys=array("d", [1.0] * 101))
     chart = Chart([series])
     assert chart.window is None and chart.extent() == (0.0, 100.0)
     chart.zoom(0.5)

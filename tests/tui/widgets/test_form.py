@@ -3,13 +3,12 @@
 import pytest
 from panels import go, panel, settle, text
 from textual.events import Key, Paste
-from textual.widgets import Input
 
 from surgvqa.config.workspace import load_workspace
 from surgvqa.errors import UsageError
 from tui.dialogs.confirm import Confirm
 from tui.settings.settings import Settings
-from tui.widgets.form import Field
+from tui.widgets.form import Editor, Field
 
 
 @pytest.mark.parametrize(
@@ -39,7 +38,7 @@ async def test_typing_replaces_the_value_and_a_wrong_one_is_said_beside_it(root)
         field = app.screen.query_one("#field-max_steps", Field)
         field.focus()
         await pilot.press("enter")
-        await settle(pilot, lambda: app.screen.query(Input))
+        await settle(pilot, lambda: app.screen.query(Editor))
         assert "at least 1" in str(field.render())
         await pilot.press("0")
         await settle(pilot, lambda: "expected at least 1" in str(field.render()))

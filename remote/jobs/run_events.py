@@ -1,7 +1,8 @@
-"""Following a run on the host over connections that may break."""
+"""Follows a run on the host over connections that may break."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from typing import Any
 
 from remote.ssh.connection import Remote
 from remote.ssh.errors import Unreachable, not_understood
+from remote.ssh.patience import Patience
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs.events import EventTail
 from surgvqa.runs.reporter import Reporter
 
-BACKOFF_S = (1, 2, 4, 8, 15, 30)
 MAX_FILE = 1 << 40
 """Bytes that no log reaches."""
 
@@ -24,20 +25,19 @@ def _new_tail() -> EventTail:
 
 
 @dataclass
-class Follower:
+class RunEvents:
     """Events and log of one run, as they come, over any number of lost connections.
 
     Iterating yields the run's own events, and three more kinds: `log` {text, not cleaned}, `state` {state, run}, and
     `connection` {state: "unreachable" with since, text | "connected"}. It ends when the run has ended. An unreachable
-    host says nothing about the run: only the host itself says that a job has died.
+    host says nothing about the run: only the host itself says that a job has died. Raises what `patience` raises.
     """
 
     remote: Remote
     run: str
     offsets: dict[str, int] = field(default_factory=dict)
     """Bytes of events.jsonl and log.txt that were seen; give them back to go on later."""
-    give_up_s: float | None = None
-    """Raise after so long without the host; None: try for ever."""
+    patience: Patience = field(default_factory=lambda: Patience(math.inf))
     state: str = "unknown"
     unreachable_since: float | None = None
     outcome: dict[str, Any] = field(default_factory=dict)
@@ -45,12 +45,12 @@ class Follower:
     _tail: EventTail = field(default_factory=_new_tail)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        attempt = 0
         while True:
             try:
                 for message in self.remote.stream("follow", run=self.run, offsets=self.offsets):
-                    if self.unreachable_since is not None or attempt:
-                        self.unreachable_since, attempt = None, 0
+                    self.patience.answered()
+                    if self.unreachable_since is not None:
+                        self.unreachable_since = None
                         yield {"kind": "connection", "state": "connected"}
                     try:
                         events = list(self._events_of(message))
@@ -63,18 +63,11 @@ class Follower:
             except Unreachable as error:
                 self.remote.close()
                 self._tail = _new_tail()
-                now = time.time()
-                self.unreachable_since = self.unreachable_since or now
-                if self.give_up_s is not None and now - self.unreachable_since > self.give_up_s:
-                    raise
-                yield {
-                    "kind": "connection",
-                    "state": "unreachable",
-                    "since": self.unreachable_since,
-                    "text": str(error),
-                }
-                time.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
-                attempt += 1
+                pause = self.patience.next_pause_s(error)
+                self.unreachable_since = self.unreachable_since or time.time()
+                away = {"state": "unreachable", "since": self.unreachable_since, "text": str(error)}
+                yield {"kind": "connection", **away}
+                time.sleep(pause)
 
     def _events_of(self, message: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if "finished" in message:
@@ -105,14 +98,14 @@ class Follower:
 
 def wait(remote: Remote, run_id: str, run: Reporter) -> dict[str, Any]:
     """Follows a run on the host until it ends, passing its phases and progress on. Raises when it failed."""
-    follower, failure = Follower(remote, run_id, give_up_s=600), ""
-    for event in follower:
+    events, failure = RunEvents(remote, run_id, patience=remote.patience), ""
+    for event in events:
         kind = event["kind"]
         if kind in ("phase", "progress", "warning"):
             run.emit(kind, **{k: v for k, v in event.items() if k not in ("v", "t", "kind")})
         elif kind == "error":
             failure = event["text"]
-    finished = follower.outcome.get("finished") or {}
-    if follower.state != "finished" or finished.get("exit_code"):
-        raise SurgvqaError(f"{remote.host.name}: {run_id} {follower.state}: {failure or 'see its log'}")
-    return {"run": run_id, "state": follower.state, **(finished.get("result") or {})}
+    finished = events.outcome.get("finished") or {}
+    if events.state != "finished" or finished.get("exit_code"):
+        raise SurgvqaError(f"{remote.host.name}: {run_id} {events.state}: {failure or 'see its log'}")
+    return {"run": run_id, "state": events.state, **(finished.get("result") or {})}

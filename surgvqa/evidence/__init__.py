@@ -1,0 +1,1 @@
+"""`surgvqa evidence` and `publish`: packs, checks and uploads the evidence for a result."""

@@ -1,0 +1,1 @@
+"""Prepares data for training and evaluation. No torch; numpy only for speech."""

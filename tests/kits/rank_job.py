@@ -1,0 +1,51 @@
+"""`surgvqa train` whose ranks are disturbed: `torchrun --nproc_per_node=2 tests/kits/rank_job.py train …`, or
+`python tests/kits/rank_job.py train --gpus 2 …`.
+
+RANK_JOB holds JSON: {"out_of_memory": [rank, call], "kill": [rank, step], "stop": …, "freeze": …}. A call is one of the
+model's forward passes; the others happen as the step ends.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+def disturb(plan: dict) -> None:
+    """On the rank that each entry names."""
+    import torch
+    from watched import ERROR
+
+    from surgvqa.training.trainer import EventTrainer
+
+    rank, calls = int(os.environ["RANK"]), 0
+    forward, ended = EventTrainer.compute_loss, EventTrainer.end_of_step
+
+    def compute_loss(trainer, *arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        found = forward(trainer, *arguments, **keywords)
+        if plan.get("out_of_memory") == [rank, calls]:
+            raise torch.OutOfMemoryError(ERROR)
+        return found
+
+    def end_of_step(trainer):
+        for name, number in (("kill", signal.SIGKILL), ("stop", signal.SIGTERM), ("freeze", signal.SIGSTOP)):
+            if plan.get(name) == [rank, trainer.state.global_step]:
+                os.kill(os.getpid(), number)
+        ended(trainer)
+
+    EventTrainer.compute_loss, EventTrainer.end_of_step = compute_loss, end_of_step
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    from surgvqa.cli import ranks
+    from surgvqa.cli.main import main
+
+    if "RANK" in os.environ:
+        disturb(json.loads(os.environ["RANK_JOB"]))
+    else:
+        ranks.PROGRAM = (__file__,)
+    sys.exit(main())

@@ -1,0 +1,1 @@
+from renting_kit import home  # noqa: F401
