@@ -42,7 +42,7 @@ def die(run: folder.Run) -> None:
     (run.folder / "run.json").write_text(json.dumps({**info, "identity": "gone"}))
 
 
-async def settle(pilot, condition, seconds: float = 15.0) -> None:
+async def settle(pilot, condition, seconds: float = 60.0) -> None:
     """Waits for what the next ticks will bring."""
     deadline = time.monotonic() + seconds
     while not condition():
