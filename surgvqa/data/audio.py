@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from pathlib import Path
@@ -20,6 +21,8 @@ RATES = range(1_000, 768_001)
 """Plausible sample rates of a recording, in Hz."""
 QUIET_DB = 60.0
 """Sound this far below the loudest moment of a recording is not speech."""
+LOUDNESS_FRAME, LOUDNESS_HOP, INAUDIBLE = 2048, 512, 1e-5
+"""Samples of a frame and between frames, and the amplitude below which all is equally silent: librosa's defaults."""
 
 
 def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
@@ -65,11 +68,29 @@ def _require_rate(path: str) -> None:
 
 
 def _decode(path: str) -> np.ndarray:
-    import librosa  # imported here, because it takes 2 s and a run with a full feature cache decodes nothing
+    """What `librosa.load(path, sr=SAMPLE_RATE, mono=True)` returns, bit for bit.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about the backend that it uses instead
-        return librosa.load(path, sr=SAMPLE_RATE, mono=True)[0]
+    librosa itself decodes only formats unknown to libsndfile (m4a, through ffmpeg): on a new machine its first import
+    compiles for 12 s, in every data loader's worker at once, and each later one takes 2 s.
+    """
+    import soundfile
+    import soxr
+
+    try:
+        with soundfile.SoundFile(path) as file:  # soundfile.read seeks first, after which an MP3 decodes differently
+            sound, rate = file.read(dtype="float32", always_2d=True), file.samplerate
+    except soundfile.LibsndfileError:
+        import librosa
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings about the backend that it uses instead
+            return librosa.load(path, sr=SAMPLE_RATE, mono=True)[0]
+    waveform = np.mean(sound.T, axis=0) if sound.shape[1] > 1 else sound[:, 0]
+    if rate == SAMPLE_RATE or not waveform.size or not np.isfinite(waveform).all():
+        return waveform
+    length = math.ceil(len(waveform) * (float(SAMPLE_RATE) / rate))
+    resampled = soxr.resample(waveform, rate, SAMPLE_RATE, quality="soxr_hq")[:length]
+    return np.pad(resampled, (0, length - len(resampled)))
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float | None:
@@ -85,12 +106,15 @@ def audio_seconds(path: str | os.PathLike[str]) -> float | None:
 def question_end_s(waveform: np.ndarray) -> float:
     """Seconds from the beginning of the recording to the end of speech.
 
-    That is the last moment within 60 dB of the loudest one (librosa.effects.trim), so a noisy recording is not cut.
+    That is the last moment within 60 dB of the loudest one, as librosa.effects.trim finds it, so a noisy recording is
+    not cut: the end of the last of the hops whose frame is that loud (root mean square of LOUDNESS_FRAME samples around
+    the hop's beginning, zeros outside of the recording).
     """
-    import librosa
-
-    _, (_, end) = librosa.effects.trim(waveform, top_db=QUIET_DB)
-    return float(end) / SAMPLE_RATE
+    around = np.pad(waveform, LOUDNESS_FRAME // 2)
+    frames = np.lib.stride_tricks.sliding_window_view(around, LOUDNESS_FRAME)[::LOUDNESS_HOP]
+    power = np.maximum(np.mean(np.square(frames), axis=1), INAUDIBLE**2)
+    loud = np.flatnonzero(10 * np.log10(power / power.max()) > -QUIET_DB)
+    return min(len(waveform), (int(loud[-1]) + 1) * LOUDNESS_HOP) / SAMPLE_RATE
 
 
 def audio_features(waveform: np.ndarray, feature_extractor: WhisperFeatureExtractor, positions: int) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Sound at 16 kHz, and what broken files are told."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -7,7 +10,7 @@ from surgvqa.errors import UsageError
 
 Image = pytest.importorskip("PIL.Image")
 soundfile = pytest.importorskip("soundfile")
-from surgvqa.data.audio import load_audio  # noqa: E402
+from surgvqa.data.audio import QUIET_DB, load_audio, question_end_s  # noqa: E402
 from surgvqa.data.audio_tokens import SAMPLE_RATE  # noqa: E402
 
 
@@ -58,3 +61,34 @@ def test_broken_sound_is_named_and_never_silence(tmp_path):
     ]:
         with pytest.raises(UsageError, match=rf"audio .*/{name} {told}"):
             load_audio(tmp_path / name)
+
+
+def speech(seconds: float, rate: int, quiet: float) -> np.ndarray:
+    """Noise of changing loudness with a quiet end."""
+    noise = np.random.default_rng(7).standard_normal((int(seconds * rate), 2)) * 0.2
+    noise[int(0.6 * seconds * rate) :] *= quiet
+    return noise
+
+
+@pytest.mark.model  # no model, but librosa, which takes seconds to import
+@pytest.mark.parametrize("name", ["q.wav", "q.flac", "q.ogg", "q.mp3"])
+@pytest.mark.parametrize(("rate", "seconds", "quiet"), [(16_000, 1.0, 1e-4), (24_000, 2.3, 0.0), (44_100, 0.7, 1e-2)])
+def test_the_sound_and_its_end_are_librosas(tmp_path, name, rate, seconds, quiet):
+    """The mission's script heard through librosa; so must we, to the last bit."""
+    librosa = pytest.importorskip("librosa")
+    soundfile.write(tmp_path / name, speech(seconds, rate, quiet), rate)
+    expected, _ = librosa.load(tmp_path / name, sr=SAMPLE_RATE, mono=True)
+    heard = load_audio(tmp_path / name)
+    np.testing.assert_array_equal(heard, expected)
+    _, (_, end) = librosa.effects.trim(expected, top_db=QUIET_DB)
+    assert question_end_s(heard) == end / SAMPLE_RATE
+
+
+def test_hearing_a_known_format_does_not_import_librosa(tmp_path):
+    """On a new machine its import compiles for 12 s, in each worker."""
+    soundfile.write(tmp_path / "q.mp3", tone(1.0, 24_000), 24_000)
+    program = (
+        "import sys; from surgvqa.data.audio import load_audio, question_end_s; "
+        "assert question_end_s(load_audio(sys.argv[1])) > 0.9; sys.exit('librosa' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "q.mp3")]).returncode == 0
