@@ -140,6 +140,7 @@ def configuration(case: Case, sizes: Sizes, kernel: str = "flash") -> predict.Co
         eight_bit=case.optimiser == "8-bit",
         checkpointed_layers=None if case.checkpointed is None else min(case.checkpointed, sizes.num_hidden_layers),
         supervised_tokens=clip.tokens - 1 if case.full_logits else None,
+        last_layer_whole=case.full_logits,
         padded=case.generates and case.batch > 1,
         attention=kernel,
         cached_features=case.cached,

@@ -85,11 +85,11 @@ def _decode(path: str) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about the backend that it uses instead
             return librosa.load(path, sr=SAMPLE_RATE, mono=True)[0]
-    waveform = np.mean(sound.T, axis=0) if sound.shape[1] > 1 else sound[:, 0]
+    waveform: np.ndarray = np.mean(sound.T, axis=0) if sound.shape[1] > 1 else sound[:, 0]
     if rate == SAMPLE_RATE or not waveform.size or not np.isfinite(waveform).all():
         return waveform
     length = math.ceil(len(waveform) * (float(SAMPLE_RATE) / rate))
-    resampled = soxr.resample(waveform, rate, SAMPLE_RATE, quality="soxr_hq")[:length]
+    resampled: np.ndarray = soxr.resample(waveform, rate, SAMPLE_RATE, quality="soxr_hq")[:length]
     return np.pad(resampled, (0, length - len(resampled)))
 
 

@@ -49,6 +49,8 @@ class Configuration:
     """How many layers, from the first on, recompute (None: all)."""
     supervised_tokens: int | None = None
     """Positions of a sample with a label (None: those of the answer). Logits exist only there."""
+    last_layer_whole: bool = False
+    """The last layer is computed at all positions, also where a single sample's answer is all that is read."""
     padded: bool = False
     """The samples of a batch differ in length, so attention uses a mask and torch's memory-efficient kernel."""
     attention: str = "flash"
@@ -72,6 +74,11 @@ class Configuration:
         """Tokens in a batch, including padding."""
         bucket = LENGTH_BUCKET if self.compiled else 1
         return self.batch * -(-self.clip.tokens // bucket) * bucket
+
+    @property
+    def reads_few(self) -> bool:
+        """Whether the last layer is computed only at the answer: each micro step has a single sample."""
+        return self.batch == 1 and not self.last_layer_whole
 
     @property
     def casts(self) -> bool:
@@ -103,6 +110,18 @@ def layer_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[st
     `targeted`: names of its modules with LoRA.
     """
     return (_compiled_tensors if c.compiled else _plain_tensors)(sizes, c, targeted)
+
+
+def last_layer_tensors(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:
+    """{tensor: bytes per token} that the last layer keeps where it is computed at the answer alone (last_layer.py).
+
+    It is not compiled. Of its tensors for all positions there are the norm's and those of keys and values.
+    """
+    kept = _plain_tensors(sizes, c, targeted)
+    of_all = ("norm 1", "norm 1 output", "k", "v")
+    return {
+        n: size for n, size in kept.items() if n in of_all or n.startswith(("self_attn.k_proj", "self_attn.v_proj"))
+    }
 
 
 def temporaries(sizes: Sizes, c: Configuration, targeted: set[str]) -> dict[str, float]:

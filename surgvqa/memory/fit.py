@@ -69,7 +69,10 @@ def choices(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
     at_answer = c.supervised_tokens is None
     without: dict[str, tuple[bool, dict[str, Any]]] = {
-        "logits at the answer only": (at_answer, {"supervised_tokens": c.clip.tokens}),
+        "logits at the answer only": (
+            at_answer,
+            {"supervised_tokens": c.clip.tokens, "last_layer_whole": True},
+        ),
         "frames and questions encoded once, the encoders off the GPU": (
             c.cached_features and not c.encoders_resident,
             {"cached_features": False, "encoders_resident": True},

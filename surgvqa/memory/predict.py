@@ -22,7 +22,16 @@ from typing import Any
 
 from surgvqa.config.options import DataOptions, LoraOptions, TrainOptions
 from surgvqa.config.settings import settings_of
-from surgvqa.memory.activations import FP32, MIB, Configuration, block, encoder_temporaries, layer_tensors, temporaries
+from surgvqa.memory.activations import (
+    FP32,
+    MIB,
+    Configuration,
+    block,
+    encoder_temporaries,
+    last_layer_tensors,
+    layer_tensors,
+    temporaries,
+)
 from surgvqa.memory.clip import clip_of
 from surgvqa.model.sizes import BF16, Sizes, checkpoint_sizes
 
@@ -181,8 +190,10 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
 
     weights = weights or sizes.weights()
     tokens, h = c.tokens, sizes.hidden_size
-    layers, recomputing = sizes.num_hidden_layers, c.recomputing(sizes)
-    kept_layers = layers - recomputing
+    layers = sizes.num_hidden_layers
+    whole = layers - c.reads_few  # layers that are computed at all positions
+    recomputing = min(c.recomputing(sizes), whole)
+    kept_layers = whole - recomputing
     targets = sizes.lora_targets(c.lora.lora_target_modules)
     trained = adapter_tensors(sizes, c.lora)
     adapters = sum(size(n * c.adapter_bytes) for n in trained)
@@ -224,11 +235,15 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
         resident["attention mask"] = (1 + BF16) * c.batch * c.clip.tokens**2
 
     saved: Counter[str] = Counter({"checkpoints": recomputing * hidden})
-    kept = sum((kept_by(layer) for layer in range(recomputing, layers)), 0.0)
+    kept = sum((kept_by(layer) for layer in range(recomputing, whole)), 0.0)
     saved["activations kept"] = kept  # type: ignore[assignment]  # Counter knows only int
+    read = saved.copy()  # also what the last layer keeps, and from the answer's gradients on again without it
+    if c.reads_few:
+        few = last_layer_tensors(sizes, c, targeted(layers - 1))
+        read["activations kept"] += sum(size(n * tokens) for n in few.values())
     labels = c.batch * (c.clip.answer_tokens if c.supervised_tokens is None else c.supervised_tokens)
     logits = sizes.vocab_size * labels
-    last = layers - 1
+    last = whole - 1
 
     phases: dict[str, Counter[str]] = {}
     phases["encode"] = Counter({"encoders' temporaries": 0 if c.cached_features else encoder_temporaries(sizes, c)})
@@ -239,16 +254,19 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
             "layer temporaries": temporary("forward", last) + (0 if recomputing or c.compiled else hidden),
         }
     )
-    phases["loss"] = saved + Counter(
+    # The norm's float32 copy: of the last layer where that reads few positions, else of the final norm.
+    phases["loss"] = read + Counter(
         {
             "bf16 copies of adapters": autocast * recomputing / layers,
             "layer temporaries": size(FP32 * h * tokens) + 2 * hidden,
             "logits and loss": (BF16 + 2 * FP32) * logits + BF16 * h * labels,
         }
     )
-    phases["loss backward"] = saved + Counter(
+    phases["loss backward"] = read + Counter(
         {"layer temporaries": size(FP32 * h * tokens), "logits and loss": 3 * FP32 * logits + BF16 * h * labels}
     )
+    if c.reads_few:  # in the backward pass of its norm, in float32; traced in tests/surgvqa/memory/test_activations.py
+        phases["backward (last layer)"] = saved + Counter({"layer temporaries": 13 * hidden})
     if kept_layers:
         phases["backward (kept)"] = saved + Counter({"layer temporaries": temporary("backward", last)})
     if recomputing:

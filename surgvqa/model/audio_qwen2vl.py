@@ -20,6 +20,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import can_return_tuple
 
 from surgvqa.errors import SurgvqaError
+from surgvqa.model.last_layer import can_read_at, reading_at
 from surgvqa.model.transformers_internals import (
     attention_of,
     is_flash_attention_requested,
@@ -67,18 +68,17 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         If the table is on the host, the row of each distinct token is copied once; nearly all tokens are pads, which
         features replace. `host_ids`: see `forward`.
         """
-        table = self.get_input_embeddings()
+        table: Any = self.get_input_embeddings()
         if table.weight.device == input_ids.device:
             return table(input_ids)
         tokens, places = np.unique(_on_host(input_ids, host_ids), return_inverse=True)
-        rows = table(torch.from_numpy(tokens))
-
-        def sent(
-            tensor: Tensor,
-        ) -> Tensor:  # from pinned memory; otherwise the copy would wait for all queued work of the GPU
-            return tensor.pin_memory().to(input_ids.device, non_blocking=True)
-
-        return F.embedding(sent(torch.from_numpy(places.reshape(input_ids.shape))), sent(rows))
+        trained = table.weight.requires_grad
+        rows = table(torch.from_numpy(tokens)).pin_memory() if trained else rows_of(table.weight, tokens, pinned=True)
+        numbers = torch.from_numpy(places.reshape(input_ids.shape)).pin_memory()
+        # From pinned memory; otherwise the copies would wait for all queued work of the GPU.
+        return F.embedding(
+            numbers.to(input_ids.device, non_blocking=True), rows.to(input_ids.device, non_blocking=True)
+        )
 
     # --- the encoders ------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,8 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         [B * L] whose next token has a label.
 
         Returns without labels: logits [B, L, vocabulary], or those of the last `logits_to_keep` positions, or
-        [S, vocabulary] at the positions `read_at` int64 [S] of the flattened [B * L]. With labels: logits
+        [S, vocabulary] at the positions `read_at` int64 [S] of the flattened [B * L], in their order (the last layer
+        then leaves out all others, if there is one in each row: last_layer.py). With labels: logits
         [S, vocabulary] of the S supervised positions only (the others need most of the memory of a long prompt), and
         the mean of their cross-entropy or, given `num_items_in_batch` (supervised tokens of the whole accumulation
         window), its sum divided by that.
@@ -176,24 +177,31 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
                 kwargs |= {"max_length_q": max_length, "max_length_k": max_length}
             else:
                 position_ids = _with_text_positions(position_ids, cu_seq_lens)
-        outputs = self.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache if labels is None and cu_seq_lens is None else False,
-            **kwargs,
-        )
+        if labels is not None and supervised is None:
+            supervised = F.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
+        read = read_at if labels is None else supervised
+        layers = self.model.language_model.layers
+        # A mask [B, L] may have padding on the left, where causal attention looks.
+        unmasked = cu_seq_lens is None and not past and not isinstance(attention_mask, Tensor)
+        rows, length = input_ids.shape
+        alone = unmasked and can_read_at(layers, read, rows, length, one_each=labels is None)
+        with reading_at(layers, read if alone else None):
+            outputs = self.model.language_model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache if labels is None and cu_seq_lens is None else False,
+                **kwargs,
+            )
         hidden, loss = outputs.last_hidden_state, None
-        if labels is None and read_at is not None:
-            logits = self.lm_head(hidden.flatten(0, 1)[read_at])
-        elif labels is None:
+        if read is not None:
+            logits = self.lm_head(hidden.flatten(0, 1) if alone else hidden.flatten(0, 1)[read])
+        else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        else:
-            if supervised is None:
-                supervised = F.pad(labels[:, 1:] != IGNORED, (0, 1)).flatten().nonzero()[:, 0]
-            logits = self.lm_head(hidden.flatten(0, 1)[supervised])
+        if labels is not None:
+            assert supervised is not None
             loss = F.cross_entropy(logits.float(), labels.flatten()[supervised + 1], reduction="sum")
             loss = loss / (max(len(supervised), 1) if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
@@ -303,6 +311,16 @@ share_weight_names("Qwen2VLForConditionalGeneration", AudioQwen2VLForConditional
 
 def _on_host(input_ids: Tensor, host_ids: np.ndarray | None) -> np.ndarray:
     return input_ids.numpy(force=True) if host_ids is None else host_ids
+
+
+def rows_of(weight: Tensor, numbers: np.ndarray, pinned: bool) -> Tensor:
+    """These rows of the frozen `weight` [N, width], which is on the host, in pinned memory if asked.
+
+    By numpy, because torch would divide the 0.5 MB between threads, which data loaders keep waiting for a core.
+    """
+    rows = torch.empty(len(numbers), weight.shape[1], dtype=weight.dtype, pin_memory=pinned)
+    rows.view(torch.uint8).numpy()[:] = weight.detach().view(torch.uint8).numpy()[numbers]
+    return rows
 
 
 def _fill(embeds: Tensor, places: Tensor, features: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.vision_utils import get_vision_position_ids
 
 __all__ = [
+    "apply_rotary_pos_emb",
     "attention_of",
     "get_vision_position_ids",
     "is_flash_attention_requested",

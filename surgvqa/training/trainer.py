@@ -22,6 +22,7 @@ from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, results
 from surgvqa.training.answers import HeldOut, LossByType
 from surgvqa.training.batches import BatchTrainer
+from surgvqa.training.bitsandbytes_internals import without_waiting
 from surgvqa.training.random_state import random_state, set_random_state
 from surgvqa.training.rollback import OptimizerSnapshot
 from surgvqa.training.sharding import remaining
@@ -175,10 +176,11 @@ class EventTrainer(BatchTrainer):
 
         def guarded(optimizer: torch.optim.Optimizer, *arguments: Any, **keywords: Any) -> Any:
             nonlocal tried
-            if tried:
-                return step(*arguments, **keywords)
-            tried = True
-            return self._first_optimizer_step(optimizer, lambda: step(*arguments, **keywords))
+            with without_waiting(optimizer):
+                if tried:
+                    return step(*arguments, **keywords)
+                tried = True
+                return self._first_optimizer_step(optimizer, lambda: step(*arguments, **keywords))
 
         method = MethodType(guarded, self.optimizer)  # a method, because schedulers wrap it
         self.optimizer.step = method  # type: ignore[method-assign]  # on purpose

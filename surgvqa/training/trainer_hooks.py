@@ -55,6 +55,13 @@ class HookedTrainer(Trainer):
         if not self.model_accepts_loss_kwargs:
             raise SurgvqaError("the model does not accept num_items_in_batch: gradients would be scaled wrongly")
         self.model.train = MethodType(_train, self.model)  # type: ignore[method-assign]  # on purpose
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.zero_grad = self._zero_grad  # type: ignore[method-assign]  # on purpose
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, without visiting all 3,000 modules (10 ms, in which the GPU is idle)."""
+        for parameter in self.trained:
+            parameter.grad = None
 
     @property
     def folder(self) -> Path:
@@ -148,6 +155,10 @@ class HookedTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: Any) -> Any:
         return self.tokens_of_all(batch_samples, super()._get_num_items_in_batch(batch_samples, device))
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clips the gradients of the trained parameters. Trainer would visit all modules for them."""
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

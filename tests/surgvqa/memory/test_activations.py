@@ -65,8 +65,11 @@ def trace_step(sizes, c, monkeypatch):
     from transformers.initialization import no_init_weights
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
+    from surgvqa.model.last_layer import reading_at
+
     def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        assert attn_mask is None
+        if attn_mask is not None:  # of the last layer, for the few positions that are read
+            return torch.softmax(q @ k.mT, -1) @ v
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -115,7 +118,8 @@ def trace_step(sizes, c, monkeypatch):
             targets = torch.zeros(c.batch * labels, dtype=torch.long)
 
             def micro_step():
-                with torch.autocast("cpu", torch.bfloat16):
+                read_at = torch.arange(tokens - labels, tokens) if c.reads_few else None
+                with torch.autocast("cpu", torch.bfloat16), reading_at(lm.layers, read_at):
                     hidden = lm(inputs_embeds=base + projector, position_ids=positions).last_hidden_state
                     logits = head(hidden[:, -labels:].flatten(0, 1))
                     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -143,6 +147,7 @@ ACTIVATIONS = {"checkpoints", "activations kept", "recomputed layer", "layer tem
         (3, 0.0, True, 4, 12, 1),
         (3, 0.0, False, 4, 12, 1),
         (3, 0.05, True, 4, 1000, 1),
+        (3, 0.05, False, 4, 700, 2),
         (3, 0.05, False, 4, 12, 2),
         (1, 0.05, True, 4, 12, 1),
         (1, 0.05, False, 4, 12, 1),
@@ -164,6 +169,7 @@ def test_activations_are_those_of_upstreams_layers(
         casts_lora_inputs=casts,
         checkpointed_layers=recomputing,
         supervised_tokens=labels,
+        last_layer_whole=labels > 100,
         cached_features=True,
         expandable_segments=True,
     )

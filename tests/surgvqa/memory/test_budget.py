@@ -27,7 +27,7 @@ def test_budget_says_yes_and_no(capsys):
 
 
 def test_budget_drawn_fits_80_columns_and_says_what_to_change(capsys):
-    assert main.main(["budget", "--gradient_checkpointing", "false"]) == 1
+    assert main.main(["budget", "--gradient_checkpointing", "false", "--budget_gb", "27"]) == 1
     drawn = capsys.readouterr().out
     assert max(map(len, drawn.splitlines())) <= 80
     assert "does not fit" in drawn

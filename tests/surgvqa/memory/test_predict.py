@@ -18,8 +18,10 @@ REAL = Sizes()
 
 
 def plain(**overrides):
-    """The old way of running: encoders in each step, no compilation, PEFT's casts; 8 frames at 512 px."""
-    old = dict(cached_features=False, encoders_resident=True, compiled=False, casts_lora_inputs=True)
+    """The old way of running: encoders in each step, no compilation, PEFT's casts; 8 frames at 512 px. The last layer
+    is computed everywhere, as it was when the memory was measured."""
+    old = dict(cached_features=False, encoders_resident=True, compiled=False, casts_lora_inputs=True,
+               last_layer_whole=True)  # fmt: skip
     return predict.configuration(REAL, DataOptions(), **(old | overrides))
 
 

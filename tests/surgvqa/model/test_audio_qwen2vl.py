@@ -1,5 +1,6 @@
 """The model's arithmetic on a tiny random checkpoint of the real architecture, in the author's format."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -22,6 +23,7 @@ from tiny_model import (  # noqa: E402
 from surgvqa.errors import SurgvqaError  # noqa: E402
 from surgvqa.model import layers  # noqa: E402
 from surgvqa.model.adapter import add_lora  # noqa: E402
+from surgvqa.model.audio_qwen2vl import rows_of  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -243,3 +245,13 @@ def test_an_encoder_that_is_unfrozen_learns(model):
     assert model.audio_encoder.training and not model.model.visual.training
     found = gradients(model, sample(1))
     assert found and all(name.startswith("audio_encoder.layers.1.") for name in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_the_token_embeddings_are_the_tables(dtype):
+    weight = torch.randn(50, 24).to(dtype)
+    numbers = np.array([3, 49, 0])
+    rows = rows_of(weight, numbers, pinned=False)
+    assert rows.dtype == dtype and torch.equal(rows, weight[numbers])
+    with pytest.raises(IndexError):
+        rows_of(weight, np.array([50]), pinned=False)

@@ -200,6 +200,13 @@ def test_without_casts_a_lora_matrix_sees_its_input_as_it_came(adapted):
     assert torch.equal(cast, bare)
 
 
+def test_rotary_positions_are_applied_to_queries_and_keys_as_the_last_layer_asks_for_it():
+    assert parameters(transformers_internals.apply_rotary_pos_emb)[:4] == ["q", "k", "cos", "sin"]
+    x, angle = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[0.5, 0.5]]])
+    queries, keys = transformers_internals.apply_rotary_pos_emb(x, 2 * x, angle.cos(), angle.sin())
+    assert torch.allclose(queries, torch.tensor([[[[0.87758, 0.47943]]]])) and torch.allclose(keys, 2 * queries)
+
+
 def test_the_vision_tower_takes_the_sizes_that_it_would_ask_the_gpu_for():
     from transformers.utils.generic import get_max_seqlen
     from transformers.vision_utils import get_vision_cu_seqlens

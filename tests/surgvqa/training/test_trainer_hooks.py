@@ -21,6 +21,7 @@ SIGNATURES = {
     "_move_model_to_device": ["self", "model", "device"],
     "_prepare_inputs": ["self", "inputs"],
     "_get_num_items_in_batch": ["self", "batch_samples", "device"],
+    "_clip_grad_norm": ["self", "model"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_get_learning_rate": ["self"],
     "_evaluate": ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"],
