@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
+from surgvqa.model.last_layer import KERNELS
 from surgvqa.model.transformers_internals import attention_of, register_attention, set_attention
 
 STEP_ATTENTION = "surgvqa_grouped"
@@ -24,8 +25,6 @@ LENGTHS = 64
 """Prompts are padded to a multiple of this, so that few lengths occur; kernels are chosen for each length."""
 ROOM_MULTIPLE = 64
 """The capacity of a row in tokens is a multiple of this, because kernels need a mask with aligned rows."""
-STEP_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Kernels for steps. The others take no mask or, like cuDNN's, make a new plan for each shape."""
 
 
 def grouped_attention(
@@ -46,7 +45,7 @@ def grouped_attention(
     batch, heads, _, size = query.shape
     groups = key.shape[1]
     shared = query.reshape(batch, groups, heads // groups, size)
-    with sdpa_kernel(STEP_KERNELS):
+    with sdpa_kernel(KERNELS):
         found = F.scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
     return found.reshape(batch, 1, heads, size), None
 

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from surgvqa.model.transformers_internals import apply_rotary_pos_emb
 
 FEW = 4
 """Positions are few if they are at most this fraction of all: 1/FEW."""
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention kernels that take a mask and any number of queries. cuDNN's makes a new plan for each number: 110 ms."""
 
 
 class _LastLayer:
@@ -70,7 +73,8 @@ def _attention(queries: Tensor, keys: Tensor, values: Tensor, there_of: Tensor, 
     shared = queries.reshape(batch, groups, heads // groups * number, size)
     seen = torch.arange(length, device=keys.device) <= there_of[:, :, None]
     mask = seen[:, None].repeat(1, 1, heads // groups, 1)
-    found = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scale)
+    with sdpa_kernel(KERNELS):
+        found = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scale)
     return found.reshape(batch, heads, number, size).transpose(1, 2).reshape(batch, number, heads * size)
 
 
