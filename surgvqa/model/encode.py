@@ -28,12 +28,15 @@ from surgvqa.data.processors import Processors
 from surgvqa.errors import SurgvqaError
 from surgvqa.machine.process import usable_cores
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
+from surgvqa.model.vision import fused_elementwise
 from surgvqa.runs.folder import Run
 from surgvqa.runs.ranks import Ranks
 
 PATCHES_AT_ONCE = 16_384
 """Vision patches per encoder call: 14 frames at 512 px. More is not faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
+FRAMES_TO_COMPILE_FOR = 1_000
+"""New frames for which compiling parts of the vision tower saves more time than it takes."""
 ITEMS_PER_WORKER, DECODED_AHEAD = 16, 4
 """Frames or questions for which another worker process is worth its start; and how many of them each worker decodes
 ahead of the encoder, at most."""
@@ -117,7 +120,9 @@ def fill_cache(
     heard = [path for path, _ in new_sounds.values()]
     decoded_frames = _decode_ahead(_Frames(shown, processors, model.dtype), model.device)
     decoded_sounds = _decode_ahead(_Sounds(heard, processors, model.dtype), model.device)
-    with _all_ranks_or_none(ranks), torch.no_grad():
+    worth_compiling = model.device.type == "cuda" and len(new_frames) >= FRAMES_TO_COMPILE_FOR
+    fused = fused_elementwise(model.model.visual) if worth_compiling else contextlib.nullcontext()
+    with _all_ranks_or_none(ranks), torch.no_grad(), fused:
         frames_encoded = _encoded_frames(model, new_frames, decoded_frames)
         sounds_encoded = _encoded_sounds(model, new_sounds, decoded_sounds)
         for count in _write_behind(chain(frames_encoded, sounds_encoded), store):

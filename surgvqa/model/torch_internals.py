@@ -16,6 +16,7 @@ silently give the backward pass other masks:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def configure_compiler(*, recompute_cheap: bool) -> None:
     torch._dynamo.config.recompile_limit = 32
     torch._functorch.config.aggressive_recomputation = recompute_cheap
     keep_dropout_seeds()
+
+
+def fused(function: Callable[..., Any]) -> Any:
+    """An elementwise `function` as one kernel for tensors of any size; uncompiled if it cannot be compiled."""
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True
+    return torch.compile(function, dynamic=True)
 
 
 def start_compiler() -> None:

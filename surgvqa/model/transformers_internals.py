@@ -5,10 +5,13 @@ tests/surgvqa/model/test_internals.py asserts that each exists with the signatur
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AttentionInterface, PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.vision_utils import get_vision_position_ids
@@ -21,6 +24,7 @@ __all__ = [
     "register_attention",
     "set_attention",
     "share_weight_names",
+    "vision_rotary",
 ]
 
 
@@ -37,6 +41,17 @@ def set_attention(config: Any, attention: str) -> None:
 def register_attention(name: str, function: Any) -> None:
     """Registers `function`, with the signature of transformers' own, as the attention kernel called `name`."""
     AttentionInterface.register(name, function)
+
+
+@contextmanager
+def vision_rotary(wrapped: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside the context, the vision tower applies rotary positions with what `wrapped` makes of its function."""
+    before = modeling_qwen2_vl.apply_rotary_pos_emb_vision
+    modeling_qwen2_vl.apply_rotary_pos_emb_vision = wrapped(before)
+    try:
+        yield
+    finally:
+        modeling_qwen2_vl.apply_rotary_pos_emb_vision = before
 
 
 def share_weight_names(upstream: str, ours: type) -> None:

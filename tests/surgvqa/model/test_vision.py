@@ -4,8 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tiny_model import built  # noqa: E402
+from transformers.models.qwen2_vl import modeling_qwen2_vl  # noqa: E402
 
-from surgvqa.model import vision  # noqa: E402
+from surgvqa.model import torch_internals, vision  # noqa: E402
 from surgvqa.model.transformers_internals import attention_of  # noqa: E402
 
 pytestmark = pytest.mark.model
@@ -51,3 +52,23 @@ def test_another_attention_that_was_asked_for_stays(model):
         assert attention_of(model.model.visual.config) == "eager"
         model.model.visual.config._attn_implementation = "sdpa"
         assert torch.allclose(model.encode_images(patches, grid), eager, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_elementwise_parts_give_the_same_for_any_number_of_frames(model):
+    visual, compiled = model.model.visual, []
+    visual.config._attn_implementation = "sdpa"
+    rotary = modeling_qwen2_vl.apply_rotary_pos_emb_vision
+    for frames in (1, 3):
+        grid = torch.tensor([[1, 4, 6]] * frames)
+        patches = torch.randn(24 * frames, 1176, generator=torch.Generator().manual_seed(frames))
+        with torch.no_grad():
+            expected = model.encode_images(patches, grid)
+            graphs = torch_internals.compilations()["graphs"]
+            with vision.fused_elementwise(visual):
+                assert modeling_qwen2_vl.apply_rotary_pos_emb_vision is not rotary
+                assert torch.allclose(model.encode_images(patches, grid), expected, rtol=1e-5, atol=1e-6)
+            compiled.append(torch_internals.compilations()["graphs"] - graphs)
+        assert modeling_qwen2_vl.apply_rotary_pos_emb_vision is rotary
+        assert not any("forward" in vars(block.mlp.act) for block in visual.blocks)
+    assert compiled[0] == 2, "two functions, each compiled once for all blocks"
+    assert torch_internals.compilations()["compile_failures"] == 0
