@@ -146,6 +146,7 @@ class TrainOptions(DataOptions, LoraOptions, CacheOptions):
     budget_gb: float = option(BUDGET_GB, "GPU memory that the run may take, GB = 1e9 bytes", above=0)
     enforce_budget: bool = option(False, "limit the process to the budget, as if the card had no more memory")
     gpus: str = option("1", "GPUs of this machine that train together: a number, or all")
+    shard: bool = option(False, "divide the language model among the GPUs, where it does not fit one (FSDP2)")
     on_oom: str = option("step_down", "when CUDA runs out of memory", choices=("step_down", "fail"))
     resume: str | None = option(None, "run (id or folder) to resume from its last saved state", metavar="RUN")
 
@@ -406,6 +407,7 @@ class BudgetOptions(DataOptions, LoraOptions):
     feature_cache: str = option("auto", "auto = encoders off the GPU, off = run in every step", choices=("auto", "off"))
     optim: str = option("auto", "optimiser: auto = 8-bit AdamW")
     gpus: str = option("1", "GPUs that train together; the table shows the memory of each")
+    shard: bool = option(False, "divide the language model among them")
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,8 @@ ANSWER_S = 5.0
 """How long another rank has to notice that a collective has failed."""
 PATIENCE_S = 1800.0
 """How long the others are waited for; a rank may have to compile, or to write a saved state to a slow disk."""
+PASS = "pass"
+"""Where the ranks meet before each pass through a divided model (model/divide.py)."""
 SAID_BY_ANY = ("oom", "gpu", "memory")
 """Kinds of events that each rank has of its own. All others are the same on every rank, and rank 0 writes them."""
 
@@ -105,7 +107,24 @@ class SharedRanks(Ranks):
         return not any(self._lives(rank) for rank in range(self.rank))
 
     def share(self, value: Any, what: str) -> list[Any]:
-        """The values of all ranks, in their order. Raises RankLost, with its number, when one does not come."""
+        """The values of all ranks, in their order. Raises RankLost, with its number, when one does not come.
+
+        While others are not yet here, because they have further passes to make, this rank takes part in these.
+        """
+        while True:
+            if self.passes and not self.disconnected:
+                self.passes.complete()
+            found = self._meet(value, what)
+            passes = [backward for place, backward in found if place == PASS]
+            if not self.passes or not passes:
+                return [said for _, said in found]
+            self.passes.take_part(any(passes))
+
+    def begin_pass(self, backward: bool) -> bool:
+        return any(said for place, said in self._meet(backward, PASS) if place == PASS)
+
+    def _meet(self, value: Any, what: str) -> list[list[Any]]:
+        """(place, value) of all ranks. All are at the same place, but for those that wait while others make a pass."""
         if self.disconnected:
             raise RankLost("this rank is on its own")
         self._round += 1
@@ -115,7 +134,7 @@ class SharedRanks(Ranks):
             # All who are here have read what was said before.
             self.store.delete_key(f"{self._round - 1} {self.rank}")
             for rank, (place, _) in enumerate(found):
-                if place != what:
+                if place != what and PASS not in (place, what):
                     raise RankLost(f"rank {rank} has come to {place!r} and rank {self.rank} to {what!r}")
         except RankLost:
             self.disconnected = True
@@ -127,7 +146,7 @@ class SharedRanks(Ranks):
                 self._gone.add(0)
                 raise RankLost(f"{self._called(0)}: its torchrun, or its machine, is gone") from None
             raise RankLost("torchrun, which started the ranks, is gone") from None
-        return [value for _, value in found]
+        return found
 
     def _from(self, rank: int, what: str) -> Any:
         import torch.distributed as dist

@@ -43,6 +43,8 @@ class AudioQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
         audio_config = WhisperConfig(**config.audio_encoder_config)
         set_attention(audio_config, attention_of(config))
         self.audio_encoder = WhisperEncoder(audio_config)
+        self.divided = False
+        """Whether the language model's layers are gathered from several ranks in each pass (divide.py)."""
         self.audio_projector = nn.Linear(
             audio_config.d_model, self.model.language_model.config.hidden_size, bias=config.audio_projector_bias
         )

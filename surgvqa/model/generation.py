@@ -2,8 +2,8 @@
 
 Prompts are padded on the right. No token attends to later ones, so the prompts need no mask, and each gives the same
 result as alone. Keys and values are in tensors of a fixed size, and each new token replaces the first pad of its row.
-So every step has the same shapes and addresses, and on a GPU one step is recorded as a CUDA graph and replayed. With
-kernels launched one by one, the GPU would wait for more than half of the time.
+So every step has the same shapes and addresses, and on a GPU one step is recorded as a CUDA graph and replayed, unless
+the model is divided among several. With kernels launched one by one, the GPU would wait for more than half of the time.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Steps:
         self.embeds.copy_(embeds)
         if self.graph is not None:
             self.graph.replay()
-        elif embeds.is_cuda:
+        elif embeds.is_cuda and not self.model.divided:
             self._record()
         else:
             self.ids = self._step()

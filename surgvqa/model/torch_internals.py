@@ -121,3 +121,19 @@ def compiler_cache_dir() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
+
+
+def begin_divided(root: Any) -> None:
+    """Makes `root` the root of the FSDP2 modules in it, as its first forward pass would."""
+    root._get_fsdp_state()._lazy_init()
+
+
+def reset_divided(root: Any) -> None:
+    """Frees what FSDP2 has gathered in a pass that was interrupted, and makes its modules ready for the next one.
+
+    Since 2.13 torch has `reset_iter_state` for that. This does the same with what 2.11 has too.
+    """
+    state = root._get_fsdp_state()
+    state._comm_ctx.all_gather_state = None
+    state._root_post_backward_final_callback()
+    state._state_ctx.iter_forward_root = None

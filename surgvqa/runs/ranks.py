@@ -10,7 +10,7 @@ import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from surgvqa.errors import UsageError
 
@@ -82,6 +82,18 @@ def run_of(run_id: str) -> str:
     return re.sub(r"-node[1-9][0-9]*$", "", run_id)
 
 
+class Passes(Protocol):
+    """The passes through a model that all ranks make together, because it is divided among them (model/divide.py)."""
+
+    def take_part(self, backward: bool) -> None:
+        """A pass of the others, without a sample."""
+        ...
+
+    def complete(self) -> None:
+        """Ends this rank's part in a pass that was interrupted."""
+        ...
+
+
 class Ranks:
     """A process alone. What several do together it does by itself."""
 
@@ -95,6 +107,7 @@ class Ranks:
     """The ranks of its machine."""
     disconnected = False
     """Whether this rank has failed, or has lost another: nothing is shared any more."""
+    passes: Passes | None = None
 
     @property
     def first(self) -> bool:
@@ -113,6 +126,11 @@ class Ranks:
     def share(self, value: Any, what: str) -> list[Any]:
         """The values of all ranks, in their order, once each has come here. `value` is JSON; `what` names the place."""
         return [value]
+
+    def begin_pass(self, backward: bool) -> bool:
+        """Begins a pass through a divided model, once each rank has come to one or to `share`, where it takes part
+        without a sample. Whether gradients are computed: `backward`, or what another rank says."""
+        return backward
 
     def last(self, value: Any) -> list[Any]:
         """As `share`, at the end of the work: from now on nobody is watched."""

@@ -22,8 +22,8 @@ from surgvqa.training.trainer_hooks import use_one_gpu
 NOT_OURS = {
     "resume_from_checkpoint": "use --resume RUN",
     "output_dir": "it is a separate option",
-    "deepspeed": "several GPUs train with --gpus, each with the whole model",
-    "fsdp": "several GPUs train with --gpus, each with the whole model",
+    "deepspeed": "several GPUs train with --gpus, and --shard divides the model among them",
+    "fsdp": "use --gpus and --shard, which divides the model among the GPUs",
     "average_tokens_across_devices": "the loss is always the mean over the tokens of all GPUs",
     "remove_unused_columns": "the model needs every column of a batch",
 }

@@ -31,6 +31,7 @@ from surgvqa.model import layers
 from surgvqa.model.adapter import adapter_parameters, add_lora
 from surgvqa.model.attention import AttentionShape, attention_kernel, choose_attention
 from surgvqa.model.device import choose_dtype
+from surgvqa.model.divide import DividedLayers
 from surgvqa.model.encode import use_cache
 from surgvqa.model.loading import load_model
 from surgvqa.model.peft_internals import without_input_casts
@@ -150,13 +151,18 @@ def _prepare(
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
     set_seed(options.seed)
+    divided = options.shard and run.ranks.count > 1
+    if options.shard and not divided:
+        run.warning("shard: there is one GPU only, so the whole model is on it")
     base = load_model(
         options.model_name_or_path,
         dtype=choose_dtype(device, options.bf16),
-        device=device,
+        device="cpu" if divided else device,
         attn_implementation=attention,
     )
     model = add_lora(base, options)
+    if divided:
+        DividedLayers(model, run.ranks, device)
     sampler.measure("load model")
     shown = [train_set, *([eval_set] if eval_set else [])]
     cached = use_cache(base, options.model_name_or_path, shown, options, run)

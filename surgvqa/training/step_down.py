@@ -20,6 +20,7 @@ from surgvqa.files import write_json_atomic
 from surgvqa.memory.out_of_memory import OutOfMemory, read
 from surgvqa.memory.reductions import SHOWN, Forecast, Reduction, changed, next_reduction
 from surgvqa.model import layers
+from surgvqa.model.divide import local
 from surgvqa.model.encode import encode_again
 from surgvqa.runs.folder import Run
 from surgvqa.runs.ranks import Ranks
@@ -255,7 +256,7 @@ def owners(trainer: OomTrainer, allocated: int) -> dict[str, int]:
     device = trainer.args.device.type
 
     def size(tensors: Any) -> int:
-        return sum(t.nbytes for t in tensors if torch.is_tensor(t) and t.device.type == device)
+        return sum(local(t).nbytes for t in tensors if torch.is_tensor(t) and t.device.type == device)
 
     parameters = list(trainer.model.parameters())
     states = trainer.optimizer.state.values() if trainer.optimizer is not None else ()

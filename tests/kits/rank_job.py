@@ -1,8 +1,9 @@
 """`surgvqa train` whose ranks are disturbed: `torchrun --nproc_per_node=2 tests/kits/rank_job.py train …`, or
 `python tests/kits/rank_job.py train --gpus 2 …`.
 
-RANK_JOB holds JSON: {"out_of_memory": [rank, call], "kill": [rank, step], "stop": …, "freeze": …}. A call is one of the
-model's forward passes; the others happen as the step ends.
+RANK_JOB holds JSON: {"out_of_memory": [rank, call], "in_layer": …, "kill": [rank, step], "stop": …, "freeze": …}. A call is
+one of the model's forward passes. `in_layer` has [rank, call, way, text] of each error in a layer, where a call is one
+of all its layers' together, and the way forward or backward. The others happen as the step ends.
 """
 
 import json
@@ -17,10 +18,25 @@ def disturb(plan: dict) -> None:
     import torch
     from watched import ERROR
 
+    from surgvqa.model.layers import LayerForward
     from surgvqa.training.trainer import EventTrainer
 
     rank, calls = int(os.environ["RANK"]), 0
     forward, ended = EventTrainer.compute_loss, EventTrainer.end_of_step
+    layer, layers = LayerForward.__call__, 0
+
+    def fail(text: str):
+        raise torch.OutOfMemoryError(text or ERROR)
+
+    def in_layer(self, *arguments, **keywords):
+        nonlocal layers
+        found, layers = layer(self, *arguments, **keywords), layers + 1
+        for where, call, way, text in plan.get("in_layer", ()):
+            if [where, call] == [rank, layers] and way == "forward":
+                fail(text)
+            elif [where, call] == [rank, layers]:
+                found.register_hook(lambda _, text=text: fail(text))
+        return found
 
     def compute_loss(trainer, *arguments, **keywords):
         nonlocal calls
@@ -37,6 +53,7 @@ def disturb(plan: dict) -> None:
         ended(trainer)
 
     EventTrainer.compute_loss, EventTrainer.end_of_step = compute_loss, end_of_step
+    LayerForward.__call__ = in_layer
 
 
 if __name__ == "__main__":
