@@ -65,6 +65,8 @@ class DividedLayers:
 
     def _expect(self, backward: bool) -> None:
         there = list(range(len(self.layers)))
+        if self._order == there:  # FSDP2 gathers ahead in the order of all passes since the last one with gradients
+            reset_divided(self.root)
         self._order = there + (there[::-1] if backward else [])
         self._gathered = 0
 
@@ -92,6 +94,8 @@ class DividedLayers:
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
     ) -> Any:
         """Gathers, and counts it."""
+        if self._gathered == len(self._order):
+            raise RuntimeError("FSDP2 gathers more often than a pass does: the other ranks would not")
         self._gathered += 1
         return GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
 

@@ -14,6 +14,7 @@ import pytest
 import small
 from watched import Watched, assert_same_adapter
 
+from surgvqa.model.sizes import checkpoint_sizes
 from surgvqa.runs.events import EventTail
 from surgvqa.training import checkpoints, results
 
@@ -132,3 +133,47 @@ def test_what_one_process_has_begun_two_ranks_end_until_one_is_killed(alone, sev
     newest, skipped = checkpoints.newest_complete_checkpoint(run.output)
     assert newest.name == "checkpoint-4" and not skipped
     assert "surgvqa train: rank 1 of 2" in run.err
+
+
+IN_PIECES = (
+    "CUDA out of memory. Tried to allocate 1.00 GiB. Of the allocated memory 3.00 GiB is allocated by PyTorch, and "
+    "2.00 GiB is reserved by PyTorch but unallocated."
+)
+
+
+@pytest.fixture(scope="module")
+def divided(seven, tmp_path_factory):
+    """`--shard`. On rank 1 alone memory runs out: at the first gathers of step 1, between two layers of step 2's
+    backward pass, and in its last layer when it is repeated. That rank has fewer samples in step 2."""
+    folder = tmp_path_factory.mktemp("divided") / "workspace"
+    errors = [[1, 1, "forward", IN_PIECES], [1, 6, "backward", IN_PIECES], [1, 9, "forward", ""]]
+    plan = {"in_layer": errors, "stop": [1, 3]}
+    return launched([sys.executable], seven, folder, plan, gpus="2", shard=True, gradient_accumulation_steps=2)
+
+
+def test_ranks_that_share_a_model_train_as_one_process_and_step_down_together(alone, stopped, divided, seven):
+    assert divided.code == 0, divided.err
+    assert losses(divided.of["metric"]) == pytest.approx({n: alone.losses()[n] for n in (1, 2, 3)}, **CLOSE)
+    (evaluated,), before = divided.of["eval"], alone.of("eval")[0]
+    assert evaluated["eval_loss"] == pytest.approx(before["eval_loss"], **CLOSE)
+    assert evaluated["loss_by_type"] == pytest.approx(before["loss_by_type"], **CLOSE)
+    (answered,) = divided.of["answers"]
+    assert answered["samples"] == 4 and answered["by_type"] == stopped.of["answers"][0]["by_type"]
+    again = "free memory is fragmented: trying again with an emptied cache"
+    assert [event["action"] for event in divided.of["oom"]] == [again, again, "continuing with all layers recompute"]
+    assert {event["rank"] for event in divided.of["oom"]} == {1}
+    (plan,) = (event for event in divided.of["phase"] if event["name"] == "plan" and "parameters" in event)
+    norm = small.SIZES.hidden_size  # the last one is on every rank
+    halves = (sum(checkpoint_sizes(seven.checkpoint)[1]["lm"]) - norm) // 2
+    held = divided.of["oom"][1]["memory"]["frozen weights"]  # while no layer is gathered
+    assert held == 4 * (plan["parameters"] - plan["trained_parameters"] - halves)
+
+
+def test_what_ranks_with_parts_of_a_model_have_begun_one_with_the_whole_ends(alone, divided, seven):
+    found = results.read(divided.output).options
+    assert found["shard"] and found["checkpointed_layers"] == 2
+    options = seven.train_options(**found | {"resume": str(divided.output), "gpus": "1"})
+    run = Watched(options, divided.run.parent)
+    assert run.error is None
+    assert run.losses() == pytest.approx({n: alone.losses()[n] for n in (4, 5)}, **CLOSE)
+    assert any("shard: there is one GPU only" in said["text"] for said in run.of("warning"))
