@@ -65,7 +65,9 @@ class Configuration:
     """What a compiled layer keeps: all, or products only (TrainOptions.keep_activations). Auto: all if `fit` finds room
     for it, else products."""
     ranks: int = 1
-    """GPUs that train together, each with the whole model."""
+    """GPUs that train together."""
+    shard: bool = False
+    """The language model's layers are divided among them; otherwise each has the whole model."""
     expandable_segments: bool = False
     """The allocator's segments can grow (allocator.grow_segments)."""
 
@@ -79,6 +81,11 @@ class Configuration:
     def reads_few(self) -> bool:
         """Whether the last layer is computed only at the answer: each micro step has a single sample."""
         return self.batch == 1 and not self.last_layer_whole
+
+    @property
+    def parts(self) -> int:
+        """Among how many GPUs the language model's layers are divided."""
+        return self.ranks if self.shard else 1
 
     @property
     def casts(self) -> bool:

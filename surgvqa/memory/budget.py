@@ -105,6 +105,10 @@ def _advice(
         count = fitted.configuration.checkpointed_layers
         lines.append(f"recompute {count} of {fitted.layers} layers (gradient_checkpointing): {_gb(fitted)} GB")
         return lines
+    if prediction.configuration.ranks > 1 and not options.shard:
+        divided = predict.predict_options(replace(options, shard=True))
+        if divided.fits(options.budget_gb):
+            return [*lines, f"--shard: {_gb(divided)} GB"]
     smaller = {name: peak for name, peak in peaks.items() if peak <= options.budget_gb}
     if smaller:
         lines += [f"--preset {name}: {peak:.1f} GB" for name, peak in smaller.items()]

@@ -49,12 +49,16 @@ NCCL_CONNECTIONS = 2 * 24
 NCCL = NCCL_CONNECTION * NCCL_CONNECTIONS
 """NCCL's buffers in a process that trains with others. Computed from NCCL's sources, not measured. Gradients are
 reduced in place, so there are no buckets as in DistributedDataParallel."""
+GATHERED_AT_ONCE = 2
+"""Whole layers on the GPU while one of a divided model computes: its own, and what was received of it (forward, until the
+next layer has come) or of the next one (backward), before that becomes the layer's tensors."""
 MIN_8BIT = 4096
 """bitsandbytes keeps float32 moments for smaller tensors. Larger ones take one byte per value and a float32 scale for
 each 256."""
 ROOM_TO_ANSWER = 96
 """Tokens in a row of the key-value cache beyond the prompt: 32 of the answer, and those from rounding up lengths
 (model/generation.py)."""
+GATHERED = "gathered layers"
 TRANSFER_COLUMNS = 3
 """input_ids, attention_mask, labels: int64."""
 
@@ -132,6 +136,7 @@ class MemoryPrediction:
             f"{'float32' if c.adapter_bytes == FP32 else 'bfloat16'}, {'8' if c.eight_bit else '32'}-bit AdamW, "
             f"encoders {'cached' if c.cached_features else 'run each step'}"
             f"{f', compiled, {self.kept} kept' if c.compiled else ''}"
+            f"{f', layers divided among {c.parts} GPUs' if c.parts > 1 else ''}"
         )
 
     @property
@@ -282,6 +287,9 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
             per_layer = adapters / layers
             gradient_bytes = max(kept_layers * per_layer, adapters - per_layer - (recomputing - 1) * hidden)
             phases["backward (recompute)"]["gradients"] = gradient_bytes  # type: ignore[assignment]  # Counter knows only int
+    for name in ("forward", "backward (kept)", "backward (recompute)"):
+        if name in phases:
+            phases[name][GATHERED] = gathered(c, weights, layers)
     phases["optimiser"] = Counter({"gradients": adapters if c.accumulation == 1 else 0})
     if not c.eight_bit:
         phases["optimiser"]["optimiser temporaries"] = adapters
@@ -323,6 +331,7 @@ def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[i
             {
                 "encoders' outputs": 0 if c.cached_features else image,
                 "layer temporaries": (wide * m + narrow * h) * tokens,
+                GATHERED: gathered(c, weights, sizes.num_hidden_layers),
                 "logits and loss": (BF16 + FP32) * sizes.vocab_size * c.batch,
             }
         ),
@@ -332,13 +341,19 @@ def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[i
 
 def _weights(sizes: Sizes, c: Configuration, weights: dict[str, list[int]]) -> Counter[str]:
     """{part: bytes} of the frozen weights on the GPU."""
+    parts = {"lm": c.parts}
     return Counter(
         {
-            name: sum(block(BF16 * n, c.expandable_segments) for n in weights[part])
+            name: sum(block(BF16 * n / parts.get(part, 1), c.expandable_segments) for n in weights[part])
             for part, name in PARTS.items()
             if c.encoders_resident or part not in ("vision", "audio")
         }
     )
+
+
+def gathered(c: Configuration, weights: dict[str, list[int]], layers: int) -> int:
+    """Bytes of a divided model's layers that are whole while one computes."""
+    return GATHERED_AT_ONCE * BF16 * sum(weights["lm"]) // layers if c.parts > 1 else 0
 
 
 def _prediction(
@@ -366,7 +381,7 @@ def _prediction(
 
 
 def _group(name: str) -> str:
-    if name in PARTS.values():
+    if name in (*PARTS.values(), GATHERED):
         return "weights"
     return "training" if name in ("adapters", "gradients", "optimiser states", "cuBLAS workspaces") else "activations"
 
@@ -404,6 +419,7 @@ def configuration(sizes: Sizes, options: DataOptions, **overrides: Any) -> Confi
         "keep": value("keep_activations"),
         "expandable_segments": True,
         "ranks": int(value("gpus")) if value("gpus").isdecimal() else 1,
+        "shard": value("shard"),
     }
     return Configuration(**(fields | overrides))
 

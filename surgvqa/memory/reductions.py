@@ -119,6 +119,9 @@ def _smaller_that_fits(
     if found:
         count, needed = found.configuration.recomputing(forecast.sizes), found.needed_gb(options.enforce_budget)
         return f"--gradient_checkpointing True --checkpointed_layers {count} would take {needed:.1f} GB"
+    divided = options.gpus != "1" and not options.shard and forecast.fastest(changed(options, shard=True), limit_gb)
+    if divided:
+        return f"--shard would take {divided.needed_gb(options.enforce_budget):.1f} GB"
     reduction = next_reduction(options, layers, layers, presets, forecast, limit_gb)
     if reduction:
         return f"--preset {reduction.preset} would take {reduction.predicted_gb:.1f} GB"

@@ -72,6 +72,19 @@ def test_the_components_add_up_to_the_fullest_phase():
         assert found.predicted_peak_gb < found.predicted_reserved_gb < found.predicted_driver_gb
 
 
+def test_each_of_two_gpus_holds_half_of_a_divided_model_and_two_whole_layers_at_a_time():
+    alone, whole, divided = (
+        {c.name: c.bytes for c in predict.predict(REAL, plain(**COMPILED, **chosen)).components}
+        for chosen in ({"shard": True}, {"ranks": 2}, {"ranks": 2, "shard": True})
+    )
+    layers = whole["language model"]
+    assert alone["language model"] == layers and "gathered layers" not in alone | whole
+    assert divided["language model"] == pytest.approx(layers / 2, rel=1e-4)
+    assert divided["gathered layers"] == pytest.approx(2 * layers / REAL.num_hidden_layers, rel=1e-4)
+    shared = divided.keys() - {"language model", "gathered layers"}
+    assert {name: divided[name] for name in shared} == {name: whole[name] for name in shared}
+
+
 def test_more_of_anything_takes_more_memory():
     def peak(options=None, **overrides):
         return predict.predict(REAL, predict.configuration(REAL, options or DataOptions(), **overrides)).peak_bytes
