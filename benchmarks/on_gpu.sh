@@ -62,8 +62,12 @@ for step; do
         ;;
     ranks) # two GPUs of one host (asked for by name): 1.9 times one of them in the step, 1.8 from files to the adapter
         run all_reduce 90 python -m torch.distributed.run --standalone --nproc_per_node=2 -m surgvqa.machine.all_reduce
-        run ranks 560 python benchmarks/ranks.py --data "$DEMO" --work "$WORK/ranks" --samples 96 --epochs 2 --out "$OUT/ranks.json"
-        rm -rf "$WORK/ranks"
+        run checkpoint 90 python benchmarks/real_size.py "$WORK/ranks/checkpoint" --like "$DEMO/stage1" &&
+            run ranks 280 python benchmarks/ranks.py --data "$DEMO" --work "$WORK/ranks" --samples 96 --epochs 2 --out "$OUT/ranks.json"
+        ;;
+    shard) # the model divided between two GPUs, each under 16 GB; best after ranks, which leaves weights and features
+        run shard 280 python benchmarks/ranks.py --shard --data "$DEMO" --work "$WORK/ranks" --samples 96 \
+            --like "$OUT/ranks.json" --out "$OUT/shard.json"
         ;;
     *)
         echo "on_gpu.sh: no step $step" >&2
@@ -72,5 +76,6 @@ for step; do
     esac
 done
 
+rm -rf "$WORK/ranks"
 [ -z "$missed" ] || echo "failed or missed:$missed"
 [ -z "$missed" ]

@@ -103,6 +103,7 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
 
     command = COMMANDS[name]
     ranks.require_one(name)
+    ranks.see_own_card()
     given_root = arguments.workspace
     if given_root and not Path(given_root).is_dir():
         raise UsageError(f"--workspace {given_root}: no such folder")

@@ -55,6 +55,19 @@ def is_other() -> bool:
     return rank_and_count()[0] > 0
 
 
+def see_own_card() -> None:
+    """Of the cards of this machine a rank sees its own alone, as cuda:0.
+
+    The key of torch.compile's cache has the number of the device, so what one rank has compiled serves all of them only
+    if each calls its card by the same number.
+    """
+    rank, count = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = chosen.split(",") if chosen is not None else [str(number) for number in range(len(gpu.sample_devices()))]
+    if 1 < count <= len(there) == _visible_gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = there[rank].strip()
+
+
 def of_training(options: TrainOptions, arguments: argparse.Namespace, argv: list[str], workspace: Workspace) -> int:
     """How many processes train together. Ends this process where it only starts them."""
     _, count = rank_and_count()

@@ -14,7 +14,8 @@ from surgvqa.runs.ranks import Nodes, nodes_asked
 @pytest.fixture
 def cards(monkeypatch):
     """Three cards, one of which is lost, and an instance of a fourth."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that what a test leaves there is taken back
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     found = [{"index": 0}, {"index": 1, "state": "ok"}, {"index": 2, "state": "lost"}, {"index": 3, "mig_index": 0}]
     monkeypatch.setattr(ranks.gpu, "sample_devices", lambda: found)
     return found
@@ -35,6 +36,39 @@ def test_one_process_a_card_that_works(cards, monkeypatch):
     assert asked("all") == 1
     with pytest.raises(UsageError, match="gpus is 2, and none can be seen here"):
         asked("2")
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "seen"),
+    [
+        (None, 2, "1"),
+        ("3,5", 2, "5"),
+        ("GPU-a, GPU-b,GPU-c", 3, "GPU-b"),
+        ("0", 2, "0"),  # fewer cards than ranks
+        (None, 1, None),
+        ("0,1,2,9", 2, "0,1,2,9"),  # one of them is not there
+    ],
+)
+def test_a_rank_sees_its_own_card_alone(cards, monkeypatch, visible, count, seen):
+    cards[2:] = [{"index": 2}]
+    monkeypatch.setenv("LOCAL_RANK", "1" if count > 1 else "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    ranks.see_own_card()
+    assert ranks.os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+    ranks.see_own_card()  # again, for a process that a rank starts
+    assert ranks.os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+
+
+@pytest.mark.parametrize("visible", [None, "0,1"])
+def test_numbers_of_cards_are_left_alone_where_one_is_lost(cards, monkeypatch, visible):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    ranks.see_own_card()
+    assert ranks.os.environ.get("CUDA_VISIBLE_DEVICES") == (visible and "1")
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", ""])
