@@ -152,7 +152,12 @@ def main() -> None:
         raise SystemExit(0 if met or given.toy else 1)
 
     if given.shard:
-        room = ["--budget_gb", str(round(CARD_GB - SPARE_GB - (CUDA_CONTEXT + NCCL) / 1e9, 2)), "--enforce_budget", "True"]
+        room = [
+            "--budget_gb",
+            str(round(CARD_GB - SPARE_GB - (CUDA_CONTEXT + NCCL) / 1e9, 2)),
+            "--enforce_budget",
+            "True",
+        ]
         steps = ["--max_steps", str(2 if given.toy else SHARDED_STEPS)]
         results["shard"] = train(given.gpus, "cache-together", "--shard", "True", *room, *steps)
         results["shard"] |= divided(results["shard"], given.like)

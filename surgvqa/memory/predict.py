@@ -50,8 +50,8 @@ NCCL = NCCL_CONNECTION * NCCL_CONNECTIONS
 """NCCL's buffers in a process that trains with others. Computed from NCCL's sources, not measured. Gradients are
 reduced in place, so there are no buckets as in DistributedDataParallel."""
 GATHERED_AT_ONCE = 2
-"""Whole layers on the GPU while one of a divided model computes: its own, and what was received of it (forward, until the
-next layer has come) or of the next one (backward), before that becomes the layer's tensors."""
+"""Whole layers on the GPU while one of a divided model computes: its own, and the buffer in which it came (forward) or
+the next one comes (backward)."""
 MIN_8BIT = 4096
 """bitsandbytes keeps float32 moments for smaller tensors. Larger ones take one byte per value and a float32 scale for
 each 256."""

@@ -21,7 +21,6 @@ from surgvqa.model.layers import decoder_layers
 from surgvqa.model.torch_internals import begin_divided, reset_divided
 from surgvqa.runs.ranks import Ranks
 
-
 GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 

@@ -1,9 +1,9 @@
 """`surgvqa train` whose ranks are disturbed: `torchrun --nproc_per_node=2 tests/kits/rank_job.py train …`, or
 `python tests/kits/rank_job.py train --gpus 2 …`.
 
-RANK_JOB holds JSON: {"out_of_memory": [rank, call], "in_layer": …, "kill": [rank, step], "stop": …, "freeze": …}. A call is
-one of the model's forward passes. `in_layer` has [rank, call, way, text] of each error in a layer, where a call is one
-of all its layers' together, and the way forward or backward. The others happen as the step ends.
+RANK_JOB holds JSON: {"out_of_memory": [rank, call], "in_layer": …, "kill": [rank, step], "stop": …, "freeze": …}. A
+call is one of the model's forward passes. `in_layer` has [rank, call, way, text] of each error in a layer, where a call
+is one of all its layers' together, and the way forward or backward. The others happen as the step ends.
 """
 
 import json
