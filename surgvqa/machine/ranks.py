@@ -7,9 +7,11 @@ the same step is agreed here first, so that a rank that has failed keeps nobody 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -67,6 +69,9 @@ class SharedRanks(Ranks):
         self.beside = list(range(count))
         self.hosts = []
         self.disconnected = False
+        self.lost: RankLost | None = None
+        """Why another rank is lost, once it is."""
+        self._watched = True
         self.heartbeat: Heartbeat | None = None
         """Where there are several machines."""
         self._round = 0
@@ -126,7 +131,7 @@ class SharedRanks(Ranks):
     def _meet(self, value: Any, what: str) -> list[list[Any]]:
         """(place, value) of all ranks. All are at the same place, but for those that wait while others make a pass."""
         if self.disconnected:
-            raise RankLost("this rank is on its own")
+            raise self.lost or RankLost("this rank is on its own")
         self._round += 1
         try:
             self.store.set(f"{self._round} {self.rank}", json.dumps([what, value]))
@@ -173,8 +178,25 @@ class SharedRanks(Ranks):
                 if rank in self.far:
                     why = f"nothing has been heard of it for {SILENT_S:g} s: its machine or the network is gone"
             if why is not None:
+                self.lost = RankLost(f"{self._called(rank)}: {why}")
                 self.disconnected = True
-                raise RankLost(f"{self._called(rank)}: {why}")
+                raise self.lost
+
+    def watch(self, abort: Callable[[], None]) -> None:
+        """From now on a thread looks at the others too, and calls `abort` when one is lost.
+
+        For collectives in the midst of a pass: the main thread may wait there for the GPU, where it cannot look.
+        """
+
+        def look() -> None:
+            while self._watched and not self.lost:
+                with contextlib.suppress(RankLost):
+                    self.look()
+                time.sleep(LOOK_EVERY_S)
+            if self._watched:
+                abort()
+
+        threading.Thread(target=look, name="watch", daemon=True).start()
 
     def _failed(self, rank: int) -> str | None:
         try:
@@ -199,7 +221,7 @@ class SharedRanks(Ranks):
         """A collective of gloo or NCCL that fails does not say whose fault it is. All ranks that it fails on come here;
         the one that does not is named."""
         if self.disconnected or not isinstance(error, RuntimeError):
-            return error
+            return self.lost or error
         try:
             self.store.set(f"here {self.rank}", "")
             for rank in self._others:
@@ -228,6 +250,7 @@ class SharedRanks(Ranks):
 
     def last(self, value: Any) -> list[Any]:
         """As `share`, at the end: from now on nobody is watched."""
+        self._watched = False
         if self.heartbeat and self.rank:
             self.heartbeat.end()
         found = self.share(value, "end")

@@ -57,6 +57,8 @@ class DividedLayers:
         self.root.register_forward_pre_hook(self._begin, prepend=True)  # before FSDP2 begins the pass
         self.take_part(backward=False)  # makes the whole layers' tensors, which must not be first made for inference
         ranks.passes = self
+        if device.type == "cuda":
+            ranks.watch(mesh.get_group().abort)
 
     def _begin(self, *_: object) -> None:
         self.complete()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,6 +138,9 @@ class Ranks:
 
     def look(self) -> None:
         """Raises SurgvqaError when another rank has failed or its process is gone."""
+
+    def watch(self, abort: Callable[[], None]) -> None:
+        """From now on others are looked at by themselves; `abort` is called when one is lost."""
 
     def cause_of(self, error: Exception) -> Exception:
         """`error`, or the loss of another rank that has brought it about."""

@@ -1,5 +1,6 @@
 """What ranks tell each other, and how one that is gone is named: here threads with a store in memory."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -60,6 +61,59 @@ def test_ranks_at_different_places_are_no_agreement(pair):
     errors = together(lambda: one.share(1, "save"), lambda: two.share(1, "evaluate"))
     assert all(isinstance(error, RankLost) and "'evaluate'" in str(error) for error in errors)
     assert one.disconnected and two.disconnected
+
+
+class Passes:
+    """Of a divided model; counts."""
+
+    def __init__(self):
+        self.taken, self.completed = [], 0
+
+    def take_part(self, backward):
+        self.taken.append(backward)
+
+    def complete(self):
+        self.completed += 1
+
+
+def test_a_rank_without_a_sample_takes_part_in_the_passes_of_the_others(pair):
+    one, two, _ = pair
+    one.passes, two.passes = Passes(), Passes()
+
+    def works():
+        return [one.begin_pass(True), one.begin_pass(True), one.begin_pass(False), one.share(1, "step")]
+
+    assert together(works, lambda: [two.begin_pass(True), two.share(2, "step")]) == [
+        [True, True, False, [1, 2]],
+        [True, [1, 2]],
+    ]
+    assert two.passes.taken == [True, False] and one.passes.taken == []
+    assert two.passes.completed == 3  # before each meeting but those of its own passes
+    assert together(lambda: one.begin_pass(False), lambda: two.begin_pass(True)) == [True, True]
+    errors = together(lambda: one.share(1, "save"), lambda: two.share(1, "step"))
+    assert all(isinstance(error, RankLost) for error in errors)
+
+
+def test_a_loss_is_noticed_while_the_main_thread_waits_for_the_gpu(pair):
+    one, _, living = pair
+    aborted = threading.Event()
+    one.watch(aborted.set)
+    assert not aborted.wait(0.1)
+    living.discard("two")
+    assert aborted.wait(5)
+    said = str(one.cause_of(RuntimeError("NCCL communicator was aborted")))
+    assert said.startswith("rank 1 of 2: its process is gone")
+    with pytest.raises(RankLost, match="rank 1 of 2: its process is gone"):
+        one.begin_pass(False)
+
+
+def test_nobody_is_missed_at_the_end(pair):
+    one, two, living = pair
+    aborted = threading.Event()
+    one.watch(aborted.set)
+    assert together(lambda: one.last(1), lambda: two.last(2)) == [[1, 2], [1, 2]]
+    living.discard("two")
+    assert not aborted.wait(0.2)
 
 
 def test_a_rank_that_fails_is_named_with_its_reason(pair):
