@@ -68,6 +68,7 @@ for step; do
     shard) # the model divided between two GPUs, each under 16 GB; best after ranks, which leaves weights and features
         run shard 280 python benchmarks/ranks.py --shard --data "$DEMO" --work "$WORK/ranks" --samples 96 \
             --like "$OUT/ranks.json" --out "$OUT/shard.json"
+        run lost_rank 120 python -m pytest -s tests/surgvqa/training/test_two_gpus.py
         ;;
     *)
         echo "on_gpu.sh: no step $step" >&2

@@ -3,14 +3,16 @@
 
 RANK_JOB holds JSON: {"out_of_memory": [rank, call], "in_layer": …, "kill": [rank, step], "stop": …, "freeze": …}. A
 call is one of the model's forward passes. `in_layer` has [rank, call, way, text] of each error in a layer, where a call
-is one of all its layers' together, and the way forward or backward. The others happen as the step ends.
+is one of all its layers' together, and the way forward, backward or killed. The others happen as the step ends.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 
 def disturb(plan: dict) -> None:
@@ -32,9 +34,13 @@ def disturb(plan: dict) -> None:
         nonlocal layers
         found, layers = layer(self, *arguments, **keywords), layers + 1
         for where, call, way, text in plan.get("in_layer", ()):
-            if [where, call] == [rank, layers] and way == "forward":
+            if [where, call] != [rank, layers]:
+                continue
+            if way == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif way == "forward":
                 fail(text)
-            elif [where, call] == [rank, layers]:
+            else:
                 found.register_hook(lambda _, text=text: fail(text))
         return found
 
@@ -54,6 +60,29 @@ def disturb(plan: dict) -> None:
 
     EventTrainer.compute_loss, EventTrainer.end_of_step = compute_loss, end_of_step
     LayerForward.__call__ = in_layer
+
+
+def launched(program: list[str], world, folder: Path, plan: dict, **changes) -> SimpleNamespace:
+    """With the plan as RANK_JOB. What came of a launch: its exit code, output, events by kind, and output folder."""
+    folder.mkdir()
+    options = {"eval_data_path": str(world.eval), **changes}
+    options = vars(world.train_options(**options)) if "resume" not in changes else changes
+    words = [f"--{name}={value}" for name, value in options.items() if value is not None and name != "extra"]
+    done = subprocess.run(
+        [*program, __file__, "train", "--json", f"--workspace={folder}", *words],
+        env={**os.environ, "RANK_JOB": json.dumps(plan), "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    from surgvqa.runs.events import EventTail
+
+    (run,) = (folder / "runs").iterdir()
+    events = EventTail(run / "events.jsonl").read()
+    of = {kind: [e for e in events if e["kind"] == kind] for kind in {e["kind"] for e in events}}
+    output = Path(changes.get("output_dir") or run / "checkpoints")
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, of=of, output=output, run=run)
 
 
 if __name__ == "__main__":

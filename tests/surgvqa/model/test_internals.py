@@ -54,6 +54,21 @@ def test_the_compilers_cache_is_where_the_environment_says(monkeypatch, tmp_path
     assert torch_internals.compiler_cache_dir() == tmp_path / "compiled"
 
 
+def test_fsdp2_is_reset_by_names_that_exist():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    from surgvqa.model.divide import DividedLayers
+
+    assert parameters(FSDPModule._get_fsdp_state) == ["self"]
+    assert parameters(FSDPState._lazy_init) == parameters(FSDPState._root_post_backward_final_callback) == ["self"]
+    state = FSDPState()
+    assert state._comm_ctx is not None and state._state_ctx.iter_forward_root is None
+    for name in ("allocate", "__call__"):  # what FSDP2 gathers with
+        assert parameters(getattr(DividedLayers, name)) == parameters(getattr(AllGather, name))
+
+
 def test_the_compilers_counts_exist():
     from torch._dynamo.utils import CompilationMetrics
     from torch._inductor.async_compile import maybe_warm_pool

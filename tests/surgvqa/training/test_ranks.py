@@ -4,23 +4,19 @@ Two launches of torchrun are shared by all that is asked of them here: importing
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import small
+from rank_job import launched
 from watched import Watched, assert_same_adapter
 
 from surgvqa.model.sizes import checkpoint_sizes
-from surgvqa.runs.events import EventTail
 from surgvqa.training import checkpoints, results
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
-SCRIPT = Path(small.__file__).with_name("rank_job.py")
 SEVEN = 7
 """Training samples: the last step of an epoch has three, of which one rank has one and the other two."""
 SHARED = {
@@ -53,27 +49,6 @@ def alone(seven, tmp_path_factory):
     return run
 
 
-def launched(program: list[str], world, folder: Path, plan: dict, **changes) -> SimpleNamespace:
-    """What came of a launch: its exit code, output, events by kind, and output folder."""
-    folder.mkdir()
-    options = {"eval_data_path": str(world.eval), **SHARED, **changes}
-    options = vars(world.train_options(**options)) if "resume" not in changes else changes
-    words = [f"--{name}={value}" for name, value in options.items() if value is not None and name != "extra"]
-    done = subprocess.run(
-        [*program, str(SCRIPT), "train", "--json", f"--workspace={folder}", *words],
-        env={**os.environ, "RANK_JOB": json.dumps(plan), "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    (run,) = (folder / "runs").iterdir()
-    events = EventTail(run / "events.jsonl").read()
-    of = {kind: [e for e in events if e["kind"] == kind] for kind in {e["kind"] for e in events}}
-    output = Path(changes.get("output_dir") or run / "checkpoints")
-    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, of=of, output=output, run=run)
-
-
 def losses(events: list[dict]) -> dict[int, float]:
     return {event["step"]: event["loss"] for event in events}
 
@@ -84,7 +59,7 @@ def stopped(seven, tmp_path_factory):
     asked to stop at step 3."""
     folder = tmp_path_factory.mktemp("stopped") / "workspace"
     plan = {"out_of_memory": [1, 3], "stop": [1, 3]}
-    return launched([sys.executable], seven, folder, plan, gpus="2", gradient_accumulation_steps=2)
+    return launched([sys.executable], seven, folder, plan, **SHARED, gpus="2", gradient_accumulation_steps=2)
 
 
 def test_two_ranks_train_as_one_process_and_step_down_and_stop_together(alone, stopped):
@@ -148,7 +123,7 @@ def divided(seven, tmp_path_factory):
     folder = tmp_path_factory.mktemp("divided") / "workspace"
     errors = [[1, 1, "forward", IN_PIECES], [1, 6, "backward", IN_PIECES], [1, 9, "forward", ""]]
     plan = {"in_layer": errors, "stop": [1, 3]}
-    return launched([sys.executable], seven, folder, plan, gpus="2", shard=True, gradient_accumulation_steps=2)
+    return launched([sys.executable], seven, folder, plan, **SHARED, gpus="2", shard=True, gradient_accumulation_steps=2)
 
 
 def test_ranks_that_share_a_model_train_as_one_process_and_step_down_together(alone, stopped, divided, seven):
