@@ -68,7 +68,7 @@ def figures(events: list[dict[str, Any]]) -> dict[str, Any]:
             ranks.setdefault(event.get("rank", 0), {})["train_bytes"] = event.get("peak_allocated_bytes", 0)
         if event["kind"] == "gpu":
             of_rank = ranks.setdefault(event.get("rank", 0), {})
-            for name in ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes"):
+            for name in ("peak_allocated_bytes", "peak_reserved_bytes", "process_bytes", "used_bytes"):
                 of_rank[name] = max(of_rank.get(name, 0), event.get(name) or 0)
     found["ranks_gb"] = {
         rank: {name.replace("_bytes", "_gb"): round(value / 1e9, 2) for name, value in sorted(held.items()) if value}

@@ -287,9 +287,9 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
             per_layer = adapters / layers
             gradient_bytes = max(kept_layers * per_layer, adapters - per_layer - (recomputing - 1) * hidden)
             phases["backward (recompute)"]["gradients"] = gradient_bytes  # type: ignore[assignment]  # Counter knows only int
-    for name in ("forward", "backward (kept)", "backward (recompute)"):
-        if name in phases:
-            phases[name][GATHERED] = gathered(c, weights, layers)
+    with_layers = ["forward", *(name for name in phases if name.startswith("backward")), *["loss"] * c.reads_few]
+    for name in with_layers:
+        phases[name][GATHERED] = gathered(c, weights, layers)
     phases["optimiser"] = Counter({"gradients": adapters if c.accumulation == 1 else 0})
     if not c.eight_bit:
         phases["optimiser"]["optimiser temporaries"] = adapters

@@ -14,18 +14,24 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+IN_PIECES = (
+    "CUDA out of memory. Tried to allocate 1.00 GiB. Of the allocated memory 3.00 GiB is allocated by PyTorch, and "
+    "2.00 GiB is reserved by PyTorch but unallocated."
+)
+"""An error for which nothing is given up, once a step."""
+
 
 def disturb(plan: dict) -> None:
     """On the rank that each entry names."""
     import torch
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP
     from watched import ERROR
 
-    from surgvqa.model.layers import LayerForward
     from surgvqa.training.trainer import EventTrainer
 
     rank, calls = int(os.environ["RANK"]), 0
     forward, ended = EventTrainer.compute_loss, EventTrainer.end_of_step
-    layer, layers = LayerForward.__call__, 0
+    layer, layers = Qwen2MLP.__call__, 0
 
     def fail(text: str):
         raise torch.OutOfMemoryError(text or ERROR)
@@ -59,7 +65,7 @@ def disturb(plan: dict) -> None:
         ended(trainer)
 
     EventTrainer.compute_loss, EventTrainer.end_of_step = compute_loss, end_of_step
-    LayerForward.__call__ = in_layer
+    Qwen2MLP.__call__ = in_layer
 
 
 def launched(program: list[str], world, folder: Path, plan: dict, **changes) -> SimpleNamespace:
