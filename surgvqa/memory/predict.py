@@ -294,7 +294,8 @@ def predict(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None
     if not c.eight_bit:
         phases["optimiser"]["optimiser temporaries"] = adapters
 
-    return _prediction(resident, phases, _slack(sizes, c, tokens, logits), c, layers)
+    slack = _slack(sizes, c, tokens, logits) + gathered(c, weights, layers) / GATHERED_AT_ONCE
+    return _prediction(resident, phases, slack, c, layers)
 
 
 def predict_generation(sizes: Sizes, c: Configuration, weights: dict[str, list[int]] | None = None) -> MemoryPrediction:
@@ -352,7 +353,10 @@ def _weights(sizes: Sizes, c: Configuration, weights: dict[str, list[int]]) -> C
 
 
 def gathered(c: Configuration, weights: dict[str, list[int]], layers: int) -> int:
-    """Bytes of a divided model's layers that are whole while one computes."""
+    """Bytes of a divided model's layers that are whole while one computes.
+
+    The two buffers in which layers come by turns are of another stream, so the allocator keeps both for it.
+    """
     return GATHERED_AT_ONCE * BF16 * sum(weights["lm"]) // layers if c.parts > 1 else 0
 
 
