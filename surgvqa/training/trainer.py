@@ -16,7 +16,6 @@ from surgvqa.data.prompt import IGNORED
 from surgvqa.errors import SurgvqaError
 from surgvqa.machine.ranks import add_gradients
 from surgvqa.machine.sampling import MemorySampler
-from surgvqa.model.adapter import adapter_parameters
 from surgvqa.model.torch_internals import compilations
 from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, results
@@ -152,7 +151,7 @@ class EventTrainer(BatchTrainer):
         window.tokens = sum(rank["tokens"] for rank in ranks)
         slowest = max(rank["s"] for rank in ranks)
         window.rank_wait_s = [slowest - rank["s"] for rank in ranks]
-        add_gradients(adapter_parameters(self.model).values(), self.ranks)
+        add_gradients(self.trained, self.ranks)
 
     def before_optimizer_step(self, model: Any, grad_norm: float, learning_rate: float) -> None:
         """Makes a non-finite step change nothing."""
