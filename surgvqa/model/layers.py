@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from surgvqa.model.peft_internals import without_input_casts
 from surgvqa.model.sizes import require_layers
 from surgvqa.model.torch_internals import configure_compiler
 
@@ -91,3 +92,15 @@ def compile_layers(model: nn.Module, keep: str = "all") -> None:
     configure_compiler(recompute_cheap=keep == "products")
     for forward in forwards(model):
         forward.compute = torch.compile(forward.plain)
+
+
+def configure(model: nn.Module, *, recomputing: int, autocast: bool, keep: str | None) -> None:
+    """Configures a model with an adapter for training: how many layers recompute, and what compiled layers keep.
+
+    `autocast`: training runs under autocast. `keep` is None if nothing is compiled.
+    """
+    checkpoint_layers(model, recomputing)
+    if autocast:
+        without_input_casts(model)
+    if keep is not None:
+        compile_layers(model, keep)

@@ -93,7 +93,7 @@ def compilations() -> dict[str, int]:
 
     graphs: compiled graphs. recompiles: those compiled because an earlier one did not apply, for instance to another
     length. graph_breaks: places in a layer where plain Python runs. compile_failures: code that runs uncompiled after
-    an error or because of recompile_limit.
+    an error or because of recompile_limit. cached_graphs: graphs that came out of torch's cache on disk.
     """
     import torch._dynamo.utils as dynamo
 
@@ -103,6 +103,7 @@ def compilations() -> dict[str, int]:
         "recompiles": sum(bool(attempt.recompile_reason) and not attempt.fail_type for attempt in attempts),
         "graph_breaks": sum(dynamo.counters["graph_break"].values()),
         "compile_failures": sum(bool(attempt.fail_type) for attempt in attempts),
+        "cached_graphs": dynamo.counters["aot_autograd"]["autograd_cache_hit"],
     }
 
 

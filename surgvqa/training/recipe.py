@@ -30,11 +30,11 @@ from surgvqa.memory.fit import choices, memory_limit_gb
 from surgvqa.model import layers
 from surgvqa.model.adapter import adapter_parameters, add_lora
 from surgvqa.model.attention import AttentionShape, attention_kernel, choose_attention
+from surgvqa.model.compile_ahead import CompileAhead
 from surgvqa.model.device import choose_dtype
 from surgvqa.model.divide import DividedLayers
 from surgvqa.model.encode import use_cache
 from surgvqa.model.loading import load_model
-from surgvqa.model.peft_internals import without_input_casts
 from surgvqa.model.sizes import checkpoint_sizes
 from surgvqa.model.torch_internals import start_compiler
 from surgvqa.runs.folder import Run
@@ -42,6 +42,7 @@ from surgvqa.training import answers, checkpoints, results, resume
 from surgvqa.training.arguments import choose_optimiser, training_arguments
 from surgvqa.training.callbacks import EventCallback
 from surgvqa.training.carry import CARRIED, carry
+from surgvqa.training.layer_job import begin
 from surgvqa.training.schedule import evaluates, schedule
 from surgvqa.training.sharding import optimiser_steps, require_same_samples
 from surgvqa.training.step_down import StepDown, release_memory
@@ -88,9 +89,12 @@ def _train(options: TrainOptions, output_dir: Path, run: Run, scorer: answers.Sc
     train_set, eval_set = _datasets(options, processors, run)
     require_same_samples(ranks, [data.samples for data in (train_set, eval_set) if data])
     with MemorySampler(run, device, budget_gb=options.budget_gb) as sampler:
-        trainer, total_steps = _prepare(
-            options, run, record, arguments, processors, train_set, eval_set, sampler, scorer
-        )
+        with CompileAhead() as ahead:
+            trainer, total_steps = _prepare(
+                options, run, record, arguments, processors, train_set, eval_set, sampler, scorer, ahead
+            )
+            if found := ahead.finish():
+                run.phase("compile", found)
         began = time.monotonic()
         with wandb_environment(options.report_to, run):
             if resumed:
@@ -138,15 +142,32 @@ def _prepare(
     eval_set: ClipDataset | None,
     sampler: MemorySampler,
     scorer: answers.Scorer | None,
+    ahead: CompileAhead,
 ) -> tuple[EventTrainer, int]:
     """(the trainer, with the model loaded, features cached and layers configured; number of optimiser steps)."""
     device = arguments.device
     run.phase("load model", f"{options.model_name_or_path}")
     compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
+    longest = 0
     if compiled:
         start_compiler()
+        longest = train_set.longest()
     chosen = choose_attention(options.attn_implementation, device, _attention_shape(options, device, train_set))
     attention, why_attention = run.ranks.share(chosen, "choice of attention")[0]  # one kernel for all ranks
+    packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
+    limits_gb = run.ranks.share(memory_limit_gb(options.budget_gb, device, run.ranks.count), "available memory")
+    limit_gb = min(limits_gb)  # every rank has to fit into the smallest card
+    presets = step_down_presets(run.workspace)
+    sizes, _ = checkpoint_sizes(options.model_name_or_path)
+
+    def planned(cached: bool) -> tuple[reductions.Forecast | None, reductions.Fit]:
+        kernel = attention_kernel(sizes, attention, device)
+        forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
+        return forecast, reductions.fit(options, sizes.num_hidden_layers, forecast, limit_gb, presets)
+
+    if compiled and not packed:
+        expected = planned(options.feature_cache != "off")[1]
+        begin(ahead, options, arguments, attention, expected, -(-longest // ALIGNED) * ALIGNED, limit_gb)
     if options.enforce_budget and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
@@ -168,23 +189,14 @@ def _prepare(
     cached = use_cache(base, options.model_name_or_path, shown, options, run)
     sampler.measure("encode")
 
-    kernel = attention_kernel(base.config.text_config, attention, device)
-    forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
-    limits_gb = run.ranks.share(memory_limit_gb(options.budget_gb, device, run.ranks.count), "available memory")
-    limit_gb = min(limits_gb)  # every rank has to fit into the smallest card
-    presets = step_down_presets(run.workspace)
-    fit = reductions.fit(options, len(layers.decoder_layers(base)), forecast, limit_gb, presets)
+    forecast, fit = planned(cached)
     if fit.warning:
         run.warning(fit.warning)
-    layers.checkpoint_layers(base, fit.recomputing)
-    if arguments.bf16:
-        without_input_casts(model)
-    if compiled:
-        layers.compile_layers(model, fit.keep)
-    packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
+    keep = fit.keep if compiled else None
+    layers.configure(model, recomputing=fit.recomputing, autocast=arguments.bf16, keep=keep)
     bucket, offset = 1, 0
     if compiled:
-        bucket, offset = LENGTH_BUCKET, -(-train_set.longest() // ALIGNED) * ALIGNED % LENGTH_BUCKET
+        bucket, offset = LENGTH_BUCKET, -(-longest // ALIGNED) * ALIGNED % LENGTH_BUCKET
     held_out = None
     if eval_set and scorer and options.eval_generate:
         at_once, how_many = answers.largest_batch(fit, forecast)
