@@ -105,13 +105,11 @@ class CompileAhead:
         began = time.monotonic()
         if "begun" in self._said:
             self._heard.wait(LONGEST_S)
-        waited = time.monotonic() - began
-        if self._said.get("done") is None and self._child and self._child.poll() is not None:
-            self._heard.wait(1)  # its last words
+        said, waited = dict(self._said), time.monotonic() - began
         self._end()
-        if "done" in self._said:
-            return f"a layer was compiled ahead in {self._said['done']:.1f} s, waited for {waited:.1f} s"
-        why = self._said.get("failed") or ("it took too long" if "begun" in self._said else "it had not begun")
+        if "done" in said:
+            return f"a layer was compiled ahead in {said['done']:.1f} s, waited for {waited:.1f} s"
+        why = said.get("failed") or ("it took too long" if "begun" in said else "the model was loaded before it began")
         return f"no layer was compiled ahead ({why}): the first step compiles it"
 
     def _listen(self, child: subprocess.Popen[str]) -> None:
