@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+CHILD = (sys.executable, "-m", "surgvqa.model.compile_child")
 LONGEST_S = 60.0
 """A child that has begun to compile is waited for at most this long."""
 MARK = "surgvqa_compiled-"
@@ -76,10 +77,9 @@ class CompileAhead:
             self._skipped = "an earlier run has compiled this layer"
             return
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        command = [sys.executable, "-m", "surgvqa.model.compile_child"]
         try:
             self._child = subprocess.Popen(
-                command,
+                CHILD,
                 env=environment,
                 stdin=subprocess.PIPE,  # open for as long as this process lives, and the child ends with it
                 stdout=subprocess.PIPE,
@@ -134,3 +134,10 @@ class CompileAhead:
         with contextlib.suppress(OSError):
             assert child.stdin
             child.stdin.close()
+
+
+def end_with_parent() -> None:
+    """For the child: returns only by ending this process and those of its compiler, when its stdin is closed."""
+    while sys.stdin.readline():
+        pass
+    os.killpg(os.getpid(), signal.SIGKILL)  # it leads a session of its own

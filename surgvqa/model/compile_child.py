@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from surgvqa.errors import SurgvqaError, first_line
 from surgvqa.model import layers
 from surgvqa.model.adapter import add_lora
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
-from surgvqa.model.compile_ahead import LayerJob
+from surgvqa.model.compile_ahead import LayerJob, end_with_parent
 from surgvqa.model.loading import checkpoint_config
 from surgvqa.model.torch_internals import compilations, start_compiler
 from surgvqa.model.transformers_internals import set_attention
@@ -38,7 +37,7 @@ def main() -> None:
         print(json.dumps(words), file=answers, flush=True)
 
     asked = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         began = time.monotonic()
         start_compiler()
@@ -94,7 +93,8 @@ def _one_layer(job: LayerJob, device: torch.device) -> AudioQwen2VLForConditiona
     text: Any = config.text_config
     text.num_hidden_layers, text.layer_types = 1, text.layer_types[:1]
     text.vocab_size, text.pad_token_id, config.pad_token_id = 1, None, None
-    config.vision_config.depth = 1
+    vision: Any = config.vision_config
+    vision.depth = 1
     config.audio_encoder_config = {**config.audio_encoder_config, "encoder_layers": 1}
     set_attention(config, job.attention)
     with torch.device(device):
@@ -103,12 +103,6 @@ def _one_layer(job: LayerJob, device: torch.device) -> AudioQwen2VLForConditiona
         parameter.data = parameter.data.to(getattr(torch, job.dtype))
     model.requires_grad_(False).eval()
     return model
-
-
-def _end_with_parent() -> None:
-    while sys.stdin.readline():
-        pass
-    os.killpg(os.getpid(), signal.SIGKILL)  # this process leads a session of its own
 
 
 if __name__ == "__main__":

@@ -75,7 +75,13 @@ def test_the_compilers_counts_exist():
 
     assert {"recompile_reason", "fail_type"} <= set(CompilationMetrics.__dataclass_fields__)
     assert not parameters(maybe_warm_pool)
-    assert set(torch_internals.compilations()) == {"graphs", "recompiles", "graph_breaks", "compile_failures"}
+    assert set(torch_internals.compilations()) == {
+        "graphs",
+        "recompiles",
+        "graph_breaks",
+        "compile_failures",
+        "cached_graphs",
+    }
 
 
 def test_the_seeds_are_operations_of_inductor_and_the_pass_marks_them():
