@@ -1,7 +1,7 @@
 """Compiles a training's layer in a child process, while this process loads the model and encodes.
 
 The compiled layer passes through torch's cache on disk. Its keys are equal because the child runs the same code on a
-model of the same sizes with one layer (compile_child.py). If the child fails or is late, this process compiles the
+model of the same sizes with two layers (compile_child.py). If the child fails or is late, this process compiles the
 layer itself in its first step: only speed changes.
 """
 

@@ -1,4 +1,4 @@
-"""The child process of compile_ahead.py: runs a model of one layer as a training would, so that torch compiles it.
+"""The child process of compile_ahead.py: runs a model of two layers as a training would, so that torch compiles it.
 
 Reads the job as a JSON line from its stdin and writes JSON lines to its stdout: begun, then done (seconds) or failed
 (why). Ends, with the processes of its compiler, when its stdin is closed.
@@ -55,7 +55,7 @@ def compile_layer(job: LayerJob) -> None:
     device = torch.device(job.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model = add_lora(_one_layer(job, device), LoraOptions(**job.lora))
+    model = add_lora(_small_model(job, device), LoraOptions(**job.lora))
     layers.configure(model, recomputing=0, autocast=job.autocast, keep=job.keep)
     model.train()
     for recomputes in job.recomputing:
@@ -87,11 +87,11 @@ def _step(model: Any, job: LayerJob, device: torch.device, needs_grad: bool) -> 
     loss.backward()
 
 
-def _one_layer(job: LayerJob, device: torch.device) -> AudioQwen2VLForConditionalGeneration:
-    """The checkpoint's model with random weights, one layer of each part, and a vocabulary of one token."""
+def _small_model(job: LayerJob, device: torch.device) -> AudioQwen2VLForConditionalGeneration:
+    """The checkpoint's model with random weights, as small as may be: the last layer is not compiled (last_layer.py)."""
     config = checkpoint_config(open_checkpoint(job.checkpoint))
     text: Any = config.text_config
-    text.num_hidden_layers, text.layer_types = 1, text.layer_types[:1]
+    text.num_hidden_layers, text.layer_types = 2, text.layer_types[:2]
     text.vocab_size, text.pad_token_id, config.pad_token_id = 1, None, None
     vision: Any = config.vision_config
     vision.depth = 1
