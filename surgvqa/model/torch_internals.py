@@ -16,6 +16,7 @@ silently give the backward pass other masks:
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,25 @@ def configure_compiler(*, recompute_cheap: bool) -> None:
     torch._dynamo.config.recompile_limit = 32
     torch._functorch.config.aggressive_recomputation = recompute_cheap
     keep_dropout_seeds()
+    same_keys_in_all_processes()
+
+
+def same_keys_in_all_processes() -> None:
+    """Makes the keys of torch's compilation cache independent of the order in which modules were imported.
+
+    A key is the hash of a pickle. It contains torch.contiguous_format, for which pickle searches all modules, in the
+    order of their import, and names the first that has an attribute `torch`.
+    """
+    copyreg.pickle(torch.memory_format, _pickled_memory_format)
+
+
+def _pickled_memory_format(found: torch.memory_format) -> tuple[Any, ...]:
+    return _memory_format, (str(found).removeprefix("torch."),)
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    found: torch.memory_format = getattr(torch, name)
+    return found
 
 
 def fused(function: Callable[..., Any]) -> Any:

@@ -69,6 +69,37 @@ def test_fsdp2_is_reset_by_names_that_exist():
         assert parameters(getattr(DividedLayers, name)) == parameters(getattr(AllGather, name))
 
 
+def test_the_compilers_keys_do_not_depend_on_the_order_of_imports(monkeypatch):
+    """The hash that is part of a key, with a module that has an attribute `torch` before all others."""
+    import copyreg
+    import pickle
+    import sys
+    import types
+
+    from torch._inductor.codecache import FxGraphCachePickler
+
+    def first_module(name):
+        module = types.ModuleType(name)
+        module.torch = torch
+        monkeypatch.setitem(sys.modules, name, module)
+        for other in [other for other in sys.modules if other != name]:
+            sys.modules[other] = sys.modules.pop(other)
+
+    def key():
+        return FxGraphCachePickler(torch.fx.GraphModule({}, torch.fx.Graph())).get_hash(torch.contiguous_format)
+
+    monkeypatch.setattr(copyreg, "dispatch_table", copyreg.dispatch_table.copy())
+    monkeypatch.delitem(copyreg.dispatch_table, torch.memory_format, raising=False)
+    before = key()
+    first_module("early")
+    assert key() != before, "torch no longer names the first module: is same_keys_in_all_processes still needed?"
+    copyreg.dispatch_table[torch.memory_format] = torch_internals._pickled_memory_format
+    after = key()
+    first_module("earlier")
+    assert key() == after
+    assert pickle.loads(pickle.dumps(torch.channels_last)) is torch.channels_last
+
+
 def test_the_compilers_counts_exist():
     from torch._dynamo.utils import CompilationMetrics
     from torch._inductor.async_compile import maybe_warm_pool
