@@ -88,7 +88,7 @@ def _step(model: Any, job: LayerJob, device: torch.device, needs_grad: bool) -> 
 
 
 def _small_model(job: LayerJob, device: torch.device) -> AudioQwen2VLForConditionalGeneration:
-    """The checkpoint's model with random weights, as small as may be. Of two layers, the last is not always compiled."""
+    """The checkpoint's model with random weights, small. The last of the two layers is not always compiled."""
     config = checkpoint_config(open_checkpoint(job.checkpoint))
     text: Any = config.text_config
     text.num_hidden_layers, text.layer_types = 2, text.layer_types[:2]
