@@ -165,14 +165,14 @@ def _prepare(
         forecast = _forecast(options, arguments, train_set, cached=cached, compiled=compiled, attention=kernel)
         return forecast, reductions.fit(options, sizes.num_hidden_layers, forecast, limit_gb, presets)
 
-    if compiled and not packed:
+    divided = options.shard and run.ranks.count > 1
+    if compiled and not packed and not divided:
         expected = planned(options.feature_cache != "off")[1]
         begin(ahead, options, arguments, attention, expected, -(-longest // ALIGNED) * ALIGNED, limit_gb)
     if options.enforce_budget and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
     set_seed(options.seed)
-    divided = options.shard and run.ranks.count > 1
     if options.shard and not divided:
         run.warning("shard: there is one GPU only, so the whole model is on it")
     base = load_model(
