@@ -73,17 +73,14 @@ def unpack(text: str) -> list[list[Any]]:
     """The rows that `pack` packed. Raises ValueError for anything else."""
     body, _, count = text.rpartition(" ")
     data, rows = base64.b64decode(body, validate=True), int(count)
-    hashes, engine = data[: 32 * rows], zlib.decompressobj()
+    hashes, engine = data[: 32 * rows].hex(), zlib.decompressobj()
     try:
         rest = json.loads(engine.decompress(data[32 * rows :], MAX_PACKED))
     except zlib.error as error:
         raise ValueError(str(error)) from None
     if len(rest) != rows:
         raise ValueError(f"{len(rest)} rows instead of {rows}")
-    return [
-        [path, size, hashes[32 * i : 32 * i + 32].hex(), mtime, mode]
-        for i, (path, size, mtime, mode) in enumerate(rest)
-    ]
+    return [[path, size, hashes[64 * i : 64 * i + 64], mtime, mode] for i, (path, size, mtime, mode) in enumerate(rest)]
 
 
 def complete(offer: dict[str, Any], known: list[list[Any]], sent: list[list[Any]]) -> dict[str, Any]:

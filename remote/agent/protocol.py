@@ -13,7 +13,7 @@ then their contents, `length` bytes in all, one after another."""
 HOLE = 0x80000000
 """Added to the index: these bytes are a hole of a sparse file, and none follow."""
 INDEX = struct.Struct(">I")
-SMALL = 128 << 10
+SMALL = 1 << 20
 """Bytes of the largest file that travels in a pack: its hash is checked as it arrives."""
 MAX_PACK = 4 << 20
 MAX_PACK_FILES = 1 << 12

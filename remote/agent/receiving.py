@@ -10,7 +10,6 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from remote.agent.files import BLOCK
@@ -86,6 +85,7 @@ class _Receiver:
         self.heard = [time.monotonic()]
         self.opened, self.target = -1, -1
         self.folders: set[str] = set()
+        self.folder, self.folder_file = "", -1
         self.masked = os.umask(0o077)
         os.umask(self.masked)
 
@@ -168,15 +168,24 @@ class _Receiver:
         self.channel.say({"ack": [indices[0], 0], "got": self.got, "wrong": wrong})
         return True
 
+    def _enter(self, folder: str) -> None:
+        """Opens a staging folder, in which one file after another is then written without looking up its path."""
+        os.makedirs(folder, exist_ok=True)
+        if self.folder_file >= 0:
+            os.close(self.folder_file)
+        self.folder, self.folder_file = folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+
     def _write(self, path: str, content: memoryview, mtime_ns: int, mode: int) -> None:
         """A new file: one that lies there may be a link to a published one."""
-        self._make_folder(path)
+        folder, _, name = path.rpartition("/")
+        if folder != self.folder:
+            self._enter(folder)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
-            target = os.open(path, flags, mode)
+            target = os.open(name, flags, mode, dir_fd=self.folder_file)
         except FileExistsError:
             os.unlink(path)
-            target = os.open(path, flags, mode)
+            target = os.open(name, flags, mode, dir_fd=self.folder_file)
         try:
             while content:
                 content = content[os.write(target, content) :]
@@ -195,6 +204,8 @@ def _end_when_silent(heard: list[float]) -> None:
 
 def verify(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
     """Hashes staged files as they grow: reads [index, upto] lines, answers {"file", "sha256"} for each whole file."""
+    from concurrent.futures import ThreadPoolExecutor  # loads logging: a third of a receiver's start
+
     staging, rows = begun(workspace, digest)
     states: dict[int, tuple[Any, int]] = {}  # running hash, bytes that it has seen
     arrived: dict[int, int] = {}

@@ -138,7 +138,7 @@ def standing(workspace: str, item: dict[str, Any], checksum: bool = False) -> di
     in_place: set[int] = set()
     in_the_way: set[str] = set()
     foreign: list[str] = []
-    for i, (path, size, sha256, *_) in enumerate(rows):
+    for i, (path, size, sha256, *_) in enumerate(rows if trusted else []):
         known = trusted.get(path)
         if known and known[:2] == [size, sha256] and unchanged(place(path), size, known[2]):
             sources[i] = place(path)
@@ -151,7 +151,7 @@ def standing(workspace: str, item: dict[str, Any], checksum: bool = False) -> di
         final = place(path)
         if sha256 in elsewhere:
             sources[i] = elsewhere[sha256]
-        folder = os.path.dirname(final)
+        folder = final.rpartition("/")[0]
         if folder not in folders:
             folders[folder] = os.path.isdir(folder)
             blocking = "" if folders[folder] else _file_above(place.root, path)

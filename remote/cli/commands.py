@@ -334,7 +334,7 @@ def fetch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
 def gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """The GPUs of the host."""
-    from surgvqa.machine.gpu import draw
+    from surgvqa.machine.gpus import draw
 
     watch = arguments.watch
     if watch is not None and not 0.05 <= watch <= 3600:
@@ -364,7 +364,7 @@ def gpus(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
 
 def _gpus_of_all(remotes: list[Remote], watch: float | None) -> Outcome:
     """The GPUs of several hosts, each with the name of its host."""
-    from surgvqa.machine.gpu import draw
+    from surgvqa.machine.gpus import draw
 
     if watch is not None:
         raise UsageError("--watch: of one host")

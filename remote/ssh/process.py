@@ -179,23 +179,32 @@ class AgentProcess:
 class Reserve:
     """Agents that are started before it is known what to ask them: `take` spares the handshake and Python's start."""
 
-    def __init__(self, host: Host, ciphers: str | None, count: int = 0):
+    def __init__(self, host: Host, ciphers: str | None):
         self.host, self.ciphers = host, ciphers
-        self._waiting = [AgentProcess(host, ciphers) for _ in range(count)]
+        self._waiting: list[AgentProcess] = []
+        self._lock = threading.Lock()
+
+    def fill(self, count: int) -> None:
+        """Starts agents until that many wait. Raises OSError where ssh does not start."""
+        with self._lock:
+            while len(self._waiting) < count:
+                self._waiting.append(AgentProcess(self.host, self.ciphers))
 
     def take(self) -> AgentProcess:
         """One that waits, or a new one. Raises OSError where ssh does not start."""
-        while self._waiting:
-            agent = self._waiting.pop()
-            if agent.process.poll() is None:
-                return agent
-            agent.discard()
+        with self._lock:
+            while self._waiting:
+                agent = self._waiting.pop()
+                if agent.process.poll() is None:
+                    return agent
+                agent.discard()
         return AgentProcess(self.host, self.ciphers)
 
     def close(self) -> None:
         """Ends those that were not needed."""
-        while self._waiting:
-            self._waiting.pop().discard()
+        with self._lock:
+            while self._waiting:
+                self._waiting.pop().discard()
 
 
 def ssh_command(host: Host, remote_command: str, ciphers: str | None = None) -> list[str]:

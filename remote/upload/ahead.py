@@ -1,9 +1,9 @@
 """An upload's first questions, asked while the program is still being loaded and the files are looked at.
 
-Most often nothing has changed since the last upload to a host. Then these questions are all that there is to ask: an
-OpenSSH process brings the answers by the time that this side knows what it has itself, and nothing of paramiko's is
-loaded. Whatever goes wrong here counts for nothing: the same is asked over an ordinary connection, which says what the
-matter is.
+An OpenSSH process brings the answers, and the agent at its other end answers the rest of the upload's questions too, so
+paramiko, which takes a third of a second to load and connect, is needed only for more than that. Most often nothing has
+changed since the last upload to a host; then these questions are all that there is to ask. Any failure here is ignored:
+the same questions are asked again through paramiko, which reports the cause.
 """
 
 from __future__ import annotations
@@ -28,33 +28,31 @@ _started: dict[tuple[str, Path], Ahead] = {}
 
 
 class Ahead:
-    """Two questions to a host: what it is, and whether the items of the last upload are still there. None is asked
-    where there was no upload before."""
+    """Questions to a host: what it is, and, after an earlier upload, whether that one's items are still there."""
 
     def __init__(self, host: Host, ask: bool = True):
         self.host = host
         self.offers = known_offers(host.name)
         """What the host was told of these items."""
-        self._questions: dict[str, dict[str, Any]] = {
-            "probe": {"venv": host.entry.venv},
-            "known": {"items": self.offers},
-        }
+        self._questions: dict[str, dict[str, Any]] = {"probe": {"venv": host.entry.venv}}
+        if self.offers:
+            self._questions["known"] = {"items": self.offers}
         self._process: AgentProcess | None = None
-        if ask and self.offers:
+        if ask:
             with contextlib.suppress(OSError):
                 self._process = AgentProcess(host, None, self._questions)
 
-    def answers(self) -> tuple[AgentProcess, Iterator[dict[str, Any]], dict[str, Any], dict[str, Any]] | None:
-        """The agent, its answers to what it is asked from now on, what the host is, and what it says of the items."""
+    def answers(self) -> tuple[AgentProcess, Iterator[dict[str, Any]], dict[str, dict[str, Any]]] | None:
+        """The agent, its answers to all further questions, and its answers to those asked here, by operation."""
         if self._process is None:
             return None
         try:
             heard = self._process.answers(SPEAKS_IN_S)
-            facts, known = (checked(self.host, op, asked, next(heard)) for op, asked in self._questions.items())
+            found = {op: checked(self.host, op, asked, next(heard)) for op, asked in self._questions.items()}
         except (SurgvqaError, StopIteration, OSError):
             self.close()
             return None
-        return self._process, heard, facts, known
+        return self._process, heard, found
 
     def close(self) -> None:
         """Ends the process."""
@@ -70,8 +68,7 @@ def start(words: list[str]) -> None:
         return
     with contextlib.suppress(SurgvqaError, OSError):
         root = find_workspace()
-        if known_offers(words[0]):
-            _started[words[0], root] = Ahead(resolve(words[0], root))
+        _started[words[0], root] = Ahead(resolve(words[0], root))
 
 
 def to(name: str, root: Path, ask: bool) -> Ahead:

@@ -18,6 +18,7 @@ from remote.upload import ahead, hub
 from remote.upload.ahead import Ahead
 from remote.upload.hashes import Hashes, Item
 from remote.upload.host_settings import host_settings
+from remote.upload.link import Link
 from remote.upload.offers import ask_of
 from remote.upload.options import UploadOptions
 from remote.upload.plan import (
@@ -39,6 +40,11 @@ from surgvqa.runs.folder import Run
 from surgvqa.runs.reporter import Reporter
 from surgvqa.terminal.figures import human_seconds
 from surgvqa.untrusted import one_line
+
+SMALL_STREAMS = 2
+"""Streams of an upload over a short link; a large file needs one agent more, which verifies it."""
+WATCHED_BYTES = 64_000_000
+"""A smaller upload is over before more streams are tried, so its link need not be watched."""
 
 
 def fill_in(options: UploadOptions, workspace: Workspace) -> None:
@@ -76,12 +82,12 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
     run.phase("connect", host)
     first = ahead.to(host, workspace.root, not options.checksum)
     target = first.host
-    reserve = Reserve(target, None)
+    reserve, link = Reserve(target, best_ciphers(target, True)), Link(target)  # most hosts have AES hardware
     patience = Patience(options.patience_s, run.warning)
-    with ExitStack() as stack, ThreadPoolExecutor(1) as pool, closing(patience), closing(first):
-        reached = pool.submit(
-            _reach, first, workspace, accept_new_host_key, patience, stack
-        )  # while the files are looked at
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool, closing(patience), closing(first), closing(link):
+        stack.callback(lambda: reserve.close())
+        ready = 0 if options.dry_run or first.offers else SMALL_STREAMS  # after an upload there may be nothing to send
+        reached = pool.submit(_reach, first, workspace, accept_new_host_key, patience, stack, reserve, ready)
         hashes = Hashes(checksum=options.checksum, before_reading=lambda: reached.done() and reached.result())
         gc.disable()  # tens of thousands of objects that stay: to look for cycles among them takes as long as the rest,
         try:
@@ -96,9 +102,9 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
             gc.enable()
         offers = [item.offer for item in items]
         if not options.dry_run and first.offers != offers:
-            # Most hosts have AES hardware: the streams' connections are made while ours is, and while the plan is made.
-            reserve = Reserve(target, best_ciphers(target, True), 2 + any(item.large for item in items))
-        stack.callback(lambda: reserve.close())
+            reserve.fill(SMALL_STREAMS + any(item.large for item in items))  # they connect while the plan is made
+            if sum(item.bytes for item in items) > WATCHED_BYTES:
+                link.watch()
         remote, facts, early = reached.result()
         if not facts["aes"]:
             reserve.close()
@@ -119,6 +125,7 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
                 hashes,
                 facts,
                 reserve,
+                link,
                 streams=options.streams,
                 patience_s=options.patience_s,
                 published=item.digest in plan["published"],
@@ -155,13 +162,22 @@ def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, ac
 
 
 def _reach(
-    first: Ahead, workspace: Workspace, accept_new_host_key: bool, patience: Patience, stack: ExitStack
+    first: Ahead,
+    workspace: Workspace,
+    accept_new_host_key: bool,
+    patience: Patience,
+    stack: ExitStack,
+    reserve: Reserve,
+    ready: int,
 ) -> tuple[Remote, dict[str, Any], Early | None]:
-    """The connection, which `stack` closes, what the host is, and what it says of the items of the last upload."""
+    """The connection, which `stack` closes, what the host is, and what it says of the items of the last upload.
+
+    `ready`: as many streams are started as soon as the host has answered.
+    """
     target = first.host
     if answered := first.answers():
-        agent, answers, facts, known = answered
-        remote = Remote(target, patience)
+        agent, answers, found = answered
+        remote, facts = Remote(target, patience), found["probe"]
         remote.use(agent, answers)
     else:
         remote = connect(target, workspace.root, accept_new_host_key, patience)
@@ -170,7 +186,8 @@ def _reach(
         facts = remote.ask("probe", venv=target.entry.venv)
     if not facts["writable"]:
         raise SurgvqaError(f"{target.name}: cannot write in {facts['workspace']}; set workspace in hosts.toml")
-    return remote, facts, Early(first.offers, known) if answered else None
+    reserve.fill(ready)
+    return remote, facts, Early(first.offers, found["known"]) if answered and first.offers else None
 
 
 def name_abandoned(remote: Remote, digests: list[str], run: Reporter) -> None:

@@ -25,6 +25,8 @@ HASH_CACHE = Path("~/.cache/surgvqa/sha256.json")
 MERGE_REPORT = "merge_report.json"
 BLOCK = 1 << 20
 HASH_LENGTH = 64
+KEPT_BYTES = 64 << 20
+"""Bytes of small files that are kept in memory between hashing and sending."""
 SETTLED_NS = 2 * 10**9
 """Older changes than this are told apart by their times, also where these are counted in whole seconds (FAT, ext3)."""
 LFS_POINTERS = (
@@ -135,12 +137,13 @@ def _is_pointer(file: str) -> bool:
         return stream.read(LFS_POINTER_BELOW).removeprefix(codecs.BOM_UTF8).lstrip().startswith(LFS_POINTERS)
 
 
-def read_small(source: str, most: int) -> bytes:
-    """Reads a file of up to `most` bytes, one byte more of a larger one. Takes a third of a file object's time."""
-    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+def read_small(source: str, size: int) -> bytes:
+    """Reads a file that should have `size` bytes: fewer where it is shorter, one more where it is longer. Takes a third
+    of a file object's time."""
+    descriptor = os.open(source, os.O_RDONLY)
     try:
-        content = b""
-        while more := os.read(descriptor, most + 1 - len(content)):
+        content = os.read(descriptor, size + 1)
+        while len(content) < size and (more := os.read(descriptor, size + 1 - len(content))):
             content += more
         return content
     finally:
@@ -174,9 +177,12 @@ class Hashes:
     """Read every file, whatever is known of it."""
     wrong: set[str] = field(default_factory=set)
     """Files whose remembered or reported hash turned out wrong."""
+    contents: dict[str, bytes] = field(default_factory=dict)
+    """Small files as they were read, up to KEPT_BYTES in all: they are sent from here, not read again."""
     before_reading: Callable[[], object] = lambda: None
     """Called before a large file is read, which takes a while: it may raise."""
     _changed: bool = False
+    _kept_bytes: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -195,22 +201,26 @@ class Hashes:
         named = [(os.fspath(source), path) for source, path in sources]
         stats = whole_files(source for source, _ in named)
         reported = {} if self.checksum else self._reported([source for source, _ in named], stats)
-        entries: list[Entry] = []
+        found: list[str] = []
         unknown = []
-        for position, ((source, path), status) in enumerate(zip(named, stats)):
+        for position, ((source, _), status) in enumerate(zip(named, stats)):
             known = "" if self.checksum else self.cache.get(source, "")
             sha256 = known[-HASH_LENGTH:] if known[:-HASH_LENGTH] == _identity(status) else ""
             if not known:
                 sha256 = reported.get(position, "")
-                self._remember(source, status, sha256)
             if not sha256:
                 unknown.append(position)
-            entries.append(Entry(source, path, status.st_size, sha256, status.st_mtime_ns, status.st_mode & 0o777))
+            elif not known:
+                self._remember(source, status, sha256)
+            found.append(sha256)
         for position, sha256 in self._read_all(named, stats, unknown, on_bytes):
             self._remember(named[position][0], stats[position], sha256)
-            entries[position] = entries[position]._replace(sha256=sha256)
+            found[position] = sha256
         self._save()
-        return tuple(entries)
+        return tuple(
+            Entry(source, path, status.st_size, sha256, status.st_mtime_ns, status.st_mode & 0o777)
+            for (source, path), status, sha256 in zip(named, stats, found)
+        )
 
     def _remember(self, source: str, status: os.stat_result, sha256: str) -> None:
         """Nothing of a file that was changed just now: a further change within one tick of the clock would show in
@@ -240,7 +250,8 @@ class Hashes:
             reading = {position: pool.submit(self._read_large, sources[position][0]) for position in large}
             for position in unknown:  # a thread costs more than a small file
                 ahead = reading.get(position)
-                yield position, ahead.result() if ahead else self._read_small(sources[position][0])
+                source, size = sources[position][0], stats[position].st_size
+                yield position, ahead.result() if ahead else self._read_small(source, size)
                 done += stats[position].st_size
                 if on_bytes:
                     on_bytes(done, total)
@@ -252,9 +263,12 @@ class Hashes:
         self.wrong.add(source)
         self._save()
 
-    def _read_small(self, source: str) -> str:
-        content = read_small(source, BLOCK)
-        self.read_bytes += len(content)
+    def _read_small(self, source: str, size: int) -> str:
+        content = read_small(source, size)
+        self.read_bytes += size
+        if size <= SMALL and self._kept_bytes + size <= KEPT_BYTES:
+            self.contents[source] = content
+            self._kept_bytes += size
         return hashlib.sha256(content).hexdigest()
 
     def _read_large(self, source: str) -> str:

@@ -14,6 +14,7 @@ from remote.ssh.errors import not_understood
 from remote.ssh.patience import PATIENCE_S, Patience
 from remote.ssh.process import Reserve
 from remote.upload.hashes import Hashes, Item
+from remote.upload.link import Link
 from remote.upload.offers import Once, ask_of
 from remote.upload.streams import Transfer, changed
 from remote.upload.verifier import Verifier
@@ -45,6 +46,7 @@ def send_item(
     hashes: Hashes,
     facts: dict[str, Any],
     reserve: Reserve,
+    link: Link,
     *,
     streams: int = 0,
     patience_s: float = PATIENCE_S,
@@ -62,7 +64,7 @@ def send_item(
         return {**result, "seconds": time.monotonic() - began}
     run.phase("upload", f"{item.name}: {human_bytes(item.bytes)} in {len(item.entries)} files")
     whole, done = held(remote, item, answer)
-    rtt_s = remote.round_trip()
+    rtt_s = link.round_trip(remote)
     verifier = Verifier(reserve, item)
 
     def progress(transfer: Transfer) -> None:
@@ -84,10 +86,11 @@ def send_item(
                 done,
                 rtt_s=rtt_s,
                 whole=whole,
+                contents=hashes.contents,
                 cores=min(os.cpu_count() or 1, facts["cpus"] or 1),
                 streams=streams,
                 patience_s=patience_s,
-                queueing=remote.queueing,
+                queueing=link.queueing,
                 on_progress=progress,
                 on_file=verifier.tell,
             )

@@ -99,7 +99,9 @@ class Stream:
         parts += [INDEX.pack(index) for index in chunk.files]
         for index in chunk.files:
             entry = self.transfer.item.entries[index]
-            content = read_small(entry.source, entry.size)
+            content = self.transfer.contents.pop(entry.source, None)
+            if content is None:
+                content = read_small(entry.source, entry.size)
             if len(content) != entry.size:
                 raise changed(entry.source)
             parts.append(content)
@@ -164,6 +166,7 @@ class Transfer:
         *,
         rtt_s: float,
         whole: Collection[int] = (),
+        contents: dict[str, bytes] | None = None,
         cores: int = 2,
         streams: int = 0,
         patience_s: float = PATIENCE_S,
@@ -172,6 +175,8 @@ class Transfer:
         on_file: Callable[[int, int], None] | None = None,
     ):
         self.reserve, self.item, self.rtt_s = reserve, item, rtt_s
+        self.contents = {} if contents is None else contents
+        """Files that need not be read, by their paths here; each is given up when it is sent."""
         self.fixed, self.patience_s, self.queueing = streams, patience_s, queueing
         self.on_progress, self.on_file = on_progress, on_file
         self.changed = threading.Condition(threading.RLock())

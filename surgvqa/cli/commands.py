@@ -152,7 +152,7 @@ COMMANDS: dict[str, Command] = {
     "gpus": Command(
         "memory, utilisation, power and processes of the GPUs",
         "surgvqa gpus --watch 1",
-        "surgvqa.machine.gpu",
+        "surgvqa.machine.gpus",
         arguments=_gpus_arguments,
     ),
     "doctor": Command(

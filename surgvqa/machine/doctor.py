@@ -24,7 +24,8 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from surgvqa.config.workspace import Workspace
-from surgvqa.machine import all_reduce, gpu
+from surgvqa.errors import SurgvqaError
+from surgvqa.machine import all_reduce, gpu, gpus
 from surgvqa.machine.finding import Finding
 from surgvqa.machine.surroundings import surroundings
 from surgvqa.machine.wandb_key import wandb_key_source
@@ -146,8 +147,18 @@ def _python() -> Finding:
     return Finding("python", "ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
+def _driver_problem() -> str | None:
+    try:
+        return gpus.answered(gpu.driver_problem)
+    except SurgvqaError as error:
+        return str(error)
+
+
 def _gpus() -> Iterator[Finding]:
-    problem = gpu.driver_problem()
+    try:
+        problem, devices = gpus.answered(lambda: (gpu.driver_problem(), gpu.sample_devices()))
+    except SurgvqaError as error:
+        problem, devices = str(error), []
     if problem:
         broken = "does not answer" in problem
         yield Finding(
@@ -156,7 +167,7 @@ def _gpus() -> Iterator[Finding]:
             problem,
             "reboot, or reinstall the driver: nvidia-smi must work" if broken else "",
         )
-    for device in gpu.sample_devices():
+    for device in devices:
         name = f"gpu {device['index']}" + (f".{device['mig_index']}" if "mig_index" in device else "")
         if device.get("state", "ok") != "ok":
             mend = "restart this machine (dmesg | grep Xid shows why); if it happens again, change the card or the host"
@@ -355,7 +366,7 @@ def _why_no_cuda(built_for: str | None) -> tuple[str, str]:
 def _torch(torch: dict[str, Any]) -> Iterator[Finding]:
     built = f"torch {torch['version']}" + (f" for CUDA {torch['built_for']}" if torch["built_for"] else ", CPU only")
     if not torch["cuda"]:
-        if gpu.driver_problem() is None:
+        if _driver_problem() is None:
             why, mend = _why_no_cuda(torch["built_for"])
             yield Finding("torch", "bad", f"{built}: {why}", mend)
         else:

@@ -8,20 +8,15 @@ in degrees Celsius.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-
-from surgvqa.errors import UsageError
-from surgvqa.outcome import Outcome
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 CHILDREN_EVERY_S = 5.0  # searching /proc for child processes is the slowest part of a host sample
@@ -37,9 +32,9 @@ def sample_devices() -> list[dict[str, Any]]:
     """One dict for each GPU or MIG instance: index, state, name, uuid, memory_used_bytes, memory_total_bytes,
     utilization_percent, power_w, power_limit_w, temperature_c, processes [{pid, used_bytes, name}], mig_index.
 
-    `state` is "ok", "lost" (it fell off the bus, or needs a reset) or "failed" (NVML cannot open it). A card that is
-    not ok has `problem`, NVML's message. The index is NVML's and nvidia-smi's. Without a driver the list is empty, and
-    `driver_problem` says why.
+    `state` is "ok", "lost" (it fell off the bus, or needs a reset) or "failed" (NVML cannot open it, or cannot read its
+    memory). A card that is not ok has `problem`, NVML's message. The index is NVML's and nvidia-smi's. Without a driver
+    the list is empty, and `driver_problem` says why.
     """
     with _lock:
         if _initialise():
@@ -166,12 +161,15 @@ class _Device:
 
 
 def _counting_problem() -> str | None:
-    """Why the initialised driver cannot count its cards; None if it can."""
+    """Why the initialised driver cannot count its cards; None if it can. The next call initialises NVML again, since a
+    driver that was reloaded knows nothing of us."""
+    global _initialised
     import pynvml
 
     try:
         pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError as error:
+        _initialised = False
         return f"the NVIDIA driver does not answer: {error}"
     return None
 
@@ -182,6 +180,15 @@ def _is_lost(error: Exception) -> bool:
 
     codes = [getattr(pynvml, name, None) for name in ("NVML_ERROR_GPU_IS_LOST", "NVML_ERROR_RESET_REQUIRED")]
     return getattr(error, "value", -1) in codes or "lost" in str(error).lower()
+
+
+def _is_unavailable(error: Exception) -> bool:
+    """Whether NVML reports that a sound card does not have a figure, or that this user may not read it."""
+    import pynvml
+
+    names = ("NOT_SUPPORTED", "NO_PERMISSION", "FUNCTION_NOT_FOUND", "ARGUMENT_VERSION_MISMATCH")
+    codes = [getattr(pynvml, f"NVML_ERROR_{name}", None) for name in names]
+    return getattr(error, "value", None) in codes or "not supported" in str(error).lower()
 
 
 def _devices() -> Iterator[_Device]:
@@ -211,21 +218,32 @@ def _device_sample(found: _Device) -> dict[str, Any]:
     if found.problem:
         return {"index": found.index, "state": "lost" if found.lost else "failed", "problem": found.problem}
     device, card = found.handle, found.card
+    failures: list[Exception] = []
+
+    def figure(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except UnicodeDecodeError:
+            return None
+        except pynvml.NVMLError as error:
+            if _is_lost(error) or (function is pynvml.nvmlDeviceGetMemoryInfo and not _is_unavailable(error)):
+                failures.append(error)
+            return None
+
     named = _without_unknown(
         index=found.index,
         mig_index=found.mig_index,
-        name=_text(_try(pynvml.nvmlDeviceGetName, device)),
-        uuid=_text(_try(pynvml.nvmlDeviceGetUUID, device)),
+        name=_text(figure(pynvml.nvmlDeviceGetName, device)),
+        uuid=_text(figure(pynvml.nvmlDeviceGetUUID, device)),
     )
-    try:  # the driver still returns handles of some lost cards
-        memory = pynvml.nvmlDeviceGetMemoryInfo(device)
-    except pynvml.NVMLError as error:
-        if _is_lost(error):
-            return {**named, "state": "lost", "problem": str(error)}
-        memory = None
-    rates = _try(pynvml.nvmlDeviceGetUtilizationRates, device)
-    power = _try(pynvml.nvmlDeviceGetPowerUsage, card)
-    limit = _try(pynvml.nvmlDeviceGetEnforcedPowerLimit, card)
+    memory = figure(pynvml.nvmlDeviceGetMemoryInfo, device)
+    rates = figure(pynvml.nvmlDeviceGetUtilizationRates, device)
+    power = figure(pynvml.nvmlDeviceGetPowerUsage, card)
+    limit = figure(pynvml.nvmlDeviceGetEnforcedPowerLimit, card)
+    celsius = figure(pynvml.nvmlDeviceGetTemperature, card, pynvml.NVML_TEMPERATURE_GPU)
+    if failures:  # the driver still returns handles, and some figures, of a card that is gone
+        lost = next(filter(_is_lost, failures), None)
+        return {**named, "state": "lost" if lost else "failed", "problem": str(lost or failures[0])}
     return named | _without_unknown(
         state="ok",
         memory_used_bytes=memory and memory.used,
@@ -233,7 +251,7 @@ def _device_sample(found: _Device) -> dict[str, Any]:
         utilization_percent=rates and rates.gpu,
         power_w=power and power / 1000,
         power_limit_w=limit and limit / 1000,
-        temperature_c=_try(pynvml.nvmlDeviceGetTemperature, card, pynvml.NVML_TEMPERATURE_GPU),
+        temperature_c=celsius,
         processes=_processes(device),
     )
 
@@ -262,6 +280,11 @@ def _process_name(pid: int) -> str | None:
         return psutil.Process(pid).name()
     except psutil.Error:
         return None
+
+
+def trouble(gpu: dict[str, Any]) -> str:
+    """What is wrong with a device that is not "ok", in NVML's words, such as "lost: GPU is lost"."""
+    return f"{gpu.get('state')}: {gpu.get('problem', 'no reason given')}"
 
 
 # --- the host --------------------------------------------------------------------------------------------------------
@@ -348,83 +371,3 @@ def _read_cache(file: Path, key: str) -> int:
         return next(int(line.split()[1]) for line in file.read_text().splitlines() if line.startswith(key + " "))
     except (OSError, ValueError, StopIteration):
         return 0
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def run(arguments: Namespace, workspace: Any) -> Outcome:
-    """`surgvqa gpus`: shows the GPUs once, or repeatedly with --watch (with --json, one document per line)."""
-    every = getattr(arguments, "watch", None)
-    if every is None:
-        gpus = sample_devices()
-        problem = driver_problem()
-        data = {"gpus": gpus, **({"note": problem} if problem else {})}
-        return Outcome(data, show=lambda console: console.print(draw(gpus, problem)))
-    if not 0.05 <= every <= 3600:
-        raise UsageError(f"--watch {every:g}: expected seconds between 0.05 and 3600")
-    if arguments.json:
-        while True:
-            print(json.dumps({"t": round(time.time(), 3), "gpus": sample_devices()}), flush=True)
-            time.sleep(every)
-    _watch(every)
-    return Outcome({})
-
-
-def _watch(every: float) -> None:
-    """Redraws until Ctrl-C, which is not a failure."""
-    from rich.live import Live
-
-    from surgvqa.terminal.drawing import terminal
-
-    with Live(draw(sample_devices(), driver_problem()), console=terminal(), auto_refresh=False) as live:
-        try:
-            while True:
-                time.sleep(every)
-                live.update(draw(sample_devices(), driver_problem()), refresh=True)
-        except KeyboardInterrupt:
-            return
-
-
-def trouble(gpu: dict[str, Any]) -> str:
-    """What is wrong with a device that is not "ok", in NVML's words, such as "lost: GPU is lost"."""
-    return f"{gpu.get('state')}: {gpu.get('problem', 'no reason given')}"
-
-
-def draw(gpus: list[dict[str, Any]], problem: str | None = None) -> Any:
-    """The GPUs as a rich renderable: a heading, two bars and the processes for each."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from surgvqa.terminal.drawing import bar
-
-    if not gpus:
-        return Text(f"no GPU: {problem or 'the driver lists none'}")
-    rows = Table.grid(padding=(0, 1))
-    for gpu in gpus:
-        mig = f".{gpu['mig_index']}" if "mig_index" in gpu else ""
-        if gpu.get("state", "ok") != "ok":
-            rows.add_row(Text(f"GPU {gpu['index']}{mig}", "bold"), Text(gpu.get("name", "")), Text(trouble(gpu), "red"))
-            continue
-        state = []
-        if "temperature_c" in gpu:
-            state.append(f"{gpu['temperature_c']} °C")
-        if "power_w" in gpu:
-            limit = f" of {gpu['power_limit_w']:.0f}" if "power_limit_w" in gpu else ""
-            state.append(f"{gpu['power_w']:.0f}{limit} W")
-        rows.add_row(
-            Text(f"GPU {gpu['index']}{mig}", "bold"), Text(gpu.get("name", "?")), Text("  ".join(state), "dim")
-        )
-        used, total = gpu.get("memory_used_bytes"), gpu.get("memory_total_bytes")
-        if used is not None and total:
-            rows.add_row("  memory", bar(used / total), f"{used / 1e9:.1f} of {total / 1e9:.1f} GB")
-        if "utilization_percent" in gpu:
-            rows.add_row(
-                "  busy", bar(gpu["utilization_percent"] / 100, alarm=False), f"{gpu['utilization_percent']} %"
-            )
-        for process in gpu.get("processes", []):
-            name = process.get("name", "outside this container")
-            taken = f"{process['used_bytes'] / 1e9:.1f} GB" if "used_bytes" in process else ""
-            rows.add_row("", Text(f"pid {process['pid']} {name}", "dim"), Text(taken, "dim"))
-    return Group(rows)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from remote.ssh.process import Reserve
 from remote.upload.hashes import Hashes, Item
+from remote.upload.link import Link
 from remote.upload.plan import folder_sources
 from remote.upload.send import send_item
 from surgvqa.runs.folder import Run
@@ -28,10 +29,10 @@ class Sender:
     def connect(self) -> None:
         """By the ssh_config as it is now."""
         self.remote = self.laptop.connect()
-        self.reserve = Reserve(self.remote.host, None)
+        self.reserve, self.link = Reserve(self.remote.host, None), Link(self.remote.host)
 
     def item(self, folder: Path, name: str = "merged") -> Item:
         return Item(name, "folder", Hashes().entries(folder_sources(folder)))
 
     def send(self, item: Item, **options) -> dict:
-        return send_item(self.remote, item, self.run, Hashes(), self.facts, self.reserve, **options)
+        return send_item(self.remote, item, self.run, Hashes(), self.facts, self.reserve, self.link, **options)

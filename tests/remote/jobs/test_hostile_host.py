@@ -301,7 +301,7 @@ def test_a_random_answer_to_an_upload_or_a_question_is_used_or_refused_in_one_li
     from remote.ssh.answers import checked
     from remote.upload import command, plan, send
     from remote.upload.hashes import Entry, Item
-    from surgvqa.machine.gpu import draw as draw_gpus
+    from surgvqa.machine.gpus import draw as draw_gpus
     from surgvqa.terminal.drawing import console_on
     from tui.targets.link import Link
 

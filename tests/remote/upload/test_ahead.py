@@ -12,8 +12,8 @@ from sshd import Relay, laptop  # noqa: F401
 
 from remote.ssh.connection import Remote
 from remote.ssh.hosts import resolve
-from remote.upload import ahead
-from remote.upload.remembered import known_offers
+from remote.upload import ahead, command
+from remote.upload.link import Link
 
 pytestmark = pytest.mark.slow
 
@@ -36,14 +36,44 @@ def same_there(laptop) -> bool:  # noqa: F811
     return tree(laptop.there / "merged") == tree(laptop.workspace / "merged")
 
 
-def test_an_upload_of_what_is_there_needs_one_connection_and_no_paramiko(uploaded):
-    before = logins(uploaded)
+def in_a_process(laptop) -> tuple[dict, bool]:  # noqa: F811
+    """An upload's answer, and whether its process has loaded paramiko."""
     code = "import sys; from remote.start import main; main(); print('paramiko' in sys.modules, file=sys.stderr)"
     done = subprocess.run(
-        [sys.executable, "-c", code, *UPLOAD, "--json"], cwd=uploaded.workspace, capture_output=True, text=True
+        [sys.executable, "-c", code, *UPLOAD, "--json"], cwd=laptop.workspace, capture_output=True, text=True
     )
-    assert json.loads(done.stdout)["sent_bytes"] == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "False" and logins(uploaded) == before + 1
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr.splitlines()[-1] == "True"
+
+
+def test_an_upload_of_what_is_there_needs_one_connection_and_no_paramiko(uploaded):
+    before = logins(uploaded)
+    answer, paramiko = in_a_process(uploaded)
+    assert answer["sent_bytes"] == 0 and not paramiko and logins(uploaded) == before + 1
+
+
+def test_a_first_small_upload_needs_no_paramiko(laptop):  # noqa: F811
+    checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 300_000, "model-2.safetensors": 3_000_000})
+    answer, paramiko = in_a_process(laptop)
+    assert answer["sent_bytes"] > 3_300_000 and same_there(laptop)
+    assert not paramiko and logins(laptop) == 4  # who asks, two streams, and who verifies the large file
+
+
+def test_the_link_of_a_large_upload_is_watched(laptop, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(command, "WATCHED_BYTES", 100_000)
+    seen = []
+    queueing = Link.queueing
+    monkeypatch.setattr(Link, "queueing", lambda self: seen.append(queueing(self)))
+    checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 300_000})
+    laptop.here(*UPLOAD)
+    assert seen and all(isinstance(seconds, float) for seconds in seen) and same_there(laptop)
+
+
+def test_an_unknown_key_is_asked_about_at_a_first_upload_too(laptop):  # noqa: F811
+    laptop.server.known_hosts.unlink()
+    checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 300_000})
+    assert "host key" in laptop.command(*UPLOAD, check=1).stderr
+    assert laptop.here(*UPLOAD, "--accept-new-host-key")["sent_bytes"] > 300_000 and same_there(laptop)
 
 
 def test_what_has_changed_here_or_there_is_sent_all_the_same(uploaded):
@@ -92,10 +122,9 @@ def test_a_host_that_does_not_speak_is_not_waited_for(uploaded, monkeypatch, scr
     assert process.process.returncode is not None
 
 
-def test_nobody_is_asked_who_was_sent_nothing_or_before_the_words_are_understood(uploaded, monkeypatch):
+def test_nobody_is_asked_before_the_words_are_understood(uploaded, monkeypatch):
     monkeypatch.chdir(uploaded.workspace)
-    assert known_offers("gpuhost") and not known_offers("another")
     before = logins(uploaded)
-    for words in ([], ["--help"], ["another"], ["gpuhost", "--workspace=x"], ["gpuhost", "--checksum"]):
+    for words in ([], ["--help"], ["gpuhost", "--workspace=x"], ["gpuhost", "--checksum"]):
         ahead.start(words)
     assert not ahead._started and logins(uploaded) == before

@@ -55,7 +55,7 @@ def test_the_holes_of_a_sparse_file_are_neither_sent_nor_written(sender, laptop)
 
 
 def test_modes_are_kept_and_follow_without_sending_anything(sender, laptop):  # noqa: F811
-    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 1000, "model-2.safetensors": MB})
+    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": 1000, "model-2.safetensors": 2 * MB})
     modes = {"model-1.safetensors": 0o600, "model-2.safetensors": 0o640, "config.json": 0o666, "empty.txt": 0o644}
 
     def there() -> dict[str, int]:
@@ -231,9 +231,10 @@ def test_a_source_that_is_gone_meanwhile_is_one_line(sender, laptop, name):  # n
     assert not (laptop.there / "merged").exists()
 
 
-def test_other_content_of_the_same_size_and_time_is_noticed(sender, laptop):  # noqa: F811
+@pytest.mark.parametrize("size", [MB, 2 * MB])
+def test_other_content_of_the_same_size_and_time_is_noticed(sender, laptop, size):  # noqa: F811
     """What rsync would skip, and what a stale hash cache would hide: the host hashes what arrived."""
-    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": MB})
+    source = checkpoint(laptop.workspace / "merged", {"model-1.safetensors": size})
     shard = source / "model-1.safetensors"
     stat = shard.stat()
     item = sender.item(source)
@@ -353,7 +354,8 @@ def test_a_full_disk_is_said_before_and_during(sender, laptop):  # noqa: F811
 
 
 def test_connections_made_ahead_serve_and_leave_nothing(sender, laptop):  # noqa: F811
-    reserve = sender.reserve = Reserve(sender.remote.host, None, 4)
+    reserve = sender.reserve = Reserve(sender.remote.host, None)
+    reserve.fill(4)
 
     def agents() -> int:
         lines = [cmdline(pid).split(b"\0") for pid in descendants(laptop.server.process.pid)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import types
 from argparse import Namespace
 
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from surgvqa.cli import main
-from surgvqa.machine import gpu
+from surgvqa.machine import doctor, gpu, gpus
 
 
 def unsupported(*_):
@@ -134,6 +135,48 @@ def test_a_card_whose_handle_is_still_there_is_lost_too(nvml, monkeypatch):
     assert not gpu.any_gpu(), "no training can use them"
 
 
+@pytest.mark.parametrize("figure", ["Name", "UUID", "UtilizationRates", "PowerUsage", "Temperature"])
+def test_a_card_that_is_lost_while_some_figures_still_come_is_lost(nvml, monkeypatch, figure):
+    def lost(*_):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    monkeypatch.setattr(pynvml, f"nvmlDeviceGet{figure}", lost)
+    assert [device["state"] for device in gpu.sample_devices()] == ["lost", "lost"] and not gpu.any_gpu()
+
+
+@pytest.mark.parametrize("code", ["UNKNOWN", "TIMEOUT", "IRQ_ISSUE", "OPERATING_SYSTEM", "NOT_READY"])
+def test_a_card_whose_memory_cannot_be_read_has_failed(nvml, monkeypatch, code):
+    def broken(device):
+        raise pynvml.NVMLError(getattr(pynvml, f"NVML_ERROR_{code}"))
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", broken)
+    first, _ = gpu.sample_devices()
+    assert first["state"] == "failed" and first["problem"] and not gpu.any_gpu()
+
+
+def test_a_driver_that_was_reloaded_is_asked_anew(nvml, monkeypatch):
+    def count():
+        if nvml["init"] == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNINITIALIZED)
+        return 2
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", count)
+    assert gpu.driver_problem() and gpu.driver_problem() is None and len(gpu.sample_devices()) == 2
+
+
+def test_a_driver_that_blocks_is_not_waited_for(nvml, monkeypatch, capsys):
+    release = threading.Event()
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: release.wait(60))
+    monkeypatch.setattr(gpus, "ANSWER_S", 0.2)
+    try:
+        assert main.main(["gpus"]) == 1
+        assert "fallen off the bus" in capsys.readouterr().err
+        (finding,) = doctor._gpus()
+        assert finding.status == "bad" and "does not answer" in finding.text
+    finally:
+        release.set()
+
+
 def test_a_card_that_cannot_be_opened_says_why(nvml, monkeypatch):
     def handle(index):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_INSUFFICIENT_POWER)
@@ -216,14 +259,14 @@ def test_no_driver_is_an_answer(monkeypatch, capsys, code, words):
 
 
 def test_the_drawing_names_processes_and_survives_missing_figures(nvml, capsys):
-    outcome = gpu.run(Namespace(json=False), None)
+    outcome = gpus.run(Namespace(json=False), None)
     outcome.show(Console(width=100))
     drawn = capsys.readouterr().out
     assert "30.2 of 85.0 GB" in drawn
     assert "412 of 700 W" in drawn
     assert f"pid {os.getpid()}" in drawn
     assert "outside this container" in drawn
-    Console(width=100).print(gpu.draw([{"index": 0}]))
+    Console(width=100).print(gpus.draw([{"index": 0}]))
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e9"])
