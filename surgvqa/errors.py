@@ -26,3 +26,33 @@ def of_worker(error: SurgvqaError) -> SurgvqaError:
 def first_line(error: BaseException) -> str:
     """The first line of an error that is not blank. Libraries begin messages with blank lines or give none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+
+
+def unimportable(error: BaseException) -> str | None:
+    """The package whose own import failed with `error`, or with an error behind it; None for any other error.
+
+    PEFT imports bitsandbytes, and transformers imports torchvision, so the package is often not the one that we import.
+    """
+    while behind := error.__cause__ or error.__context__:
+        error = behind
+    found, trace = None, error.__traceback__
+    while trace:
+        frame = trace.tb_frame
+        if frame.f_code.co_name == "<module>":
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            found = package if package not in OWN else found
+        trace = trace.tb_next
+    return found
+
+
+OWN = ("__main__", "surgvqa", "remote", "tui", "presets")
+
+
+def unexpected(error: BaseException) -> str:
+    """One line for an error that is not ours."""
+    if package := unimportable(error):
+        while behind := error.__cause__ or error.__context__:
+            error = behind
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return f"{package} cannot be imported ({why}); surgvqa doctor says how to mend it"
+    return f"{type(error).__name__}: {first_line(error)}"

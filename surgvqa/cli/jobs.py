@@ -13,7 +13,7 @@ from pathlib import Path
 
 from surgvqa.config.resolve import Resolved
 from surgvqa.config.workspace import Workspace, find_workspace
-from surgvqa.errors import SurgvqaError
+from surgvqa.errors import SurgvqaError, unexpected
 from surgvqa.outcome import Outcome
 from surgvqa.runs.events import finished_event
 from surgvqa.runs.folder import Run
@@ -85,7 +85,7 @@ def run_job(run: Run, work: Callable[[Run], Outcome], log: str = "log.txt") -> O
     except (SurgvqaError, KeyboardInterrupt):
         raise
     except Exception as error:
-        raise SurgvqaError(f"{type(error).__name__}: {error} (details: {run.folder / log})") from error
+        raise SurgvqaError(f"{unexpected(error)} (details: {run.folder / log})") from error
     finally:
         if stopping:
             # A signal that comes late must not kill a process that has ended as stopped, not even while it exits, when

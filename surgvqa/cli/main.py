@@ -23,7 +23,7 @@ from surgvqa.cli.jobs import new_run, record_failure, run_job
 from surgvqa.cli.parser import build_parser, extra_options, normalise, take_debug
 from surgvqa.config import options, resolve, settings
 from surgvqa.config.workspace import Workspace, find_workspace, load_workspace
-from surgvqa.errors import SurgvqaError, UsageError, first_line
+from surgvqa.errors import SurgvqaError, UsageError, unexpected, unimportable
 from surgvqa.machine import packages
 from surgvqa.memory import allocator
 from surgvqa.outcome import Outcome
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `surgvqa runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not unimportable(error):  # argparse's, after --help or bad usage
+            raise
         return failed(f"surgvqa {name}".rstrip(), argv, error, debug)
     return 0 if outcome.ok else 1
 
@@ -60,7 +62,7 @@ def say(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
 
-def failed(program: str, argv: list[str], error: Exception, debug: bool) -> int:
+def failed(program: str, argv: list[str], error: BaseException, debug: bool) -> int:
     """Prints any error of both programs as one line, with a traceback under --debug. Returns the exit code.
 
     A launched job that fails before it has begun records the error in the run folder that was made for it.
@@ -73,8 +75,8 @@ def failed(program: str, argv: list[str], error: Exception, debug: bool) -> int:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         known = SurgvqaError(where + error.strerror)
     else:
-        hint = "" if debug else " (--debug shows where; please report it)"
-        known = SurgvqaError(f"{type(error).__name__}: {first_line(error)}{hint}")
+        hint = "" if debug or unimportable(error) else " (--debug shows where; please report it)"
+        known = SurgvqaError(unexpected(error) + hint)
     say(f"{program}: {known}")
     record_failure(argv, known)
     return known.exit_code

@@ -12,7 +12,7 @@ import numpy as np
 
 from surgvqa.data.audio_container import missing_part
 from surgvqa.data.audio_tokens import HOP, SAMPLE_RATE
-from surgvqa.errors import UsageError
+from surgvqa.errors import SurgvqaError, UsageError, unexpected, unimportable
 
 if TYPE_CHECKING:
     from transformers import WhisperFeatureExtractor
@@ -41,7 +41,9 @@ def load_audio(path: str | os.PathLike[str]) -> np.ndarray:
         waveform = None if missing else _decode(os.fspath(path))
     except UsageError:
         raise
-    except Exception as error:  # errors of libsndfile and audioread, many without a text
+    except (Exception, SystemExit) as error:  # errors of libsndfile and audioread, many without a text
+        if isinstance(error, ImportError) or unimportable(error):
+            raise SurgvqaError(f"no decoder for audio {os.fspath(path)}: {unexpected(error)}") from None
         reason = str(error) or ("unknown audio format" if content else "it is empty")
         raise UsageError(
             f"audio {os.fspath(path)} cannot be decoded ({reason}), expected mp3, wav, flac or ogg (m4a needs ffmpeg)"

@@ -44,29 +44,17 @@ TRAIN_PACKAGES = (
 )
 TRAIN_EXTRA = "pip install 'surgvqa[train]'"
 PROBE_TIMEOUT_S = 180
+NO_ANSWER = "no answer"
 PROBE = """
-import importlib, json, sys
+import importlib, importlib.util, json
+from surgvqa.errors import first_line, unimportable
 def look(name, function):
     print("\\n" + json.dumps({name: None}), flush=True)
     try:
         found = function()
     except BaseException as error:
-        found = {"error": in_a_line(error), "culprit": culprit(error)}
+        found = {"error": f"{type(error).__name__}: {first_line(error)[:300]}", "culprit": unimportable(error)}
     print("\\n" + json.dumps({name: found}), flush=True)
-def in_a_line(error):
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-    return f"{type(error).__name__}: {text[:300]}"
-def culprit(error):
-    "The package whose own import failed: PEFT imports bitsandbytes, transformers imports torchvision."
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    importing, trace = None, error.__traceback__
-    while trace:
-        frame = trace.tb_frame
-        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__":
-            importing = frame.f_globals["__name__"].partition(".")[0]
-        trace = trace.tb_next
-    return importing
 def torch_facts():
     import torch
     facts = {"version": torch.__version__, "built_for": torch.version.cuda, "cuda": torch.cuda.is_available()}
@@ -89,20 +77,23 @@ def bitsandbytes():
         p.grad = torch.ones_like(p)
         bitsandbytes.optim.AdamW8bit([p], lr=1e-3).step()
     return {"version": bitsandbytes.__version__}
-def flash_attn():
-    import importlib.util, torch
-    if importlib.util.find_spec("flash_attn") is None:
-        return {"version": None}
-    import flash_attn
-    return {"version": flash_attn.__version__}
+def optional(name):
+    found = importlib.util.find_spec(name)
+    return {"version": importlib.import_module(name).__version__ if found else None}
+def sound():
+    import librosa, soundfile
+    librosa.load, librosa.effects.trim  # librosa loads its parts when they are first used
+    return {"version": librosa.__version__}
 look("torch", torch_facts)
 look("bitsandbytes", bitsandbytes)
 for name in ("transformers", "peft"):
     look(name, lambda: {"version": importlib.import_module(name).__version__})
-look("flash_attn", flash_attn)
+look("librosa", sound)
+for name in ("flash_attn", "wandb"):
+    look(name, lambda: optional(name))
 look("attention", attention)
 """
-PROBED = ("torch", "bitsandbytes", "transformers", "peft", "flash_attn", "attention")
+PROBED = ("torch", "bitsandbytes", "transformers", "peft", "librosa", "flash_attn", "wandb", "attention")
 
 
 def run(arguments: Namespace, workspace: Workspace) -> Outcome:
@@ -268,7 +259,7 @@ def probe() -> dict[str, Any]:
         )
         out, how = done.stdout, ""
     except subprocess.TimeoutExpired as error:
-        out, how = (error.stdout or b"").decode(errors="replace"), f"no answer in {PROBE_TIMEOUT_S} s"
+        out, how = (error.stdout or b"").decode(errors="replace"), f"{NO_ANSWER} in {PROBE_TIMEOUT_S} s"
     found: dict[str, Any] = {}
     for line in out.splitlines():
         with contextlib.suppress(ValueError, TypeError):  # lines that the libraries print
@@ -285,7 +276,8 @@ def probe() -> dict[str, Any]:
 def _library_findings(found: dict[str, Any]) -> Iterator[Finding]:
     if "crash" in found:
         name = found.get("in", "torch")
-        yield Finding(name, "bad", f"importing it ends the process ({found['crash']})", _reinstall(name))
+        does = "does not come to an end" if found["crash"].startswith(NO_ANSWER) else "ends the process"
+        yield Finding(name, "bad", f"importing it {does} ({found['crash']})", _reinstall(name))
         return
     torch = found["torch"]
     if "error" in torch:
@@ -293,19 +285,22 @@ def _library_findings(found: dict[str, Any]) -> Iterator[Finding]:
         return
     yield from _torch(torch)
     blamed = set()
-    for name in ("transformers", "peft", "attention"):
+    for name in ("transformers", "peft", "librosa", "attention"):
         facts = found[name]
         if "error" not in facts:
             yield Finding(name, "ok", facts["why"] if name == "attention" else f"{name} {facts['version']}")
             continue
         culprit = _package_name(facts.get("culprit") or name)
         if culprit in (name, "surgvqa"):
-            yield Finding(name, "bad", f"cannot be imported: {facts['error']}", TRAIN_EXTRA)
+            yield Finding(name, "bad", f"cannot be imported: {facts['error']}", _reinstall(name))
         elif culprit not in blamed:
             blamed.add(culprit)
             text = f"{name} cannot be imported because importing {culprit} fails: {facts['error']}"
             yield Finding(culprit, "bad", text, _reinstall(culprit))
     yield from _flash_attn(found["flash_attn"], torch)
+    if "error" in found["wandb"]:
+        why = f"cannot be imported: {found['wandb']['error']}; --report_to wandb needs it"
+        yield Finding("wandb", "warn", why, _reinstall("wandb"))
     bitsandbytes = found["bitsandbytes"]
     if not torch["cuda"] or "bitsandbytes" in blamed:
         return
@@ -339,10 +334,22 @@ def _reinstall(package: str) -> str:
     """How to repair a package whose import fails. One that training does not need may be uninstalled instead."""
     if package == "torch":
         return "reinstall torch for this driver: https://pytorch.org"
-    if package in TRAIN_PACKAGES or package == "attention":
+    if package == "attention" or (package in TRAIN_PACKAGES and version(package) is None):
         return TRAIN_EXTRA
+    if package in _needed():
+        return f"pip install --upgrade --force-reinstall {package}"
     cost = " (AdamW then keeps 32-bit moments: 1 GB more)" if package == "bitsandbytes" else ""
     return f"pip install -U {package}, or pip uninstall {package}{cost}"
+
+
+def _needed() -> set[str]:
+    """The packages that training needs, and those that they need themselves."""
+    needed = set(TRAIN_PACKAGES)
+    for package in TRAIN_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            needs = map(Requirement, importlib.metadata.requires(package) or [])
+            needed |= {need.name for need in needs if need.marker is None}
+    return needed
 
 
 def _why_no_cuda(built_for: str | None) -> tuple[str, str]:

@@ -108,7 +108,7 @@ def bitsandbytes_problem() -> str | None:
     """
     try:
         import bitsandbytes  # noqa: F401
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = type(error).__name__
         return f"bitsandbytes cannot be imported ({kind}: {first_line(error)})".replace(": )", ")")
     return None

@@ -27,7 +27,9 @@ HEALTHY = {
     },
     "transformers": {"version": "5.17.0"},
     "peft": {"version": "0.21.0"},
+    "librosa": {"version": "0.11.0"},
     "flash_attn": {"version": None},
+    "wandb": {"version": None},
     "attention": {"name": "sdpa", "why": "sdpa (torch's own flash kernel on a GPU): flash-attn cannot be imported."},
     "bitsandbytes": {"version": "0.50.2"},
 }
