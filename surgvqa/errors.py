@@ -29,30 +29,34 @@ def first_line(error: BaseException) -> str:
 
 
 def unimportable(error: BaseException) -> str | None:
-    """The package whose own import failed with `error`, or with an error behind it; None for any other error.
+    """The package whose own import failed with `error`, or with an error behind it; None for any other error."""
+    return _failed_import(error)[0]
 
-    PEFT imports bitsandbytes, and transformers imports torchvision, so the package is often not the one that we import.
-    """
-    while behind := error.__cause__ or error.__context__:
-        error = behind
-    found, trace = None, error.__traceback__
-    while trace:
-        frame = trace.tb_frame
-        if frame.f_code.co_name == "<module>":
-            package = str(frame.f_globals.get("__name__")).partition(".")[0]
-            found = package if package not in OWN else found
-        trace = trace.tb_next
-    return found
+
+def unexpected(error: BaseException) -> str:
+    """One line for an error that is not ours."""
+    package, error = _failed_import(error)
+    what = f"{type(error).__name__}: {first_line(error)}"
+    return f"{package} cannot be imported ({what}); surgvqa doctor says how to mend it" if package else what
 
 
 OWN = ("__main__", "surgvqa", "remote", "tui", "presets")
 
 
-def unexpected(error: BaseException) -> str:
-    """One line for an error that is not ours."""
-    if package := unimportable(error):
-        while behind := error.__cause__ or error.__context__:
-            error = behind
-        why = f"{type(error).__name__}: {first_line(error)}"
-        return f"{package} cannot be imported ({why}); surgvqa doctor says how to mend it"
-    return f"{type(error).__name__}: {first_line(error)}"
+def _failed_import(error: BaseException) -> tuple[str | None, BaseException]:
+    """(the package whose import failed, its error); (None, `error`) where no import did.
+
+    PEFT imports bitsandbytes, and transformers imports torchvision, so the package is often not the one that we import.
+    """
+    found: tuple[str | None, BaseException] = (None, error)
+    behind: BaseException | None = error
+    while behind:
+        trace = behind.__traceback__
+        while trace:
+            frame = trace.tb_frame
+            package = str(frame.f_globals.get("__name__")).partition(".")[0]
+            if frame.f_code.co_name == "<module>" and package not in OWN:
+                found = package, behind
+            trace = trace.tb_next
+        behind = behind.__cause__ or behind.__context__
+    return found

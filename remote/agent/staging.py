@@ -202,8 +202,12 @@ def _publish(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
         os.rename(tree, place.root)
     else:
         _move_into(tree, workspace)
-    write_record(workspace, name, {**record, "state": "ready"})
+    ready = {**record, "state": "ready"}
+    replaced = os.path.lexists(old)
+    write_record(workspace, name, {**ready, "old_files": old_files} if replaced else ready)
     _end(workspace, item, old_files)
+    if replaced:  # until here the record says what `old` may lose, should we be killed while it is removed
+        write_record(workspace, name, ready)
     return {"name": name, "files": len(rows)}
 
 

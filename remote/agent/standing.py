@@ -108,6 +108,8 @@ def published(workspace: str, offer: dict[str, Any]) -> dict[str, Any]:
     record = read_record(workspace, offer["name"], offer["kind"])
     if record.get("digest") != offer["digest"] or record.get("state") != "ready":
         return {}
+    if os.path.lexists(staging_of(workspace, offer["digest"])):
+        return {}  # killed before it had cleaned up: `begin` does the rest
     place = Places(workspace, offer)
     try:
         for path, (size, _, mtime_ns, _) in record["files"].items():
@@ -257,7 +259,7 @@ def _same_content(path: str, size: int, sha256: str) -> bool:
 def settle(workspace: str, item: dict[str, Any]) -> None:
     """Writes the ready record of an item whose files are all in place, and gives ours the permissions that it names."""
     record = read_record(workspace, item["name"], item["kind"])
-    if record.get("digest") == item["digest"] and record["state"] == "ready":
+    if record.get("digest") == item["digest"] and record["state"] == "ready" and not record.get("old_files"):
         return
     ours, place, files = ours_of(record, item["kind"]), Places(workspace, item), {}
     for path, size, sha256, _, mode in item["files"]:

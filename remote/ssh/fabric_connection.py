@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from remote.ssh import timeouts
+from remote.ssh import route, timeouts
 from remote.ssh.errors import ChangedHostKey
-from remote.ssh.host_keys import UnknownHostKey, known_keys, known_without_port
+from remote.ssh.host_keys import UnknownHostKey, has_authority, known_keys, known_without_port
 from remote.ssh.hosts import Host, ssh_settings
 from surgvqa.errors import UsageError
 
@@ -81,6 +82,8 @@ def _fabric(host: Host, gateway: Any) -> Connection:
         connect_kwargs=connect,
         config=Config(lazy=True, overrides={"load_ssh_configs": False}),
     )
+    if not gateway and route.is_chosen(host):
+        connection.connected = functools.partial(route.connected, host)
     under = host.hostname if host.port == 22 else f"[{host.hostname}]:{host.port}"
     for key in accepted:
         connection.client.get_host_keys().add(under, key.get_name(), key)
@@ -91,7 +94,7 @@ def _fabric(host: Host, gateway: Any) -> Connection:
             if key in bad:
                 raise ChangedHostKey(f"{host.name}: this host key is marked @revoked in known_hosts; refused")
             if key not in known and not known_without_port(host, key):
-                raise UnknownHostKey(host, key)
+                raise UnknownHostKey(host, key, has_authority(host))
 
     connection.client.set_missing_host_key_policy(Strict())
     return connection

@@ -9,7 +9,7 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from remote.ssh.hosts import Host
 from surgvqa.errors import SurgvqaError, UsageError
@@ -25,12 +25,13 @@ LARGEST_ANSWER = 4 << 20
 class UnknownHostKey(SurgvqaError):
     """The host's key is not known yet; `remember` it after a person has compared the fingerprint."""
 
-    def __init__(self, host: Host, key: paramiko.PKey):
+    def __init__(self, host: Host, key: paramiko.PKey, authority: bool = False):
         self.host, self.key = host, key
         self.fingerprint = fingerprint(key)
+        trusted = "; known_hosts has a certificate authority for it, which only OpenSSH can check" if authority else ""
         super().__init__(
-            f"{host.name}: unknown host key, {key.get_name()} {self.fingerprint}; compare it with the provider's "
-            "console, then run again with --accept-new-host-key"
+            f"{host.name}: unknown host key, {key.get_name()} {self.fingerprint}{trusted}; compare it with the "
+            "provider's console, then run again with --accept-new-host-key"
         )
 
     def remember(self) -> None:
@@ -81,6 +82,11 @@ def known_without_port(host: Host, key: paramiko.PKey) -> bool:
     return any(key in _search(file, host.hostname)[0] for file in host.known_hosts_files if file.is_file())
 
 
+def has_authority(host: Host) -> bool:
+    """Whether a known_hosts file has an @cert-authority for the host."""
+    return any("@cert-authority" in _found(file, host.key_name) for file in host.known_hosts_files if file.is_file())
+
+
 def _known_hosts_command(host: Host, shown: paramiko.PKey | None) -> bytes:
     """What KnownHostsCommand prints: lines of a known_hosts file."""
     of_key = {"I": "HOSTNAME", "f": fingerprint(shown), "K": shown.get_base64(), "t": shown.get_name()} if shown else {}
@@ -100,9 +106,7 @@ def _search(file: Path, name: str) -> tuple[list[paramiko.PKey], list[paramiko.P
 
     accepted: list[paramiko.PKey] = []
     revoked: list[paramiko.PKey] = []
-    words = ["ssh-keygen", "-F", name, "-f", str(file)]
-    done = subprocess.run(words, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=SEARCH_S)
-    for line in done.stdout.splitlines():
+    for line in _found(file, name).splitlines():
         fields = line.split()
         marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
         if line.startswith("#") or len(fields) < 3 or marker == "@cert-authority":
@@ -112,3 +116,10 @@ def _search(file: Path, name: str) -> tuple[list[paramiko.PKey], list[paramiko.P
             if entry and entry.key:
                 (revoked if marker == "@revoked" else accepted).append(entry.key)
     return accepted, revoked
+
+
+def _found(file: Path, name: str) -> str:
+    """The lines of a known_hosts file for `name`."""
+    words = ["ssh-keygen", "-F", name, "-f", str(file)]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace", "timeout": SEARCH_S}
+    return str(subprocess.run(words, stdin=subprocess.DEVNULL, **options).stdout)

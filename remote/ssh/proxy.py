@@ -1,4 +1,4 @@
-"""A connection through the user's ProxyCommand, which a shell runs as OpenSSH has it run."""
+"""A connection by the user's own way: a ProxyCommand, which a shell runs as OpenSSH has it run, or a socket of ours."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import tempfile
+from collections.abc import Callable
 
 import fabric
 import paramiko
@@ -59,6 +61,14 @@ class Proxy(paramiko.ProxyCommand):
 
 class Connection(fabric.Connection):
     """Fabric's, whose own way to a ProxyCommand knows no port but 22."""
+
+    connected: Callable[[], socket.socket] | None = None
+    """Makes the TCP connection, where paramiko's own way would be another than ssh's."""
+
+    def open(self) -> object:
+        if self.connected and not self.is_connected:
+            self.connect_kwargs["sock"] = self.connected()
+        return super().open()
 
     def open_gateway(self) -> object:
         return Proxy(self.gateway) if isinstance(self.gateway, str) else super().open_gateway()

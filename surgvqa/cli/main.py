@@ -135,7 +135,8 @@ def dispatch(name: str, arguments: argparse.Namespace, extra: dict[str, str], ar
     from surgvqa.training import results
 
     resumed = name == "evaluate" and given.get("resume")
-    inherited = resume.inherit(given, workspace) if resumed else results.inherit(name, given, workspace)
+    own = getattr(arguments, "run_id", None)
+    inherited = resume.inherit(given, workspace, own) if resumed else results.inherit(name, given, workspace, own)
     resolved = resolve.resolve(name, given, workspace, getattr(arguments, "preset", None), extra, inherited)
     settings.require_bounds(resolved.options, resolved.sources)
     room = importlib.import_module(module)

@@ -11,19 +11,20 @@ from surgvqa.config.resolve import Inherited
 from surgvqa.config.settings import Path_, settings_of
 from surgvqa.config.workspace import Workspace
 from surgvqa.errors import UsageError
-from surgvqa.runs.history import find_run
+from surgvqa.runs.history import find_run, start_of
 from surgvqa.runs.state import read_run_json, state_of
 
 NOT_INHERITED = ("resume", "output_file")
 
 
-def inherit(given: dict[str, Any], workspace: Workspace) -> Inherited:
+def inherit(given: dict[str, Any], workspace: Workspace, own: str | None = None) -> Inherited:
     """The options of the run named in `given["resume"]`, which is replaced by the run's folder.
 
-    Other options in `given` take precedence. Raises UsageError when the run is not an evaluation by a model, still
-    runs, or never had options.
+    `own` is the id of the run that is starting. Other options in `given` take precedence. Raises UsageError when the
+    run is not an evaluation by a model, still runs, or never had options.
     """
-    folder = find_run(str(given["resume"]), workspace.runs_dirs, "evaluate")
+    before = start_of(own, workspace.runs_dirs)
+    folder = find_run(str(given["resume"]), workspace.runs_dirs, "evaluate", before)
     info = read_run_json(folder)
     command, recorded = info.get("command"), info.get("options")
     if command != "evaluate":

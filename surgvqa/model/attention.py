@@ -229,7 +229,7 @@ def _flash_obstacle(device: torch.device) -> str | None:
         )
     try:
         importlib.import_module("flash_attn")
-    except (ImportError, OSError) as error:  # OSError: built for another torch or glibc
+    except (Exception, SystemExit) as error:  # OSError: built for another torch or glibc; others are known too
         return f"flash-attn cannot be imported ({type(error).__name__}: {first_line(error)})"
     if not is_flash_attn_2_available():  # this also checks the package's metadata
         return "transformers does not recognise the installed flash-attn as version 2 of the package flash-attn"

@@ -22,7 +22,7 @@ from surgvqa.outcome import Outcome
 from surgvqa.probe.conditions import AS_IT_IS, CONDITIONS, Case, Pool, cases_of
 from surgvqa.probe.summary import Answered, Types, conclude, condition_row
 from surgvqa.runs.folder import Run
-from surgvqa.runs.history import find_run
+from surgvqa.runs.history import find_run, start_of
 
 REQUIRED = ("checkpoint", "eval_data_path", "frames_dir", "audio_dir")
 
@@ -51,7 +51,8 @@ def run(options: ProbeOptions, run: Run) -> Outcome:
 
     began = time.monotonic()
     # not in `check`, which does not know the workspace
-    earlier = find_run(options.resume, [run.folder.parent], "probe") if options.resume else None
+    places = [run.folder.parent]
+    earlier = find_run(options.resume, places, "probe", start_of(run.id, places)) if options.resume else None
     samples = read_samples(str(options.eval_data_path))
     pool = Pool([*samples, *wordings(options)], clusters_of(samples))
     probed = draw_evenly(samples, options.max_samples, options.probe_seed)

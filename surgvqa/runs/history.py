@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from surgvqa.errors import UsageError
 from surgvqa.runs.events import last_events
 from surgvqa.runs.process import job_processes
 from surgvqa.runs.ranks import run_of
-from surgvqa.runs.state import check_run_json, state_of
+from surgvqa.runs.state import check_run_json, read_run_json, state_of
 
 NO_FOLDER = "(its folder is gone)"
 """Shown in place of the name of a job that still runs without its run folder."""
@@ -99,11 +100,12 @@ def last_step(folder: Path) -> int:
     return next((e["step"] for e in last_events(folder, b'"step"') if isinstance(e.get("step"), int)), 0)
 
 
-def find_run(name: str, runs_dirs: list[Path], command: str | None = None) -> Path:
+def find_run(name: str, runs_dirs: list[Path], command: str | None = None, before: float = math.inf) -> Path:
     """The run folder for `name`: a folder, an id, the beginning of an id, a run name, or `last`.
 
-    `last` is the newest run of `command`, or the newest of all if `command` has none. Raises UsageError when no run or
-    more than one run matches.
+    `last` is the newest run of `command`, or the newest of all if `command` has none. Only runs that started earlier
+    than `before` (Unix seconds) count, except for a folder or an exact id. Raises UsageError when no run or more than
+    one run matches.
     """
     if (Path(name) / "run.json").is_file():
         return Path(name).resolve()
@@ -111,9 +113,10 @@ def find_run(name: str, runs_dirs: list[Path], command: str | None = None) -> Pa
     if not runs:
         raise UsageError(f"{name}: no runs in {', '.join(map(str, runs_dirs))}")
     ids = {r.id for r in runs}
+    runs = [r for r in runs if r.id == name or r.started < before]
     # Of a run on several machines with one disk, the run's own folder is meant.
     runs = [r for r in runs if r.id == name or run_of(r.id) == r.id or run_of(r.id) not in ids]
-    if name == "last":
+    if name == "last" and runs:
         return next((r for r in runs if r.command == command), runs[0]).folder
     exact = [r for r in runs if r.id == name] or [r for r in runs if r.name == name][:1]
     matches = exact or [r for r in runs if r.id.startswith(name)]
@@ -123,3 +126,13 @@ def find_run(name: str, runs_dirs: list[Path], command: str | None = None) -> Pa
         named = ", ".join(r.id for r in matches[:3]) + (", …" if len(matches) > 3 else "")
         raise UsageError(f"{name}: matches {len(matches)} runs ({named}); give more of the id")
     raise UsageError(f"{name}: no such run in {', '.join(map(str, runs_dirs))} (surgvqa runs lists them)")
+
+
+def start_of(run_id: str | None, runs_dirs: list[Path]) -> float:
+    """When the run with that id started; infinity for None and for a run that has no folder yet.
+
+    A launched job finds its own folder there already, and must not take it for the `last` one.
+    """
+    folder = next((d / run_id for d in runs_dirs if (d / run_id / "run.json").is_file()), None) if run_id else None
+    started: float = read_run_json(folder).get("started", math.inf) if folder else math.inf
+    return started

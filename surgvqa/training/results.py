@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Collection, Iterator
@@ -29,7 +30,7 @@ from surgvqa.files import read_json
 from surgvqa.memory.reductions import SHOWN
 from surgvqa.merge.plan import REPORT_FILE
 from surgvqa.runs.folder import Run
-from surgvqa.runs.history import find_run
+from surgvqa.runs.history import find_run, start_of
 from surgvqa.runs.state import read_run_json
 from surgvqa.training import checkpoints
 
@@ -104,8 +105,12 @@ def merged(folder: Path) -> Trained | None:
         return None
 
 
-def find(name: str, workspace: Workspace, given: Collection[str] = ()) -> Trained:
+def find(
+    name: str, workspace: Workspace, given: Collection[str] = (), behind: tuple[tuple[str, float], ...] = ()
+) -> Trained:
     """The training called `name`: an output folder, a checkpoint in one, a run folder, run id or run name.
+
+    `behind`: the runs (name, start time) that were to resume from it, the newest first. "last" means one before them.
 
     If a resumed run has not saved anything yet, returns the saved state that it resumed from; `given` are the options
     that the user names again. A folder that was not written by a training of ours has no options. Raises UsageError
@@ -119,14 +124,17 @@ def find(name: str, workspace: Workspace, given: Collection[str] = ()) -> Traine
     if not folder.exists() and (folder.is_absolute() or os.sep in name):
         raise UsageError(f"{name}: no such folder; expected an adapter or checkpoint folder, or a run id")
     try:
-        run = find_run(name, workspace.runs_dirs, "train")
+        run = find_run(name, workspace.runs_dirs, "train", behind[-1][1] if behind else math.inf)
     except UsageError as error:
         raise UsageError(f"{error}; nor is it a folder") from None
     info = read_run_json(run)
     if info.get("command") != "train":
         raise UsageError(f"{name}: run {run.name} is a {info.get('command')} run, expected a training run")
+    if run.name in [one for one, _ in behind]:
+        raise UsageError(f"{run.name}: was to resume from itself, so there is nothing to resume; start it again")
     if "options" not in info:
-        return _resumed_by(run.name, [str(word) for word in info.get("argv", [])], workspace, given)
+        argv = [str(word) for word in info.get("argv", [])]
+        return _resumed_by(argv, workspace, given, (*behind, (run.name, info.get("started", math.inf))))
     record = info["options"]
     known = settings_of(TrainOptions)
     options = {key: row.get("value") for key, row in record.items() if key in known}
@@ -157,11 +165,14 @@ def _newest_state(folder: Path, resumed: str | None) -> Path:
     return folder
 
 
-def _resumed_by(run: str, argv: list[str], workspace: Workspace, given: Collection[str]) -> Trained:
+def _resumed_by(
+    argv: list[str], workspace: Workspace, given: Collection[str], behind: tuple[tuple[str, float], ...]
+) -> Trained:
     """The training that a run resumed from, if the run ended before it wrote its options (bad input, or a signal).
 
     Raises UsageError when it was not a resumed run, or when it had options that would be lost.
     """
+    run = behind[-1][0]
     words = [part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--") else [word])]
     asked = {name.removeprefix("--"): value for name, value in pairwise(words) if name.startswith("--")}
     earlier = asked.pop("resume", None)
@@ -173,14 +184,14 @@ def _resumed_by(run: str, argv: list[str], workspace: Workspace, given: Collecti
             f"{run}: it ended before it began, and had the options {' '.join(lost)}; give them again: "
             f"surgvqa train --resume {earlier} {' '.join(lost)}"
         )
-    return find(earlier, workspace, given)
+    return find(earlier, workspace, given, behind)
 
 
-def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inherited | None:
+def inherit(command: str, given: dict[str, Any], workspace: Workspace, own: str | None = None) -> Inherited | None:
     """The options that `train --resume` and `evaluate/probe/ask --checkpoint` inherit from the training that they name.
 
-    Replaces the name in `given` by its folder. A resumed run inherits all options, the others those for showing samples
-    and the base checkpoint.
+    `own` is the id of the run that is starting. Replaces the name in `given` by its folder. A resumed run inherits all
+    options, the others those for showing samples and the base checkpoint.
     """
     option = {"train": "resume", "evaluate": "checkpoint", "probe": "checkpoint", "ask": "checkpoint"}.get(command)
     name = option and (given.get(option) or workspace.value(option, command))
@@ -191,7 +202,8 @@ def inherit(command: str, given: dict[str, Any], workspace: Workspace) -> Inheri
         return Inherited(values, f"trained with ({base})") if values else None
     if not option or not name:
         return None
-    trained = find(str(name), workspace, given)
+    behind = ((own, start_of(own, workspace.runs_dirs)),) if own else ()
+    trained = find(str(name), workspace, given, behind)
     given[option] = Path_(trained.folder)
     kept = set(settings_of(DataOptions)) | {"model_name_or_path"} if command != "train" else set(trained.options)
     values = {key: value for key, value in trained.options.items() if key in kept and key != option}

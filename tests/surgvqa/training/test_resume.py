@@ -16,6 +16,7 @@ from watched import Watched, assert_same_adapter
 from surgvqa.config.workspace import load_workspace
 from surgvqa.data.dataset import ClipDataset
 from surgvqa.errors import SurgvqaError, UsageError
+from surgvqa.evaluation import resume as evaluation_resume
 from surgvqa.runs.folder import Run
 from surgvqa.training import checkpoints, command, results
 
@@ -321,3 +322,38 @@ def test_a_resumed_run_that_saved_nothing_stands_for_the_state_that_it_was_to_go
         other.mkdir()
     found = results.find("last", load_workspace(tmp_path))
     assert found.folder == output and found.options["output_dir"] == str(other)
+
+
+def test_last_means_a_run_before_the_one_that_resumes(four_steps, tmp_path):
+    """A launched job finds its own folder among the runs, and one that failed to begin was to resume an earlier one."""
+    output, workspace, runs = tmp_path / "out", load_workspace(tmp_path), tmp_path / "runs"
+    shutil.copytree(four_steps.output, output)
+    begun_and_ended(runs, "20260101-000001-train-aaa", "--resume", str(output))
+    begun_and_ended(runs, "20260101-000002-train-bbb", "--resume", "last")
+    begun_and_ended(runs, "20260101-000003-train-ccc", "--resume=last")
+    given = {"resume": "last"}
+    results.inherit("train", given, workspace, own="20260101-000003-train-ccc")
+    assert Path(given["resume"]) == output
+    assert results.find("last", workspace).folder == output
+    begun_and_ended(runs, "20260101-000004-train-ddd", "--frames_dir", "nowhere")  # newer, and of no concern to ccc
+    assert results.find("20260101-000003-train-ccc", workspace).folder == output
+
+
+@pytest.mark.parametrize("argv", [("--resume", "last"), ("--resume", "20260101-000002-train-bbb")])
+def test_runs_that_were_to_resume_each_other_end_in_one_line(tmp_path, argv):
+    begun_and_ended(tmp_path / "runs", "20260101-000001-train-aaa", *argv)
+    begun_and_ended(tmp_path / "runs", "20260101-000002-train-bbb", "--resume", "20260101-000001-train-aaa")
+    with pytest.raises(UsageError, match=r"no such run|was to resume from itself"):
+        results.find("20260101-000001-train-aaa", load_workspace(tmp_path))
+
+
+def test_a_launched_evaluation_does_not_resume_from_itself(tmp_path):
+    runs, workspace = tmp_path / "runs", load_workspace(tmp_path)
+    earlier = begun_and_ended(runs, "20260101-000001-evaluate-aaa")
+    info = {"v": 1, "id": earlier.name, "command": "evaluate", "started": 1.0, "options": {"batch_size": {"value": 3}}}
+    (earlier / "run.json").write_text(json.dumps(info))
+    own = begun_and_ended(runs, "20260101-000002-evaluate-bbb", "--resume", "last")
+    (own / "run.json").write_text(json.dumps({**info, "id": own.name, "options": None, "started": 2.0}))
+    given = {"resume": "last"}
+    inherited = evaluation_resume.inherit(given, workspace, own.name)
+    assert given["resume"] == str(earlier) and inherited.values["batch_size"] == 3
