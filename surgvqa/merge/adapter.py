@@ -337,17 +337,18 @@ def _module(
             f"{file}: {raw_name}: the adapter is for a weight of {list(wanted)}, the base has {list(weight.shape)}"
         )
     magnitude, bias = found.get("lora_magnitude_vector"), found.get("lora_B.bias")
-    if bool(config.get("use_dora")) != (magnitude is not None):
-        raise UsageError(
-            f"{adapter.folder / CONFIG_FILE}: use_dora={config.get('use_dora')}, but {raw_name} "
-            + ("has a" if magnitude else "has no")
-            + " lora_magnitude_vector"
-        )
-    if bias is not None and f"{module}.bias" not in base.tensors:
-        raise UsageError(f"{file}: {raw_name}: lora_bias, but the base has no {module}.bias to add it to")
     outputs = b.shape[0]
     for vector in (magnitude, bias):
         if vector is not None and (vector.numel != outputs or max(vector.shape, default=0) != outputs):
             raise UsageError(f"{file}: {vector.name} is {list(vector.shape)}, expected [{outputs}]")
+    for option, part, there in (("use_dora", "lora_magnitude_vector", magnitude), ("lora_bias", "lora_B.bias", bias)):
+        if bool(config.get(option)) != (there is not None):
+            has = "has a" if there else "has no"
+            raise UsageError(
+                f"{adapter.folder / CONFIG_FILE}: {option}={config.get(option)}, but {raw_name} {has} {part}; "
+                "is this the adapter's own config, and the file complete?"
+            )
+    if bias is not None and f"{module}.bias" not in base.tensors:
+        raise UsageError(f"{file}: {raw_name}: lora_bias, but the base has no {module}.bias to add it to")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return LoraModule(module, a, b, scale, rank, embedding, magnitude, bias)

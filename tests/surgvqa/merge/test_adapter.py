@@ -367,6 +367,17 @@ def test_lora_bias_without_a_bias_is_refused_as_peft_does(tmp_path: Path) -> Non
         run_merge(tmp_path, base, adapter)
 
 
+@pytest.mark.parametrize(("promised", "kept"), [(True, "layers.0"), (False, "")])
+def test_lora_bias_and_the_file_agree_or_are_refused(tmp_path: Path, promised: bool, kept: str) -> None:
+    """Half of the promised biases missing, or biases that the config does not know (PEFT would not load them)."""
+    base, adapter, _ = trained(tmp_path, {**LORA, "target_modules": ["q_proj"], "lora_bias": True})
+    file, config = adapter / "adapter_model.safetensors", read_json(adapter / "adapter_config.json")
+    save_file({n: t for n, t in load(adapter).items() if not n.endswith("lora_B.bias") or kept in n}, file)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": promised}))
+    with pytest.raises(UsageError, match=rf"lora_bias={promised}, but .*q_proj has .* lora_B\.bias"):
+        run_merge(tmp_path, base, adapter)
+
+
 def test_a_base_whose_config_lacks_a_size_is_merged_with_a_warning(tmp_path: Path) -> None:
     base, adapter, theirs = trained(tmp_path, LORA)
     config = read_json(base / "config.json")
