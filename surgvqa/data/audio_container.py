@@ -10,6 +10,8 @@ import struct
 
 STREAMED = 0x7FFF0000
 """A WAV writer that cannot fill in the size afterwards leaves 0 or a size from here to 2³² − 1."""
+W64_RIFF = b"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\x00\x00"
+"""How a Wave64 file begins."""
 MPEG_KBPS = {
     (True, 1): (0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -31,24 +33,41 @@ def missing_part(data: bytes) -> str | None:
         return _ogg(data)
     if data[4:8] == b"ftyp":
         return _mp4(data)
+    if data[:4] in (b"FORM", b".snd") or data[:16] == W64_RIFF:
+        return _whole_size(data)
     if data[:4] == b"fLaC":  # libsndfile itself refuses a truncated one
         return None
     return _mp3(data)
 
 
 def _wav(data: bytes) -> str | None:
-    place, rate = 12, 0
+    place, rate, long = 12, 0, 0
     while place + 8 <= len(data):
         name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name == b"ds64" and data[:4] == b"RF64":
+            long = int.from_bytes(data[place + 16 : place + 24], "little")  # the size of the sound, above 4 GiB too
         if name == b"fmt " and place + 24 <= len(data):
             rate = int.from_bytes(data[place + 16 : place + 20], "little")  # bytes per second
         if name == b"data":
             there = len(data) - place - 8
-            if size in (0, there) or size >= STREAMED or size <= there:
+            size = long or size
+            if size in (0, there) or (size >= STREAMED and not long) or size <= there:
                 return None
             return f"its header promises {_seconds_or_bytes(size, rate)}, {_seconds_or_bytes(there, rate)} are there"
         place += 8 + size + size % 2
     return "its header promises sound that is not there"
+
+
+def _whole_size(data: bytes) -> str | None:
+    """Checks the size in the header of AIFF (FORM), of Sun's format (.snd; all ones: unknown) and of Sony's Wave64."""
+    if data[:4] == b"FORM":
+        promised = 8 + int.from_bytes(data[4:8], "big")
+    elif data[:4] == b".snd":
+        sound = int.from_bytes(data[8:12], "big")
+        promised = 0 if sound == 0xFFFFFFFF else int.from_bytes(data[4:8], "big") + sound
+    else:
+        promised = int.from_bytes(data[16:24], "little")
+    return f"its header promises {promised:,} bytes, {len(data):,} are there" if promised > len(data) else None
 
 
 def _seconds_or_bytes(count: int, rate: int) -> str:

@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from remote.agent import standing as agent
 from remote.upload import hashes as hash_room
+from remote.upload.chunks import Chunk
 from remote.upload.hashes import Hashes, Item
-from surgvqa.errors import UsageError
+from remote.upload.streams import Stream
+from surgvqa.errors import SurgvqaError, UsageError
 
 
 def merged(folder: Path) -> Path:
@@ -157,3 +160,22 @@ def test_a_pointer_is_not_the_file(tmp_path, pointer):
     (tmp_path / "tokenizer.json").write_bytes(pointer)
     with pytest.raises(UsageError, match="pointer, not the file itself"):
         sha256(Hashes(tmp_path / "c"), tmp_path / "tokenizer.json")
+
+
+def test_small_files_are_read_once_and_few_of_them_kept(tmp_path, monkeypatch):
+    """What was hashed is what is sent; a change after that is noticed before anything is published."""
+    monkeypatch.setattr(hash_room, "KEPT_BYTES", 2500)
+    files = {name: name.encode() * 1000 for name in "abc"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    found = Hashes(tmp_path / "cache.json")
+    item = Item("data", "files", found.entries([(tmp_path / name, name) for name in files]))
+    assert set(found.contents) == {str(tmp_path / "a"), str(tmp_path / "b")}
+    (tmp_path / "a").write_bytes(b"x" * 1000)
+    stream = Stream(SimpleNamespace(item=item, contents=found.contents))
+    sent = stream._pack(Chunk(0, 0, 3000, (0, 1, 2)))
+    assert sent.endswith(b"a" * 1000 + b"b" * 1000 + b"c" * 1000) and not found.contents
+    assert stream._pack(Chunk(0, 0, 1000, (0,))).endswith(b"x" * 1000), "sent again after a lost connection"
+    (tmp_path / "a").write_bytes(b"x" * 999)
+    with pytest.raises(SurgvqaError, match="changed while it was sent"):
+        stream._pack(Chunk(0, 0, 1000, (0,)))

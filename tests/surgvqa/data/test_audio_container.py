@@ -12,6 +12,7 @@ from surgvqa.data.audio_container import missing_part  # noqa: E402
 from surgvqa.errors import UsageError  # noqa: E402
 
 KINDS = [("wav", {}), ("mp3", {}), ("ogg", {}), ("ogg", {"format": "OGG", "subtype": "OPUS"})]
+KINDS += [("wav", {"format": name}) for name in ("RF64", "W64", "AIFF", "AU")]
 
 
 def written(folder, extension: str, rate: int = 24_000, **how) -> bytes:
