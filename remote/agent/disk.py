@@ -1,6 +1,6 @@
 """What lies on the host's disk, and the removal of what is ours, by name.
 
-A *lot* is one thing there: a checkpoint or data that was published or merged here, a run, a broken-off upload, the
+A *lot* is one thing there: a checkpoint or data that was published or merged here, a run, an interrupted upload, the
 environment, a cache. What we did not make is "unknown": it is measured, never touched. A folder that is removed goes to
 <workspace>/.surgvqa/removed/ by one rename first, so that a removal that is killed leaves nothing half there.
 """
@@ -128,7 +128,7 @@ def _row(lot: Lot, found: dict[str, Any], now: float) -> dict[str, Any]:
 
 
 def clean(channel: Any, workspace: str, venv: str, names: list[str], again: bool = False) -> dict[str, Any]:
-    """Removes lots by name; "staging" stands for every broken-off upload. All names are looked at before the first is
+    """Removes lots by name; "staging" stands for every interrupted upload. All names are looked at before the first is
     removed: UsageError for an unknown one or one not ours, SurgvqaError for one that is in use. `again`: the answer was
     lost, so what is gone was removed."""
     with locked(workspace, fcntl.LOCK_EX):
@@ -166,7 +166,7 @@ def _chosen(there: list[Lot], names: list[str], again: bool) -> list[Lot]:
 
 
 def abandoned(channel: Any, workspace: str, digests: list[str]) -> dict[str, Any]:
-    """The broken-off uploads here but those with these digests: {"uploads": [{"name", "bytes", "age_s"}]}."""
+    """The interrupted uploads here, except those with these digests: {"uploads": [{"name", "bytes", "age_s"}]}."""
     meter, found, now = Meter(), [], time.time()
     for lot in _stagings(workspace):
         if not lot.used_by and os.path.basename(lot.roots[0]) not in digests:

@@ -1,4 +1,4 @@
-"""Bytes that arrive on the host: chunks of large files, packs of small ones, hashed there as they come."""
+"""Receives chunks of large files and packs of small files on the host, and hashes them as they arrive."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SILENT_RECEIVER_S = 120
 
 
 class Input:
-    """Standard input that goes into files without a copy in this process, where the kernel can."""
+    """Standard input, which the kernel moves into files without a copy in this process if it can."""
 
     def __init__(self, stdin: Any):
         with contextlib.suppress(OSError):  # then sshd writes larger pieces
@@ -62,8 +62,10 @@ class Input:
 
 
 def receive(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
-    """Takes chunks and packs of small files from standard input until it ends. A chunk is in the journal only when it
-    is whole, a small file only when its hash is right."""
+    """Receives chunks and packs from standard input until it ends.
+
+    The journal gets a chunk once it is complete, and a small file once its hash is correct.
+    """
     staging, rows = begun(workspace, digest)
     mine = os.path.join(staging, "receivers", str(os.getpid()))
     with open(mine, "w", encoding="utf-8") as file:
@@ -76,7 +78,7 @@ def receive(channel: Any, workspace: str, digest: str) -> dict[str, Any]:
 
 
 class _Receiver:
-    """Frames from standard input into the staged files."""
+    """Writes the frames from standard input into the staged files."""
 
     def __init__(self, channel: Any, staging: str, rows: list[list[Any]]):
         self.channel, self.staging, self.rows = channel, staging, rows
@@ -90,7 +92,7 @@ class _Receiver:
         os.umask(self.masked)
 
     def run(self) -> int:
-        """Until the input ends; the bytes that came."""
+        """Runs until the input ends. Returns the number of bytes received."""
         threading.Thread(target=_end_when_silent, args=(self.heard,), daemon=True).start()
         while len(header := self.pipe.read(FRAME.size)) == FRAME.size:
             index, offset, length = FRAME.unpack(header)
@@ -112,7 +114,7 @@ class _Receiver:
             self.folders.add(folder)
 
     def _take_chunk(self, index: int, offset: int, length: int) -> bool:
-        """Receives a piece of one file; returns whether all of it arrived. Of a hole nothing is sent or written."""
+        """Receives a piece of one file. Returns whether all of it arrived. A hole has no bytes and is not written."""
         hole, index = index & HOLE, index & ~HOLE
         if index >= len(self.rows) or offset + length > self.rows[index][1]:
             raise SurgvqaError("a chunk lies outside its file; the stream is damaged")
@@ -139,7 +141,7 @@ class _Receiver:
         return True
 
     def _take_pack(self, files: int, length: int) -> bool:
-        """Receives whole small files; returns whether all arrived. One with a wrong hash is named, not kept."""
+        """Receives whole small files. Returns whether all arrived. One with a wrong hash is named, not written."""
         if not 0 < files <= MAX_PACK_FILES or length > MAX_PACK:
             raise SurgvqaError("a pack is too large; the stream is damaged")
         indices = [index for (index,) in INDEX.iter_unpack(self.pipe.read(files * INDEX.size))]
@@ -176,7 +178,7 @@ class _Receiver:
         self.folder, self.folder_file = folder, os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def _write(self, path: str, content: memoryview, mtime_ns: int, mode: int) -> None:
-        """A new file: one that lies there may be a link to a published one."""
+        """Writes a new file, because an existing one may be a link to a published file."""
         folder, _, name = path.rpartition("/")
         if folder != self.folder:
             self._enter(folder)

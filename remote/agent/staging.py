@@ -1,4 +1,4 @@
-"""The staging folder of an upload: begun, published by rename, and removed when nothing goes on with it.
+"""The staging folder of an upload: begins it, publishes it by renames, and removes it.
 
     <workspace>/.surgvqa/staging/<digest>/   manifest.json, journal (chunks that arrived), tree/<path>, receivers/<pid>,
                                              old (the folder that is being replaced)
@@ -35,10 +35,10 @@ from surgvqa.runs.process import process_identity, signal_exactly
 
 
 def begin(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
-    """Prepares the staging folder of `item` and says what it holds already.
+    """Prepares the staging folder of `item` and answers what it already holds.
 
-    "whole": the indices of files that need not be sent; "done": index -> [[offset, length], …] of those begun;
-    "removed": what lay here of an upload that this one replaces, in bytes.
+    "whole": the indices of files that need not be sent. "done": {index: [[offset, length], …]} of incomplete files.
+    "removed": bytes of an older upload that this one replaces.
     """
     item = item_of(workspace, item)
     rows, digest = item["files"], item["digest"]
@@ -100,7 +100,7 @@ def begun(workspace: str, digest: str) -> tuple[str, list[list[Any]]]:
 
 
 def staged(staging: str, path: str) -> str:
-    """Where a file waits to be published."""
+    """The path of a file before it is published."""
     return f"{staging}/tree/{path}"
 
 
@@ -109,7 +109,7 @@ def _is_whole(ranges: list[tuple[int, int]], size: int) -> bool:
 
 
 def _end_receivers(staging: str) -> None:
-    """Receivers of a connection that broke may still write: end these very processes."""
+    """Kills the receivers of a lost connection, which may still write."""
     folder = os.path.join(staging, "receivers")
     for entry in os.listdir(folder) if os.path.isdir(folder) else []:
         path = os.path.join(folder, entry)
@@ -120,8 +120,10 @@ def _end_receivers(staging: str) -> None:
 
 
 def _journal(staging: str, rows: list[list[Any]]) -> dict[int, list[tuple[int, int]]]:
-    """Chunks that arrived, by file: only whole journal lines, only files that are as long as they say. A small file is
-    read again: nobody else will."""
+    """The chunks that arrived, by file. Counts only complete lines of the journal and files that are long enough.
+
+    A small file is hashed again, because no verifier does.
+    """
     done: dict[int, dict[int, int]] = {}
     try:
         with open(os.path.join(staging, "journal"), encoding="ascii", errors="replace") as file:
@@ -159,7 +161,7 @@ def note(staging: str, chunks: list[tuple[int, int, int]]) -> None:
 
 
 def publish(channel: Any, workspace: str, item: dict[str, Any]) -> dict[str, Any]:
-    """Renames what was verified to its final names and writes the ready record."""
+    """Renames the verified files to their final names and writes the ready record."""
     with locked(workspace, fcntl.LOCK_SH):
         return _publish(workspace, item_of(workspace, item))
 
@@ -212,7 +214,7 @@ def _publish(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finish(staged: str, path: str, size: int, mtime_ns: int, mode: int) -> int:
-    """Gives a staged file its time and permissions; the time that it has then. Raises for one that is not whole."""
+    """Sets the time and permissions of a staged file. Returns its time. Raises SurgvqaError if it is incomplete."""
     try:
         status = os.stat(staged)
     except FileNotFoundError:
@@ -228,7 +230,7 @@ def _finish(staged: str, path: str, size: int, mtime_ns: int, mode: int) -> int:
 
 
 def _move_into(source: str, target: str) -> None:
-    """What lies in folder `source` into folder `target`: a folder that is not there yet by one rename."""
+    """Moves the contents of `source` into `target`. A folder that `target` lacks is moved by one rename."""
     with os.scandir(source) as entries:
         names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_folder in names:
@@ -249,14 +251,14 @@ def _move_into(source: str, target: str) -> None:
 
 
 def _end(workspace: str, item: dict[str, Any], old_files: Any) -> None:
-    """Removes the staging folder of what is published, and the files that it has replaced."""
+    """Removes the staging folder of a published item, and the files that the item replaced."""
     staging = staging_of(workspace, item["digest"])
     if os.path.isdir(staging):
         discard(staging, old_files)
 
 
 def discard(staging: str, old_files: Any = ()) -> None:
-    """Removes a staging folder. Of the folder that was replaced (`old`) only these files: others are not ours."""
+    """Removes a staging folder. In the replaced folder (`old`) only `old_files` are removed: others are not ours."""
     _end_receivers(staging)
     _remove(os.path.join(staging, "old"), old_files)
     for name in os.listdir(staging):
@@ -284,9 +286,9 @@ def is_alive(staging: str) -> bool:
 
 
 def _supersede(workspace: str, item: dict[str, Any], staging: str | None = None) -> int:
-    """Removes the staging folders of other contents of the same name, whose source has changed since; their bytes.
+    """Removes the staging folders of older contents of the same name. Returns their bytes.
 
-    Files that arrived whole there are moved over into `staging`, where one is given.
+    Complete files are moved to `staging`, if it is given.
     """
     removed = 0
     for digest in stagings(workspace):
@@ -314,7 +316,7 @@ def _inherit(staging: str, rows: list[list[Any]], other: str, other_rows: list[l
 
 
 def size_of(folder: str) -> int:
-    """Bytes of all files below."""
+    """Bytes of all files in a folder."""
     total = 0
     for path in walk(folder):
         with contextlib.suppress(OSError):
@@ -323,7 +325,7 @@ def size_of(folder: str) -> int:
 
 
 def _remove(root: str, files: Any) -> None:
-    """Removes these files below `root` by exact name, then the folders that this left empty."""
+    """Removes exactly these files below `root`, and the folders that are empty afterwards."""
     for path in files:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(root, path))

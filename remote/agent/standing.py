@@ -1,4 +1,4 @@
-"""How an item stands on the host: what of it is here already, what is in its way, what it no longer holds."""
+"""The state of an item on the host: what is already here, what is in its way, and what it no longer contains."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from surgvqa.files import open_regular
 STALE_NAMED = 100
 """Names of stale files in one answer."""
 _received: dict[str, dict[str, Any]] = {}
-"""Items by digest, as this process was told of them."""
+"""Items by digest that this process has received."""
 _hashed: dict[tuple[Any, ...], str] = {}
-"""sha256 of files that lie here by hand, by path, size, time and inode: they are asked for twice in one upload."""
+"""sha256 of files that surgvqa did not make, by path, size, times and inode. One upload needs them twice."""
 
 
 # --- which item is meant ---------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def staging_of(workspace: str, digest: str) -> str:
 
 
 def stagings(workspace: str) -> list[str]:
-    """The digests of all uploads that are under way or were broken off."""
+    """The digests of all uploads that are running or were interrupted."""
     with contextlib.suppress(OSError):
         folder = own(workspace, "staging")
         return sorted(e.name for e in os.scandir(folder) if e.name.isalnum() and e.is_dir(follow_symlinks=False))
@@ -59,7 +59,7 @@ def _is_item(item: Any) -> bool:
 
 
 def item_of(workspace: str, offer: dict[str, Any]) -> dict[str, Any]:
-    """The item that is offered. Raises Wanted while rows of it are missing here."""
+    """The offered item. Raises Wanted while some of its rows are missing here."""
     if "files" in offer:
         return offer  # of this side itself
     digest = offer["digest"]
@@ -85,7 +85,7 @@ def _published_rows(workspace: str, offer: dict[str, Any]) -> list[list[Any]]:
 
 
 class Places:
-    """Where an item's files go; folders are looked at once."""
+    """The final paths of an item's files. Each folder is checked once."""
 
     def __init__(self, workspace: str, item: dict[str, Any]):
         self.workspace = workspace
@@ -94,7 +94,7 @@ class Places:
         self._folders: dict[str, str] = {}
 
     def __call__(self, path: str) -> str:
-        """The final path of one. Raises as `within` does."""
+        """The final path of a file. Raises as `within` does."""
         folder, _, name = path.rpartition("/")
         if folder not in self._folders or name in ("", ".", "..") or "\0" in name:
             full = within(self.workspace, self.prefix + path)
@@ -104,7 +104,7 @@ class Places:
 
 
 def published(workspace: str, offer: dict[str, Any]) -> dict[str, Any]:
-    """The record of this very content, where it was published under its name and nobody touched it since; else {}."""
+    """The record of exactly this content, if it was published and no file has changed since; otherwise {}."""
     record = read_record(workspace, offer["name"], offer["kind"])
     if record.get("digest") != offer["digest"] or record.get("state") != "ready":
         return {}
@@ -122,7 +122,7 @@ def published(workspace: str, offer: dict[str, Any]) -> dict[str, Any]:
 
 
 def standing(workspace: str, item: dict[str, Any], checksum: bool = False) -> dict[str, Any]:
-    """What of `item` is here already. `checksum`: a published file counts only after it was read again.
+    """Which parts of `item` are already here. `checksum`: a published file counts only after it was read again.
 
     state: complete, partial (some files here), absent, or foreign (something that we did not make lies in its way).
     `sources`: index -> path with the same content; `in_place`: the indices of files that are where they belong;
@@ -192,7 +192,7 @@ def standing(workspace: str, item: dict[str, Any], checksum: bool = False) -> di
 
 
 def ours_of(record: dict[str, Any], kind: str) -> set[str]:
-    """The paths that we may replace or remove."""
+    """The paths that may be replaced or removed."""
     adopted = record.get("adopted", [])
     if adopted and (kind == "folder" or not isinstance(adopted, list)):
         return set()  # a folder is replaced as a whole
@@ -201,7 +201,7 @@ def ours_of(record: dict[str, Any], kind: str) -> set[str]:
 
 
 def _require_names(workspace: str, item: dict[str, Any]) -> None:
-    """UsageError for a name that this file system does not take: before anything is sent."""
+    """Raises UsageError for a name that is too long for this file system, before anything is sent."""
     below = workspace
     while not os.path.isdir(below):
         below = os.path.dirname(below)
@@ -221,7 +221,7 @@ def _require_names(workspace: str, item: dict[str, Any]) -> None:
 
 
 def _published(workspace: str, hashes: set[str]) -> dict[str, str]:
-    """sha256 -> a published and untouched file with it."""
+    """{sha256: a published and unchanged file with it}."""
     found: dict[str, str] = {}
     for record in records(workspace) if hashes else []:
         if record.get("state") != "ready":
@@ -257,7 +257,7 @@ def _same_content(path: str, size: int, sha256: str) -> bool:
 
 
 def settle(workspace: str, item: dict[str, Any]) -> None:
-    """Writes the ready record of an item whose files are all in place, and gives ours the permissions that it names."""
+    """Writes the ready record of an item whose files are all in place, and sets the permissions of our files."""
     record = read_record(workspace, item["name"], item["kind"])
     if record.get("digest") == item["digest"] and record["state"] == "ready" and not record.get("old_files"):
         return
@@ -271,7 +271,7 @@ def settle(workspace: str, item: dict[str, Any]) -> None:
 
 
 def in_place_time(path: str, mode: int | None) -> int:
-    """The time of a file that is where it belongs; it gets these permissions, where they are given."""
+    """The time of a file in its final place. Sets its permissions if `mode` is given."""
     status = os.stat(path)
     if mode is not None and status.st_mode & 0o777 != permissions(mode):
         os.chmod(path, permissions(mode))
@@ -279,7 +279,7 @@ def in_place_time(path: str, mode: int | None) -> int:
 
 
 def permissions(mode: int) -> int:
-    """What a file gets there: its own bits, and that we can read it."""
+    """The permissions of a file here: its own, and readable by us."""
     return mode & 0o777 | 0o400
 
 
@@ -298,10 +298,10 @@ def forget_changed(workspace: str, hashes: set[str]) -> None:
 
 
 def known(channel: Any, workspace: str, items: list[dict[str, Any]], checksum: bool = False) -> dict[str, Any]:
-    """For each item: its state here and the indices of the files that need not be sent. Changes nothing.
+    """The state of each item here, and the indices of files that need not be sent. Changes nothing.
 
-    `published`: it is complete and recorded, so that no more need be asked. `stagings`: uploads that are under way or
-    were broken off, these too.
+    `published`: it is complete and recorded, so nothing more need be asked. `stagings`: number of uploads that are
+    running or were interrupted, including these.
     """
     answers, wanted = [], {}
     for offer in items:
@@ -332,11 +332,11 @@ def existing(path: str) -> str:
     return path
 
 
-# --- what it no longer holds -----------------------------------------------------------------------------------------
+# --- what it no longer contains -------------------------------------------------------------------------------------
 
 
 def stale_files(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
-    """Files that an upload of this set of files once published and that it holds no more, as a record has them."""
+    """Files that an earlier upload of this set published and that are no longer part of it, as recorded."""
     if item["kind"] != "files":
         return {}  # a folder is replaced as a whole
     kept = {row[0] for row in item["files"]}
@@ -346,7 +346,7 @@ def stale_files(workspace: str, item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replaced(paths: Any, stale: Any) -> bool:
-    """Whether one of the stale files has the name of a new one but for its extension: a frame would be found twice."""
+    """Whether a stale file differs from a new one only in its extension: a frame would be found twice."""
     if not stale:
         return False
     stems = {os.path.splitext(path)[0] for path in paths}
@@ -381,7 +381,7 @@ def retire(channel: Any, workspace: str, item: dict[str, Any], everything: bool)
 
 
 def remove_empty(workspace: str, folder: str) -> None:
-    """A folder of the workspace and those above it, as far as they are empty."""
+    """Removes an empty folder of the workspace, and the folders above it that are then empty."""
     with contextlib.suppress(OSError):
         while folder != workspace:
             os.rmdir(folder)

@@ -140,7 +140,7 @@ def build_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="remove these of the list; staging: all broken-off uploads",
+        help="remove these of the list; staging: all interrupted uploads",
     )
     disk.add_argument("--yes", action="store_true", help="remove without asking")
     rent, end = subs["rent"], subs["end"]

@@ -1,5 +1,5 @@
-"""The agent at the end of an OpenSSH process of its own: for bulk bytes, which paramiko is too slow for, and for the
-first questions to a host that answered the last time, for which paramiko is too slow to load."""
+"""Runs the agent through an OpenSSH process: for bulk data, where paramiko is too slow, and for an upload's questions,
+because paramiko takes too long to load."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from remote.ssh.replies import Replies
 from surgvqa.errors import SurgvqaError
 
 WHOLE_SESSION = {"SessionType": "default", "StdinNull": "no", "ForkAfterAuthentication": "no"}
-"""Overridden where this ssh knows them (OpenSSH 8.7; an older one would refuse the option): a command, with input."""
+"""Options that ssh needs to run a command with input. Set only if this ssh knows them (OpenSSH 8.7 and later)."""
 SSH_FAILED = 255
-"""ssh's exit status where it is not the command's."""
+"""ssh's own exit status, as opposed to that of the command."""
 GOODBYE_S = 5.0
-"""Seconds that an agent has to end after an error."""
+"""Seconds that an agent may take to end after an error."""
 FAST_CIPHER = "aes128-gcm@openssh.com"
 
 
 def best_ciphers(host: Host, host_has_aes: bool) -> str | None:
-    """AES-GCM first where both ends compute it in hardware and the user's ssh allows it; None leaves ssh's order."""
+    """A cipher list with AES-GCM first, or None for ssh's own order.
+
+    AES-GCM is best if both ends have hardware for it and the user's ssh allows it.
+    """
     allowed = host.setting("ciphers").split(",")
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -45,10 +48,10 @@ def best_ciphers(host: Host, host_has_aes: bool) -> str | None:
 
 
 class AgentProcess:
-    """The agent at the end of an `ssh` subprocess. It waits there until `begin` says what is wanted."""
+    """An agent behind an `ssh` subprocess. It waits until `begin` gives it a request."""
 
     def __init__(self, host: Host, ciphers: str | None, questions: dict[str, dict[str, Any]] | None = None):
-        """`questions`: operations with what they are given, which it answers one after another (`answers`)."""
+        """`questions`: {operation: parameters}, which the agent answers in this order (see `answers`)."""
         self.host = host
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self._input, theirs = socket.socketpair()  # a pipe would wake the writer at every read
@@ -74,8 +77,10 @@ class AgentProcess:
         on_message: Callable[[dict[str, Any]], None],
         on_end: Callable[[SurgvqaError | None], None],
     ) -> None:
-        """Asks for the one thing that it is for. Messages come on a thread of their own, last `on_end(error)`, once:
-        None after a good end."""
+        """Sends the agent's one request. A thread calls `on_message` for each message and at last `on_end(error)` once.
+
+        The error is None if the request succeeded.
+        """
         self._on_message, self._on_end = on_message, on_end
         self._ask(request_line({"workspace": self.host.entry.workspace, **request}))
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -85,8 +90,8 @@ class AgentProcess:
         return {"op": op, "workspace": self.host.entry.workspace, "more": True, **params}
 
     def answers(self, within_s: float) -> Iterator[dict[str, Any]]:
-        """The answers to its questions, and to those that are written from now on. Raises as `Replies` does, also where
-        the agent has not spoken in `within_s` seconds."""
+        """The answers to `questions` and to all later requests. Raises as `Replies` does, also if the agent has not
+        started within `within_s` seconds."""
         deadline = time.monotonic() + within_s
         spoken = threading.Event()
 
@@ -109,27 +114,27 @@ class AgentProcess:
             self.write(data)
 
     def write(self, data: bytes) -> None:
-        """All of it; OSError when the other end is gone."""
+        """Writes all bytes. Raises OSError when the other end is gone."""
         with self._lock:
             self._input.sendall(data)
 
     def copy(self, source: BinaryIO, offset: int, count: int) -> int:
-        """`count` bytes of a file, fewer where it ends; not through this process where the kernel can."""
+        """Sends `count` bytes of a file, fewer if it ends, and returns how many. The kernel copies them if it can."""
         with self._lock:
             return self._input.sendfile(source, offset, count)
 
     def finish(self) -> None:
-        """No more input: the agent will end."""
+        """Closes the input, so that the agent ends."""
         with self._lock:
             self._input.close()
 
     def kill(self) -> None:
-        """Ends ssh and its proxy at once."""
+        """Kills ssh and its proxy."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def discard(self) -> None:
-        """Ends one that nothing was asked of."""
+        """Ends an agent that has no request."""
         self.kill()
         self.finish()
         self.process.wait()
@@ -177,7 +182,7 @@ class AgentProcess:
 
 
 class Reserve:
-    """Agents that are started before it is known what to ask them: `take` spares the handshake and Python's start."""
+    """Agents started in advance, so that `take` need not wait for the SSH handshake and for Python."""
 
     def __init__(self, host: Host, ciphers: str | None):
         self.host, self.ciphers = host, ciphers
@@ -185,13 +190,13 @@ class Reserve:
         self._lock = threading.Lock()
 
     def fill(self, count: int) -> None:
-        """Starts agents until that many wait. Raises OSError where ssh does not start."""
+        """Starts agents until `count` wait. Raises OSError if ssh does not start."""
         with self._lock:
             while len(self._waiting) < count:
                 self._waiting.append(AgentProcess(self.host, self.ciphers))
 
     def take(self) -> AgentProcess:
-        """One that waits, or a new one. Raises OSError where ssh does not start."""
+        """A waiting agent, or a new one. Raises OSError if ssh does not start."""
         with self._lock:
             while self._waiting:
                 agent = self._waiting.pop()
@@ -201,14 +206,14 @@ class Reserve:
         return AgentProcess(self.host, self.ciphers)
 
     def close(self) -> None:
-        """Ends those that were not needed."""
+        """Ends the agents that were not needed."""
         with self._lock:
             while self._waiting:
                 self._waiting.pop().discard()
 
 
 def ssh_command(host: Host, remote_command: str, ciphers: str | None = None) -> list[str]:
-    """OpenSSH as a subprocess with a connection of its own, as strict and as impatient as ours."""
+    """The command line of an ssh process with its own connection, with the same checks and timeouts as ours."""
     settings = {
         "BatchMode": "yes",
         "StrictHostKeyChecking": "yes",

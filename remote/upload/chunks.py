@@ -1,4 +1,4 @@
-"""Files in chunks and packs, and the queue that streams take them from."""
+"""Divides files into chunks and packs, and queues these for the streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACK_BYTES = 1 << 20
 
 @dataclass(eq=False)
 class Chunk:
-    """A piece of one file; or a pack of whole small files, the first of which is `index`."""
+    """A piece of one file, or a pack of whole small files. `index` is the file, or the first file of the pack."""
 
     index: int
     offset: int
@@ -23,11 +23,11 @@ class Chunk:
     files: tuple[int, ...] = ()
     """The files in a pack."""
     hole: bool = False
-    """As it was sent last: no bytes, since a sparse file has none there."""
+    """Whether it was last sent without bytes, as a hole of a sparse file."""
 
 
 def chunks_of(item: Item, whole: Collection[int], done: dict[int, list[list[int]]], largest: int) -> list[Chunk]:
-    """What is still to be sent: small files in packs, of the others every gap between what is `done`, in chunks."""
+    """The missing bytes of an item: small files in packs, and chunks for the gaps in what is `done` of larger files."""
     packs, found = [], []
     pack: list[int] = []
     length = 0
@@ -54,7 +54,7 @@ def chunks_of(item: Item, whole: Collection[int], done: dict[int, list[list[int]
 
 
 class Queue:
-    """What is still to be sent, by file: two streams that wrote into one file would wait for each other on the host."""
+    """The chunks still to be sent, by file: two streams writing into one file would wait for each other on the host."""
 
     def __init__(self, chunks: list[Chunk]):
         self.files: dict[int, deque[Chunk]] = {}

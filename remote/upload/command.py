@@ -48,7 +48,7 @@ WATCHED_BYTES = 64_000_000
 
 
 def fill_in(options: UploadOptions, workspace: Workspace) -> None:
-    """Fills in what was not named, from surgvqa.toml (any command's table)."""
+    """Fills in options that were not given, from surgvqa.toml (any command's table)."""
     tables = (None, "train", "merge", "evaluate")
     for name, setting in settings_of(UploadOptions).items():
         if setting.type is Path_ and getattr(options, name) is None:
@@ -58,7 +58,7 @@ def fill_in(options: UploadOptions, workspace: Workspace) -> None:
 
 
 def check(options: UploadOptions, workspace: Workspace) -> None:
-    """Checks all that can be checked here, before the host is asked."""
+    """Checks everything that can be checked before the host is asked."""
     fill_in(options, workspace)
     checkpoints = options.model_name_or_path, options.stage1_model_path, options.stage1_hub_id
     if not any((options.train_data_path, options.eval_data_path, *checkpoints)):
@@ -76,7 +76,7 @@ def check(options: UploadOptions, workspace: Workspace) -> None:
 
 
 def upload(options: UploadOptions, run: Run, workspace: Workspace, host: str, accept_new_host_key: bool) -> Outcome:
-    """The whole job; events go to `run`."""
+    """Runs the whole upload. Events go to `run`."""
     began = time.monotonic()
     settings = host_settings(workspace)
     run.phase("connect", host)
@@ -191,19 +191,21 @@ def _reach(
 
 
 def name_abandoned(remote: Remote, digests: list[str], run: Reporter) -> None:
-    """Warns of broken-off uploads of other names, which no upload will go on with by itself. Those of these names go as
-    soon as theirs begins."""
+    """Warns of interrupted uploads of other names, which no upload will continue by itself.
+
+    Those of this upload's names are removed when it begins.
+    """
     for one in remote.ask("abandoned", digests=digests)["uploads"][:NAMED]:
         run.warning(
             one_line(
-                f"{one['name'][:100]}: {human_bytes(one['bytes'])} of a broken-off {one['note'][:100]}; "
+                f"{one['name'][:100]}: {human_bytes(one['bytes'])} of an interrupted {one['note'][:100]}; "
                 f"surgvqa-remote disk {remote.host.name} --clean staging removes it"
             )
         )
 
 
 def refuse_overlaps(items: list[Item]) -> None:
-    """UsageError where one item would lie in another on the host: a folder is replaced as a whole."""
+    """Raises UsageError if an item would lie inside another on the host, because folders are replaced as a whole."""
     for folder in [item for item in items if item.kind == "folder"]:
         for other in items:
             if (other.name, other.kind) == (folder.name, folder.kind):
@@ -214,13 +216,15 @@ def refuse_overlaps(items: list[Item]) -> None:
                 raise UsageError(f"{inside} would lie in {folder.name} on the host, which is replaced as a whole")
 
 
-NAMED = 5  # stale files that a message spells out
+NAMED = 5
+"""Files that a message names."""
 
 
 def retire(remote: Remote, data: list[Item], there: dict[str, Any], delete: bool, run: Reporter) -> list[str]:
-    """Removes data files on the host that this upload no longer holds, and names those that stay; what was removed.
+    """Removes data files on the host that are no longer part of this upload. Returns what was removed.
 
-    Without `delete` only files that one of another extension has replaced: the host would find both.
+    Warns of those that stay. Without `delete`, it removes only files that were replaced by one with another extension,
+    because the host would find both.
     """
     names: list[str] = []
     if there["stale_files"] and (delete or there["replaced"]):
@@ -242,7 +246,7 @@ def _some(paths: list[str], count: int) -> str:
 
 
 def merge_there(remote: Remote, way: Way, run: Reporter) -> dict[str, Any]:
-    """Has the host merge, unless it did so before with the same inputs; the merge's events pass through `run`."""
+    """Merges on the host, unless it has merged the same inputs before. The merge's events go to `run`."""
     names, host = way.merge(), remote.host.name
     if remote.ask("merged", **names)["same"]:
         run.phase("merge", f"{way.output}: merged on {host} before, from the same {way.stage1} and {names['adapter']}")

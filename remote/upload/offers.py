@@ -15,7 +15,7 @@ ATTEMPTS = 4
 
 
 class Asked(Protocol):
-    """A connection, or what the panel has in its place."""
+    """A connection, or the panel's substitute for one."""
 
     host: Host
 
@@ -23,7 +23,7 @@ class Asked(Protocol):
 
 
 class Once:
-    """A connection whose questions are asked in one attempt: what may have been done already is not asked for again."""
+    """A connection that asks only once: a request that may already have been carried out is not repeated."""
 
     def __init__(self, remote: Remote):
         self.host, self.ask = remote.host, remote.ask_once
@@ -55,7 +55,7 @@ def _ask(
 
 
 def _fuller(item: Item, offer: dict[str, Any], wanted: Any) -> dict[str, Any]:
-    """The offer with what the host wants of it: nothing (None), all "rows", the "buckets", or the rows of some."""
+    """The offer with the part that the host wants: nothing (None), all "rows", "buckets", or rows of some buckets."""
     if wanted is None:
         return offer
     if wanted == "rows":

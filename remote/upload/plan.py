@@ -159,7 +159,7 @@ def data_sources(options: Any, workspace: Workspace) -> list[tuple[str, str]]:
 
 @dataclass
 class Way:
-    """One way to have the checkpoint on the host."""
+    """One way to get the checkpoint to the host."""
 
     name: str
     """merged (send the merged checkpoint), adapter (send Stage 1 and the adapter, merge there) or hub (the same, but
@@ -167,27 +167,27 @@ class Way:
     items: list[Item]
     send_bytes: int
     merge_bytes: int = 0
-    """What the host would have to merge."""
+    """Bytes that the host would have to merge."""
     stage1: str = ""
     """Stage 1's folder in the host's workspace, for the merge."""
     hub_id: str = ""
     output: str = ""
-    """The merged checkpoint's name in the workspace there, where it is merged there."""
+    """Name of the checkpoint in the host's workspace, if it is merged there."""
     download_bytes: int = 0
-    """What the host would have to get from the hub."""
+    """Bytes that the host would have to download from the hub."""
 
     def merge(self) -> dict[str, str]:
-        """What is merged there into what, by their names in the workspace there."""
+        """Names of the merge's inputs and output in the host's workspace."""
         return {"stage1": self.stage1, "adapter": self.items[-1].name, "output": self.output}
 
     def seconds(self, bytes_per_s: float) -> float:
-        """Sending at this rate; downloading and merging at estimated ones."""
+        """Seconds to send at this rate, and to download and merge at estimated rates."""
         there = self.download_bytes / HUB_BYTES_PER_S + self.merge_bytes / MERGE_BYTES_PER_S
         return self.send_bytes / bytes_per_s + there
 
 
 def cheapest(ways: list[Way], bytes_per_s: float) -> Way:
-    """The way that is over first."""
+    """The fastest way."""
     if not ways:
         raise SurgvqaError("no checkpoint to send")
     return min(ways, key=lambda way: way.seconds(bytes_per_s))
@@ -201,7 +201,7 @@ WAYS = {
 
 
 def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes, run: Reporter) -> list[Way]:
-    """The ways to the checkpoint that are open from here; send_bytes still counts everything."""
+    """The possible ways to the checkpoint, judged by the files here. send_bytes still counts everything."""
     ways = []
 
     def item(path: str) -> Item:
@@ -235,15 +235,17 @@ def checkpoint_ways(options: UploadOptions, workspace: Workspace, hashes: Hashes
 
 @dataclass(frozen=True)
 class Early:
-    """What the host was asked about the items of the last upload while ours were still being looked at: most often
-    nothing has changed, and then it has looked at its files meanwhile."""
+    """The host's answer about the items of the last upload, asked while this computer checks its own files.
+
+    Usually nothing has changed, and then no further question is needed.
+    """
 
     offers: list[dict[str, str]]
     answer: dict[str, Any]
 
 
 class Standing:
-    """How the items of an upload stand on the host, by its answer."""
+    """The state of an upload's items on the host, from its answer."""
 
     def __init__(self, remote: Remote, items: list[Item], answer: dict[str, Any]):
         """Raises SurgvqaError for an answer about other items."""
@@ -251,7 +253,7 @@ class Standing:
             raise not_understood(remote.host, f"it knows {len(answer['items'])} items of {len(items)}")
         self.answer = answer
         self.published = {i.digest for i, stand in zip(items, answer["items"]) if stand.get("published")}
-        """The digests of those that are there whole and recorded."""
+        """Digests of the items that the host has completely, with a record."""
         self._of = dict(zip(map(id, items), answer["items"]))
 
     def of(self, item: Item) -> dict[str, Any]:
@@ -260,7 +262,7 @@ class Standing:
         return stand
 
     def foreign(self, item: Item) -> list[str]:
-        """What lies in its way there and is not ours."""
+        """Files in the way of an item that surgvqa did not make."""
         stand = self.of(item)
         return list(stand["foreign"]) if stand["state"] == "foreign" else []
 
@@ -276,8 +278,10 @@ class Standing:
 def compare(
     remote: Remote, ways: list[Way], data: list[Item], checksum: bool = False, early: Early | None = None
 ) -> dict[str, Any]:
-    """Asks the host what it has, and finds the way that is over first. `checksum`: the host reads its files again.
-    `early`: what it was asked already."""
+    """Asks the host what it has, and finds the fastest way.
+
+    `checksum`: the host reads its files again. `early`: an answer that it has already given.
+    """
     standing = ask_standing(remote, [item for way in ways for item in way.items] + data, checksum, early)
     ways = open_ways(remote, ways, data, standing)
     for way in ways:
@@ -301,15 +305,14 @@ def compare(
 
 
 def ask_standing(remote: Remote, items: list[Item], checksum: bool, early: Early | None) -> Standing:
-    """How these items stand there: by what the host was asked early, if that was about them, else it is asked now."""
+    """The state of these items: from the early answer if it is about them, otherwise the host is asked now."""
     if early and early.offers == [item.offer for item in items] and "want" not in early.answer:
         return Standing(remote, items, early.answer)
     return Standing(remote, items, ask_of_all(remote, "known", items, checksum=checksum))
 
 
 def open_ways(remote: Remote, ways: list[Way], data: list[Item], standing: Standing) -> list[Way]:
-    """The ways that nothing of somebody else's lies in. Raises SurgvqaError where none is left, or the data's is
-    closed."""
+    """The ways that no foreign files block. Raises SurgvqaError if none is left, or if the data is blocked."""
     found = [way for way in ways if not any(map(standing.foreign, way.items))]
     blocked = [name for item in data for name in standing.foreign(item)]
     if blocked or (ways and not found):
@@ -322,8 +325,10 @@ def open_ways(remote: Remote, ways: list[Way], data: list[Item], standing: Stand
 
 
 def drop_closed_hub(remote: Remote, ways: list[Way], standing: Standing) -> str:
-    """Fills in the ways over the hub, and takes out of `ways` one that is closed: why it is, or ''. Raises SurgvqaError
-    where that leaves none."""
+    """Fills in the ways over the hub and removes one that is impossible. Returns the reason, or ''.
+
+    Raises SurgvqaError if no way is left.
+    """
     problem = ""
     for way in [way for way in ways if way.hub_id]:
         problem = settle_hub(remote, way, standing.missing)
@@ -335,7 +340,7 @@ def drop_closed_hub(remote: Remote, ways: list[Way], standing: Standing) -> str:
 
 
 def way_row(way: Way, rate: float) -> dict[str, Any]:
-    """A way as plans show it."""
+    """The row of a way in a plan."""
     return {
         "name": way.name,
         "items": [item.name for item in way.items],
@@ -348,7 +353,7 @@ def way_row(way: Way, rate: float) -> dict[str, Any]:
 
 
 def data_row(data: list[Item], standing: Standing) -> dict[str, Any]:
-    """The data as plans show it."""
+    """The row of the data in a plan."""
     stands = [standing.of(item) for item in data]
     return {
         "files": sum(len(item.entries) for item in data),
@@ -360,7 +365,7 @@ def data_row(data: list[Item], standing: Standing) -> dict[str, Any]:
 
 
 def settle_hub(remote: Remote, way: Way, missing: Callable[[Item], int]) -> str:
-    """Fills in what the host would get from the hub and what is left to send; why it cannot, or ''.
+    """Fills in what the host would download and what is left to send. Returns why it cannot download, or ''.
 
     With Stage 1 here as well, the hub's weights must have its hashes: the same model by either way.
     """

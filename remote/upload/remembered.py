@@ -1,4 +1,4 @@
-"""What is remembered of the last upload to a host: its rate, and what it was offered."""
+"""Remembers the last upload to each host: its rate and its offers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ OFFERS = Path("~/.cache/surgvqa/published.json")
 
 
 def known_rate(host: str, rate: float | None = None) -> float | None:
-    """The rate of the last upload to `host` in bytes/s; given one, remembers it."""
+    """The rate of the last upload to `host` in bytes/s. `rate`, if given, is stored first."""
     found = _remembered(RATES, host, rate)
     return found if isinstance(found, (int, float)) and found > 0 else None
 
 
 def known_offers(host: str, offers: list[dict[str, str]] | None = None) -> list[dict[str, str]]:
-    """The offers of the last upload to `host` that ended well, [] when there was none; given some, remembers them."""
+    """The offers of the last successful upload to `host`, or []. `offers`, if given, are stored first."""
     found = _remembered(OFFERS, host, offers)
     rows, keys = found if isinstance(found, list) else [], {"name", "kind", "digest"}
     good = all(isinstance(one, dict) and {*one} == keys and {*map(type, one.values())} == {str} for one in rows)
@@ -26,7 +26,7 @@ def known_offers(host: str, offers: list[dict[str, str]] | None = None) -> list[
 
 
 def _remembered(cache: Path, host: str, value: Any) -> Any:
-    """What a cache file has for `host`, `value` where that is given. Only a cache: what is damaged is nothing."""
+    """The entry of `host` in a cache file. `value`, if given, is stored first. A damaged file counts as empty."""
     file = cache.expanduser()
     try:
         known = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""One item onto the host: begun, sent, verified, published."""
+"""Sends one item to the host: begins, sends, verifies and publishes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from surgvqa.runs.reporter import Reporter
 
 
 def held(remote: Remote, item: Item, answer: dict[str, Any]) -> tuple[set[int], dict[int, list[list[int]]]]:
-    """What the host already holds of an item: whole files, and chunks of others. Raises for a malformed answer."""
+    """(whole files, {file: chunks}) of an item that the host already holds. Raises for a malformed answer."""
     whole, done = answer.get("whole"), answer.get("done")
     if not (isinstance(whole, list) and isinstance(done, dict)) or not all(isinstance(i, int) for i in whole):
         raise not_understood(remote.host, f"it holds {str(answer)[:80]}")
@@ -52,8 +52,10 @@ def send_item(
     patience_s: float = PATIENCE_S,
     published: bool = False,
 ) -> dict[str, Any]:
-    """Sends, verifies and publishes one item; goes on where an earlier attempt stopped. `published`: the host has just
-    said that it has it."""
+    """Sends, verifies and publishes one item, from where an earlier attempt stopped.
+
+    `published`: the host has just answered that it has the item.
+    """
     began = time.monotonic()
     answer = {"complete": True} if published else ask_of(remote, "begin", item)
     result: dict[str, Any] = {"name": item.name, "bytes": item.bytes, "sent_bytes": 0, "streams": 0, "resent_bytes": 0}

@@ -15,7 +15,7 @@ from surgvqa.errors import SurgvqaError
 
 
 class Verifier:
-    """Has the host hash the large files as they arrive, while the rest is still on its way."""
+    """Makes the host hash the large files as they arrive, while the rest is still being sent."""
 
     def __init__(self, reserve: Reserve, item: Item):
         self.reserve, self.item = reserve, item
@@ -34,12 +34,12 @@ class Verifier:
         self._agent.begin({"op": "verify", "digest": self.item.digest}, self._heard, self._ended)
 
     def tell(self, index: int, upto: int) -> None:
-        """The first `upto` bytes of the file are there."""
+        """Tells the host that the first `upto` bytes of the file have arrived."""
         with contextlib.suppress(OSError):  # a broken verifier is started again in `wait`
             self._agent.write(json.dumps([index, upto]).encode() + b"\n")
 
     def wait(self, patience_s: float) -> dict[int, str]:
-        """File index -> sha256 on the host, for every large file; starts again where the connection broke."""
+        """{file index: sha256 on the host} of every large file. Starts again after a lost connection."""
         deadline, heard = time.monotonic() + patience_s, len(self.hashes)
         while len(self.hashes) < len(self.item.large):
             with self.changed:
@@ -64,7 +64,7 @@ class Verifier:
             self._agent.finish()
 
     def reset(self, index: int) -> None:
-        """Has the staged file thrown away, to be sent again."""
+        """Makes the host delete the staged file, so that it can be sent again."""
         self.hashes.pop(index, None)
         self.tell(index, -1)
 
