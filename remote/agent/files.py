@@ -28,7 +28,7 @@ BLOCK = 256 << 10  # stays in the processor's cache between reading and hashing
 
 
 def within(workspace: str, path: str) -> str:
-    """`path` below the workspace, also after its folders' symlinks are followed."""
+    """The full path of `path`, which stays below the workspace even when its folders' symlinks are followed."""
     parts = path.split("/")
     if not path or path.startswith("/") or "\0" in path or any(p in ("", ".", "..") for p in parts):
         raise UsageError(f"path {path!r} does not stay inside the workspace")
@@ -49,7 +49,7 @@ def _record_path(workspace: str, name: str, kind: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """A file name of its own for every name of the workspace, however long, in any alphabet."""
+    """A unique file name for each name in the workspace, however long and in any alphabet."""
     quoted = quote(name, safe="", errors="surrogateescape")
     if len(quoted) <= LONGEST_NAME:
         return quoted
@@ -57,7 +57,7 @@ def file_name(name: str) -> str:
 
 
 def read_record(workspace: str, name: str, kind: str = "folder") -> dict[str, Any]:
-    """The ready record of the folder or the set of files `name`, {} when there is none."""
+    """The ready record of the folder or the set of files `name`, or {}."""
     for path in (_record_path(workspace, name, kind), _record_path(workspace, name, "folder")):  # the older place
         found = _read(path)
         if found and found.get("kind", "folder") == kind:
@@ -66,7 +66,7 @@ def read_record(workspace: str, name: str, kind: str = "folder") -> dict[str, An
 
 
 def write_record(workspace: str, name: str, record: dict[str, Any]) -> None:
-    """What was published under `name`."""
+    """Writes the ready record of `name`."""
     kind = record.get("kind", "folder")
     write_whole(_record_path(workspace, name, kind), {"name": name, **record})
     older = _record_path(workspace, name, "folder")
@@ -75,7 +75,7 @@ def write_record(workspace: str, name: str, record: dict[str, Any]) -> None:
 
 
 def forget_record(workspace: str, name: str, kind: str = "folder") -> None:
-    """What was published under `name` is here no more."""
+    """Removes the ready record of `name`, which is no longer here."""
     for path in (_record_path(workspace, name, kind), _record_path(workspace, name, "folder")):
         if _read(path).get("kind", "folder") == kind:
             with contextlib.suppress(FileNotFoundError):
@@ -84,8 +84,10 @@ def forget_record(workspace: str, name: str, kind: str = "folder") -> None:
 
 @contextlib.contextmanager
 def locked(workspace: str, how: int) -> Iterator[None]:
-    """Keeps those who launch and publish (fcntl.LOCK_SH) and those who remove (LOCK_EX) apart, where the file system
-    has locks. Ends with this process."""
+    """Keeps launches and publications (fcntl.LOCK_SH) apart from removals (LOCK_EX), if the file system has locks.
+
+    The lock ends with this process.
+    """
     if not os.path.isdir(own(workspace)):
         yield
         return
@@ -99,7 +101,7 @@ def locked(workspace: str, how: int) -> Iterator[None]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """A record; {} for anything else. A malformed entry is left out."""
+    """A ready record, or {} for anything else. Malformed entries are left out."""
     try:
         with open_regular(path) as file:
             found = json.loads(file.read())
@@ -121,7 +123,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def can_be_names(names: Iterable[str]) -> bool:
-    """Whether this system could have files of all these names: half of a surrogate pair is in none."""
+    """Whether files could have all these names. Half of a surrogate pair is in no file name."""
     try:
         os.fsencode("".join(names))
     except UnicodeEncodeError:
@@ -137,7 +139,7 @@ def _is_entry(entry: Any) -> bool:
 
 
 def unfinished(workspace: str, paths: list[str]) -> str | None:
-    """The first of these paths of the workspace that holds, or lies in, what was not published to the end."""
+    """The first of these paths that contains, or lies in, something whose publication was interrupted."""
     for record in records(workspace):
         if record.get("state") != "publishing":
             continue
@@ -172,7 +174,7 @@ def records(workspace: str) -> list[dict[str, Any]]:
 
 
 def sha256_of(path: str) -> str:
-    """Of a whole file."""
+    """The sha256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         buffer = memoryview(bytearray(BLOCK))
@@ -192,7 +194,7 @@ def unchanged(path: str | os.PathLike[str], size: int, mtime_ns: int) -> bool:
 
 
 def walk(root: str) -> list[str]:
-    """Every file below a folder, relative to it; folders that are links, or not for us to read, are passed over."""
+    """All files below a folder, relative to it. Skips folders that are links or that we may not read."""
     found, waiting = [], [""]
     while waiting:
         below = waiting.pop()
@@ -209,7 +211,7 @@ def walk(root: str) -> list[str]:
 
 
 def _merge_inputs(workspace: str, stage1: str, adapter: str) -> list[Any] | None:
-    """Path and sha256 of every file of both folders; None when one is not here as it was published."""
+    """Path and sha256 of every file of both folders. None if one is not here as it was published."""
     found = []
     for name in (stage1, adapter):
         record = read_record(workspace, name)
@@ -228,7 +230,7 @@ def _sizes_and_times(folder: str) -> dict[str, Any]:
 
 
 def merged(channel: Any, workspace: str, stage1: str, adapter: str, output: str) -> dict[str, Any]:
-    """Whether `output` is, untouched, what `note_merge` noted for the same content of both folders."""
+    """Whether `output` is unchanged since `note_merge` recorded it for the same content of both folders."""
     try:
         with open(own(workspace, "merges", file_name(output) + ".json"), encoding="utf-8") as file:
             noted = json.load(file)
@@ -240,7 +242,7 @@ def merged(channel: Any, workspace: str, stage1: str, adapter: str, output: str)
 
 
 def note_merge(channel: Any, workspace: str, stage1: str, adapter: str, output: str) -> dict[str, Any]:
-    """After a merge here that ended well: notes what it was made from, and its files' sizes and times."""
+    """Records the inputs of a successful merge here, and the sizes and times of its files."""
     inputs = _merge_inputs(workspace, stage1, adapter)
     if inputs is not None:  # else somebody changes them: merged anew the next time
         noted = {"inputs": inputs, "files": _sizes_and_times(within(workspace, output))}

@@ -1,4 +1,4 @@
-"""The host's side of every remote command: runs there under any Python from 3.8, standard library only.
+"""The agent: the host's side of every remote command. Needs only Python 3.8 and its standard library.
 
 One process answers one request, and the next after one that says `"more": true`. It writes the mark, then one JSON
 object a line: messages, `{"beat": …}` every 2 s so that silence means a lost connection, and last `{"done": {…}}` or
@@ -65,21 +65,21 @@ def operation(name: str) -> Callable[..., Any]:
 
 
 def ready(channel: Channel, workspace: str) -> dict[str, Any]:
-    """Answers at once: from now on the agent beats, so that one which waits for a request does not outlive its ssh."""
+    """Answers at once and starts the beat, so that an agent without a request does not outlive its ssh."""
     return {}
 
 
 class Channel:
-    """What an operation speaks through."""
+    """An operation's output to the laptop."""
 
     def __init__(self, stdin: BinaryIO):
         self.stdin = stdin
         self.children: list[int] = []
-        """Process groups that end with us when nobody listens any more."""
+        """Process groups to kill when nobody listens any more."""
         self._lock = threading.Lock()
 
     def say(self, message: dict[str, Any]) -> None:
-        """One message; ends the process when nobody listens any more."""
+        """Sends one message. Ends the process if nobody listens any more."""
         self.write(json.dumps(message).encode() + b"\n")
 
     def write(self, data: bytes) -> None:
@@ -117,7 +117,7 @@ def main(stdin: BinaryIO) -> None:
 
 
 def _answer(channel: Channel, request: dict[str, Any]) -> int:
-    """Does what is asked for; the exit code."""
+    """Carries out a request. Returns the exit code."""
     asked_for = operation(request.pop("op"))
     request["workspace"] = os.path.realpath(os.path.expanduser(request["workspace"]))
     try:

@@ -1,4 +1,4 @@
-"""The manifest of an upload: its files as both ends name, compare and send them.
+"""The manifest of an upload: how both ends name, compare and send its files.
 
 An *item* is {"name", "kind": "folder" | "files", "digest", "files": [row, …]}, its rows sorted by path; a *row* is
 [path, size, sha256, mtime_ns, mode]. A digest says whether two manifests are the same, whatever the times in them.
@@ -27,8 +27,7 @@ MAX_PACKED = 1 << 30
 
 
 class Wanted(Exception):
-    """What this end needs first, by the digest of the item: "rows", "buckets", or the numbers of those whose rows it
-    needs."""
+    """This end needs more of a manifest first. {digest of the item: "rows", "buckets", or the numbers of buckets}."""
 
     def __init__(self, of: dict[str, Any]):
         super().__init__("rows of a manifest are missing")
@@ -43,7 +42,7 @@ def digest_of(name: str, kind: str, rows: Iterable[list[Any]]) -> str:
 
 
 def bucket_count(files: int) -> int:
-    """A power of two near the square root: as many buckets as a bucket has rows."""
+    """A power of two near the square root, so that there are about as many buckets as rows in each."""
     count = 1
     while count * count < files and count < MAX_BUCKETS:
         count *= 2

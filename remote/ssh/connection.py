@@ -1,7 +1,7 @@
-"""One SSH connection to one host, over Fabric, made strict: known host keys, timeouts everywhere, one-line errors.
+"""An SSH connection to a host through Fabric, with known host keys only, timeouts everywhere and one-line errors.
 
-Fabric's own default accepts any host key without asking, ignores `Include`, and can hang for an hour on a dead link;
-all three are set right here. A `Remote` belongs to one thread at a time.
+By default, Fabric accepts any host key, ignores `Include` and can hang for an hour on a dead link. Only one thread may
+use a `Remote` at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _shortest(exchange: Callable[[], object]) -> float:
 
 
 def _close(connection: Connection | None) -> None:
-    """Closes it and the jumps that it goes through."""
+    """Closes a connection and the jump hosts behind it."""
     while connection is not None:
         with contextlib.suppress(Exception):
             connection.close()
@@ -61,20 +61,20 @@ def _close(connection: Connection | None) -> None:
 class Remote:
     """An open connection. Use as a context manager; `call`, `ask` and `stream` ask the agent on the host.
 
-    What asks a question and waits for its answer (`call`, `ask`) asks again after a lost connection, as long as
-    `patience` says: an operation may be asked for twice. `stream` makes one attempt.
+    `call` and `ask` repeat their request after a lost connection, for as long as `patience` allows, so the host may get
+    it twice. `stream` makes one attempt.
     """
 
     def __init__(self, host: Host, patience: Patience | None = None):
         self.host = host
         self.patience = patience or Patience()
         self.on_beat: Callable[[], None] = lambda: None
-        """Called every 2 s while an answer is waited for. What it raises ends the waiting."""
+        """Called every 2 s while waiting for an answer. An exception that it raises ends the wait."""
         self._fabric: Connection | None = None
         self._further: list[Connection] = []
-        """For a host that lets one connection have few sessions (sshd's MaxSessions)."""
+        """Further connections to a host that allows few sessions per connection (sshd's MaxSessions)."""
         self._waiting_agent: tuple[Callable[[bytes], object], Iterator[dict[str, Any]]] | None = None
-        """The agent of `ask`: what writes to it, and its answers."""
+        """The agent of `ask`: (function that writes to it, its answers)."""
 
     def __enter__(self) -> Remote:
         self.open()
@@ -84,12 +84,14 @@ class Remote:
         self.close()
 
     def use(self, agent: AgentProcess, answers: Iterator[dict[str, Any]]) -> None:
-        """Has `ask` ask this one, as long as it answers; no connection is made before something else needs one."""
+        """Makes `ask` use this agent as long as it answers. A connection is made only when something else needs it."""
         self._waiting_agent = agent.write, answers
 
     def patiently(self, attempt: Callable[[], T], patience: Patience | None = None) -> T:
-        """What `attempt` returns. While the host cannot be reached it is made again, as long as `patience` says (the
-        connection's own, unless one is given)."""
+        """Calls `attempt` and returns its result. Repeats it while the host cannot be reached and `patience` allows.
+
+        `patience` is the connection's own unless given.
+        """
         patience = patience or self.patience
         while True:
             try:
@@ -136,14 +138,14 @@ class Remote:
         return self._fabric is not None
 
     def close(self) -> None:
-        """Drops the connection; jobs on the host do not notice."""
+        """Closes the connection. Jobs on the host are not affected."""
         connections = [self._fabric, *self._further]
         self._fabric, self._further, self._waiting_agent = None, [], None
         for connection in connections:
             _close(connection)
 
     def session(self) -> Any:
-        """A channel for a command. Where a connection may have no more of them, the next one is opened."""
+        """A channel for a command. Opens a further connection if this one allows no more channels."""
         import paramiko
 
         self.open()
@@ -187,7 +189,7 @@ class Remote:
         return self._fabric
 
     def _agent(self, request: dict[str, Any]) -> tuple[Any, Iterator[dict[str, Any]]]:
-        """Starts one with that request: its channel and its answers."""
+        """Starts an agent with this request. Returns (its channel, its answers)."""
         channel = self.session()
         channel.settimeout(min(timeouts.SILENCE_S, self.host.entry.login_timeout_s))
         channel.exec_command(bootstrap(self.host.entry.python))
@@ -215,14 +217,14 @@ class Remote:
         return answer
 
     def ask(self, op: str, **params: Any) -> dict[str, Any]:
-        """As `call`, but of one agent that waits for the next question: one round trip instead of four and a start.
+        """Like `call`, but keeps one agent for all requests, which saves three round trips and the start of Python.
 
         Only for operations that give one answer and leave no process behind.
         """
         return self.patiently(lambda: self.ask_once(op, **params))
 
     def ask_once(self, op: str, **params: Any) -> dict[str, Any]:
-        """As `ask`, in one attempt."""
+        """Like `ask`, but makes only one attempt."""
         request = {"op": op, "workspace": self.host.entry.workspace, "more": True, **params}
         if not self._waiting_agent:
             self.open()
@@ -256,16 +258,16 @@ class Remote:
             raise explain(self.host, error) from None
 
     def _tcp_us(self, offset: int) -> int:
-        """A number of the kernel's struct tcp_info; OSError, AttributeError or struct.error where it cannot be had."""
+        """A field of the kernel's struct tcp_info. Raises OSError, AttributeError or struct.error if it is unknown."""
         if self._open_fabric.gateway:
             raise OSError("the socket here ends at the gateway")
         info = self._open_fabric.transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
         return struct.unpack_from("I", info, offset)[0]
 
     def queueing(self) -> float | None:
-        """Seconds by which round trips are longer now than the shortest was: the queue before the narrowest link.
+        """Seconds by which round trips are now longer than the shortest one: the queue at the narrowest link.
 
-        To be called often: each call sends a few bytes, whose acknowledgement later calls see. None: cannot be known.
+        None if unknown. Call it often: each call sends a few bytes, and later calls see their acknowledgement.
         """
         try:
             self._open_fabric.transport.send_ignore(8)
@@ -274,9 +276,9 @@ class Remote:
             return None
 
     def _chunks(self, channel: Any, speaks: threading.Event) -> Iterator[tuple[bytes, bytes, int | None]]:
-        """(stdout, stderr, exit status) as they come; TimeoutError after a silence of the agent that `speaks`.
+        """Yields (stdout, stderr, exit status). Raises TimeoutError if the agent is silent after it `speaks`.
 
-        A login shell may be silent, so as long as it is sshd that is asked whether the connection still stands.
+        A login shell may be silent. During that time sshd itself is asked whether the connection still works.
         """
         while True:
             try:
@@ -297,7 +299,7 @@ class Remote:
             yield data, noise, None
 
     def _exchange_with_sshd(self) -> None:
-        """One round trip to sshd itself; raises when none comes back."""
+        """Makes one round trip to sshd itself. Raises if there is no answer."""
         import paramiko
 
         with contextlib.suppress(paramiko.ChannelException):  # a refusal is an answer
@@ -307,7 +309,7 @@ class Remote:
 def connect(
     host: str | Host, workspace: Path, accept_new_host_key: bool = False, patience: Patience | None = None
 ) -> Remote:
-    """An open connection to a host, or to that of a name. An unknown key is accepted only when asked to."""
+    """An open connection to a host, given itself or by name. Accepts an unknown key only if told to."""
     remote = Remote(resolve(host, workspace) if isinstance(host, str) else host, patience)
     for _ in range(4):  # every hop may be new
         try:
@@ -317,4 +319,4 @@ def connect(
             if not accept_new_host_key:
                 raise
             unknown.remember()
-    raise SurgvqaError(f"{remote.host.name}: the accepted host key is not found again in known_hosts")
+    raise SurgvqaError(f"{remote.host.name}: the accepted host key was not found in known_hosts afterwards")

@@ -1,4 +1,4 @@
-"""Host keys: which are known, and what an unknown one looks like."""
+"""Finds known host keys and describes unknown ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_ANSWER = 4 << 20
 
 
 class UnknownHostKey(SurgvqaError):
-    """The host's key is not known yet; `remember` it after a person has compared the fingerprint."""
+    """The host's key is not known yet. Call `remember` after a person has compared the fingerprint."""
 
     def __init__(self, host: Host, key: paramiko.PKey, authority: bool = False):
         self.host, self.key = host, key
@@ -76,7 +76,7 @@ def known_keys(host: Host, shown: paramiko.PKey | None = None) -> tuple[list[par
 
 
 def known_without_port(host: Host, key: paramiko.PKey) -> bool:
-    """Whether `key` is known under the host's name alone: so OpenSSH looks too, once [host]:port is not found."""
+    """Whether `key` is known under the host's name without port, where OpenSSH looks next if [host]:port is unknown."""
     if host.setting("hostkeyalias") or host.port == 22:
         return False
     return any(key in _search(file, host.hostname)[0] for file in host.known_hosts_files if file.is_file())
@@ -88,7 +88,7 @@ def has_authority(host: Host) -> bool:
 
 
 def _known_hosts_command(host: Host, shown: paramiko.PKey | None) -> bytes:
-    """What KnownHostsCommand prints: lines of a known_hosts file."""
+    """The output of KnownHostsCommand: lines as in a known_hosts file."""
     of_key = {"I": "HOSTNAME", "f": fingerprint(shown), "K": shown.get_base64(), "t": shown.get_name()} if shown else {}
     words = host.known_hosts_command(**of_key)
     if not words:

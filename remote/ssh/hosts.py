@@ -97,7 +97,7 @@ class Host:
 
     @property
     def key_name(self) -> str:
-        """The name under which known_hosts knows it: HostKeyAlias, host, or [host]:port."""
+        """The host's name in known_hosts: HostKeyAlias, host, or [host]:port."""
         alias = self.setting("hostkeyalias")
         return alias or (self.hostname if self.port == 22 else f"[{self.hostname}]:{self.port}")
 
@@ -113,12 +113,12 @@ class Host:
 
     @property
     def proxy_command(self) -> str:
-        """For a shell, as ssh_config(5) has it; '' when there is none."""
+        """The command line for a shell (ssh_config(5)), or ''."""
         return self._with_tokens(self.setting("proxycommand"))
 
     @property
     def identity_files(self) -> list[str]:
-        """The keys that are there, private or (for one that the agent holds) public."""
+        """The existing key files, private or (for a key in the agent) public."""
         files = [self._path(file) for file in self.ssh.get("identityfile", [])]
         return [file for file in files if os.path.isfile(file) or os.path.isfile(f"{file}.pub")]
 
@@ -128,7 +128,7 @@ class Host:
 
     @property
     def identity_agent(self) -> str:
-        """The socket of the ssh-agent; '' where there is none."""
+        """The ssh-agent's socket, or ''."""
         named = (self.ssh.get("identityagent") or ["SSH_AUTH_SOCK"])[0]
         if named.startswith("$") and "{" not in named:  # the name of a variable
             named = os.environ.get(named[1:], "")
@@ -141,12 +141,12 @@ class Host:
         return [self._with_tokens(word, tokens) for word in words]
 
     def _path(self, text: str) -> str:
-        """A path of ssh_config: its tokens, ~ and ${NAME} filled in."""
+        """A path in ssh_config, with its tokens, ~ and ${NAME} expanded."""
         path = os.path.expanduser(self._with_tokens(text))
         return re.sub(r"\$\{(\w+)\}", lambda name: os.environ.get(name[1], name[0]), path)
 
     def _with_tokens(self, text: str, more: dict[str, str] | None = None) -> str:
-        """`text` with its % tokens filled in, which `ssh -G` leaves to do in these values (ssh_config(5), TOKENS)."""
+        """`text` with its % tokens expanded (ssh_config(5), TOKENS). `ssh -G` does not expand them in these values."""
         given = self.setting("host") or self.target.rpartition("@")[2]
         tokens = {
             "%": "%",
@@ -166,7 +166,7 @@ class Host:
 
 
 def ssh_config_option() -> list[str]:
-    """-F FILE when the environment names another ssh configuration than the user's."""
+    """-F FILE if the environment names an ssh configuration other than the user's."""
     file = os.environ.get(SSH_CONFIG_VARIABLE)
     return ["-F", file] if file else []
 

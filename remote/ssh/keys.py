@@ -1,4 +1,4 @@
-"""Logging in with the keys that ssh would try: certificates, then the agent's keys, then those of IdentityFile."""
+"""Logs in with the keys that ssh would try: certificates, then the agent's keys, then those of IdentityFile."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ CERTIFICATE = "-cert-v01@openssh.com"
 
 
 class UnusableKey(ValueError):
-    """A key file that cannot be used, in one line: which, why, what to do."""
+    """A key file cannot be used. The text is one line: which file, why, and what to do."""
 
 
 def agent_keys(host: Host) -> tuple[list[paramiko.PKey], str]:
-    """What the ssh-agent of IdentityAgent or SSH_AUTH_SOCK holds, and why it cannot be asked ('' when it can)."""
+    """(the keys in the ssh-agent of IdentityAgent or SSH_AUTH_SOCK, why it cannot be asked or '')."""
     path = host.identity_agent
     if not path:
         return [], ""
@@ -58,7 +58,7 @@ def _read(file: str) -> bytes:
 
 
 def public_line(file: str) -> PublicBlob | None:
-    """The public key or certificate of a .pub file; None where there is none."""
+    """The public key or certificate in a .pub file, or None."""
     try:
         kind, blob = _read(file).decode(errors="replace").split()[:2]
         return PublicBlob.from_string(f"{kind} {blob}") if kind.startswith(("ssh-", "ecdsa-", "sk-")) else None
@@ -67,8 +67,11 @@ def public_line(file: str) -> PublicBlob | None:
 
 
 def public_blob(file: str) -> bytes | None:
-    """The public half of IdentityFile `file`: of the file itself (x.pub, or OpenSSH's own format, where it is never
-    encrypted), or of the .pub beside it. None where nothing tells it."""
+    """The public key of IdentityFile `file`, or None if unknown.
+
+    It comes from the file itself (x.pub, or OpenSSH's format, in which it is never encrypted) or from the .pub file
+    beside it.
+    """
     for path in (file, f"{file}.pub"):
         if found := public_line(path):
             return bytes(found.key_blob)
@@ -113,7 +116,7 @@ def load(file: str) -> paramiko.PKey:
 
 
 def certifies(certificate: PublicBlob, key: bytes) -> bool:
-    """Whether `certificate` is one of the public key `key`: it repeats the key's fields behind its type and nonce."""
+    """Whether `certificate` belongs to the public key `key`, whose fields it repeats after its type and nonce."""
     of_certificate, of_key = paramiko.Message(certificate.key_blob), paramiko.Message(key)
     kind = of_certificate.get_text()
     of_certificate.get_binary()  # the nonce
@@ -122,7 +125,7 @@ def certifies(certificate: PublicBlob, key: bytes) -> bool:
 
 
 def certified(key: paramiko.PKey, certificate: PublicBlob) -> paramiko.PKey:
-    """The same key, to be shown with its certificate."""
+    """The same key, which presents its certificate to the host."""
     one: Any = key
     one = paramiko.agent.AgentKey(one.agent, one.blob) if isinstance(one, paramiko.agent.AgentKey) else copy.copy(one)
     one.public_blob = certificate
@@ -135,7 +138,7 @@ class SshKeys:
     def __init__(self, host: Host):
         self.host = host
         self.problems: list[str] = []
-        """Why keys could not be used, one line each."""
+        """Why keys could not be used, one line per key."""
 
     def authenticate(self, transport: Transport) -> list[str]:
         """Logs in. Raises AuthenticationFailed when the host refuses what we have, Unreachable when it is lost."""
@@ -161,7 +164,7 @@ class SshKeys:
         raise AuthenticationFailed(f"{at}: no key to log in with{why or '; check IdentityFile and ssh-add -l'}")
 
     def _only_a_refusal(self, transport: Transport, error: Exception) -> None:
-        """Returns when the host has answered, with a no; all else is raised."""
+        """Returns if the host has answered with a refusal. Raises for any other error."""
         at = address(self.host)
         if "signing" in str(error):  # the transport ends with that
             raise AuthenticationFailed(f"{at}: the ssh-agent does not sign with the key that it holds ({error})")
@@ -173,7 +176,7 @@ class SshKeys:
             raise Unreachable(f"{at}: connection lost while logging in; the host has not refused our keys")
 
     def _keys(self) -> Iterator[paramiko.PKey]:
-        """In the order in which they are tried; a file is read when it is its turn."""
+        """Yields the keys in the order in which they are tried. A file is read only when its turn comes."""
         files = self.host.identity_files
         blobs = {file: public_blob(file) for file in files}
         held, problem = agent_keys(self.host)
