@@ -81,19 +81,18 @@ def optional(name):
     found = importlib.util.find_spec(name)
     return {"version": importlib.import_module(name).__version__ if found else None}
 def sound():
-    import librosa, soundfile
-    librosa.load, librosa.effects.trim  # librosa loads its parts when they are first used
-    return {"version": librosa.__version__}
+    import soundfile, soxr  # not librosa, which only m4a needs: on a new machine its import compiles for 12 s
+    return {"version": soundfile.__version__}
 look("torch", torch_facts)
 look("bitsandbytes", bitsandbytes)
 for name in ("transformers", "peft"):
     look(name, lambda: {"version": importlib.import_module(name).__version__})
-look("librosa", sound)
+look("soundfile", sound)
 for name in ("flash_attn", "wandb"):
     look(name, lambda: optional(name))
 look("attention", attention)
 """
-PROBED = ("torch", "bitsandbytes", "transformers", "peft", "librosa", "flash_attn", "wandb", "attention")
+PROBED = ("torch", "bitsandbytes", "transformers", "peft", "soundfile", "flash_attn", "wandb", "attention")
 
 
 def run(arguments: Namespace, workspace: Workspace) -> Outcome:
@@ -285,7 +284,7 @@ def _library_findings(found: dict[str, Any]) -> Iterator[Finding]:
         return
     yield from _torch(torch)
     blamed = set()
-    for name in ("transformers", "peft", "librosa", "attention"):
+    for name in ("transformers", "peft", "soundfile", "attention"):
         facts = found[name]
         if "error" not in facts:
             yield Finding(name, "ok", facts["why"] if name == "attention" else f"{name} {facts['version']}")

@@ -27,7 +27,7 @@ HEALTHY = {
     },
     "transformers": {"version": "5.17.0"},
     "peft": {"version": "0.21.0"},
-    "librosa": {"version": "0.11.0"},
+    "soundfile": {"version": "0.13.1"},
     "flash_attn": {"version": None},
     "wandb": {"version": None},
     "attention": {"name": "sdpa", "why": "sdpa (torch's own flash kernel on a GPU): flash-attn cannot be imported."},
@@ -223,6 +223,21 @@ def test_a_library_whose_import_raises_is_named_with_its_reason(monkeypatch, mac
     assert bad(found) == ["bitsandbytes"] and "peft" not in found
     assert "setup failed: no CUDA library found" in found["bitsandbytes"].text
     assert "pip uninstall bitsandbytes" in found["bitsandbytes"].mend
+
+
+@pytest.mark.parametrize("broken", ["soundfile", "soxr"])
+def test_a_broken_decoder_of_recordings_is_bad_and_a_broken_wandb_a_warning(monkeypatch, machine, tmp_path, broken):
+    for name in (broken, "wandb"):
+        (tmp_path / f"{name}.py").write_text("raise AttributeError('no bool8 in numpy')\n")
+    start = doctor.PROBE.index('look("torch"')
+    looks = 'look("soundfile", sound)\nlook("wandb", lambda: optional("wandb"))\n'
+    rest = "".join(f'look("{name}", dict)\n' for name in doctor.PROBED if name not in ("soundfile", "wandb"))
+    monkeypatch.setattr(doctor, "PROBE", doctor.PROBE[:start] + looks + rest)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    probed = doctor.probe()
+    found = machine({name: probed[name] for name in ("soundfile", "wandb")})
+    assert bad(found) == [broken] and "no bool8 in numpy" in found[broken].text
+    assert found["wandb"].status == "warn" and "--report_to wandb" in found["wandb"].text
 
 
 def test_the_probe_is_python_and_survives_missing_packages():
