@@ -51,22 +51,25 @@ def rent(provider: Provider, ledger: Ledger, clock: Clock, offer: Offer, region:
 
 
 def _found_again(provider: Provider, ledger: Ledger, clock: Clock, record: Record) -> Record:
-    """`record` with its machine, or closed as lost once `settles_s` have passed; AnswerLost before that."""
-    until = clock.time() + LOST_S
+    """`record` with its machine, or closed as lost once `settles_s` have passed; AnswerLost before that.
+
+    It is looked for a while in any case: a clock that was just set must not make a launch look old.
+    """
+    until = clock.time() + min(LOST_S, provider.settles_s)
     while True:
         for machine in provider.machines():
             if machine.name == record.label:
                 record.machine_id, record.state = machine.id, "rented"
                 ledger.write(record)
                 return record
-        if clock.time() - record.asked >= provider.settles_s:
-            record.state, record.ended = "lost", clock.time()
-            ledger.write(record)
-            return record
         if clock.time() >= until:
+            if clock.time() - record.asked >= provider.settles_s:
+                record.state, record.ended = "lost", clock.time()
+                ledger.write(record)
+                return record
             raise AnswerLost(
-                f"{record.name}: the launch got no answer and no machine {record.label} is there; it may still come. "
-                f"Ask again in {provider.settles_s / 60:g} minutes, or rent under another name"
+                f"{record.name}: the launch got no answer, and no machine {record.label} is listed yet; it may still "
+                f"come. Ask again in {provider.settles_s / 60:g} minutes, or rent under another name"
             )
         clock.sleep(LOOK_EVERY_S)
 
@@ -84,6 +87,15 @@ def wait_active(provider: Provider, clock: Clock, record: Record, within_s: floa
         if clock.time() >= until:
             raise SurgvqaError(f"{record.name}: still {state} after {within_s:g} s; it costs money until it is ended")
         clock.sleep(LOOK_EVERY_S)
+
+
+def reprice(ledger: Ledger, record: Record, machine: Machine) -> bool:
+    """Whether the provider asks another price for the machine than its offer did; the record then has that one."""
+    if machine.price_per_hour is None or machine.price_per_hour == record.price_per_hour:
+        return False
+    record.price_per_hour = machine.price_per_hour
+    ledger.write(record)
+    return True
 
 
 def end(
@@ -174,7 +186,7 @@ class Reconciled:
     orphans: list[Machine]
     """Machines of this laptop without an open record. They cost money, and no plan of this laptop will end them."""
     others: list[Machine]
-    """Machines that another laptop rented with us on the same account: listed, never touched."""
+    """All other machines of the account, of another laptop or renamed or not rented with us: listed, never touched."""
 
 
 def reconcile(provider: Provider, ledger: Ledger) -> Reconciled:
@@ -188,6 +200,6 @@ def reconcile(provider: Provider, ledger: Ledger) -> Reconciled:
                 known[machine.id] = machine
     by_label = {machine.name: machine for machine in machines}
     rented = [(record, known.get(record.machine_id) or by_label.get(record.label)) for record in opened]
-    ours = [m for m in machines if m.id not in known and m.name.startswith(PREFIX)]
-    mine = [m for m in ours if m.name.startswith(f"{PREFIX}{this_laptop()}-")]
-    return Reconciled(rented, mine, [m for m in ours if m not in mine])
+    unknown = [m for m in machines if m.id not in known]
+    mine = [m for m in unknown if m.name.startswith(f"{PREFIX}{this_laptop()}-")]
+    return Reconciled(rented, mine, [m for m in unknown if m not in mine])
