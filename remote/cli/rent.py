@@ -8,7 +8,7 @@ from pathlib import Path
 
 from remote.cloud import host_entry
 from remote.cloud.ledger import Ledger, Record, this_laptop
-from remote.cloud.provider import Machine, NoCapacity, Offer, Provider, SystemClock
+from remote.cloud.provider import Machine, NoCapacity, Offer, Provider, SystemClock, Unanswered
 from remote.ssh.hosts import resolve
 from remote.ssh.patience import PATIENCE_S, Patience
 from surgvqa.cli.main import say
@@ -129,7 +129,13 @@ def _offer(provider: Provider, arguments: argparse.Namespace) -> Offer:
     """The asked type with one region where it is free, waited for as long as --wait says."""
     until = time.monotonic() + arguments.wait
     while True:
-        offers = {offer.type: offer for offer in provider.offers()}
+        try:
+            offers = {offer.type: offer for offer in provider.offers()}
+        except Unanswered:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(LOOK_FOR_CAPACITY_EVERY_S)
+            continue
         offer = offers.get(arguments.type)
         if offer is None:
             raise UsageError(f"{arguments.type}: not on the price list: {', '.join(sorted(offers)) or 'it is empty'}")

@@ -23,7 +23,7 @@ from surgvqa.untrusted import of_kinds, one_line
 NAME = re.compile("[a-z][a-z0-9-]{0,39}")
 KINDS = {"name": "text", "provider": "text", "label": "text", "type": "text", "region": "text", "state": "text",
          "machine_id": "text", "price_per_hour": "a number", "asked": "a time", "end_asked": "a time",
-         "ended": "a time"}  # fmt: skip
+         "ended": "a time", "ending": "true or false"}  # fmt: skip
 STATES = ("asked", "rented", "ended", "refused", "lost")
 
 
@@ -48,6 +48,8 @@ class Record:
     end_asked: float | None = None
     """When it was first asked to terminate the machine, which it knew then."""
     ended: float | None = None
+    ending: bool = False
+    """Whether the provider was seen ending it: only then is a machine that it lists no more one that has ended."""
 
     @property
     def open(self) -> bool:

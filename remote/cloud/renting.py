@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from remote.cloud.ledger import Ledger, Record, this_laptop
-from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, Provider
+from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, Provider, Unanswered
 from surgvqa.errors import SurgvqaError
 
 PREFIX = "surgvqa-"
@@ -17,6 +18,7 @@ LOST_S = 120.0
 END_TRIES = 5
 END_WITHIN_S = 300.0
 """Seconds to wait for the state terminated after each request."""
+NOT_LISTED = "not listed by the provider"
 ENDING = ("terminating", "terminated", "unknown here")
 """Nothing can be fetched from such a machine."""
 
@@ -76,13 +78,16 @@ def _found_again(provider: Provider, ledger: Ledger, clock: Clock, record: Recor
 
 def wait_active(provider: Provider, clock: Clock, record: Record, within_s: float) -> Machine:
     """The machine once it is active and has an address. SurgvqaError when it does not come up; it costs money then."""
-    until = clock.time() + within_s
+    since = clock.time()
+    until, state = since + within_s, NOT_LISTED
     while True:
-        machine = provider.machine(record.machine_id)
-        state = machine.state if machine else "terminated"
-        if machine and state == "active" and machine.address:
-            return machine
-        if state in ("unhealthy", "terminating", "terminated"):
+        with contextlib.suppress(Unanswered):  # it passes; what it was last stays
+            machine = provider.machine(record.machine_id)
+            state = machine.state if machine else NOT_LISTED
+            if machine and state == "active" and machine.address:
+                return machine
+        missing = state == NOT_LISTED and clock.time() - since >= LOST_S  # one just launched may be listed late
+        if missing or state in ("unhealthy", "terminating", "terminated"):
             raise SurgvqaError(f"{record.name}: the machine is {state}; end it: surgvqa-remote end {record.name}")
         if clock.time() >= until:
             raise SurgvqaError(f"{record.name}: still {state} after {within_s:g} s; it costs money until it is ended")
@@ -123,11 +128,11 @@ def end(
             if not record.open:
                 return record
         state = machine_state(provider, record)
-        if state == "unknown here" and record.end_asked is None:
+        if state == "unknown here" and not record.ending:
             if not forget:
                 raise CloudError(
-                    f"{name}: {provider.name} knows no machine {record.machine_id}, and was never asked to end it; is "
-                    "this the key of the account that rented it? If it has ended, close its record with --forget"
+                    f"{name}: NOT ENDED: {provider.name} lists no machine {record.machine_id}, and was not seen ending "
+                    "it; is this the key of the account that rented it? If it has ended, close its record with --forget"
                 )
             record.state, record.ended = "ended", clock.time()
             ledger.write(record)
@@ -140,10 +145,10 @@ def end(
                 if record.end_asked is None:
                     record.end_asked = clock.time()
                     ledger.write(record)
-                elif _has_ended(provider, clock, record, within_s=0.0):
+                elif _has_ended(provider, ledger, clock, record, within_s=0.0):
                     break
                 provider.terminate(record.machine_id)
-                if _has_ended(provider, clock, record):
+                if _has_ended(provider, ledger, clock, record):
                     break
             except CloudError as error:
                 problem = str(error)
@@ -155,11 +160,16 @@ def end(
         return record
 
 
-def _has_ended(provider: Provider, clock: Clock, record: Record, within_s: float = END_WITHIN_S) -> bool:
+def _has_ended(
+    provider: Provider, ledger: Ledger, clock: Clock, record: Record, within_s: float = END_WITHIN_S
+) -> bool:
     """Waits for it. A machine that we asked to end and that the provider then knows no more, looked at twice, ended."""
     until, unknown = clock.time() + within_s, 0
     while True:
         state = machine_state(provider, record)
+        if state == "terminating" and not record.ending:
+            record.ending = True
+            ledger.write(record)
         unknown = unknown + 1 if state == "unknown here" else 0
         if state == "terminated" or unknown == 2:
             return True

@@ -96,7 +96,7 @@ def test_results_are_in_s3_before_the_machine_is_ended(laptop, tmp_path, steps, 
         first = remote.call("end_from_here", **asked)
         assert remote.call("end_from_here", **asked)["pid"] == first["pid"]
         found = remote.call("ending")
-        assert found["alive"] and found["idle_s"] == 0.0
+        assert found["alive"] and found["idle_s"] < 60
     assert places_of_the_key(laptop.root) == []
     until(lambda: provider.asked)
     (words, there), *_ = provider.asked
