@@ -167,6 +167,7 @@ def _rclone(words: list[str], results: str, given: dict[str, str]) -> None:
         "S3_PROVIDER": "Other" if endpoint else "AWS",
         "S3_ENV_AUTH": "true",
         "S3_NO_CHECK_BUCKET": "true",  # else it would try to make the bucket
+        "S3_NO_HEAD": "true",  # all is read back anyway, and some servers refuse it after an upload in parts
         **({"S3_ENDPOINT": endpoint} if endpoint else {}),
         **({"S3_REGION": region} if region else {}),
     }
