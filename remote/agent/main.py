@@ -39,6 +39,7 @@ OPERATIONS = {
     "follow": "runs",
     "stop": "runs",
     "gpus": "machine",
+    "can_end": "ending",
     "end_from_here": "ending",
     "ending": "ending",
     "begin": "staging",

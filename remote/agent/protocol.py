@@ -6,6 +6,10 @@ import struct
 
 MARK = b"\x1esurgvqa\x1e\n"
 BEAT_S = 2.0
+IDLE_S = 1800.0
+"""Seconds that a rented GPU may do nothing after its job."""
+IDLE_PERCENT = 10.0
+"""Of utilization: below it a GPU does nothing."""
 FRAME = struct.Struct(">IQI")  # file index, offset, length; then that many bytes
 PACK = 0xFFFFFFFF
 """In place of the index: whole small files. The offset is their number, and their indices (INDEX) follow the frame;

@@ -44,7 +44,7 @@ def _supervisor_of(folder: Path) -> dict[str, Any]:
     return _noted(folder / "supervisor.json", {"pid": "a whole number", "identity": "text"})
 
 
-def _folders_of(workspace: str, folder: Path, info: dict[str, Any]) -> list[str]:
+def folders_of(workspace: str, folder: Path, info: dict[str, Any]) -> list[str]:
     """What belongs to a run, relative to the workspace: its folder, and its output_dir where that lies elsewhere in
     the workspace (a resumed run writes into the folder of the run that it goes on with)."""
     found = ["runs/" + folder.name]
@@ -71,7 +71,7 @@ def runs(channel: Any, workspace: str, run: str | None = None, command: str | No
             "state": state_of(folder),
             "run": info,
             "exit": _exit_of(folder),
-            "folders": _folders_of(workspace, folder, info),
+            "folders": folders_of(workspace, folder, info),
         }
     listed = history.list_runs(Path(workspace, "runs"))
     return {

@@ -120,11 +120,13 @@ def _estimate(work: Work | None, offer: Offer) -> dict[str, float | None]:
 def rented(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     """What is rented: the ledger beside the provider's list. Not ok when they differ: money may be running unseen."""
     from remote.cloud.ledger import Ledger
-    from remote.cloud.renting import Reconciled, reconcile
+    from remote.cloud.renting import PREFIX, Reconciled, reconcile
 
     ledger, now = Ledger(), time.time()
+    damaged = ledger.damaged()
     names = ["local", "lambda"]
-    if all(record.provider == "local" or not record.open for record in ledger.records()) and not _has_key():
+    only_local = all(record.provider == "local" or not record.open for record in ledger.records())
+    if only_local and not damaged and not _has_key():
         names.remove("lambda")  # nothing was rented there
     every = [reconcile(provider_of(name), ledger) for name in names]
     found = Reconciled(*([row for one in every for row in getattr(one, part.name)] for part in fields(Reconciled)))
@@ -163,8 +165,13 @@ def rented(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
             text = f"RUNS, BUT NO RECORD KNOWS IT: {orphan['name']} ({orphan['type']}, {orphan['state']})"
             console.print(plain(text), style="bold red")
         for other in others:
-            console.print(plain(f"from another laptop: {other['name']} ({other['type']}, {other['state']})"))
+            whose = "from another laptop" if str(other["name"]).startswith(PREFIX) else "not rented with surgvqa"
+            called = other["name"] or other["id"]
+            console.print(plain(f"{whose}: {called} ({other['type']}, {other['state']})"))
         for row in missing:
             console.print(plain(f"{row['name']}: rented, but the provider lists no such machine; look at its console"))
+        for wrong in damaged:
+            console.print(plain(f"A RECORD CANNOT BE READ: {wrong}"), style="bold red")
 
-    return Outcome({"rented": rows, "orphans": orphans, "others": others}, ok=not orphans and not missing, show=show)
+    data = {"rented": rows, "orphans": orphans, "others": others, "damaged": damaged}
+    return Outcome(data, ok=not (orphans or missing or damaged), show=show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -80,18 +81,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def say_money() -> None:
     """One line for each machine that costs money now, by the ledger alone: no network, and nothing fails by it."""
+    from remote.agent.protocol import IDLE_S
     from remote.cloud.ledger import Ledger
+    from remote.cloud.plan import Plans
+    from surgvqa.terminal.figures import human_seconds
 
-    try:
-        records = Ledger().records()
-    except (SurgvqaError, OSError) as error:
-        say(f"surgvqa-remote: the ledger of rented machines cannot be read: {error}")
-        return
-    now = time.time()
-    for record in records:
+    ledger, now = Ledger(), time.time()
+    for wrong in ledger.damaged():
+        say(f"surgvqa-remote: a record of a rented machine cannot be read, and it may cost money: {wrong}")
+    for record in ledger.records():
         if record.open and record.price_per_hour > 0:
             price = f"${record.price_per_hour:.2f} an hour, ${record.cost(now):.2f} so far"
             how = "is rented"
+            with contextlib.suppress(SurgvqaError, OSError):
+                plan = Plans(ledger).of(record)
+                if plan and (idle_s := plan.idle_s(now)) >= IDLE_S:
+                    how = f"is rented and IDLE since its job ended ({human_seconds(idle_s)})"
             if record.end_asked:
                 how = f"was to end at {time.strftime('%H:%M', time.localtime(record.end_asked))} and has NOT ENDED"
             say(f"surgvqa-remote: {record.name} {how}: {price}; its end: surgvqa-remote end {record.name}")

@@ -184,7 +184,7 @@ def _then_options(launch: Parser) -> None:
     add("--discard", type=lambda text: text.split(","), default=[], metavar="RUNS", help="may be lost with it: A,B")
     where = "who does what follows the job: this computer, or the machine itself (default: laptop)"
     add("--end_from", choices=("laptop", "host"), default="laptop", help=where)
-    target = "of --end_from host: a folder there that stays, or a target of rsync"
+    target = "of --end_from host: s3://BUCKET/PREFIX, USER@HOST:FOLDER (rsync), or a folder there that stays"
     add("--results", default="", metavar="TARGET", help=target)
     add("--sync", action="store_true", help="results come home as they are made")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from remote.cloud import host_entry
 from remote.cloud.ledger import Ledger, Record, this_laptop
-from remote.cloud.provider import Machine, NoCapacity, Offer, Provider, SystemClock
+from remote.cloud.provider import Machine, NoCapacity, Offer, Provider, SystemClock, Unanswered
 from remote.ssh.hosts import resolve
 from remote.ssh.patience import PATIENCE_S, Patience
 from surgvqa.cli.main import say
@@ -83,13 +83,19 @@ def _rent(
     ledger, clock = Ledger(), SystemClock()
     provider = cloud.provider_of("local" if arguments.type == "local" else "lambda")
     offer = _offer(provider, arguments) if not (before and before.open) else _as_offer(before)
-    price = f"${offer.price_per_hour:.2f} an hour until it is ended"
-    run.phase("rent", f"{name}: {offer.type} in {offer.regions[0]}, {price}")
+    price = f"${offer.price_per_hour:.2f}"
+    run.phase("rent", f"{name}: {offer.type} in {offer.regions[0]}, {price} an hour until it is ended")
     short = hashlib.sha256(" ".join(public_key.split()[:2]).encode()).hexdigest()[:8]
     key = provider.add_key(f"surgvqa-{this_laptop()}-{short}", public_key)
     record = renting.rent(provider, ledger, clock, offer, offer.regions[0], name, key)
     run.phase("boot", f"{record.type}, asked for {time.strftime('%H:%M', time.localtime(record.asked))}")
     machine = renting.wait_active(provider, clock, record, BOOT_WITHIN_S)
+    if renting.reprice(ledger, record, machine):
+        over = arguments.max_price is not None and record.price_per_hour > arguments.max_price
+        limit = (
+            f", more than --max_price {arguments.max_price:g}: end it with surgvqa-remote end {name}" if over else ""
+        )
+        run.warning(f"{name} costs ${record.price_per_hour:.2f} an hour by the provider's own word, not {price}{limit}")
     host_entry.write(record, machine, provider.user, key_file)
     run.phase("connect", machine.address)
     trust = _first_contact(name, machine, workspace, run)
@@ -123,7 +129,13 @@ def _offer(provider: Provider, arguments: argparse.Namespace) -> Offer:
     """The asked type with one region where it is free, waited for as long as --wait says."""
     until = time.monotonic() + arguments.wait
     while True:
-        offers = {offer.type: offer for offer in provider.offers()}
+        try:
+            offers = {offer.type: offer for offer in provider.offers()}
+        except Unanswered:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(LOOK_FOR_CAPACITY_EVERY_S)
+            continue
         offer = offers.get(arguments.type)
         if offer is None:
             raise UsageError(f"{arguments.type}: not on the price list: {', '.join(sorted(offers)) or 'it is empty'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import secrets
 import sys
 import threading
@@ -13,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from remote.agent import results
+from remote.agent.protocol import IDLE_PERCENT, IDLE_S
 from remote.cloud import host_entry
 from remote.cloud.ledger import NAME, Ledger, Record
 from remote.cloud.meter import Meter, cost_per_point
@@ -31,6 +34,7 @@ from surgvqa.outcome import Outcome
 from surgvqa.runs.folder import Run
 from surgvqa.runs.launch import launch as start_detached
 from surgvqa.terminal.drawing import plain
+from surgvqa.terminal.figures import human_seconds
 
 SYNC_EVERY_S = 60.0
 MONEY_EVERY_S = 30.0
@@ -62,7 +66,7 @@ def launch(arguments: argparse.Namespace, workspace: Workspace) -> Outcome:
     try:
         return run_job(run, lambda run: _carry_out(plan, ledger, record, workspace, run))
     except BaseException:
-        if plan.stage != "launch":
+        if plan.stage not in ("check", "launch"):
             price = f"${record.price_per_hour:.2f} an hour"
             bell = "\a" if sys.stderr.isatty() else ""
             say(f"surgvqa-remote: {bell}{plan.name} is NOT ENDED and costs {price}; go on: launch {plan.name}")
@@ -102,16 +106,21 @@ def _plan(arguments: argparse.Namespace, workspace: Workspace, plans: Plans, rec
             argv, needs = jobs.paths_for_host(command, argv, workspace)
             root = str(workspace.root.absolute())
             asked = Plan(name, record.label, root, [command, *argv], needs, arguments.then, secrets.token_hex(4),
-                         share=arguments.share, end_from=arguments.end_from, results=arguments.results)  # fmt: skip
+                         share=arguments.share, end_from=arguments.end_from, results=arguments.results,
+                         stage="check" if arguments.end_from == "host" else "launch")  # fmt: skip
             _check_end(asked, record)
             if standing and standing.going:
-                if (standing.job, standing.then, standing.workspace) != (asked.job, asked.then, asked.workspace):
+                if _asked_for(standing) != _asked_for(asked):
                     under_way = standing.run or " ".join(standing.job[:1])
                     raise UsageError(f"{name}: {under_way} is under way there; go on: surgvqa-remote launch {name}")
                 asked = standing
         asked.__dict__.update(limits)
         plans.write(asked)
     return asked
+
+
+def _asked_for(plan: Plan) -> tuple[object, ...]:
+    return plan.job, plan.then, plan.workspace, plan.end_from, plan.results
 
 
 def _check_end(plan: Plan, record: Record) -> None:
@@ -121,11 +130,9 @@ def _check_end(plan: Plan, record: Record) -> None:
     elif record.provider != "lambda":
         raise UsageError(f"--end_from host: a {record.provider} machine cannot end itself")
     elif "terminate" not in plan.then or not plan.results:
-        raise UsageError("--end_from host: needs --then …,fetch,terminate and --results: a folder there that stays, or "
-                         "a target of rsync")  # fmt: skip
-    elif "://" in plan.results:
-        raise UsageError(f"--results {plan.results}: is a URL, expected a folder there that stays (a persistent file "
-                         "system) or a target of rsync, USER@HOST:FOLDER; S3 is not supported")  # fmt: skip
+        raise UsageError(f"--end_from host: needs --then …,fetch,terminate and --results TARGET; {results.FORMS}")
+    else:
+        results.kind_of(plan.results)
 
 
 def _carry_out(plan: Plan, ledger: Ledger, record: Record, workspace: Workspace, run: Run) -> Outcome:
@@ -166,6 +173,7 @@ def _outcome(plan: Plan, record: Record) -> Outcome:
         "ended": not record.open,
         "handed": plan.stage == "handed",
         "cut": plan.cut,
+        "idle": plan.idle,
         "cost": round(cost, 2),
         "cost_per_point": cost_per_point(cost, plan.scores),
     }
@@ -173,7 +181,7 @@ def _outcome(plan: Plan, record: Record) -> Outcome:
         where = f"its results go to {plan.results}; how it is: surgvqa-remote launch {plan.name}"
         text = f"{plan.name} {'has ended' if data['ended'] else 'ends itself when ' + plan.run + ' is over'}; {where}"
         return Outcome(data, show=lambda console: console.print(plain(text)))
-    good = plan.state == "finished" and not plan.cut
+    good = plan.state == "finished" and not plan.cut and not plan.idle
     good = good and ("evaluate" not in plan.then or plan.evaluation_state == "finished")
     return Outcome(data, ok=good, show=lambda console: console.print(plain(_bill(plan, data))))
 
@@ -189,6 +197,8 @@ def _bill(plan: Plan, data: dict[str, Any]) -> str:
     state = "ended" if data["ended"] else "NOT ended"
     per_point = f", ${data['cost_per_point']:.2f} a point of accuracy" if data["cost_per_point"] else ""
     lines.append(f"{plan.name}: {state}; ${data['cost']:.2f} by our clock{per_point}; the provider's bill counts")
+    if plan.idle:
+        lines.append(f"{plan.name} was {plan.idle}, and cost money")
     return "\n".join(lines)
 
 
@@ -221,23 +231,42 @@ class _OnHost:
             self._run.warning(launched["warning"])
         return str(launched["run"])
 
-    def hand_over(self, plan: Plan, limit_s: float | None) -> None:
+    def _needs_there(self, plan: Plan) -> dict[str, Any]:
+        """What the machine needs for its own end. The key and the access to S3 are secrets."""
         from remote.cloud.lambda_cloud import LambdaCloud
 
         assert isinstance(self._provider, LambdaCloud)  # `_plan` refuses others
+        given = results.S3_VARIABLES if results.kind_of(plan.results) == "s3" else ()
+        return {
+            "target": plan.results,
+            "given": {name: os.environ[name] for name in given if os.environ.get(name)},
+            "machine_id": self._record.machine_id,
+            **self._provider.for_the_machine(),
+        }
+
+    def check_end(self, plan: Plan) -> None:
+        needs = self._needs_there(plan)
+        secret = [name for name in needs["given"] if "KEY" in name or "TOKEN" in name]
+        and_s3 = f", and {', '.join(secret)}," if secret else ""
         self._run.warning(
-            f"the key of your account goes to {plan.name}, into the memory of one process; root there can read it"
+            f"the key of your account{and_s3} goes to {plan.name}, into the memory of one process; "
+            "root there can read it"
         )
+        if "AWS_SESSION_TOKEN" in needs["given"]:
+            self._run.warning(
+                "AWS_SESSION_TOKEN expires: if that happens before the results are copied, the machine is not ended"
+            )
+        self._remote.call("can_end", **needs)
+
+    def hand_over(self, plan: Plan, limit_s: float | None) -> None:
         answer = self._remote.call(
             "end_from_here",
             venv=self._host.entry.venv,
             run=plan.run,
             evaluate=evaluation_of(plan) if "evaluate" in plan.then else [],
             token=f"{plan.token}e",
-            results=plan.results,
             limit_s=limit_s,
-            machine_id=self._record.machine_id,
-            **self._provider.for_the_machine(),
+            **self._needs_there(plan),
         )
         if answer["warning"]:
             self._run.warning(answer["warning"])
@@ -246,7 +275,17 @@ class _OnHost:
         found = self._remote.call("ending")
         if not found.get("alive"):
             return "the process there that was to end it is gone; end it from here: surgvqa-remote end"
-        return f"{found.get('stage')}: {found['problem']}" if found.get("problem") else ""
+        if found.get("problem"):
+            return f"{found.get('stage')}: {found['problem']}"
+        idle_s = found.get("idle_s")
+        if isinstance(idle_s, (int, float)) and idle_s >= IDLE_S:
+            return f"idle for {human_seconds(idle_s)} after its job, at the step: {found.get('stage')}"
+        return ""
+
+    def gpu_works(self) -> bool:
+        found = self._remote.call("gpus", venv=self._host.entry.venv, watch=None).get("gpus")
+        busy = [row.get("utilization_percent") for row in found if isinstance(row, dict)] if found else [None]
+        return any(not isinstance(one, (int, float)) or one >= IDLE_PERCENT for one in busy)
 
     def watch(self, run: str, guard: Guard) -> Ended:
         from remote.jobs import launch as jobs
@@ -256,6 +295,7 @@ class _OnHost:
 
         def beat() -> None:
             nonlocal stopping
+            guard.tick()
             if not stopping and (reason := guard.reason()):
                 stopping = True
                 self._run.warning(f"{run} is stopped: {reason}")
@@ -296,8 +336,20 @@ class _OnHost:
     def bring_home(self, discard: list[str], fetched: list[str]) -> list[str]:
         from remote.jobs.home import bring_home
 
-        here, tell = self._workspace.runs_dir, self._guard.away
-        return bring_home(self._remote, here, self._run, set(discard), fetched, math.inf, tell)
+        here, report = self._workspace.runs_dir, _Ticking(self._run, self._guard.tick)
+        return bring_home(self._remote, here, report, set(discard), fetched, math.inf, self._guard.away)
+
+
+class _Ticking:
+    """The run as a reporter, by whose progress the guard looks now and then."""
+
+    def __init__(self, run: Run, tick: Callable[[], None]):
+        self._tick = tick
+        self.emit, self.phase, self.warning, self._progress = run.emit, run.phase, run.warning, run.progress
+
+    def progress(self, phase: str, done: float, total: float | None, unit: str, **fields: Any) -> None:
+        self._tick()
+        self._progress(phase, done, total, unit, **fields)
 
 
 def host_of(name: str, label: str, workspace: Workspace) -> Host:

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from remote.cloud.api_key import ApiKey
 from remote.cloud.pace import Pace
-from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, SystemClock
+from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, SystemClock, Unanswered
 from surgvqa.errors import UsageError
 from surgvqa.untrusted import is_kind, json_kind, one_line, parse_object
 
@@ -158,7 +158,7 @@ class LambdaCloud:
             if status != 429 and status < 500:
                 raise CloudError(_said(path, problem), code)
             wait = _retry_after(header, 2.0**attempt)
-        raise CloudError(_said(path, f"gave up after {TRIES} tries; {problem}"), code)
+        raise Unanswered(_said(path, f"gave up after {TRIES} tries; {problem}"), code)
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, str, bytes]:
         """Status, Retry-After and body, which is bounded."""

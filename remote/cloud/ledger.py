@@ -13,17 +13,18 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.files import fsync_folder, read_json, user_folder, write_json_atomic
-from surgvqa.untrusted import of_kinds
+from surgvqa.untrusted import of_kinds, one_line
 
 NAME = re.compile("[a-z][a-z0-9-]{0,39}")
 KINDS = {"name": "text", "provider": "text", "label": "text", "type": "text", "region": "text", "state": "text",
          "machine_id": "text", "price_per_hour": "a number", "asked": "a time", "end_asked": "a time",
-         "ended": "a time"}  # fmt: skip
+         "ended": "a time", "ending": "true or false"}  # fmt: skip
+STATES = ("asked", "rented", "ended", "refused", "lost")
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Record:
     end_asked: float | None = None
     """When it was first asked to terminate the machine, which it knew then."""
     ended: float | None = None
+    ending: bool = False
+    """Whether the provider was seen ending it: only then is a machine that it lists no more one that has ended."""
 
     @property
     def open(self) -> bool:
@@ -103,17 +106,40 @@ class Ledger:
         if not file.exists():
             return None
         document, wrong = of_kinds(read_json(file), KINDS)
+        known = {one.name for one in fields(Record)}  # a newer version may have written others
         try:
-            record = Record(**document)
+            record = Record(**{key: value for key, value in document.items() if key in known})
         except TypeError as error:
             wrong = wrong or [str(error).partition(" ")[2]]
+        else:
+            if record.state not in STATES:
+                wrong = wrong or [f"state is {record.state!r}, expected one of {', '.join(STATES)}"]
+            if record.name != name:
+                wrong = wrong or [f"name is {record.name!r}, expected {name!r}"]
         if wrong:
-            raise UsageError(f"{file}: {wrong[0]}; look at the provider's console, then mend or remove the file")
+            raise UsageError(
+                f"{file}: {one_line(wrong[0])}; was it written by a newer surgvqa? Look for the machine in the "
+                "provider's console, then mend or remove the file"
+            )
         return record
 
     def records(self) -> list[Record]:
-        found = [self.read(file.stem) for file in sorted(self.folder.glob("[a-z]*.json"))]
-        return [record for record in found if record]
+        """Those that can be read. A damaged file hides no other one: `damaged` tells of it."""
+        return self._read_all()[0]
+
+    def damaged(self) -> list[str]:
+        """What is wrong with the files that cannot be read: each may stand for a machine that costs money."""
+        return self._read_all()[1]
+
+    def _read_all(self) -> tuple[list[Record], list[str]]:
+        found: list[Record] = []
+        wrong: list[str] = []
+        for file in sorted(self.folder.glob("[a-z]*.json")):
+            try:
+                found += [record] if (record := self.read(file.stem)) else []
+            except (SurgvqaError, OSError) as error:
+                wrong.append(str(error))
+        return found, wrong
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.json"

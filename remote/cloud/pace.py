@@ -26,7 +26,7 @@ class Pace:
             self._clock.sleep(at_least)
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "r+", encoding="ascii") as stream:
+        with open(descriptor, "r+", encoding="ascii", errors="replace") as stream:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             self._next = _read(stream.read(4096))
             self._turn(every, 0.0)

@@ -5,7 +5,7 @@ A plan lies beside the ledger, so that it goes on whatever becomes of the proces
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from remote.cloud.ledger import Ledger, Record
@@ -14,12 +14,13 @@ from surgvqa.errors import UsageError
 from surgvqa.files import fsync_folder, read_json, write_json_atomic
 from surgvqa.untrusted import of_kinds
 
-STAGES = ("launch", "job", *STEPS, "handed", "done")
-"""handed: the machine itself carries out the remaining steps."""
+STAGES = ("check", "launch", "job", *STEPS, "handed", "done")
+"""check: whether the machine can end itself; handed: it carries out the remaining steps."""
 KINDS = {"name": "text", "label": "text", "workspace": "text", "job": "a list", "needs": "a list", "then": "a list",
          "token": "text", "stage": "text", "run": "text", "state": "text", "evaluation": "text",
          "evaluation_state": "text", "cut": "text", "discard": "a list", "fetched": "a list", "max_cost": "a number",
-         "max_hours": "a number", "scores": "an object", "end_from": "text", "results": "text"}  # fmt: skip
+         "max_hours": "a number", "busy_at": "a time", "idle": "text",
+         "scores": "an object", "end_from": "text", "results": "text"}  # fmt: skip
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Plan:
     end_from: str = "laptop"
     """Who carries out the steps after the job: laptop (this computer) or host (the machine itself)."""
     results: str = ""
-    """Where the machine copies its results before it ends itself: a persistent folder there, or an rsync target."""
+    """Where the machine copies its results before it ends itself: as in remote/agent/results.py."""
     stage: str = "launch"
     """The next step: one of STAGES."""
     run: str = ""
@@ -61,6 +62,10 @@ class Plan:
     evaluation_state: str = ""
     cut: str = ""
     """Why the job or the evaluation was ended early, or ""."""
+    busy_at: float | None = None
+    """When the job ended, or when the GPU was last seen at work after it."""
+    idle: str = ""
+    """What was told of an idle machine after the job, or ""."""
     fetched: list[str] = field(default_factory=list)
     scores: dict[str, Any] = field(default_factory=dict)
     """The evaluation's result."""
@@ -70,6 +75,10 @@ class Plan:
     @property
     def going(self) -> bool:
         return self.stage != "done"
+
+    def idle_s(self, now: float) -> float:
+        """Seconds for which the machine has done nothing since its job, while a step is not done; else 0."""
+        return max(0.0, now - self.busy_at) if self.busy_at is not None and self.stage in STEPS else 0.0
 
 
 class Plans:
@@ -93,8 +102,9 @@ class Plans:
         if not file.exists():
             return None
         document, wrong = of_kinds(read_json(file), KINDS)
+        known = {one.name for one in fields(Plan)}  # a newer version may have written others
         try:
-            plan = Plan(**document)
+            plan = Plan(**{key: value for key, value in document.items() if key in known})
         except TypeError as error:
             wrong = wrong or [str(error).partition(" ")[2]]
         else:

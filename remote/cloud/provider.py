@@ -24,6 +24,10 @@ class NoCapacity(CloudError):
     """The provider has no free machine of this type in this region now."""
 
 
+class Unanswered(CloudError):
+    """The provider was not reached or failed, however often it was asked. It may answer later."""
+
+
 class AnswerLost(CloudError):
     """A launch was sent but not answered, so a machine may have started."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from remote.cloud.ledger import Ledger, Record, this_laptop
-from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, Provider
+from remote.cloud.provider import AnswerLost, Clock, CloudError, Machine, NoCapacity, Offer, Provider, Unanswered
 from surgvqa.errors import SurgvqaError
 
 PREFIX = "surgvqa-"
@@ -17,6 +18,7 @@ LOST_S = 120.0
 END_TRIES = 5
 END_WITHIN_S = 300.0
 """Seconds to wait for the state terminated after each request."""
+NOT_LISTED = "not listed by the provider"
 ENDING = ("terminating", "terminated", "unknown here")
 """Nothing can be fetched from such a machine."""
 
@@ -51,39 +53,54 @@ def rent(provider: Provider, ledger: Ledger, clock: Clock, offer: Offer, region:
 
 
 def _found_again(provider: Provider, ledger: Ledger, clock: Clock, record: Record) -> Record:
-    """`record` with its machine, or closed as lost once `settles_s` have passed; AnswerLost before that."""
-    until = clock.time() + LOST_S
+    """`record` with its machine, or closed as lost once `settles_s` have passed; AnswerLost before that.
+
+    It is looked for a while in any case: a clock that was just set must not make a launch look old.
+    """
+    until = clock.time() + min(LOST_S, provider.settles_s)
     while True:
         for machine in provider.machines():
             if machine.name == record.label:
                 record.machine_id, record.state = machine.id, "rented"
                 ledger.write(record)
                 return record
-        if clock.time() - record.asked >= provider.settles_s:
-            record.state, record.ended = "lost", clock.time()
-            ledger.write(record)
-            return record
         if clock.time() >= until:
+            if clock.time() - record.asked >= provider.settles_s:
+                record.state, record.ended = "lost", clock.time()
+                ledger.write(record)
+                return record
             raise AnswerLost(
-                f"{record.name}: the launch got no answer and no machine {record.label} is there; it may still come. "
-                f"Ask again in {provider.settles_s / 60:g} minutes, or rent under another name"
+                f"{record.name}: the launch got no answer, and no machine {record.label} is listed yet; it may still "
+                f"come. Ask again in {provider.settles_s / 60:g} minutes, or rent under another name"
             )
         clock.sleep(LOOK_EVERY_S)
 
 
 def wait_active(provider: Provider, clock: Clock, record: Record, within_s: float) -> Machine:
     """The machine once it is active and has an address. SurgvqaError when it does not come up; it costs money then."""
-    until = clock.time() + within_s
+    since = clock.time()
+    until, state = since + within_s, NOT_LISTED
     while True:
-        machine = provider.machine(record.machine_id)
-        state = machine.state if machine else "terminated"
-        if machine and state == "active" and machine.address:
-            return machine
-        if state in ("unhealthy", "terminating", "terminated"):
+        with contextlib.suppress(Unanswered):  # it passes; what it was last stays
+            machine = provider.machine(record.machine_id)
+            state = machine.state if machine else NOT_LISTED
+            if machine and state == "active" and machine.address:
+                return machine
+        missing = state == NOT_LISTED and clock.time() - since >= LOST_S  # one just launched may be listed late
+        if missing or state in ("unhealthy", "terminating", "terminated"):
             raise SurgvqaError(f"{record.name}: the machine is {state}; end it: surgvqa-remote end {record.name}")
         if clock.time() >= until:
             raise SurgvqaError(f"{record.name}: still {state} after {within_s:g} s; it costs money until it is ended")
         clock.sleep(LOOK_EVERY_S)
+
+
+def reprice(ledger: Ledger, record: Record, machine: Machine) -> bool:
+    """Whether the provider asks another price for the machine than its offer did; the record then has that one."""
+    if machine.price_per_hour is None or machine.price_per_hour == record.price_per_hour:
+        return False
+    record.price_per_hour = machine.price_per_hour
+    ledger.write(record)
+    return True
 
 
 def end(
@@ -111,11 +128,11 @@ def end(
             if not record.open:
                 return record
         state = machine_state(provider, record)
-        if state == "unknown here" and record.end_asked is None:
+        if state == "unknown here" and not record.ending:
             if not forget:
                 raise CloudError(
-                    f"{name}: {provider.name} knows no machine {record.machine_id}, and was never asked to end it; is "
-                    "this the key of the account that rented it? If it has ended, close its record with --forget"
+                    f"{name}: NOT ENDED: {provider.name} lists no machine {record.machine_id}, and was not seen ending "
+                    "it; is this the key of the account that rented it? If it has ended, close its record with --forget"
                 )
             record.state, record.ended = "ended", clock.time()
             ledger.write(record)
@@ -128,10 +145,10 @@ def end(
                 if record.end_asked is None:
                     record.end_asked = clock.time()
                     ledger.write(record)
-                elif _has_ended(provider, clock, record, within_s=0.0):
+                elif _has_ended(provider, ledger, clock, record, within_s=0.0):
                     break
                 provider.terminate(record.machine_id)
-                if _has_ended(provider, clock, record):
+                if _has_ended(provider, ledger, clock, record):
                     break
             except CloudError as error:
                 problem = str(error)
@@ -143,11 +160,16 @@ def end(
         return record
 
 
-def _has_ended(provider: Provider, clock: Clock, record: Record, within_s: float = END_WITHIN_S) -> bool:
+def _has_ended(
+    provider: Provider, ledger: Ledger, clock: Clock, record: Record, within_s: float = END_WITHIN_S
+) -> bool:
     """Waits for it. A machine that we asked to end and that the provider then knows no more, looked at twice, ended."""
     until, unknown = clock.time() + within_s, 0
     while True:
         state = machine_state(provider, record)
+        if state == "terminating" and not record.ending:
+            record.ending = True
+            ledger.write(record)
         unknown = unknown + 1 if state == "unknown here" else 0
         if state == "terminated" or unknown == 2:
             return True
@@ -174,7 +196,7 @@ class Reconciled:
     orphans: list[Machine]
     """Machines of this laptop without an open record. They cost money, and no plan of this laptop will end them."""
     others: list[Machine]
-    """Machines that another laptop rented with us on the same account: listed, never touched."""
+    """All other machines of the account, of another laptop or renamed or not rented with us: listed, never touched."""
 
 
 def reconcile(provider: Provider, ledger: Ledger) -> Reconciled:
@@ -188,6 +210,6 @@ def reconcile(provider: Provider, ledger: Ledger) -> Reconciled:
                 known[machine.id] = machine
     by_label = {machine.name: machine for machine in machines}
     rented = [(record, known.get(record.machine_id) or by_label.get(record.label)) for record in opened]
-    ours = [m for m in machines if m.id not in known and m.name.startswith(PREFIX)]
-    mine = [m for m in ours if m.name.startswith(f"{PREFIX}{this_laptop()}-")]
-    return Reconciled(rented, mine, [m for m in ours if m not in mine])
+    unknown = [m for m in machines if m.id not in known]
+    mine = [m for m in unknown if m.name.startswith(f"{PREFIX}{this_laptop()}-")]
+    return Reconciled(rented, mine, [m for m in unknown if m not in mine])

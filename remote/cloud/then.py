@@ -10,17 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from remote.agent.protocol import IDLE_PERCENT, IDLE_S
 from remote.cloud.ledger import Ledger, Record
 from remote.cloud.plan import Plan, Plans
 from remote.cloud.provider import Clock, CloudError, Provider
 from remote.cloud.renting import ENDING, end, machine_state
+from remote.cloud.steps import STEPS
 from remote.ssh.errors import Unreachable
 from surgvqa.errors import SurgvqaError
 from surgvqa.runs.reporter import Reporter
+from surgvqa.terminal.figures import human_seconds
 
-IDLE_S = 1800.0
-"""Seconds that a GPU may be idle after the job before we stop waiting."""
-IDLE_PERCENT = 10.0
+TICK_S = 60.0
+"""The longest time between two looks that counts as silence of the run: this computer may have slept."""
 ASK_PROVIDER_EVERY_S = 60.0
 """While the machine does not answer."""
 LOOK_AGAIN_S = 30.0
@@ -53,6 +55,10 @@ class OnMachine(Protocol):
         """Follows a run until it ends, and stops it if the guard says so."""
         ...
 
+    def check_end(self, plan: Plan) -> None:
+        """Raises SurgvqaError if the machine could not do what follows the job."""
+        ...
+
     def hand_over(self, plan: Plan, limit_s: float | None) -> None:
         """Makes the machine do what follows the job, within `limit_s` seconds."""
         ...
@@ -65,22 +71,28 @@ class OnMachine(Protocol):
         """Runs that have not ended."""
         ...
 
+    def gpu_works(self) -> bool:
+        """Whether a GPU there is at work, or it cannot be told."""
+        ...
+
     def bring_home(self, discard: list[str], fetched: list[str]) -> list[str]:
         """Fetches every run, verified, and adds it to `fetched`; returns what could not be fetched, and why."""
         ...
 
 
 class Guard:
-    """Says when enough was spent, and notices when the machine is gone."""
+    """Says when enough was spent, when the machine is idle after its job, and when it is gone."""
 
     def __init__(self, plan: Plan, record: Record, provider: Provider, ledger: Ledger, clock: Clock, report: Reporter):
         self._plan, self.record, self._provider, self._ledger = plan, record, provider, ledger
-        self._clock, self._report = clock, report
+        self._plans, self._clock, self._report = Plans(ledger), clock, report
         self._idle_since: float | None = None
-        self._idle_s = 0.0
+        self._idle_s = self._silent_s = 0.0
+        """By the times of the run's events, and without any event; of the run that is followed."""
+        self._ticked, self._told = clock.time(), 0.0
         self._asked = -ASK_PROVIDER_EVERY_S
         self.watches_idle = False
-        """Whether to stop if the GPU is idle."""
+        """Whether to stop the run that is followed, if the GPU is idle."""
 
     def left_s(self) -> float | None:
         """Seconds until a limit is reached, or None without a limit."""
@@ -97,11 +109,13 @@ class Guard:
 
     def see(self, event: dict[str, Any]) -> None:
         """An event of the run that is followed."""
+        self._silent_s = 0.0
         busy, at = event.get("utilization_percent"), event.get("t")
         if event.get("kind") != "gpu" or not isinstance(busy, (int, float)) or not isinstance(at, (int, float)):
             return
         if busy >= IDLE_PERCENT:
             self._idle_since, self._idle_s = None, 0.0
+            self.works()
         else:
             self._idle_since = at if self._idle_since is None else self._idle_since
             self._idle_s = at - self._idle_since
@@ -115,10 +129,41 @@ class Guard:
             return f"rented for {hours:.1f} hours, --max_hours {self._plan.max_hours:g}"
         if self.watches_idle and self._idle_s >= IDLE_S:
             return f"its GPU was under {IDLE_PERCENT:g} % for {IDLE_S / 60:g} minutes"
+        if self.watches_idle and self._silent_s >= IDLE_S:
+            return f"it said nothing for {IDLE_S / 60:g} minutes"
         return ""
+
+    def follows(self) -> None:
+        """Another run is followed from now on."""
+        self._idle_since, self._idle_s, self._silent_s = None, 0.0, 0.0
+
+    def works(self) -> None:
+        """The job has ended just now, or the GPU was seen at work after it."""
+        plan, now = self._plan, self._clock.time()
+        if plan.stage in STEPS and (plan.busy_at is None or now - plan.busy_at > TICK_S):
+            plan.busy_at = now
+            self._plans.write(plan)
+
+    def tick(self) -> None:
+        """To be called again and again while anything is waited for: warns of a machine that is idle after its job."""
+        now = self._clock.time()
+        self._silent_s += min(TICK_S, max(0.0, now - self._ticked))
+        self._ticked = now
+        if (idle_s := self._plan.idle_s(now)) >= IDLE_S and now - self._told >= IDLE_S:
+            self._told = now
+            price = f" for ${self.record.price_per_hour:.2f} an hour"
+            self._plan.idle = f"idle for {human_seconds(idle_s)} after its job"
+            self._plans.write(self._plan)
+            self._report.warning(
+                f"{self._plan.name} is {self._plan.idle}{price}, ${self.cost():.2f} so far, and its step "
+                f"{self._plan.stage} is not done; to lose what is not fetched: surgvqa-remote end {self._plan.name} "
+                "--discard all"
+            )
 
     def away(self, text: str) -> None:
         """The machine does not answer. Says what it costs meanwhile; MachineGone when it has ended."""
+        self._silent_s = 0.0  # nothing can be heard
+        self.tick()
         record = self._ledger.read(self._plan.name)
         if record is None or record.label != self._plan.label or not record.open:
             raise MachineGone(f"{self._plan.name}: ended meanwhile by another command")
@@ -191,6 +236,16 @@ def _carry_out(
         plan.stage = stage
         plans.write(plan)
 
+    if plan.stage == "check":
+        report.phase("check", f"whether {plan.name} can end itself")
+        try:
+            there.check_end(plan)
+        except (Unreachable, MachineGone):
+            raise
+        except SurgvqaError:
+            plans.remove(plan)
+            raise
+        done("launch")
     if plan.stage == "launch":
         report.phase("launch", " ".join(plan.job[:1]))
         try:
@@ -217,6 +272,7 @@ def _carry_out(
         job = there.watch(plan.run, guard)
         plan.state, plan.cut = _how(job), "" if job.good else guard.reason()
         done("evaluate")
+        guard.works()
     if plan.stage == "evaluate":
         if "evaluate" in plan.then:
             _evaluate(plan, plans, guard, there, report)
@@ -252,6 +308,7 @@ def _evaluate(plan: Plan, plans: Plans, guard: Guard, there: OnMachine, report: 
         plan.evaluation_state = "not started"
         report.warning(f"{plan.run} is not evaluated: {why}")
         return
+    guard.follows()
     guard.watches_idle = True
     report.phase("evaluate", plan.run)
     try:
@@ -293,6 +350,9 @@ def _wait_for_others(plan: Plan, guard: Guard, there: OnMachine, clock: Clock, r
     """Waits until no other run is active on the machine. Raises SurgvqaError if a limit is reached first."""
     said: list[str] = []
     while going := there.going(plan.discard):
+        if there.gpu_works():
+            guard.works()
+        guard.tick()
         if reason := guard.reason():
             raise SurgvqaError(f"{plan.name}: NOT ENDED: {', '.join(going)} still at work there; {reason}")
         if going != said:

@@ -8,6 +8,7 @@ from pathlib import Path
 from remote.jobs.fetch import fetch_run
 from remote.ssh.connection import Remote
 from remote.ssh.patience import PATIENCE_S
+from surgvqa.errors import SurgvqaError, UsageError
 from surgvqa.runs.reporter import Reporter
 
 GOING = ("running", "starting")
@@ -27,7 +28,10 @@ def bring_home(
     patience_s: float = PATIENCE_S,
     tell: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Fetches all runs except `discard` and adds them to `fetched`. Returns those that failed, with the cause."""
+    """Fetches all runs except `discard` and adds them to `fetched`. Returns those that failed, with the cause.
+
+    A run that cannot be fetched keeps no other from coming home.
+    """
     left: list[str] = []
     for run, state in runs_there(remote):
         if run in discard:
@@ -35,7 +39,13 @@ def bring_home(
         if state in GOING:
             left.append(f"{run} (it is {state})")
             continue
-        fetch_run(remote, run, runs_dir, report, patience_s=patience_s, tell=tell)
-        fetched.append(run)
+        try:
+            fetch_run(remote, run, runs_dir, report, patience_s=patience_s, tell=tell)
+        except SurgvqaError as error:
+            if type(error) not in (SurgvqaError, UsageError):  # the machine, not this run
+                raise
+            left.append(f"{run} ({error})")
+        else:
+            fetched.append(run)
     new = [run for run, _ in runs_there(remote) if run not in discard and run not in fetched]
     return left or [f"{run} (it began meanwhile)" for run in new]

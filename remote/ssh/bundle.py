@@ -37,6 +37,7 @@ MODULES = (
     "remote.agent.runs",
     "remote.agent.jobs",
     "remote.agent.nodes",
+    "remote.agent.results",
     "remote.agent.ending",
     "remote.agent.main",
 )

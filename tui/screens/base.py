@@ -197,6 +197,9 @@ class PanelScreen(Screen[None]):
             paid = f"{one.name} {words.price(one.price_per_hour, '/h')}, {words.price(one.cost)} so far"
             if one.not_ended:
                 parts.append(Content.assemble((f"{paid}: NOT ENDED", "bold $error")))
+            elif one.idle_s:
+                since = f"{paid}: IDLE for {words.seconds(one.idle_s)} after its job"
+                parts.append(Content.assemble((since, "bold $warning")))
             elif idle and self.session.host and one.name == self.session.host.name:
                 parts.append(Content.assemble((f"{paid}: idle, x ends it", "bold $warning")))
             else:

@@ -27,6 +27,8 @@ class Renting(App[None]):
 
     session: Session
     _idle_since: float | None = None
+    _told_late: frozenset[str] | set[str] = frozenset()
+    """Machines that were told to be idle after their jobs."""
     _whole_way = True
     """Whether a job follows on the machine that is being rented."""
 
@@ -51,6 +53,13 @@ class Renting(App[None]):
             self.tell(RunNotice(f"{one.name} has ended; {words.price(one.cost)} by our clock", "success"))
         if host and host.name in [one.name for one in ended] and self.front:
             await self.choose(self.session.here.name)
+        late = [one for one in self.session.rented if one.idle_s]
+        for one in late:
+            if one.name not in self._told_late:
+                price = words.price(one.price_per_hour, " an hour")
+                text = f"{one.name} is idle for {words.seconds(one.idle_s)} after its job, for {price}"
+                self.tell(RunNotice(f"{text}: its results are not home yet", "error"))
+        self._told_late = {one.name for one in late}
         if not self.session.idle():
             self._idle_since = None
         elif self._idle_since is None:

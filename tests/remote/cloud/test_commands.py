@@ -65,7 +65,7 @@ def test_offers_say_what_the_training_would_take_and_cost(lambda_cloud, tmp_path
 
 def test_rented_shows_what_runs_and_fails_on_a_machine_that_nobody_knows(lambda_cloud, capsys):
     provider, clock = lambda_cloud
-    assert answered(capsys, "rented") == (0, {"rented": [], "orphans": [], "others": []})
+    assert answered(capsys, "rented") == (0, {"rented": [], "orphans": [], "others": [], "damaged": []})
     offer = next(offer for offer in provider.offers() if offer.regions)
     rent(provider, Ledger(), clock, offer, offer.regions[0], "a", "laptop")
     code, found = answered(capsys, "rented")

@@ -55,7 +55,7 @@ def test_killed_at_every_stage_one_machine_and_its_results_come_home(home, after
     assert ended["state"] == "ended" and alive() == [] and not folder.exists()
     assert fetched.read_text() == "results\n"
     assert "[a]" not in (home / ".config" / "surgvqa" / "hosts.toml").read_text()
-    assert asked("rented") == {"rented": [], "orphans": [], "others": []}
+    assert asked("rented") == {"rented": [], "orphans": [], "others": [], "damaged": []}
 
 
 def test_what_runs_or_cannot_be_asked_is_not_ended_and_what_is_discarded_is(home, monkeypatch):

@@ -156,7 +156,7 @@ def test_a_damaged_record_is_one_clear_line_and_a_name_cannot_leave_the_folder(b
         bench.rent("../a")
     (bench.folder / "a.json").write_text('{"name": 3}')
     with pytest.raises(UsageError, match=r"a\.json: name is a number, expected text"):
-        bench.ledger.records()
+        bench.ledger.read("a")
 
 
 def test_two_commands_do_not_rent_one_name(bench):

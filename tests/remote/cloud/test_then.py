@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lambda_fake import KEY, FakeLambda, VirtualClock
 
+from remote.agent.protocol import IDLE_S
 from remote.cloud.api_key import ApiKey
 from remote.cloud.lambda_cloud import LambdaCloud
 from remote.cloud.ledger import Ledger
@@ -52,7 +53,9 @@ class Machine:
         self.runs: dict[str, dict] = {}
         self.home: set[str] = set()
         self.faults: list[str] = []
-        self.idle = False
+        self.idle = self.silent = False
+        self.fetch_s = 0.0
+        self.waits: list[str] = []
         self.others: list[str] = []
         self.dies = float("inf")
 
@@ -90,7 +93,9 @@ class Machine:
         while self.clock.now < one["ends"] and not one["stopped"]:
             self._reached()
             self.clock.sleep(60)
-            guard.see({"kind": "gpu", "t": self.clock.now, "utilization_percent": 1 if self.idle else 99})
+            guard.tick()
+            if not (self.silent and words_of(one) == "evaluate"):
+                guard.see({"kind": "gpu", "t": self.clock.now, "utilization_percent": 1 if self.idle else 99})
             one["stopped"] = bool(guard.reason())
         state = "stopped" if one["stopped"] else self.outcome if one["words"][0] == "train" else "finished"
         return Ended(state, state == "finished", {"keyword_accuracy": 0.5, "majority_accuracy": 0.25})
@@ -99,13 +104,24 @@ class Machine:
         self._reached()
         return [self.others.pop(0)] if self.others else []
 
+    def gpu_works(self):
+        return not self.idle
+
     def bring_home(self, discard, fetched):
+        until = self.clock.now + self.fetch_s
+        while self.clock.now < until:
+            self.clock.sleep(600)
+            self.guard.tick()
         for run in self.runs:
             self._reached()
             if run not in discard:
                 self.home.add(run)
                 fetched.append(run)
         return []
+
+
+def words_of(run):
+    return run["words"][0]
 
 
 class Bench:
@@ -174,6 +190,67 @@ def test_an_evaluation_that_leaves_the_gpu_idle_is_stopped(bench, monkeypatch):
     assert b.go().state == "ended"
     assert b.plan.state == "finished" and "under 10 % for 30 minutes" in b.plan.cut
     assert b.plan.evaluation_state == "stopped" and b.clock.now - b.record.asked < JOB_S + 2700
+
+
+def test_an_evaluation_that_says_nothing_is_stopped_and_a_laptop_that_slept_is_no_silence(bench, monkeypatch):
+    monkeypatch.setitem(globals(), "EVALUATION_S", 1e5)
+    b = bench()
+    b.machine.silent = True
+    assert b.go().state == "ended" and "it said nothing for 30 minutes" in b.plan.cut
+    assert b.plan.evaluation_state == "stopped" and IDLE_S <= b.clock.now - b.record.asked - JOB_S < 2700
+    guard = b.machine.guard
+    guard.follows()
+    guard.watches_idle = True
+    for _ in range(20):  # it slept ten hours between two looks, and the machine did not answer for as long
+        b.clock.sleep(36000)
+        guard.tick()
+    assert guard.reason() == ""
+    for _ in range(20):
+        guard.tick()
+        b.clock.sleep(59)
+    assert "it said nothing" in guard.reason()
+    with pytest.raises(MachineGone):  # it has ended
+        guard.away("no route")
+    assert guard.reason() == ""
+
+
+def shouted(b):
+    return [text for text in b.report.said if text.startswith("a is idle for")]
+
+
+def test_a_machine_that_is_idle_after_its_job_is_shouted_at_every_stage_and_not_ended_unfetched(bench):
+    """A slow fetch, another run with an idle GPU, a network that is gone: told every 30 minutes, and in the bill."""
+    slow = bench()
+    slow.machine.fetch_s = 2 * 3600
+    assert slow.go().state == "ended" and slow.machine.home == {"train-0a", "evaluate-0ae"}
+    assert [text.split(", and its step ")[1].split()[0] for text in shouted(slow)] == ["fetch"] * 4
+    assert "for $0.75 an hour, $" in shouted(slow)[0] and "end a --discard all" in shouted(slow)[0]
+    assert slow.plan.idle == "idle for 2 h 00 min after its job" and slow.plan.idle_s(slow.clock.now) == 0.0
+
+    other = bench()
+    other.machine.idle, other.machine.others = True, ["other"] * 200
+    assert other.go().state == "ended" and 2 <= len(shouted(other)) <= 4
+    busy = bench()
+    busy.machine.others = ["other"] * 200
+    assert busy.go().state == "ended" and shouted(busy) == [] and busy.plan.idle == ""
+
+    away = bench()
+    away.machine.others = ["other"]
+    away.machine.faults = ["unreachable"] * 40
+    away.plans.write(replace(away.plan, stage="fetch", run="train-0a", busy_at=away.clock.now))
+    assert away.go().state == "ended" and 1 <= len(shouted(away)) <= 2
+
+
+def test_how_long_it_is_idle_outlives_the_laptop_s_process(bench):
+    b = bench()
+    b.machine.faults = ["refuses"]
+    b.plans.write(replace(b.plan, stage="fetch", run="train-0a", busy_at=b.clock.now))
+    with pytest.raises(SurgvqaError, match="disk full"):
+        b.go()
+    b.clock.sleep(5 * 3600)
+    assert b.plan.idle_s(b.clock.now) == 5 * 3600
+    b.machine.fetch_s = 600
+    assert b.go().state == "ended" and len(shouted(b)) == 1 and "idle for 5 h 10 min" in shouted(b)[0]
 
 
 def test_a_refused_launch_leaves_no_plan_and_a_failed_evaluation_holds_nothing_up(bench):

@@ -11,6 +11,7 @@ from sshd import why_not
 from textual.widgets import OptionList
 
 from remote.cloud.ledger import Ledger, Record
+from remote.cloud.plan import Plan, Plans
 from tui.dialogs.confirm import Confirm
 from tui.dialogs.hosts import RENT, HostPicker
 from tui.dialogs.offers import Offers
@@ -81,6 +82,10 @@ async def test_a_machine_that_does_not_end_is_shouted_in_the_head(home):  # noqa
     app = panel(home / "ws")
     async with app.run_test(size=(120, 36)) as pilot:
         await settle(pilot, lambda: app.front is not None and "a $0.75/h, $1.50 so far" in text(app, "#busy"))
+        late = Plan("a", record.label, "/ws", ["train"], [], ["fetch"], "0a", stage="fetch", busy_at=time.time() - 3000)
+        Plans(ledger).write(late)
+        await settle(pilot, lambda: "a $0.75/h, $1.50 so far: IDLE for 50 min" in text(app, "#busy"))
+        await settle(pilot, lambda: "a is idle for 50 min" in text(app, "#notice"))
         record.end_asked = time.time()
         ledger.write(record)
         await settle(pilot, lambda: "NOT ENDED" in text(app, "#busy"))
