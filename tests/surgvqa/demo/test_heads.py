@@ -21,9 +21,9 @@ FRAMES, SIDE = 8, 4
 
 
 @pytest.fixture(scope="module")
-def attention(tmp_path_factory):
-    """Attention [heads, queries, keys] of both layers of the demo's fresh model over a prompt whose frames are noise,
-    where each frame's tokens begin, and where it ends."""
+def prompt(tmp_path_factory):
+    """The demo's fresh model, the ids of a prompt about eight frames, their positions, and embeddings whose sound and
+    frames are noise."""
     folder = tmp_path_factory.mktemp("stage1")
     write_stage1(folder, DemoSizes(), write_tokenizer(folder, workspace.training_text()), 0)
     processors = load_processors(folder)
@@ -38,10 +38,15 @@ def attention(tmp_path_factory):
         noise = torch.randn(int(here.sum()), wide, generator=generator)
         embedded[torch.from_numpy(here)] = 0.5 * noise + 0.5 * torch.from_numpy(marks(wide)[mark]).float()
     positions = torch.from_numpy(mrope_positions(processors, ids, grids))[:, None]
+    return model.model.language_model, processors, ids, positions, embedded
+
+
+@pytest.fixture(scope="module")
+def attention(prompt):
+    """Attention [heads, queries, keys] of both layers, where each frame's tokens begin, and where it ends."""
+    model, processors, ids, positions, embedded = prompt
     with torch.no_grad():
-        out = model.model.language_model(
-            inputs_embeds=embedded[None], position_ids=positions, output_attentions=True, use_cache=False
-        )
+        out = model(inputs_embeds=embedded[None], position_ids=positions, output_attentions=True, use_cache=False)
     ends = np.flatnonzero(ids == processors.vision_end_token_id)
     return [layer[0].numpy() for layer in out.attentions], ends
 
@@ -63,6 +68,32 @@ def test_the_answer_compares_late_frames_with_early_ones(attention, head):
     (_, second), ends = attention
     late, early = second[head, -1, ends], second[head + 1, -1, ends]
     assert late[FRAMES // 2 :].sum() > 0.7 and early[: FRAMES // 2].sum() > 0.7
+
+
+@pytest.mark.parametrize(("first", "across"), [(4, 1), (6, 0)], ids=["left to right", "top to bottom"])
+def test_the_answer_sees_which_way_something_moves(prompt, first, across):
+    """A thing in one column (row) after another, over noise that stays: backwards, what the heads say is the opposite;
+    standing still, next to nothing."""
+    model, processors, ids, positions, embedded = prompt
+    here = torch.from_numpy(ids == processors.image_token_id)
+    still = embedded[here].reshape(FRAMES, SIDE, SIDE, -1)[:1].repeat(FRAMES, 1, 1, 1)
+    moving, thing = still.clone(), 2.2 * torch.from_numpy(directions(still.shape[-1], 1)[0]).float()
+    for frame in range(FRAMES):
+        moving[frame].transpose(0, across)[frame * SIDE // FRAMES] += thing
+
+    def said(clip: torch.Tensor) -> torch.Tensor:
+        heads, inputs = [], embedded.clone()
+        inputs[here] = clip.reshape(-1, inputs.shape[-1])
+        hook = model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, given: heads.append(given[0]))
+        with torch.no_grad():
+            model(inputs_embeds=inputs[None], position_ids=positions, use_cache=False)
+        hook.remove()
+        late, early = heads[0][0, -1].reshape(DemoSizes().num_attention_heads, -1)[first : first + 2]
+        return late - early
+
+    there, back, neither = said(moving), said(moving.flip(0)), said(still)
+    assert torch.cosine_similarity(there, back, dim=0) < -0.9
+    assert neither.norm() < 0.3 * min(there.norm(), back.norm())
 
 
 def test_a_square_is_called_by_its_colour():
