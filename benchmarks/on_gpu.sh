@@ -61,13 +61,13 @@ for step; do
             python benchmarks/memory.py --only "as shipped" --out "$OUT"
         ;;
     ranks) # two GPUs of one host (asked for by name): 1.9 times one of them in the step, 1.8 from files to the adapter
-        # about 20 + 35 + 230 s; shard after it about 100 + 45 s (reckoned, not measured)
+        # 10 + 40 + 330 s; shard after it 45 + 30 s. With 96 samples and 2 epochs it took 190 s and missed the second goal.
         run all_reduce 90 python -m torch.distributed.run --standalone --nproc_per_node=2 -m surgvqa.machine.all_reduce
         run checkpoint 90 python benchmarks/real_size.py "$WORK/ranks/checkpoint" --like "$DEMO/stage1" &&
-            run ranks 280 python benchmarks/ranks.py --data "$DEMO" --work "$WORK/ranks" --samples 96 --epochs 2 --out "$OUT/ranks.json"
+            run ranks 420 python benchmarks/ranks.py --data "$DEMO" --work "$WORK/ranks" --samples 192 --epochs 3 --out "$OUT/ranks.json"
         ;;
     shard) # the model divided between two GPUs, each under 16 GB; best after ranks, which leaves weights and features
-        run shard 280 python benchmarks/ranks.py --shard --data "$DEMO" --work "$WORK/ranks" --samples 96 \
+        run shard 280 python benchmarks/ranks.py --shard --data "$DEMO" --work "$WORK/ranks" --samples 192 \
             --like "$OUT/ranks.json" --out "$OUT/shard.json"
         run lost_rank 120 python -m pytest -s tests/surgvqa/training/test_two_gpus.py \
             tests/surgvqa/model/test_internals.py::test_fsdp2_is_reset_by_names_that_exist

@@ -42,13 +42,9 @@ CUBLAS_WORKSPACES = 4 * 32 * MIB
 CUDA_CONTEXT = 0.81 * GB
 """Memory that the driver uses for a process outside torch's allocator: context and loaded kernels. Measured on an H100,
 the same in six configurations (benchmarks/train_step.py: driver_gb less reserved_gb, 2026-11-22)."""
-NCCL_CONNECTION = 524_288 + 4_915_200 + 4_194_304
-"""Bytes of a connection's buffers for NCCL's protocols LL, LL128 and Simple (nccl/src/init.cc, computeBuffSizes)."""
-NCCL_CONNECTIONS = 2 * 24
-"""Ring and tree with 24 channels each, for Hopper's NVLink. Cards without NVLink use 2 to 4 channels."""
-NCCL = NCCL_CONNECTION * NCCL_CONNECTIONS
-"""NCCL's buffers in a process that trains with others. Computed from NCCL's sources, not measured. Gradients are
-reduced in place, so there are no buckets as in DistributedDataParallel."""
+NCCL = 880_000_000
+"""Bytes of NCCL in a process that trains with another one of the same machine, as nvidia-smi shows them beyond what the
+process takes alone (two H200s, docs/benchmarks.md). Gradients are summed in place, so torch has no buffers for them."""
 GATHERED_AT_ONCE = 2
 """Whole layers on the GPU while one of a divided model computes: its own, and the buffer in which it came (forward) or
 the next one comes (backward)."""
@@ -380,7 +376,7 @@ def _prediction(
     components.append(Component("allocator slack", "reserved", slack, slack))
     components.append(Component("CUDA context", "driver", CUDA_CONTEXT, CUDA_CONTEXT))
     nccl = NCCL if c.ranks > 1 else 0
-    components.append(Component("NCCL's buffers (estimated)", "driver", nccl, nccl))
+    components.append(Component("NCCL's buffers", "driver", nccl, nccl))
     return MemoryPrediction([x for x in components if x.peak_bytes], phase, totals, c, layers)
 
 
