@@ -97,7 +97,7 @@ class TimelineView(ScrollView, can_focus=True):
             self.cursor = next((i for i, e in enumerate(self.visible_entries) if e is kept), -1)
         if self.following:
             self.cursor = -1
-            self.call_after_refresh(self._keep_to_the_end)
+            self.scroll_to(y=len(self._rows), animate=False, force=True)
         elif same:
             self.unseen += len(self.visible_entries) - before
         self.refresh()
@@ -127,7 +127,7 @@ class TimelineView(ScrollView, can_focus=True):
     def on_resize(self) -> None:
         self.show(self.timeline)
         if self.following:  # its end, at any height
-            self.call_after_refresh(self._keep_to_the_end)
+            self.scroll_to(y=len(self._rows), animate=False, force=True)
 
     # --- what the user may do ----------------------------------------------------------------------------------------
 
@@ -173,13 +173,8 @@ class TimelineView(ScrollView, can_focus=True):
     def follow(self) -> None:
         """The end, and what comes."""
         self.following, self.unseen, self.cursor = True, 0, -1
-        self.call_after_refresh(self._keep_to_the_end)
+        self.scroll_to(y=len(self._rows), animate=False, force=True)
         self.refresh()
-
-    def _keep_to_the_end(self) -> None:
-        """After the layout; whoever scrolled up while that was awaited stays there."""
-        if self.following:
-            self.scroll_to(y=len(self._rows), animate=False, force=True, immediate=True)
 
     def next_level(self) -> str:
         """The next filter, which is returned."""
