@@ -36,7 +36,7 @@ PATCHES_AT_ONCE = 16_384
 """Vision patches per encoder call: 14 frames at 512 px. More is not faster on an H100 and takes more memory."""
 QUESTIONS_AT_ONCE = 8
 FRAMES_TO_COMPILE_FOR = 1_000
-"""New frames for which compiling parts of the vision tower saves more time than it takes."""
+"""New frames from which on parts of the vision tower are compiled (an estimate)."""
 ITEMS_PER_WORKER, DECODED_AHEAD = 16, 4
 """Frames or questions for which another worker process is worth its start; and how many of them each worker decodes
 ahead of the encoder, at most."""

@@ -11,12 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from surgvqa.model.audio_qwen2vl import AudioQwen2VLForConditionalGeneration
-from surgvqa.model.last_layer import KERNELS
+from surgvqa.model.grouped_attention import attend_grouped
 from surgvqa.model.transformers_internals import attention_of, register_attention, set_attention
 
 STEP_ATTENTION = "surgvqa_grouped"
@@ -39,15 +37,10 @@ def grouped_attention(
     """Attention of one new token per row: [B, 1, heads, size].
 
     `query` is [B, heads, 1, size], `key` and `value` are [B, groups, room, size], `attention_mask` is [B, 1, 1, room].
-    The heads that share keys are computed as several tokens of one head. transformers repeats the keys for each head
-    when there is a mask, which would read and write the cache seven times in every step.
+    transformers would repeat the keys for each head, and so read and write the cache seven times in every step.
     """
-    batch, heads, _, size = query.shape
-    groups = key.shape[1]
-    shared = query.reshape(batch, groups, heads // groups, size)
-    with sdpa_kernel(KERNELS):
-        found = F.scaled_dot_product_attention(shared, key, value, attn_mask=attention_mask, scale=scaling)
-    return found.reshape(batch, 1, heads, size), None
+    assert attention_mask is not None
+    return attend_grouped(query, key, value, attention_mask, scaling), None
 
 
 register_attention(STEP_ATTENTION, grouped_attention)

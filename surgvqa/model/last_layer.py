@@ -12,16 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from surgvqa.model.grouped_attention import attend_grouped
 from surgvqa.model.transformers_internals import apply_rotary_pos_emb
 
 FEW = 4
 """Positions are few if they are at most this fraction of all: 1/FEW."""
-KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Attention kernels that take a mask and any number of queries. cuDNN's makes a new plan for each number: 110 ms."""
 
 
 class _LastLayer:
@@ -57,25 +54,10 @@ class _LastLayer:
         queries = apply_rotary_pos_emb(queries, queries, there(cos), there(sin))[0]
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, attention.layer_idx)
-        found = _attention(queries, keys, values, there_of=(read_at % length).view(batch, -1), scale=attention.scaling)
-        hidden = there(hidden_states) + attention.o_proj(found)
+        seen = torch.arange(length, device=keys.device) <= (read_at % length).view(batch, 1, -1, 1)
+        found = attend_grouped(queries, keys, values, seen, attention.scaling)
+        hidden = there(hidden_states) + attention.o_proj(found.flatten(2))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-
-
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, there_of: Tensor, scale: float) -> Tensor:
-    """Attention [B, N, heads · size] of `queries` [B, heads, N, size] at the positions `there_of` [B, N].
-
-    `keys` and `values` are [B, groups, L, size]. The heads that share keys are computed as further queries of one head,
-    because with a mask transformers and torch would repeat the keys for each head.
-    """
-    batch, heads, number, size = queries.shape
-    groups, length = keys.shape[1:3]
-    shared = queries.reshape(batch, groups, heads // groups * number, size)
-    seen = torch.arange(length, device=keys.device) <= there_of[:, :, None]
-    mask = seen[:, None].repeat(1, 1, heads // groups, 1)
-    with sdpa_kernel(KERNELS):
-        found = F.scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scale)
-    return found.reshape(batch, heads, number, size).transpose(1, 2).reshape(batch, number, heads * size)
 
 
 @contextmanager

@@ -83,8 +83,8 @@ def sizes_of(visual: Any, image_grid_thw: Tensor, device: torch.device) -> dict[
 def fused_elementwise(visual: Any) -> Iterator[None]:
     """Inside the context, rotary positions and activations of the tower `visual` are a compiled kernel each.
 
-    Uncompiled they are 12 and 3 kernels, which take a third of the tower's time. Compiling the two takes a second or
-    two, the whole block 6 to 12 s.
+    Uncompiled they are some 12 and 3 kernels, a quarter of the host's time for the whole tower. To compile the whole
+    block takes 6 to 12 s. What this gains is in docs/log.md.
     """
     activations = [block.mlp.act for block in visual.blocks]
     together = fused(type(activations[0]).forward)

@@ -21,7 +21,7 @@ BESIDE_WEIGHTS_GB = 9.0
 encoding in this process."""
 
 
-def begin(
+def begin_compiling(
     ahead: CompileAhead,
     options: TrainOptions,
     arguments: TrainingArguments,

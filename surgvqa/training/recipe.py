@@ -42,7 +42,7 @@ from surgvqa.training import answers, checkpoints, results, resume
 from surgvqa.training.arguments import choose_optimiser, training_arguments
 from surgvqa.training.callbacks import EventCallback
 from surgvqa.training.carry import CARRIED, carry
-from surgvqa.training.layer_job import begin
+from surgvqa.training.layer_job import begin_compiling
 from surgvqa.training.schedule import evaluates, schedule
 from surgvqa.training.sharding import optimiser_steps, require_same_samples
 from surgvqa.training.step_down import StepDown, release_memory
@@ -148,11 +148,10 @@ def _prepare(
     device = arguments.device
     run.phase("load model", f"{options.model_name_or_path}")
     compiled = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
-    longest = 0
     if compiled:
         start_compiler()
-        longest = train_set.longest()
-    chosen = choose_attention(options.attn_implementation, device, _attention_shape(options, device, train_set))
+    longest = train_set.longest() if compiled or device.type == "cuda" else 0
+    chosen = choose_attention(options.attn_implementation, device, _attention_shape(options, device, longest))
     attention, why_attention = run.ranks.share(chosen, "choice of attention")[0]  # one kernel for all ranks
     packed = options.packing == "on" or (options.packing == "auto" and attention == "flash_attention_2")
     limits_gb = run.ranks.share(memory_limit_gb(options.budget_gb, device, run.ranks.count), "available memory")
@@ -168,7 +167,7 @@ def _prepare(
     divided = options.shard and run.ranks.count > 1
     if compiled and not packed and not divided:
         expected = planned(options.feature_cache != "off")[1]
-        begin(ahead, options, arguments, attention, expected, -(-longest // ALIGNED) * ALIGNED, limit_gb)
+        begin_compiling(ahead, options, arguments, attention, expected, -(-longest // ALIGNED) * ALIGNED, limit_gb)
     if options.enforce_budget and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.budget_gb * 1e9 / total), device)
@@ -237,15 +236,15 @@ def _prepare(
     return trainer, total_steps
 
 
-def _attention_shape(options: TrainOptions, device: torch.device, train_set: ClipDataset) -> AttentionShape | None:
-    """The size of attention for a row of the batch.
+def _attention_shape(options: TrainOptions, device: torch.device, longest: int) -> AttentionShape | None:
+    """The size of attention for a row of the batch of `longest` tokens.
 
     None on a CPU, and if a row has several samples, because only flash-attn needs no mask for those.
     """
     if device.type != "cuda" or (options.per_device_train_batch_size > 1 and options.packing != "off"):
         return None
     sizes, _ = checkpoint_sizes(options.model_name_or_path)
-    return AttentionShape(sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim, train_set.longest())
+    return AttentionShape(sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim, longest)
 
 
 def _forecast(

@@ -109,7 +109,7 @@ def test_the_layer_is_itself_again_afterwards_also_after_an_error(model, monkeyp
     last = model.model.language_model.layers[-1]
     model(**unmasked(sample(1)))
     assert "forward" not in vars(last)
-    monkeypatch.setattr(last_layer, "_attention", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(last_layer, "attend_grouped", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(**unmasked(sample(1)))
     assert "forward" not in vars(last)
