@@ -13,12 +13,13 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from remote.cloud.documents import read_as
 from surgvqa.errors import SurgvqaError, UsageError
-from surgvqa.files import fsync_folder, read_json, user_folder, write_json_atomic
-from surgvqa.untrusted import of_kinds, one_line
+from surgvqa.files import fsync_folder, user_folder, write_json_atomic
+from surgvqa.untrusted import one_line
 
 NAME = re.compile("[a-z][a-z0-9-]{0,39}")
 KINDS = {"name": "text", "provider": "text", "label": "text", "type": "text", "region": "text", "state": "text",
@@ -105,20 +106,14 @@ class Ledger:
         file = self._file(name)
         if not file.exists():
             return None
-        document, wrong = of_kinds(read_json(file), KINDS)
-        known = {one.name for one in fields(Record)}  # a newer version may have written others
-        try:
-            record = Record(**{key: value for key, value in document.items() if key in known})
-        except TypeError as error:
-            wrong = wrong or [str(error).partition(" ")[2]]
-        else:
-            if record.state not in STATES:
-                wrong = wrong or [f"state is {record.state!r}, expected one of {', '.join(STATES)}"]
-            if record.name != name:
-                wrong = wrong or [f"name is {record.name!r}, expected {name!r}"]
-        if wrong:
+        record, wrong = read_as(Record, file, KINDS)
+        if record and not wrong and record.state not in STATES:
+            wrong = f"state is {record.state!r}, expected one of {', '.join(STATES)}"
+        if record and not wrong and record.name != name:
+            wrong = f"name is {record.name!r}, expected {name!r}"
+        if wrong or not record:
             raise UsageError(
-                f"{file}: {one_line(wrong[0])}; was it written by a newer surgvqa? Look for the machine in the "
+                f"{file}: {one_line(wrong)}; was it written by a newer surgvqa? Look for the machine in the "
                 "provider's console, then mend or remove the file"
             )
         return record

@@ -5,14 +5,14 @@ A plan lies beside the ledger, so that it goes on whatever becomes of the proces
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from remote.cloud.documents import read_as
 from remote.cloud.ledger import Ledger, Record
 from remote.cloud.steps import STEPS
 from surgvqa.errors import UsageError
-from surgvqa.files import fsync_folder, read_json, write_json_atomic
-from surgvqa.untrusted import of_kinds
+from surgvqa.files import fsync_folder, write_json_atomic
 
 STAGES = ("check", "launch", "job", *STEPS, "handed", "done")
 """check: whether the machine can end itself; handed: it carries out the remaining steps."""
@@ -101,15 +101,9 @@ class Plans:
         file = self.folder / f"{record.name}.json"
         if not file.exists():
             return None
-        document, wrong = of_kinds(read_json(file), KINDS)
-        known = {one.name for one in fields(Plan)}  # a newer version may have written others
-        try:
-            plan = Plan(**{key: value for key, value in document.items() if key in known})
-        except TypeError as error:
-            wrong = wrong or [str(error).partition(" ")[2]]
-        else:
-            if plan.stage not in STAGES or not plan.job or not set(plan.then) <= set(STEPS):
-                wrong = wrong or [f"stage {plan.stage!r}, then {plan.then!r}"]
-        if wrong:
-            raise UsageError(f"{file}: {wrong[0]}; end the machine with surgvqa-remote end, then remove the file")
+        plan, wrong = read_as(Plan, file, KINDS)
+        if plan and not wrong and (plan.stage not in STAGES or not plan.job or not set(plan.then) <= set(STEPS)):
+            wrong = f"stage {plan.stage!r}, then {plan.then!r}"
+        if wrong or not plan:
+            raise UsageError(f"{file}: {wrong}; end the machine with surgvqa-remote end, then remove the file")
         return plan if plan.label == record.label else None
